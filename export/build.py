@@ -1,0 +1,179 @@
+"""Building a target's artifact from a bundle's ONNX, and checking it. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from nsm.bundle import PARITY, Artifact, Bundle, file_record, staged_copy, write_json, write_manifest
+from nsm.errors import BuildError, DeviceUnavailableError, InputError, ParityError, UnsupportedError
+from nsm.runtimes.budgets import find_budget
+from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.parity import ParityReport, Progress, compare
+from nsm.runtimes.targets import Target, find_target
+from nsm.spec import StepSpec
+from nsm.trace import Trace
+
+PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
+"""What `--precision` knows. fp32 is what this version builds."""
+
+Report = Callable[[str], None]
+"""Takes one line for people."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a builder is asked for.
+
+    Args:
+        directory: the bundle's directory; the graphs lie in its folder `graphs`.
+        folder: the target's own folder in it, made by the builder if it writes files.
+        spec: of the model.
+        device: one of the target's devices; None leaves it to the builder.
+    """
+
+    directory: Path
+    folder: Path
+    spec: StepSpec
+    device: str | None
+
+    def graph(self, entry: str) -> Path:
+        return self.directory / "graphs" / f"{entry}.onnx"
+
+
+@dataclass(frozen=True)
+class Built:
+    """What a builder wrote: files (relative to the bundle), for which device, and remarks for people."""
+
+    files: tuple[str, ...]
+    device: str
+    notes: tuple[str, ...] = ()
+
+
+def check_request(targets: list[Target], precision: str, device: str | None) -> None:
+    """Refuse what cannot be built before any work is done.
+
+    Raises:
+        InputError: unknown precision or device, or none of the targets.
+        UnsupportedError: a precision this version does not build.
+        MissingDependencyError: a target's package is not installed.
+    """
+    if not targets:
+        raise InputError("No target was given. Name one with --target, for instance: --target openvino")
+    if precision not in PRECISIONS:
+        raise InputError(f"There is no precision {precision!r}. Precisions: {', '.join(PRECISIONS)}.")
+    if precision != "fp32":
+        raise UnsupportedError(
+            f"This version builds fp32 only; given {precision}. An artifact in lower precision needs calibration and a "
+            "budget of its own, which are not there yet."
+        )
+    for target in targets:
+        pick_device(target, device)
+        target.require()
+
+
+def pick_device(target: Target, device: str | None) -> str | None:
+    """The device asked for, as the target spells it.
+
+    Raises:
+        InputError: the target does not know it.
+    """
+    if device is None:
+        return None
+    if device.lower() not in target.devices:
+        raise InputError(
+            f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
+        )
+    return device.lower()
+
+
+def build_target(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
+    """Build one target's files in the bundle directory; its parity is not yet known.
+
+    Raises:
+        BuildError: the converter or builder failed; its log is kept and named.
+    """
+    request = Request(directory, directory / target.folder, spec, pick_device(target, device))
+    built: Built = target.builder_module().build(request)
+    return Artifact(
+        target=target.name,
+        device=built.device,
+        precision="fp32",
+        effective_precision="fp32",
+        files=tuple(file_record(directory, name) for name in built.files),
+        parity={"status": "not_run", "reason": "it was not compared yet"},
+        notes=built.notes,
+    )
+
+
+def check_artifact(
+    bundle: Bundle, artifact: Artifact, trace: Trace, progress: Progress | None = None
+) -> tuple[Artifact, ParityReport | None]:
+    """Replay the golden trace on an artifact, where its hardware is present.
+
+    Returns:
+        The artifact with its parity and effective precision; the report, None where it could not run.
+    """
+    try:
+        session = open_artifact(bundle, artifact)
+    except DeviceUnavailableError as error:
+        return replace(artifact, parity={"status": "not_run", "reason": str(error)}), None
+    with session:
+        report = compare(trace, session, find_budget(artifact.precision), progress)
+        checked = replace(artifact, effective_precision=session.effective_precision, parity=summary(report))
+    return checked, report
+
+
+def summary(report: ParityReport) -> dict[str, Any]:
+    """The part of a report that stands in the manifest."""
+    data = report.to_json()
+    keys = ("status", "source", "streams", "steps", "one_step", "free_run", "argmax_agreement", "unexcused_flips")
+    return {key: data[key] for key in keys}
+
+
+def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_parity: bool) -> None:
+    """Raise `ParityError` if a comparison failed, or was not made although it was required."""
+    for report in reports:
+        report.require()
+    missing = [item for item in artifacts if item.parity["status"] == "not_run"]
+    if require_parity and missing:
+        raise ParityError(
+            f"--require-parity: {', '.join(item.target for item in missing)} could not be compared. "
+            + missing[0].parity["reason"]
+        )
+
+
+def add_target(path: Path, name: str, device: str | None = None, progress: Progress | None = None) -> Artifact:
+    """Build a target from a bundle's ONNX into the bundle, on the machine that will run it. An artifact for the
+    same target is replaced; until the new one is complete and checked, the bundle stays as it is.
+
+    Raises:
+        BuildError, ParityError, and the errors of `check_request` and `Bundle`.
+    """
+    target = find_target(name)
+    check_request([target], "fp32", device)
+    Bundle(path).verify()
+    with staged_copy(path) as stage:
+        bundle = Bundle(stage)
+        artifact = build_target(stage, bundle.manifest.spec, target, device)
+        artifact, report = check_artifact(bundle, artifact, bundle.trace(), progress)
+        kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
+        write_parity(stage, [] if report is None else [report], merge=True)
+        write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
+        require_all([artifact], [] if report is None else [report], False)
+    return artifact
+
+
+def write_parity(directory: Path, reports: list[ParityReport], merge: bool = False) -> None:
+    """Write `parity.json`: the full reports, by target. With `merge` those of other targets stay."""
+    import json
+
+    path = directory / PARITY
+    old = json.loads(path.read_text(encoding="utf-8"))["results"] if merge and path.is_file() else []
+    new = {report.target: report.to_json() for report in reports}
+    results = [item for item in old if item["target"] not in new] + list(new.values())
+    write_json(path, {"passed": all(item["status"] == "passed" for item in results), "results": results})
+
+

@@ -1,0 +1,227 @@
+"""The command line: `nsm export` (also `nsm-export`), `parity`, `bench`, `build`, `inspect`, `doctor`, `run`.
+
+Torch is imported by `export` alone, so the other commands work on a machine that has numpy and one backend.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from nsm.errors import NsmError
+
+_TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov) or tensorrt (trt)."
+
+
+class _NsmCommand(click.Command):
+    """A command whose `NsmError`s become one message on stderr and the error's exit code."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except NsmError as error:
+            click.echo(f"Error: {error}", err=True)
+            if ctx.params.get("verbose"):
+                raise
+            ctx.exit(error.exit_code)
+
+
+class _NsmGroup(click.Group):
+    command_class = _NsmCommand
+
+
+def _shared(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that every command has."""
+
+    @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
+    @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
+    @functools.wraps(command)
+    def wrapper(*args: Any, verbose: bool, **kwargs: Any) -> None:
+        command(*args, **kwargs)
+
+    return wrapper
+
+
+@click.group(cls=_NsmGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="nsm", prog_name="nsm")
+def main() -> None:
+    """Take a stateful sequence model from PyTorch to where it runs, with proof over a whole stream.
+
+    \b
+    nsm export model.pt --target openvino     build and verify an artifact
+    nsm parity model.nsm                      verify it again, where it is deployed
+    nsm bench model.nsm                       measure it
+    nsm run model.nsm --data sequences.npy    use it
+    """
+
+
+@main.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("-t", "--target", "targets", multiple=True, required=True, metavar="T", help=_TARGET_HELP + " Repeatable.")
+@click.option("-p", "--precision", default="fp32", show_default=True, metavar="P", help="fp32; others are not built yet.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: MODEL's name .nsm]")
+@click.option("--chunk", type=int, metavar="K", help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]")
+@click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams side by side (lanes).")
+@click.option("--opset", type=int, default=20, show_default=True, metavar="N", help="ONNX operator set.")
+@click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
+@click.option("--data", type=click.Path(path_type=Path), help="Sequences to check on: .npy, .npz or .txt.  [default: those in MODEL]")
+@click.option("--num-samples", type=int, default=8, show_default=True, metavar="N", help="Streams to check on.")
+@click.option("--golden-steps", type=int, default=64, show_default=True, metavar="N", help="Calls per stream to check.")
+@click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
+@click.option("--dry-run", is_flag=True, help="Check the request, the model and the data; write nothing.")
+@click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
+@_shared
+def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+    """Build a verified bundle from MODEL, a .pt written by nsm.save.
+
+    The model is exported to ONNX, built for every target, and run there over whole streams next to the PyTorch
+    reference. Only if the errors stay within budget does the bundle get its name.
+
+    \b
+    nsm-export model.pt --target openvino
+    nsm-export model.pt -t onnxruntime -t openvino -t tensorrt --device sm86 -o model.nsm
+
+    Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
+    NAME.nsm.failed), 6 damaged bundle.
+    """
+    from nsm.export.console import PARITY_COLUMNS, Terminal, parity_row
+
+    _require_torch()
+    from nsm.export import pipeline
+
+    terminal = Terminal(quiet=as_json)
+    command = shlex.join(["nsm-export", *sys.argv[2 if sys.argv[1:2] == ["export"] else 1 :]])
+    planned = pipeline.plan(model, pipeline.ExportOptions(command=command, **options))
+    if planned.source == "synthetic":
+        terminal.remark(
+            "[yellow]The checkpoint holds no sequences, so parity is checked on made-up tokens (synthetic). "
+            "Give real ones with --data, or with nsm.save(model, path, samples=...).[/]"
+        )
+    if dry_run:
+        facts = {"output": str(planned.output), "source": planned.source, "streams": len(planned.sequences)}
+        if as_json:
+            click.echo(json.dumps({"dry_run": True, "bundle": None, "artifacts": [], **facts}))
+        terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
+        return
+    bundle = pipeline.run(planned, terminal)
+    artifacts = bundle.manifest.to_json()["artifacts"]
+    if as_json:
+        click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts}))
+        return
+    terminal.say()
+    rows = [parity_row(item, artifact.nbytes) for item, artifact in zip(artifacts, bundle.manifest.artifacts, strict=True)]
+    terminal.table(PARITY_COLUMNS, rows)
+    for artifact in bundle.manifest.artifacts:
+        if artifact.parity["status"] == "not_run":
+            checked = "the engine's inputs, outputs and states were checked against the model's"
+            terminal.say(f"\n[yellow]{artifact.target}: NOT RUN.[/] {artifact.parity['reason']}")
+            terminal.say(f"Instead, {checked}; {'; '.join(artifact.notes)}.")
+            terminal.say("On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}")
+    shown = next((a.target for a in bundle.manifest.artifacts if a.parity["status"] == "passed"), None)
+    terminal.say(f"\nWrote {bundle.path}. Next:")
+    terminal.say(f"  nsm inspect {bundle.path}")
+    if shown:
+        terminal.say(f"  nsm bench {bundle.path} --target {shown}")
+        terminal.say(f'  python -c "import nsm; session = nsm.open(\'{bundle.path}\', target=\'{shown}\')"')
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all in the bundle]")
+@click.option("--steps", type=int, metavar="N", help="Compare only the first N steps.  [default: all recorded]")
+@_shared
+def parity(bundle: Path, target: str | None, steps: int | None, as_json: bool) -> None:
+    """Replay the golden trace of BUNDLE on its targets and compare. Needs no torch.
+
+    Exits with 5 if a target is over budget, or if none could be compared.
+    """
+    from nsm.export import commands
+
+    commands.parity(bundle, target, steps, as_json)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all that run here]")
+@click.option("--steps", type=int, default=500, show_default=True, metavar="N", help="Timed calls per target.")
+@click.option("--threads", type=int, metavar="N", help="Threads of the backend.  [default: its own choice]")
+@_shared
+def bench(bundle: Path, target: str | None, steps: int, threads: int | None, as_json: bool) -> None:
+    """Measure a step of BUNDLE on its targets, in alternating blocks, on its recorded inputs."""
+    from nsm.export import commands
+
+    commands.bench(bundle, target, steps, threads, as_json)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-t", "--target", required=True, metavar="T", help=_TARGET_HELP)
+@click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
+@_shared
+def build(bundle: Path, target: str, device: str | None, as_json: bool) -> None:
+    """Build a target from the ONNX in BUNDLE, on the machine that will run it. Needs no torch.
+
+    The artifact is checked on the golden trace and added to the bundle; one for the same target is replaced.
+    """
+    from nsm.export import commands
+
+    commands.build(bundle, target, device, as_json)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@_shared
+def inspect(bundle: Path, as_json: bool) -> None:
+    """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files."""
+    from nsm.export import commands
+
+    commands.inspect(bundle, as_json)
+
+
+@main.command()
+@_shared
+def doctor(as_json: bool) -> None:
+    """Show what is installed, which devices are there, and what each missing piece needs."""
+    from nsm.export import commands
+
+    commands.doctor(as_json)
+
+
+@main.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
+@click.option("--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the recorded ones]")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
+@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@_shared
+def run(bundle: Path, target: str | None, data: Path | None, output: Path | None, force: bool, as_json: bool) -> None:
+    """Feed sequences to BUNDLE, each from a fresh state, and write or summarise what comes out."""
+    from nsm.export import commands
+
+    commands.run(bundle, target, data, output, force, as_json)
+
+
+def export_main() -> None:
+    """Entry point of `nsm-export`: the command `nsm export` by itself."""
+    export.main(prog_name="nsm-export")
+
+
+def _require_torch() -> None:
+    import importlib.util
+
+    from nsm.errors import MissingDependencyError
+
+    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            'Install with: pip install "nsm[export]". A bundle that exists already is built further with nsm build, '
+            "which needs no torch."
+        )

@@ -1,0 +1,265 @@
+"""What the commands on a bundle do. None of them needs torch."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from nsm.bundle import Bundle
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, OutputExistsError, ParityError
+from nsm.export import doctor as doctor_module
+from nsm.export.build import add_target
+from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row, size
+from nsm.export.sequences import read_sequences
+from nsm.runtimes import bench as bench_module
+from nsm.runtimes.budgets import find_budget
+from nsm.runtimes.opening import open_artifact, open_bundle
+from nsm.runtimes.parity import ParityReport, compare
+from nsm.runtimes.session import VALID, Session
+from nsm.runtimes.targets import find_target
+from nsm.trace import Array
+
+
+def parity(path: Path, target: str | None, steps: int | None, as_json: bool) -> None:
+    """Replay the golden trace; see `nsm parity --help`."""
+    terminal = Terminal(quiet=as_json)
+    bundle = Bundle(path)
+    bundle.verify()
+    trace = bundle.trace()
+    if steps is not None:
+        if not 1 <= steps <= trace.steps:
+            raise InputError(f"--steps must be between 1 and the {trace.steps} that were recorded; given {steps}.")
+        trace = trace.first(steps)
+    names = [find_target(target).name] if target else [item.target for item in bundle.manifest.artifacts]
+    results: list[dict[str, Any]] = []
+    reports: list[ParityReport] = []
+    for name in names:
+        artifact = bundle.artifact(name)
+        try:
+            with terminal.stage(f"Checking {name}") as progress, open_artifact(bundle, artifact) as session:
+                reports.append(compare(trace, session, find_budget(artifact.precision), progress))
+            results.append(reports[-1].to_json())
+        except (DeviceUnavailableError, MissingDependencyError) as error:
+            results.append({"target": name, "precision": artifact.precision, "status": "not_run", "reason": str(error)})
+    passed = bool(reports) and all(report.passed for report in reports)
+    if as_json:
+        click.echo(json.dumps({"passed": passed, "results": results}))
+    terminal.say()
+    rows = [
+        parity_row({"device": bundle.artifact(r["target"]).device, "parity": r, **r}, bundle.artifact(r["target"]).nbytes)
+        for r in results
+    ]
+    terminal.table(PARITY_COLUMNS, rows)
+    for report in reports:
+        _explain(terminal, report)
+    for result in results:
+        if result["status"] == "not_run":
+            terminal.say(f"{result['target']}: not run. {result['reason']}")
+    for report in reports:
+        report.require()
+    if not reports:
+        raise ParityError("Nothing could be compared on this machine.")
+
+
+def _explain(terminal: Terminal, report: ParityReport) -> None:
+    drift = report.drift
+    terminal.say(
+        f"\n{report.target}: {report.streams} streams of {report.steps} steps ({report.source}); worst tensor one-step "
+        f"{report.one_step.tensor}, free-run {report.free_run.tensor}; fp32's own rounding {number(report.reference_floor)}"
+    )
+    terminal.say(
+        f"  bank error p99 {number(report.state_error_p99)}, KL mean {number(report.kl_mean)}, "
+        f"flips {report.unexcused_flips} + {report.excused_flips} excused, masks differing {report.mask_mismatches}, "
+        + (f"drift exponent {drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "drift exponent -")
+    )
+    if report.first_divergence is not None:
+        first = report.first_divergence
+        terminal.say(f"  first over budget: stream {first.stream}, step {first.step}, {first.tensor} ({number(first.error)})")
+
+
+def bench(path: Path, target: str | None, steps: int, threads: int | None, as_json: bool) -> None:
+    """Measure; see `nsm bench --help`."""
+    terminal = Terminal(quiet=as_json)
+    bundle = Bundle(path)
+    bundle.verify()
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads is at least 1; given {threads}.")
+    names = [find_target(target).name] if target else [item.target for item in bundle.manifest.artifacts]
+    sessions: list[Session] = []
+    for name in names:
+        try:
+            sessions.append(open_artifact(bundle, bundle.artifact(name), threads=threads))
+        except (DeviceUnavailableError, MissingDependencyError) as error:
+            if target:
+                raise
+            terminal.remark(f"{name}: not measured. {error}")
+    if not sessions:
+        raise DeviceUnavailableError("None of the bundle's targets runs on this machine.")
+    with terminal.stage("Measuring") as progress:
+        latencies = bench_module.bench(sessions, steps, _lanes(bundle), progress)
+    results = [
+        {
+            "target": session.target,
+            "precision": bundle.artifact(session.target).precision,
+            "effective_precision": session.effective_precision,
+            "steps": steps,
+            "batch": session.batch,
+            "tokens_per_call": session.spec.entry("step").inputs[0].shape[1],
+            "latency_us": {"p50": latency.p50_us, "p99": latency.p99_us},
+            "tokens_per_second": latency.tokens_per_second,
+            "peak_rss_mb": bench_module.peak_rss_mb(),
+            "artifact_mb": bundle.artifact(session.target).nbytes / 1e6,
+        }
+        for session, latency in zip(sessions, latencies, strict=True)
+    ]
+    for session in sessions:
+        session.close()
+    if as_json:
+        click.echo(json.dumps({"results": results}))
+        return
+    rows = [
+        [
+            result["target"],
+            result["precision"],
+            f"{latency.p50_us:.0f}",
+            f"{latency.p99_us:.0f}",
+            f"{latency.tokens_per_second:,.0f}",
+            f"{latencies[0].p50_us / latency.p50_us:.2f}x",
+            size(result["artifact_mb"] * 1e6),
+        ]
+        for result, latency in zip(results, latencies, strict=True)
+    ]
+    terminal.say()
+    columns = ("target", "precision", "p50 us", "p99 us", "tokens/s", "speed", "size")
+    terminal.table(columns, rows, f"{steps} calls of {results[0]['tokens_per_call']} tokens on {results[0]['batch']} lanes")
+    terminal.say(f"\nPeak memory of this process: {bench_module.peak_rss_mb():.0f} MB")
+
+
+def build(path: Path, target: str, device: str | None, as_json: bool) -> None:
+    """Build a target into a bundle; see `nsm build --help`."""
+    terminal = Terminal(quiet=as_json)
+    with terminal.stage(f"Building {find_target(target).name}") as progress:
+        artifact = add_target(path, target, device, progress)
+    if as_json:
+        click.echo(json.dumps({"bundle": str(path), "artifacts": [asdict(artifact)]}))
+        return
+    terminal.table(PARITY_COLUMNS, [parity_row(asdict(artifact), artifact.nbytes)])
+    if artifact.parity["status"] == "not_run":
+        terminal.say(f"[yellow]{artifact.target}: NOT RUN.[/] {artifact.parity['reason']}")
+    terminal.say(f"\nAdded to {path}. Next:\n  nsm parity {path} --target {artifact.target}")
+
+
+def inspect(path: Path, as_json: bool) -> None:
+    """Describe a bundle; see `nsm inspect --help`."""
+    bundle = Bundle(path)
+    bundle.verify()
+    manifest = bundle.manifest
+    if as_json:
+        click.echo(json.dumps({"bundle": str(path), "verified": True, **manifest.to_json()}))
+        return
+    terminal, spec = Terminal(), manifest.spec
+    terminal.say(
+        f"{path}: {manifest.model['class']}, {manifest.model['parameters']:,} parameters, fingerprint "
+        f"{manifest.fingerprint[:12]}; {spec.batch} lanes, chunks of {spec.chunk_size} tokens; all files verified"
+    )
+    terminal.say(f"made {manifest.created} by: {manifest.command}")
+    terminal.say("with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) + "\n")
+    for entry in spec.entries:
+        tensors = [("input", item) for item in entry.inputs] + [("output", item) for item in entry.outputs]
+        rows = [[kind, item.name, item.dtype, str(list(item.shape)), _range(item)] for kind, item in tensors]
+        terminal.table(("", "name", "dtype", "shape", "values"), rows, f"Entry {entry.name}")
+    states = [[s.name, s.dtype, str(list(s.shape)), s.init, s.past, s.present] for s in spec.states]
+    title = f"\nStates, {size(spec.state_nbytes)} in all"
+    terminal.table(("name", "dtype", "shape", "starts from", "input", "output"), states, title)
+    rows = [parity_row(asdict(artifact), artifact.nbytes) for artifact in manifest.artifacts]
+    terminal.table(PARITY_COLUMNS, rows, "\nArtifacts")
+    for artifact in manifest.artifacts:
+        for note in artifact.notes:
+            terminal.say(f"{artifact.target}: {note}")
+
+
+def doctor(as_json: bool) -> None:
+    """Examine the installation; see `nsm doctor --help`."""
+    findings = doctor_module.examine()
+    if as_json:
+        click.echo(json.dumps({"findings": [asdict(item) for item in findings], "targets": doctor_module.usable()}))
+        return
+    rows = [
+        [item.piece, item.found or "[yellow]missing[/]", item.purpose, "" if item.found else item.mend] for item in findings
+    ]
+    Terminal().table(("piece", "found", "for", "to get it"), rows)
+
+
+def run(path: Path, target: str | None, data: Path | None, output: Path | None, force: bool, as_json: bool) -> None:
+    """Feed sequences; see `nsm run --help`."""
+    terminal = Terminal(quiet=as_json)
+    if output is not None and output.exists() and not force:
+        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
+    bundle = Bundle(path)
+    with open_bundle(bundle, target) as session:
+        sequences = _recorded(bundle) if data is None else read_sequences(data)
+        results: dict[str, Array] = {}
+        summaries: list[dict[str, Any]] = []
+        with terminal.stage(f"Running on {session.target}") as progress:
+            for index, sequence in enumerate(sequences):
+                outputs = _feed(session, sequence)
+                for name, value in outputs.items():
+                    results[f"{index}/{name}"] = value
+                    summaries.append(
+                        {"sequence": index, "tokens": len(value), "output": name, "last": int(value[-1].argmax())}
+                    )
+                progress(index + 1, len(sequences))
+    if output is not None:
+        with output.open("wb") as file:
+            np.savez(file, allow_pickle=False, **dict(results))
+    if as_json:
+        click.echo(json.dumps({"target": session.target, "output": output and str(output), "sequences": summaries}))
+        return
+    rows = [[str(s["sequence"]), f"{s['tokens']:,}", str(s["last"])] for s in summaries]
+    terminal.table(("sequence", "tokens", "argmax of the last output"), rows)
+    terminal.say(f"\nWrote {output}." if output else "\nGive --output FILE.npz to keep the outputs.")
+
+
+def _feed(session: Session, sequence: Array) -> dict[str, Array]:
+    """One sequence on lane 0, from a fresh state; the other lanes idle."""
+    spec = session.spec.entry("step").inputs[0]
+    length = spec.shape[1]
+    session.reset()
+    pieces: dict[str, list[Array]] = {}
+    for start in range(0, len(sequence), length):
+        run = sequence[start : start + length]
+        tokens = np.zeros(spec.shape, run.dtype)
+        if tokens[0].shape[1:] != run.shape[1:]:
+            raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
+        tokens[0, : len(run)] = run
+        valid = np.zeros(session.batch, np.int64)
+        valid[0] = len(run)
+        for name, value in session.step(tokens, valid).items():
+            pieces.setdefault(name, []).append(value[0, : len(run)])
+    return {name: np.concatenate(parts) for name, parts in pieces.items()}
+
+
+def _recorded(bundle: Bundle) -> list[Array]:
+    """The golden sequences, without padding."""
+    inputs = dict(bundle.trace().inputs)
+    inputs.pop(VALID)
+    (tokens,) = inputs.values()
+    return [stream.reshape(-1, *stream.shape[2:]) for stream in tokens]
+
+
+def _lanes(bundle: Bundle) -> Array:
+    """Recorded inputs for every lane: [T, B, K, ...]."""
+    inputs = dict(bundle.trace().inputs)
+    inputs.pop(VALID)
+    (tokens,) = inputs.values()
+    lanes = np.resize(np.arange(len(tokens)), bundle.manifest.spec.batch)
+    return np.ascontiguousarray(np.swapaxes(tokens[lanes], 0, 1))
+
+
+def _range(item: Any) -> str:
+    return "" if item.minimum is None else f"{item.minimum} .. {item.maximum}"

@@ -1,0 +1,95 @@
+"""What a person sees: progress on stderr, tables on stdout, errors with their mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from nsm.runtimes.parity import Progress as Step
+
+_TABLE_WIDTH = 140
+
+
+class Terminal:
+    """Output of one command. With `quiet` (for --json) nothing is printed but errors.
+
+    Results go to stdout, progress and remarks to stderr, so that a pipe carries results only.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.out = Console(quiet=quiet, soft_wrap=True, highlight=False)
+        # A table that does not fit is easier to read with its lines wrapped by the terminal than with folded cells.
+        self.out.width = max(self.out.width, _TABLE_WIDTH)
+        self.err = Console(stderr=True, quiet=quiet, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Step]:
+        """A line with a bar while the block runs; the bar fills as the block reports steps."""
+        columns = (
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.err) as progress:
+            task = progress.add_task(name, total=None)
+
+            def step(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield step
+            total = progress.tasks[0].total or 1
+            progress.update(task, total=total, completed=total)
+
+    def say(self, text: str = "") -> None:
+        self.out.print(text)
+
+    def remark(self, text: str) -> None:
+        self.err.print(text)
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+        """Text columns to the left, columns whose cells start with a digit to the right."""
+        table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2))
+        for index, column in enumerate(columns):
+            cells = [row[index] for row in rows]
+            number = bool(cells) and all(cell[:1].isdigit() or cell == "-" for cell in cells)
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*row)
+        self.out.print(table)
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of ten."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def number(value: float | None) -> str:
+    """An error or exponent in three figures, a dash where there is none."""
+    return "-" if value is None else f"{value:.2e}"
+
+
+def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
+    """One line of the table that an export ends with."""
+    parity = artifact["parity"]
+    row = [artifact["target"], artifact["device"], artifact["precision"], size(nbytes), parity["status"]]
+    if parity["status"] == "not_run":
+        return [*row, "-", "-", "-"]
+    return [
+        *row,
+        number(parity["one_step"]["p99"]),
+        number(parity["free_run"]["p99"]),
+        f"{parity['argmax_agreement']:.2%}",
+    ]
+
+
+PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step", "free-run", "argmax")

@@ -1,0 +1,175 @@
+"""The main path: a checkpoint becomes a verified bundle. This is the one place where torch and the backends meet."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import platform
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, staged, write_manifest
+from nsm.errors import InputError
+from nsm.export.build import build_target, check_artifact, check_request, require_all, write_parity
+from nsm.export.onnx import OPSET, export_onnx, initial_arrays
+from nsm.export.record import record, synthetic
+from nsm.export.sequences import read_sequences
+from nsm.models.checkpoint import Checkpoint, load_checkpoint
+from nsm.runtimes.parity import ParityReport, Progress
+from nsm.runtimes.targets import find_target
+from nsm.trace import Array, Source
+
+_PACKAGES = ("nsm", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What an export is asked for; the names are those of the command line.
+
+    Args:
+        targets: names or aliases.
+        output: the bundle to write (default: the model's name with `.nsm`, in the current directory).
+        chunk: tokens per call, a multiple of the model's chunk (default: one chunk).
+        data: sequences to check on instead of those in the checkpoint.
+        num_samples: streams of the golden trace.
+        golden_steps: its steps.
+    """
+
+    targets: Sequence[str]
+    precision: str = "fp32"
+    output: Path | None = None
+    chunk: int | None = None
+    batch: int = 1
+    opset: int = OPSET
+    device: str | None = None
+    data: Path | None = None
+    num_samples: int = 8
+    golden_steps: int = 64
+    require_parity: bool = False
+    force: bool = False
+    command: str = ""
+
+
+class Stages(Protocol):
+    """Whoever shows progress: every stage is a `with` block that may report steps."""
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]: ...
+
+
+class _Silent:
+    def stage(self, name: str) -> AbstractContextManager[Progress]:
+        return nullcontext(lambda done, total: None)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export with everything checked that can be checked without work."""
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    sequences: list[Array]
+    source: Source
+    output: Path
+
+
+def plan(model: Path, options: ExportOptions) -> Plan:
+    """Check the request and load the model.
+
+    Raises:
+        InputError and its kin: whatever is wrong with the request, the checkpoint, or the data.
+        UnsupportedError, MissingDependencyError: what this installation cannot do.
+    """
+    targets = [find_target(name) for name in dict.fromkeys(find_target(name).name for name in options.targets)]
+    check_request(targets, options.precision, options.device)
+    if options.batch < 1 or options.num_samples < 1 or options.golden_steps < 1:
+        raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
+    checkpoint = load_checkpoint(model)
+    checkpoint.model.spec(options.batch, options.chunk)
+    sequences, source = _sequences(checkpoint, options)
+    return Plan(options, checkpoint, sequences, source, options.output or Path(f"{model.stem}.nsm"))
+
+
+def export(model: Path, options: ExportOptions, stages: Stages | None = None) -> Bundle:
+    """Export a checkpoint to one bundle with one or several targets, all or nothing.
+
+    Raises:
+        The errors of `plan`; OutputExistsError; BuildError; ParityError (then the bundle lies aside as
+        `{output}.failed`).
+    """
+    return run(plan(model, options), stages or _Silent())
+
+
+def run(planned: Plan, stages: Stages) -> Bundle:
+    """Carry out a plan."""
+    options, checkpoint = planned.options, planned.checkpoint
+    reference = checkpoint.model
+    spec = reference.spec(options.batch, options.chunk)
+    with staged(planned.output, options.force) as stage:
+        (stage / GRAPHS).mkdir()
+        with stages.stage("Recording the reference") as progress:
+            trace = record(
+                reference, planned.sequences, options.golden_steps, options.chunk, planned.source, progress
+            )
+            trace.save(stage / GOLDEN)
+        with stages.stage("Exporting ONNX"):
+            export_onnx(reference, spec, stage / GRAPHS, options.opset)
+            np.savez(stage / STATE_INIT, allow_pickle=False, **_arrays(initial_arrays(reference, options.batch)))
+        artifacts: list[Artifact] = []
+        for name in dict.fromkeys(find_target(name).name for name in options.targets):
+            with stages.stage(f"Building {name}"):
+                artifacts.append(build_target(stage, spec, find_target(name), options.device))
+        manifest = Manifest(
+            spec=spec,
+            fingerprint=checkpoint.fingerprint,
+            model={
+                "class": type(reference).__name__,
+                "config": reference.config,
+                "parameters": sum(p.numel() for p in reference.parameters()),
+            },
+            artifacts=tuple(artifacts),
+            files=(),
+            versions=versions(),
+            command=options.command,
+            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        )
+        write_manifest(stage, manifest)
+        reports: list[ParityReport] = []
+        for index, artifact in enumerate(artifacts):
+            with stages.stage(f"Checking {artifact.target}") as progress:
+                artifacts[index], report = check_artifact(Bundle(stage), artifact, trace, progress)
+            reports += [] if report is None else [report]
+        write_parity(stage, reports)
+        write_manifest(stage, replace(manifest, artifacts=tuple(artifacts)))
+        require_all(artifacts, reports, options.require_parity)
+    return Bundle(planned.output)
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that had a part in it."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name.replace("_", "-"))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _sequences(checkpoint: Checkpoint, options: ExportOptions) -> tuple[list[Array], Source]:
+    if options.data is not None:
+        return read_sequences(options.data, options.num_samples), "recorded"
+    if checkpoint.golden:
+        return checkpoint.golden[: options.num_samples], "recorded"
+    length = options.golden_steps * (options.chunk or checkpoint.model.chunk_size)
+    return synthetic(checkpoint.model, options.num_samples, length), "synthetic"
+
+
+def _arrays(arrays: dict[str, Array]) -> dict[str, Any]:
+    return dict(arrays)
+
+

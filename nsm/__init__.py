@@ -1,0 +1,71 @@
+"""nsm: stateful sequence models from PyTorch to where they run, with proof over a whole stream.
+
+Names are imported when they are used: `import nsm` needs neither torch nor a backend.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from nsm.attention import HybridAttention as HybridAttention
+    from nsm.layer import NSMLayer as NSMLayer
+    from nsm.manager import StateManager as StateManager
+    from nsm.models.checkpoint import load as load
+    from nsm.models.checkpoint import save as save
+    from nsm.models.simple import SimpleNSM as SimpleNSM
+    from nsm.propagator import StatePropagator as StatePropagator
+    from nsm.router import TokenToStateRouter as TokenToStateRouter
+    from nsm.runtimes.opening import open_bundle as open  # noqa: A004
+    from nsm.runtimes.session import Session as Session
+
+__version__ = "0.1.0"
+
+# name -> (module, attribute, extra that the module needs)
+_NAMES: dict[str, tuple[str, str, str]] = {
+    "HybridAttention": ("nsm.attention", "HybridAttention", "torch"),
+    "NSMLayer": ("nsm.layer", "NSMLayer", "torch"),
+    "Session": ("nsm.runtimes.session", "Session", ""),
+    "SimpleNSM": ("nsm.models.simple", "SimpleNSM", "torch"),
+    "StateManager": ("nsm.manager", "StateManager", "torch"),
+    "StatePropagator": ("nsm.propagator", "StatePropagator", "torch"),
+    "TokenToStateRouter": ("nsm.router", "TokenToStateRouter", "torch"),
+    "load": ("nsm.models.checkpoint", "load", "torch"),
+    "open": ("nsm.runtimes.opening", "open_bundle", ""),
+    "save": ("nsm.models.checkpoint", "save", "torch"),
+}
+
+__all__ = [  # noqa: PLE0604
+    "HybridAttention",
+    "NSMLayer",
+    "Session",
+    "SimpleNSM",
+    "StateManager",
+    "StatePropagator",
+    "TokenToStateRouter",
+    "__version__",
+    "load",
+    "open",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _NAMES:
+        raise AttributeError(f"module 'nsm' has no attribute {name!r}")
+    module, attribute, extra = _NAMES[name]
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if not extra or (error.name or "").startswith("nsm"):
+            raise
+        from nsm.errors import MissingDependencyError
+
+        raise MissingDependencyError(
+            f'nsm.{name} needs {error.name}, which is not installed. Install it with: pip install "nsm[{extra}]"'
+        ) from error
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_NAMES])

@@ -1,0 +1,300 @@
+"""The bundle: a directory with a manifest, the portable graphs, each target's files, and the golden trace.
+
+    manifest.json  graphs/  openvino/ tensorrt/ ...  state_init.npz  golden.npz  parity.json
+
+A bundle is written beside its final place and renamed at the end, so a crash never leaves half of one under the
+asked name. Every payload file is recorded with size and SHA-256 and checked again when it is loaded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from nsm.errors import BundleDamagedError, BundleError, BundleVersionError, InputError, OutputExistsError, ParityError
+from nsm.spec import StepSpec
+from nsm.trace import Arrays, Trace, load_arrays
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+GRAPHS = "graphs"
+STATE_INIT = "state_init.npz"
+GOLDEN = "golden.npz"
+PARITY = "parity.json"
+FAILED_SUFFIX = ".failed"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One payload file: its path inside the bundle (with /), size in bytes, SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one target runs.
+
+    `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
+    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people.
+    """
+
+    target: str
+    device: str
+    precision: str
+    effective_precision: str
+    files: tuple[FileRecord, ...]
+    parity: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.size for record in self.files)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself."""
+
+    spec: StepSpec
+    fingerprint: str
+    model: Mapping[str, Any]
+    artifacts: tuple[Artifact, ...]
+    files: tuple[FileRecord, ...]
+    versions: Mapping[str, str]
+    command: str
+    created: str
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_json`.
+
+        Raises:
+            BundleVersionError: another format version.
+            BundleError: something is missing or of the wrong kind.
+        """
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleVersionError(
+                f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
+                "Export it again with this version, or install the nsm that wrote it."
+            )
+        try:
+            return cls(
+                spec=StepSpec.from_json(data["spec"]),
+                fingerprint=str(data["fingerprint"]),
+                model=dict(data["model"]),
+                artifacts=tuple(
+                    Artifact(
+                        **{**item, "files": tuple(map(_record, item["files"])), "notes": tuple(item["notes"])}
+                    )
+                    for item in data["artifacts"]
+                ),
+                files=tuple(map(_record, data["files"])),
+                versions=dict(data["versions"]),
+                command=str(data["command"]),
+                created=str(data["created"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise BundleError(
+                f"The manifest cannot be read ({type(error).__name__}: {error}). Was it edited by hand? "
+                "Export the bundle again."
+            ) from error
+
+
+class Bundle:
+    """A bundle on disk.
+
+    Raises:
+        InputError: there is no directory at `path`.
+        BundleError: it is no bundle, is damaged, or is of another version (exit code 6).
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise InputError(f"There is no bundle {self.path}: expected is a directory written by nsm-export.")
+        try:
+            text = (self.path / MANIFEST).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise BundleDamagedError(f"{self.path} is not a bundle: {MANIFEST} cannot be read ({error}).") from error
+        try:
+            data = json.loads(text)
+        except ValueError as error:
+            raise BundleDamagedError(f"{self.path / MANIFEST} is not JSON ({error}). Export the bundle again.") from error
+        if not isinstance(data, dict):
+            raise BundleDamagedError(f"{self.path / MANIFEST} holds no JSON object. Export the bundle again.")
+        self.manifest = Manifest.from_json(data)
+
+    def artifact(self, target: str | None = None) -> Artifact:
+        """The artifact of `target`, or the first one that can be run anywhere."""
+        artifacts = self.manifest.artifacts
+        if target is None and artifacts:
+            return next((item for item in artifacts if item.parity["status"] == "passed"), artifacts[0])
+        for item in artifacts:
+            if item.target == target:
+                return item
+        held = ", ".join(item.target for item in artifacts) or "none"
+        raise InputError(
+            f"{self.path} holds no artifact for {target!r}; it holds: {held}. "
+            f"Build it with: nsm build {self.path} --target {target}"
+        )
+
+    def verify(self, records: tuple[FileRecord, ...] | None = None) -> None:
+        """Check that files (default: all) are there with their recorded size and hash.
+
+        Raises:
+            BundleDamagedError: names the first file that is not, and what is wrong with it.
+        """
+        if records is None:
+            shared = {record.path: record for record in self.manifest.files}
+            records = tuple({**shared, **{r.path: r for a in self.manifest.artifacts for r in a.files}}.values())
+        for record in records:
+            path = self.locate(record.path)
+            if not path.is_file():
+                raise BundleDamagedError(f"{self.path} is damaged: {record.path} is missing. Export it again.")
+            size = path.stat().st_size
+            if size != record.size:
+                raise BundleDamagedError(
+                    f"{self.path} is damaged: {record.path} has {size} bytes, recorded are {record.size}. "
+                    "Copy or export it again."
+                )
+            if sha256(path) != record.sha256:
+                raise BundleDamagedError(
+                    f"{self.path} is damaged: the content of {record.path} does not have the recorded SHA-256. "
+                    "Copy or export it again."
+                )
+
+    def locate(self, relative: str) -> Path:
+        """Where a recorded file lies; a path that leads out of the bundle is refused."""
+        pure = PurePosixPath(relative)
+        path = self.path.joinpath(*pure.parts)
+        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
+            raise BundleDamagedError(f"{self.path}: the manifest names {relative!r}, which is outside the bundle.")
+        return path
+
+    def state_init(self) -> Arrays:
+        """Initial values of the states, by name, lanes included. Verified."""
+        return load_arrays(self._shared(STATE_INIT))
+
+    def trace(self) -> Trace:
+        """The golden trace. Verified."""
+        return Trace.load(self._shared(GOLDEN))
+
+    def _shared(self, name: str) -> Path:
+        records = tuple(record for record in self.manifest.files if record.path == name)
+        if not records:
+            raise BundleDamagedError(f"{self.path}: the manifest does not list {name}. Export the bundle again.")
+        self.verify(records)
+        return self.locate(name)
+
+
+@contextlib.contextmanager
+def staged(output: Path, force: bool = False) -> Iterator[Path]:
+    """A new directory beside `output` that takes its name when the block ends well.
+
+    A `ParityError` keeps it aside as `{output}.failed`, replacing an earlier one; any other error removes it.
+    An existing `output` stays in place, untouched, until the new one is complete.
+
+    Raises:
+        OutputExistsError: `output` exists and `force` is not set (before any work is done).
+        InputError: the directory cannot be made.
+    """
+    if output.exists() and not force:
+        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise OutputExistsError(
+            f"{output} exists and is not a bundle, so --force does not replace it. Move it away, or take another name."
+        )
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".partial"))
+    except OSError as error:
+        raise InputError(f"The output {output} cannot be written: {error}.") from error
+    try:
+        yield stage
+        stage.chmod(0o755)
+        for path in stage.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        _put(stage, output)
+    except ParityError:
+        _put(stage, output.with_name(output.name + FAILED_SUFFIX))
+        raise
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def staged_copy(bundle: Path) -> Iterator[Path]:
+    """A copy of a bundle to change, that takes the bundle's place when the block ends well; see `staged`.
+
+    Files are linked, not copied, where the file system can: replace a file in the stage, never write into one.
+    """
+    with staged(bundle, force=True) as stage:
+        shutil.copytree(bundle, stage, dirs_exist_ok=True, copy_function=_link)
+        yield stage
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """Write `manifest.json`, atomically; its list of shared files is filled in from what lies in the directory."""
+    names = [name for name in (STATE_INIT, GOLDEN, PARITY) if (directory / name).is_file()]
+    graphs = sorted(path.relative_to(directory).as_posix() for path in (directory / GRAPHS).rglob("*") if path.is_file())
+    manifest = replace(manifest, files=tuple(file_record(directory, name) for name in [*graphs, *names]))
+    write_json(directory / MANIFEST, manifest.to_json())
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON beside `path` and rename it, so that a reader sees the old text or the new one."""
+    temporary = path.with_name(f".{path.name}.partial")
+    temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def file_record(directory: Path, relative: str) -> FileRecord:
+    """Size and hash of a file in the bundle directory."""
+    path = directory / relative
+    return FileRecord(relative, path.stat().st_size, sha256(path))
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _record(item: Mapping[str, Any]) -> FileRecord:
+    return FileRecord(str(item["path"]), int(item["size"]), str(item["sha256"]))
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
+def _put(stage: Path, output: Path) -> None:
+    """Rename `stage` to `output`, moving an older one out of the way and then deleting it."""
+    old = stage.with_suffix(".old")
+    if output.exists():
+        os.replace(output, old)
+    try:
+        os.replace(stage, output)
+    except OSError:
+        if old.exists():
+            os.replace(old, output)
+        raise
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,99 @@
+"""The tree of errors. Every error nsm raises on purpose is an `NsmError`, and each class knows the exit code
+that the command line ends with when the error reaches it.
+
+| code | meaning                                            |
+|------|----------------------------------------------------|
+| 2    | the call or its input is wrong                     |
+| 3    | something needed is missing or unsupported         |
+| 4    | the build, or the artifact while it ran, failed    |
+| 5    | parity failed                                      |
+| 6    | a bundle is damaged or from another version        |
+
+A message says what was given, what was expected, and what to do.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+class NsmError(Exception):
+    """Root of the tree; never raised itself."""
+
+    exit_code = 1
+
+
+class InputError(NsmError):
+    """An argument or an input tensor is not what the call accepts."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A model or layer was asked for with sizes or options that do not fit together."""
+
+
+class CheckpointError(InputError):
+    """The file is not a checkpoint written by `nsm.save`, or holds weights that cannot be used."""
+
+
+class SnapshotError(InputError):
+    """The snapshot is damaged, or belongs to another model."""
+
+
+class StreamError(InputError):
+    """The call does not fit where the stream stands (for example a step after the last, partial chunk)."""
+
+
+class OutputExistsError(InputError):
+    """The output path exists and overwriting was not asked for."""
+
+
+class UnsupportedError(NsmError):
+    """What was asked for exists in general but cannot be done with this model, target, or version."""
+
+    exit_code = 3
+
+
+class MissingDependencyError(UnsupportedError):
+    """A package is not installed; the message names the extra that installs it."""
+
+
+class DeviceUnavailableError(UnsupportedError):
+    """The artifact is in order, but the hardware it was built for is not in this machine."""
+
+
+class BuildError(NsmError):
+    """A converter or builder failed. `log` is the kept log of the builder, if it wrote one."""
+
+    exit_code = 4
+
+    def __init__(self, message: str, log: Path | None = None) -> None:
+        super().__init__(message if log is None else f"{message}\nThe builder's log: {log}")
+        self.log = log
+
+
+class NonFiniteError(NsmError):
+    """An output or state became NaN or infinite while a stream ran; the lane can be reset."""
+
+    exit_code = 4
+
+
+class ParityError(NsmError):
+    """The artifact is not the reference model within its budget."""
+
+    exit_code = 5
+
+
+class BundleError(NsmError):
+    """The bundle cannot be read."""
+
+    exit_code = 6
+
+
+class BundleDamagedError(BundleError):
+    """A payload file is missing, truncated, or does not have the recorded hash."""
+
+
+class BundleVersionError(BundleError):
+    """The bundle was written in another format version."""

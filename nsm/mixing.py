@@ -1,0 +1,53 @@
+"""LocalMixing: a short causal depthwise convolution, the first thing a layer does with its tokens."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+
+class LocalMixing(nn.Module):
+    """SiLU(depthwise causal convolution) over the tokens; its tail, the last `width` - 1 inputs, is state.
+
+    It lets a token see its immediate neighbours before it decides what to read and to write, which binding a
+    key to the value that follows it depends on.
+    """
+
+    def __init__(self, dim: int, width: int = 4) -> None:
+        super().__init__()
+        self.width = width
+        kernel = torch.zeros(dim, 1, width)
+        kernel[:, 0, -1] = 1.0
+        kernel[:, 0, -2] = 0.5
+        self.kernel = nn.Parameter(kernel)
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, tokens: Tensor, tail: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Mix a run of tokens.
+
+        Args:
+            tokens: [B, T, d].
+            tail: [B, width - 1, d], the inputs just before; zeros at the start of a stream.
+            valid: [B], how many of the tokens count.
+
+        Returns:
+            mixed [B, T, d], and the tail after the valid tokens.
+        """
+        joined = torch.cat([tail, tokens], 1)
+        mixed = functional.conv1d(joined.transpose(1, 2), self.kernel, self.bias, groups=tokens.shape[-1])
+        return functional.silu(mixed.transpose(1, 2)), last_rows(joined, valid, self.width - 1)
+
+
+def last_rows(joined: Tensor, valid: Tensor, count: int) -> Tensor:
+    """The `count` rows that end with the last valid token of each lane.
+
+    Args:
+        joined: [B, count + T, d]: `count` carried rows, then T new ones.
+        valid: [B], how many of the new rows count; with 0 the carried rows come back.
+
+    Returns:
+        [B, count, d].
+    """
+    rows = valid[:, None] + torch.arange(count, device=joined.device)
+    return torch.gather(joined, 1, rows.unsqueeze(-1).expand(-1, -1, joined.shape[-1]))

@@ -1,0 +1,161 @@
+"""Checkpoints: config, weights and sample sequences in one file, loaded with weights only."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+
+from nsm.errors import CheckpointError, InputError
+from nsm.models.simple import SimpleNSM
+from nsm.models.stream import StreamModel
+
+FORMAT = "nsm-checkpoint"
+VERSION = 1
+MODELS: dict[str, type[SimpleNSM]] = {"SimpleNSM": SimpleNSM}
+
+# Of the samples given to `save`, at most so many become golden sequences; the others are for calibration.
+MAX_GOLDEN = 8
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What is in a `.pt`: the model in eval mode, and two disjoint lists of sequences, [T] or [T, input_dim] each.
+
+    `fingerprint` is a hash of the config and the weights: two files with the same one hold the same model.
+    """
+
+    model: SimpleNSM
+    golden: list[NDArray[Any]]
+    calibration: list[NDArray[Any]]
+    fingerprint: str
+
+
+def save(model: SimpleNSM, path: str | os.PathLike[str], samples: Sequence[ArrayLike] | None = None) -> None:
+    """Write a checkpoint, atomically.
+
+    Args:
+        model: the trained model.
+        path: usually `something.pt`.
+        samples: real sequences of tokens, [T] ids or [T, input_dim] vectors each (an array [N, T] will do). Up
+            to 8, spread over the list, are kept as golden sequences that every export is checked on; the others
+            are kept for calibration. Without samples, exports are checked on made-up tokens, and say so.
+
+    Raises:
+        InputError: a model of another kind, or samples the model does not take.
+    """
+    name = type(model).__name__
+    if MODELS.get(name) is not type(model):
+        raise InputError(f"nsm.save writes {', '.join(MODELS)}; given {name}.")
+    sequences = [_checked_sample(model, index, sample) for index, sample in enumerate(() if samples is None else samples)]
+    golden_ids = set(np.linspace(0, len(sequences) - 1, min(MAX_GOLDEN, (len(sequences) + 1) // 2)).astype(int))
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": name,
+        "config": model.config,
+        "weights": model.state_dict(),
+        "golden": [item for index, item in enumerate(sequences) if index in golden_ids],
+        "calibration": [item for index, item in enumerate(sequences) if index not in golden_ids],
+    }
+    target = Path(path)
+    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save(content, file)
+        os.replace(temporary, target)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def load(path: str | os.PathLike[str]) -> SimpleNSM:
+    """The model of a checkpoint, in eval mode. See `load_checkpoint` for the errors."""
+    return load_checkpoint(path).model
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Read a checkpoint. Nothing in the file is ever executed.
+
+    Raises:
+        CheckpointError: not a checkpoint, a pickled module, a newer version, weights that do not fit the config
+            or are not finite.
+    """
+    content = _read(Path(path))
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        what = f"a {type(content).__name__}" if not isinstance(content, dict) else "a dictionary without our format tag"
+        raise CheckpointError(
+            f"{path} is not a checkpoint written by nsm.save: it holds {what}. "
+            "A bare state_dict has no config; build the model, load the weights into it, and call nsm.save(model, path)."
+        )
+    if content.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} has checkpoint version {content.get('version')!r}; this nsm reads version {VERSION}. "
+            "Save it again with this version, or install the nsm that wrote it."
+        )
+    try:
+        model = MODELS[content["model"]](**content["config"])
+        model.load_state_dict(content["weights"])
+        golden, calibration = ([item.numpy() for item in content[key]] for key in ("golden", "calibration"))
+    except (KeyError, TypeError, AttributeError, RuntimeError, InputError) as error:
+        raise CheckpointError(
+            f"{path} is tagged as a checkpoint, but its config and weights do not make a model: {error}"
+        ) from error
+    for name, tensor in model.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            count = int((~torch.isfinite(tensor)).sum())
+            raise CheckpointError(
+                f"{path}: {count} of the {tensor.numel()} numbers in {name} are NaN or infinite. "
+                "Training diverged; go back to an earlier checkpoint."
+            )
+    return Checkpoint(model.eval(), golden, calibration, fingerprint(model))
+
+
+def fingerprint(model: StreamModel) -> str:
+    """SHA-256 over the names, dtypes, shapes and bytes of the weights and the sizes in the spec."""
+    digest = hashlib.sha256(repr(model.spec()).encode())
+    for name, tensor in sorted(model.state_dict().items()):
+        array = tensor.detach().cpu().contiguous().numpy()
+        digest.update(f"{name} {array.dtype} {array.shape}".encode())
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"There is no file {path}.") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} was refused: it holds pickled Python objects (a whole module, perhaps), and loading those would "
+            "run code from the file; or it is no PyTorch file at all. Load it yourself where you trust it, and write "
+            "config and weights with nsm.save(model, path)."
+        ) from error
+    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as a PyTorch file ({type(error).__name__}). It is damaged, or something else; "
+            "expected is a .pt written by nsm.save."
+        ) from error
+
+
+def _checked_sample(model: StreamModel, index: int, sample: ArrayLike) -> torch.Tensor:
+    spec = model.token_spec
+    array = np.asarray(sample)
+    try:
+        if array.dtype.kind not in ("iu" if spec.dtype == "int64" else "f"):
+            raise InputError(f"its dtype is {array.dtype}, the model takes {spec.dtype}.")
+        tensor = torch.from_numpy(array.astype(spec.dtype))
+        model._check_tokens(tensor.unsqueeze(0))
+    except InputError as error:
+        raise InputError(f"samples[{index}] is not a sequence for this model: {error}") from error
+    return tensor

@@ -1,0 +1,124 @@
+"""Golden traces: recorded sequences with what the reference answered, output by output and state by state."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsm.errors import BundleDamagedError
+
+Array = NDArray[Any]
+Arrays = dict[str, Array]
+Source = Literal["recorded", "synthetic"]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """N streams of T steps each, all from the initial state and without a reset.
+
+    Args:
+        inputs: by input name, [N, T, ...]: what one lane was given at each step.
+        outputs: by output name, [N, T, P, ...]: what the reference answered, at the token positions `positions`.
+        positions: [P], which tokens of a call the outputs are kept for (all of them, unless that were too large).
+        sampled: [n], the steps for which the full states are kept, ascending.
+        before, after: by state name, [M, n, ...]: the reference's states around each sampled step, for the
+            first M <= N streams.
+        fingerprint: of the model that was recorded.
+        source: whether the sequences are real ("recorded") or made up ("synthetic").
+        floor: what the reference's own fp32 rounding does to it: the largest free-run error of its outputs
+            against the same model in fp64.
+    """
+
+    inputs: Mapping[str, Array]
+    outputs: Mapping[str, Array]
+    positions: Array
+    sampled: Array
+    before: Mapping[str, Array]
+    after: Mapping[str, Array]
+    fingerprint: str
+    source: Source
+    floor: float
+
+    @property
+    def streams(self) -> int:
+        return int(next(iter(self.inputs.values())).shape[0])
+
+    @property
+    def steps(self) -> int:
+        return int(next(iter(self.inputs.values())).shape[1])
+
+    @property
+    def state_streams(self) -> int:
+        """M, the streams whose states were kept."""
+        return int(next(iter(self.before.values())).shape[0])
+
+    def first(self, steps: int) -> Trace:
+        """The same streams, cut after `steps` steps."""
+        kept = self.sampled < steps
+        return Trace(
+            {name: value[:, :steps] for name, value in self.inputs.items()},
+            {name: value[:, :steps] for name, value in self.outputs.items()},
+            self.positions,
+            self.sampled[kept],
+            {name: value[:, kept] for name, value in self.before.items()},
+            {name: value[:, kept] for name, value in self.after.items()},
+            self.fingerprint,
+            self.source,
+            self.floor,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write one .npz: arrays only, no pickles."""
+        meta = {"fingerprint": self.fingerprint, "source": self.source, "floor": self.floor}
+        groups = {"inputs": self.inputs, "outputs": self.outputs, "before": self.before, "after": self.after}
+        arrays = {f"{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
+        arrays |= {"positions": self.positions, "sampled": self.sampled, "meta": np.array(json.dumps(meta))}
+        np.savez(path, allow_pickle=False, **arrays)
+
+    @classmethod
+    def load(cls, path: Path) -> Trace:
+        """Inverse of `save`.
+
+        Raises:
+            BundleDamagedError: the file is no such trace.
+        """
+        arrays = load_arrays(path)
+        groups: dict[str, Arrays] = {"inputs": {}, "outputs": {}, "before": {}, "after": {}}
+        try:
+            for key, value in arrays.items():
+                group, _, name = key.partition("/")
+                if name:
+                    groups[group][name] = value
+            meta = json.loads(str(arrays["meta"]))
+            return cls(
+                positions=arrays["positions"],
+                sampled=arrays["sampled"],
+                fingerprint=meta["fingerprint"],
+                source=meta["source"],
+                floor=float(meta["floor"]),
+                **groups,
+            )
+        except (KeyError, ValueError, TypeError) as error:
+            raise BundleDamagedError(f"{path} is not a golden trace ({error!r}). Export the bundle again.") from error
+
+
+def load_arrays(path: Path) -> Arrays:
+    """All arrays of an .npz, never unpickling.
+
+    Raises:
+        BundleDamagedError: the file is missing or is no such archive.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+        raise BundleDamagedError(
+            f"{path} cannot be read as an archive of arrays ({error}). Export the bundle again."
+        ) from error

@@ -1,0 +1,58 @@
+"""ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnxruntime as ort
+
+from nsm.errors import BuildError
+from nsm.runtimes.base import Runtime
+from nsm.runtimes.buffered import Bind, BufferedRuntime, Run
+from nsm.spec import StepSpec
+from nsm.trace import Arrays
+
+
+def load(
+    files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, optimise: bool = True
+) -> Runtime:
+    """Open the graphs of a bundle.
+
+    Args:
+        files: the `.onnx` file of each entry.
+        spec: of the model.
+        device: "cpu", the only one in the table of targets.
+        threads: threads within an operation (default: ONNX Runtime's choice, the physical cores).
+        optimise: False runs the graph as it is written.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the file.
+    """
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    level = ort.GraphOptimizationLevel
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    entries = {}
+    for name, path in files.items():
+        try:
+            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding's classes have no common base of their own
+            raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
+        entries[name] = _binder(session)
+    # The CPU provider computes in the graph's own dtypes; there is no property to read back.
+    return BufferedRuntime(spec, entries, "fp32")
+
+
+def _binder(session: ort.InferenceSession) -> Bind:
+    def bind(read: Arrays, written: Arrays) -> Run:
+        binding = session.io_binding()
+        for name, array in read.items():
+            binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        for name, array in written.items():
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+        return lambda: session.run_with_iobinding(binding)
+
+    return bind

@@ -1,0 +1,15 @@
+"""ONNX Runtime without graph optimisation: the portable graph as any other ONNX client would see it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+from nsm.runtimes import onnxruntime
+from nsm.runtimes.base import Runtime
+from nsm.spec import StepSpec
+
+
+def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:
+    """See `nsm.runtimes.onnxruntime.load`."""
+    return onnxruntime.load(files, spec, device, threads, optimise=False)

@@ -1,0 +1,406 @@
+"""Parity: is the artifact the model that was recorded, over whole streams?
+
+Two errors are measured against a golden trace. *One-step*: the target is stepped from the reference's state, so
+the error is that of one call. *Free-run*: the target lives on its own state from the first step to the last, as it
+will in the field, so the error is what rounding has become by then. Both are relative,
+
+    ||target - reference|| / max(||reference||, 0.01 * rms over the trace of ||reference||),
+
+per stream, step and tensor, for every output and every state. A comparison of nothing is a failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from nsm.errors import InputError, NonFiniteError, ParityError
+from nsm.runtimes.budgets import Budget
+from nsm.runtimes.drift import Drift, drift_exponent
+from nsm.runtimes.session import VALID, Session
+from nsm.spec import StepSpec
+from nsm.trace import Array, Arrays, Trace
+
+Progress = Callable[[int, int], None]
+"""(steps done, steps in all) of a comparison."""
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Of the worst tensor: the one with the largest 99th percentile."""
+
+    p50: float
+    p99: float
+    max: float
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the error first exceeds the budget."""
+
+    stream: int
+    step: int
+    tensor: str
+    error: float
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What a comparison found; `failures` is empty where it passed.
+
+    Errors are relative; `state_error` is per active slot of the banks (per tensor in models without one), over the
+    free run; KL is in nats. `argmax_agreement` counts every flip, `excused_flips` those within the reference's own
+    margin. `mask_mismatches` counts entries of masks and counters that differ.
+    """
+
+    target: str
+    precision: str
+    effective_precision: str
+    source: str
+    streams: int
+    steps: int
+    one_step: Quantiles
+    free_run: Quantiles
+    per_tensor: Mapping[str, Mapping[str, float]]
+    drift: Drift | None
+    state_error_p99: float
+    state_error_max: float
+    argmax_agreement: float
+    excused_flips: int
+    unexcused_flips: int
+    kl_mean: float
+    kl_p999: float
+    mask_mismatches: int
+    first_divergence: Divergence | None
+    reference_floor: float
+    budget: Budget
+    failures: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    def require(self) -> None:
+        """Raise `ParityError` unless the comparison passed."""
+        if not self.passed:
+            raise ParityError(f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + ".")
+
+    def to_json(self) -> dict[str, Any]:
+        """The report under the keys that other tools rely on; numbers that are not finite become null."""
+        drift = self.drift
+        return _finite(
+            {
+                "target": self.target,
+                "precision": self.precision,
+                "effective_precision": self.effective_precision,
+                "status": "passed" if self.passed else "failed",
+                "failures": list(self.failures),
+                "source": self.source,
+                "streams": self.streams,
+                "steps": self.steps,
+                "one_step": asdict(self.one_step),
+                "free_run": asdict(self.free_run),
+                "gain": _ratio(self.free_run.p50, self.one_step.p50),
+                "drift_exponent": None if drift is None else drift.exponent,
+                "drift_interval": None if drift is None else [drift.low, drift.high],
+                "state_error": {"p99": self.state_error_p99, "max": self.state_error_max},
+                "argmax_agreement": self.argmax_agreement,
+                "excused_flips": self.excused_flips,
+                "unexcused_flips": self.unexcused_flips,
+                "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
+                "mask_mismatches": self.mask_mismatches,
+                "first_divergence": None if self.first_divergence is None else asdict(self.first_divergence),
+                "reference_floor": self.reference_floor,
+                "per_tensor": {name: dict(values) for name, values in self.per_tensor.items()},
+                "budget": asdict(self.budget),
+            }
+        )
+
+
+def compare(trace: Trace, session: Session, budget: Budget, progress: Progress | None = None) -> ParityReport:
+    """Replay a trace on a session and report; the session's streams are reset before and after.
+
+    Args:
+        trace: recorded from the reference.
+        session: over the artifact, with any number of lanes.
+        budget: of the artifact's precision.
+        progress: called after every step.
+
+    Raises:
+        InputError: the trace is of another model or of another shape than the session takes, or is empty.
+    """
+    _check_comparable(trace, session)
+    found = _Findings(trace, session.spec)
+    free, stepped = _groups(trace.streams, session.batch), _groups(trace.state_streams, session.batch)
+    total = len(free) * trace.steps + len(stepped) * len(trace.sampled)
+    done = 0
+    try:
+        for run, groups in ((_free_run, free), (_one_step, stepped)):
+            for streams in groups:
+                for _ in run(trace, session, streams, found):
+                    done += 1
+                    if progress is not None:
+                        progress(done, total)
+    except NonFiniteError as error:
+        found.failures.append(f"the target produced NaN or infinity ({error})")
+    finally:
+        session.reset()
+    return found.report(session, budget)
+
+
+def _groups(streams: int, batch: int) -> list[Array]:
+    """The streams in groups of up to `batch`, to run side by side."""
+    return [np.arange(start, min(start + batch, streams)) for start in range(0, streams, batch)]
+
+
+def _free_run(trace: Trace, session: Session, streams: Array, found: _Findings) -> Iterator[None]:
+    """From the initial state to the last step, on the target's own state."""
+    lanes = np.resize(streams, session.batch)  # spare lanes repeat a stream, and are not looked at
+    sampled = {int(step): index for index, step in enumerate(trace.sampled)}
+    session.reset()
+    for step in range(trace.steps):
+        found.add_outputs("free_run", streams, step, _step(trace, session, lanes, step))
+        if step in sampled:
+            found.add_states("free_run", streams, sampled[step], session.read_state())
+        yield
+
+
+def _one_step(trace: Trace, session: Session, streams: Array, found: _Findings) -> Iterator[None]:
+    """One step from each sampled state of the reference."""
+    lanes = np.resize(streams, session.batch)
+    for index, step in enumerate(trace.sampled):
+        session.load_state({name: value[lanes, index] for name, value in trace.before.items()})
+        found.add_outputs("one_step", streams, int(step), _step(trace, session, lanes, int(step)))
+        found.add_states("one_step", streams, index, session.read_state())
+        yield
+
+
+def _step(trace: Trace, session: Session, lanes: Array, step: int) -> Arrays:
+    inputs = {name: value[lanes, step] for name, value in trace.inputs.items()}
+    valid = inputs.pop(VALID, None)
+    (tokens,) = inputs.values()
+    return session.step(tokens, valid)
+
+
+class _Findings:
+    """Errors by kind ("one_step", "free_run") and tensor, as [stream, step] arrays that start as NaN."""
+
+    def __init__(self, trace: Trace, spec: StepSpec) -> None:
+        self.trace = trace
+        self.failures: list[str] = []
+        self.exact = [s.name for s in spec.states if s.numpy_dtype.kind != "f"]
+        self.inexact = [s.name for s in spec.states if s.numpy_dtype.kind == "f"]
+        self.masks = {s.name: s.name.rsplit(".", 1)[0] + ".mask" for s in spec.states if s.name.endswith(".bank")}
+        self.floors = {name: 0.01 * _rms_norm(value) for name, value in (trace.outputs | trace.after).items()}
+        shape = (trace.streams, trace.steps)
+        self.errors = {
+            kind: {name: np.full(shape, np.nan) for name in (*trace.outputs, *self.inexact)}
+            for kind in ("one_step", "free_run")
+        }
+        self.slots: list[Array] = []
+        self.kl: list[Array] = []
+        self.flips: list[Array] = []
+        self.margins: list[Array] = []
+        self.mismatches = 0
+        self.changed = False
+
+    def add_outputs(self, kind: str, streams: Array, step: int, outputs: Arrays) -> None:
+        trace = self.trace
+        for name, reference in trace.outputs.items():
+            for lane, stream in enumerate(streams):
+                kept = self._kept(stream, step)
+                wanted = reference[stream, step][kept].astype(np.float64)
+                given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
+                self.errors[kind][name][stream, step] = _error(given, wanted, self.floors[name])
+                if kind == "free_run" and wanted.size:
+                    self.kl.append(_kl(wanted, given))
+                    self.flips.append(wanted.argmax(-1) != given.argmax(-1))
+                    ordered = np.sort(wanted, -1)
+                    self.margins.append(ordered[..., -1] - ordered[..., -2] if wanted.shape[-1] > 1 else np.inf)
+
+    def add_states(self, kind: str, streams: Array, index: int, states: Arrays) -> None:
+        trace, step = self.trace, int(self.trace.sampled[index])
+        for name, reference in trace.after.items():
+            for lane, stream in enumerate(streams[streams < trace.state_streams]):
+                wanted, given = reference[stream, index], states[name][lane]
+                if name in self.exact:
+                    self.mismatches += int((wanted != given).sum())
+                    continue
+                self.errors[kind][name][stream, step] = _error(given, wanted, self.floors[name])
+                self.changed |= bool((given != trace.before[name][stream, index]).any())
+                if kind == "free_run" and name in self.masks:
+                    active = trace.after[self.masks[name]][stream, index]
+                    self.slots.append(_slot_errors(given[active], wanted[active]))
+
+    def report(self, session: Session, budget: Budget) -> ParityReport:
+        trace = self.trace
+        worst = {kind: _worst(errors) for kind, errors in self.errors.items()}
+        flips = np.concatenate(self.flips) if self.flips else np.ones(1, bool)
+        margins = np.concatenate(self.margins) if self.margins else np.zeros(1)
+        # The bound comes from the budget: one from the measured error would excuse every flip.
+        rms = max(float(np.sqrt(np.mean(np.square(v, dtype=np.float64)))) for v in trace.outputs.values())
+        excused = flips & (margins <= 2 * budget.free_run_p99 * rms)
+        kl = np.concatenate(self.kl) if self.kl else np.full(1, np.nan)
+        first_output = next(iter(trace.outputs))
+        slots = np.concatenate(self.slots) if self.slots else self._state_errors()
+        report = ParityReport(
+            target=session.target,
+            precision=budget.precision,
+            effective_precision=session.effective_precision,
+            source=trace.source,
+            streams=trace.streams,
+            steps=trace.steps,
+            one_step=worst["one_step"],
+            free_run=worst["free_run"],
+            per_tensor={
+                name: {f"{kind}_p99": _quantile(self.errors[kind][name], 0.99) for kind in self.errors}
+                for name in self.errors["free_run"]
+            },
+            drift=drift_exponent(self.errors["free_run"][first_output]),
+            state_error_p99=_quantile(slots, 0.99),
+            state_error_max=_quantile(slots, 1.0),
+            argmax_agreement=1.0 - float(flips.mean()),
+            excused_flips=int(excused.sum()),
+            unexcused_flips=int((flips & ~excused).sum()),
+            kl_mean=float(kl.mean()),
+            kl_p999=_quantile(kl, 0.999),
+            mask_mismatches=self.mismatches,
+            first_divergence=self._first_divergence(budget),
+            reference_floor=trace.floor,
+            budget=budget,
+        )
+        failures = [*self.failures, *self._vacuous(), *_over_budget(report, len(flips))]
+        return ParityReport(**{**report.__dict__, "failures": tuple(failures)})
+
+    def _kept(self, stream: int, step: int) -> Array:
+        """Which of the recorded positions hold a token that counts."""
+        positions = self.trace.positions
+        valid = self.trace.inputs.get(VALID)
+        return np.ones(len(positions), bool) if valid is None else positions < valid[stream, step]
+
+    def _state_errors(self) -> Array:
+        values = [self.errors["free_run"][name] for name in self.inexact]
+        return np.stack(values) if values else np.full(1, np.nan)
+
+    def _vacuous(self) -> list[str]:
+        """What was not compared although it should have been."""
+        reasons = []
+        for kind, tensors in self.errors.items():
+            for name, errors in tensors.items():
+                if np.isnan(errors).all():
+                    reasons.append(f"{name} was never compared ({kind})")
+        if self.inexact and not self.changed:
+            reasons.append("no state ever changed")
+        return reasons
+
+    def _first_divergence(self, budget: Budget) -> Divergence | None:
+        candidates = [
+            Divergence(int(stream), int(step), name, float(errors[stream, step]))
+            for name, errors in self.errors["free_run"].items()
+            for stream, step in np.argwhere(errors > budget.free_run_p99)
+        ]
+        return min(candidates, key=lambda item: (item.step, item.stream), default=None)
+
+
+def _check_comparable(trace: Trace, session: Session) -> None:
+    if trace.fingerprint != session.fingerprint:
+        raise InputError("The golden trace was recorded from another model than the session runs.")
+    states = set(session.spec.state_names)
+    if set(trace.before) != states or set(trace.after) != states:
+        raise InputError(f"The trace holds other states than the model: {sorted(states ^ set(trace.after))}.")
+    outputs = {item.name for item in session.spec.entry("step").outputs}
+    if set(trace.outputs) != outputs:
+        raise InputError(f"The trace holds other outputs than the model: {sorted(outputs ^ set(trace.outputs))}.")
+    if not trace.streams or not trace.steps or not len(trace.sampled) or not len(trace.positions):
+        raise InputError("The trace is empty: there is nothing to compare. Record at least one step of one stream.")
+
+
+def _over_budget(report: ParityReport, tokens: int) -> list[str]:
+    budget = report.budget
+    allowed_agreement = 1.0 - report.unexcused_flips / tokens
+    checks = [
+        (f"one-step error p99 of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
+        (f"free-run error p99 of {report.free_run.tensor}", report.free_run.p99, budget.free_run_p99),
+        ("KL mean", report.kl_mean, budget.kl_mean),
+        ("KL p99.9", report.kl_p999, budget.kl_p999),
+    ]
+    # `not <=` instead of `>`: NaN is over every budget.
+    failures = [f"{name} is {value:.3g}, the budget {limit:.3g}" for name, value, limit in checks if not value <= limit]
+    if not allowed_agreement >= budget.agreement:
+        failures.append(
+            f"{report.unexcused_flips} of {tokens} tokens have another argmax without excuse "
+            f"(agreement {allowed_agreement:.4%}, the budget {budget.agreement:.2%})"
+        )
+    if report.mask_mismatches:
+        failures.append(f"{report.mask_mismatches} entries of masks or counters differ")
+    if report.effective_precision != report.precision:
+        failures.append(f"the backend computes in {report.effective_precision} instead of {report.precision}")
+    return failures
+
+
+def _error(given: Array, wanted: Array, floor: float) -> float:
+    """Relative error; NaN where there is nothing to compare, infinite where the target is not finite."""
+    if not wanted.size:
+        return float("nan")
+    difference = float(np.linalg.norm(given.astype(np.float64).ravel() - wanted.astype(np.float64).ravel()))
+    if not np.isfinite(difference):
+        return float("inf")
+    scale = max(float(np.linalg.norm(wanted.astype(np.float64))), floor)
+    return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
+
+
+def _slot_errors(given: Array, wanted: Array) -> Array:
+    """Per active slot, ||S - S'|| / max(||S||, 0.01 * rms of the active ones); [slots]."""
+    norms = np.linalg.norm(wanted.astype(np.float64), axis=-1)
+    scale = np.maximum(norms, 0.01 * np.sqrt(np.mean(norms**2)))
+    difference = np.linalg.norm(given.astype(np.float64) - wanted, axis=-1)
+    result: Array = np.where(difference == 0.0, 0.0, difference / np.where(scale == 0.0, np.nan, scale))
+    return np.nan_to_num(result, nan=np.inf)
+
+
+def _rms_norm(value: Array) -> float:
+    """Root mean square over streams and steps of the norm of the rest."""
+    if value.dtype.kind != "f" or not value.size:
+        return 0.0
+    flat = value.reshape(*value.shape[:2], -1).astype(np.float64)
+    return float(np.sqrt(np.mean(np.sum(flat**2, -1))))
+
+
+def _kl(reference: Array, target: Array) -> Array:
+    """KL(softmax(reference) || softmax(target)) over the last axis, in nats."""
+    log_p, log_q = _log_softmax(reference), _log_softmax(target)
+    return np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), -1), 0.0)  # rounding may leave -1e-17
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def _worst(errors: Mapping[str, Array]) -> Quantiles:
+    tensor = max(errors, key=lambda name: np.nan_to_num(_quantile(errors[name], 0.99), nan=-1.0))
+    values = errors[tensor]
+    return Quantiles(_quantile(values, 0.5), _quantile(values, 0.99), _quantile(values, 1.0), tensor)
+
+
+def _quantile(values: Array, q: float) -> float:
+    """A quantile that is one of the values (the next higher), so an infinite one does not turn into NaN."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, q, method="higher")) if known.size else float("nan")
+
+
+def _ratio(a: float, b: float) -> float | None:
+    return a / b if b else None
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

@@ -1,0 +1,139 @@
+"""The table of targets. A new one is a file (its builder and loader) and a row here."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType, ModuleType
+
+from nsm.errors import InputError, MissingDependencyError
+
+
+@dataclass(frozen=True)
+class Target:
+    """One place an artifact can run.
+
+    Args:
+        name: as in `--target`.
+        runtime: module with `load(files, spec, device, threads) -> Runtime`.
+        builder: module with `build(graphs, directory, request) -> Built`.
+        packages: import names of which one must be there, the preferred first.
+        extra: what installs one of them: `pip install "nsm[extra]"`.
+        suffix: of the file that the runtime opens, one per entry.
+        folder: where in the bundle these files lie.
+        devices: what `--device` may name.
+        summary: one line for people.
+        aliases: other names for `--target`.
+    """
+
+    name: str
+    runtime: str
+    builder: str
+    packages: tuple[str, ...]
+    extra: str
+    suffix: str
+    folder: str
+    devices: tuple[str, ...]
+    summary: str
+    aliases: tuple[str, ...] = ()
+
+    def installed(self) -> str | None:
+        """Import name of the package that would be used, None if none is installed."""
+        return next((name for name in self.packages if importlib.util.find_spec(name) is not None), None)
+
+    def require(self) -> str:
+        """Import name of the package that is used.
+
+        Raises:
+            MissingDependencyError: names the extra to install.
+        """
+        package = self.installed()
+        if package is None:
+            raise MissingDependencyError(
+                f"The target {self.name} needs the package {' or '.join(self.packages)}, which is not installed. "
+                f'Install it with: pip install "nsm[{self.extra}]"'
+            )
+        return package
+
+    def runtime_module(self) -> ModuleType:
+        self.require()
+        return importlib.import_module(self.runtime)
+
+    def builder_module(self) -> ModuleType:
+        self.require()
+        return importlib.import_module(self.builder)
+
+
+# "portable": Ampere and later; "current": the GPU in this machine; the others are compute capabilities.
+_NVIDIA = ("portable", "current", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
+
+TARGETS: Mapping[str, Target] = MappingProxyType(
+    {
+        target.name: target
+        for target in (
+            Target(
+                name="onnx",
+                runtime="nsm.runtimes.onnxruntime_plain",
+                builder="nsm.export.onnxruntime",
+                packages=("onnxruntime",),
+                extra="onnxruntime",
+                suffix=".onnx",
+                folder="graphs",
+                devices=("cpu",),
+                summary="the portable graph, run as it is written (no graph optimisation)",
+            ),
+            Target(
+                name="onnxruntime",
+                runtime="nsm.runtimes.onnxruntime",
+                builder="nsm.export.onnxruntime",
+                packages=("onnxruntime",),
+                extra="onnxruntime",
+                suffix=".onnx",
+                folder="graphs",
+                devices=("cpu",),
+                summary="ONNX Runtime on the CPU, fully optimised",
+                aliases=("ort",),
+            ),
+            Target(
+                name="openvino",
+                runtime="nsm.runtimes.openvino",
+                builder="nsm.export.openvino",
+                packages=("openvino",),
+                extra="openvino",
+                suffix=".xml",
+                folder="openvino",
+                devices=("cpu",),
+                summary="OpenVINO IR on the CPU",
+                aliases=("ov",),
+            ),
+            Target(
+                name="tensorrt",
+                runtime="nsm.runtimes.tensorrt",
+                builder="nsm.export.tensorrt",
+                packages=("tensorrt", "tensorrt_rtx"),
+                extra="tensorrt",
+                suffix=".engine",
+                folder="tensorrt",
+                devices=_NVIDIA,
+                summary="a TensorRT engine for one kind of NVIDIA GPU",
+                aliases=("trt",),
+            ),
+        )
+    }
+)
+
+
+def find_target(name: str) -> Target:
+    """The target of that name or alias.
+
+    Raises:
+        InputError: there is none; the message lists what there is.
+    """
+    for target in TARGETS.values():
+        if name.lower() in (target.name, *target.aliases):
+            return target
+    known = ", ".join(f"{target.name} ({', '.join(target.aliases)})" if target.aliases else target.name for target in TARGETS.values())
+    raise InputError(f"There is no target {name!r}. Targets: {known}.")

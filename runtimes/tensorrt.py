@@ -1,0 +1,149 @@
+"""TensorRT (or TensorRT for RTX) on an NVIDIA GPU: state in two sets of device buffers, written in turn."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError
+from nsm.runtimes.base import Runtime, State
+from nsm.runtimes.targets import find_target
+from nsm.spec import StateSpec, StepSpec, TensorSpec
+from nsm.trace import Array, Arrays
+
+
+def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:
+    """Deserialise the engines of a bundle on the current GPU.
+
+    Args:
+        files: the `.engine` file of each entry.
+        spec: of the model.
+        device: what the engine was built for; TensorRT itself refuses one that does not fit the GPU.
+        threads: has no meaning on a GPU.
+
+    Raises:
+        DeviceUnavailableError: no usable GPU in this machine, or one the engine was not built for.
+        MissingDependencyError: the CUDA bindings are not installed.
+    """
+    package = find_target("tensorrt").require()
+    try:
+        cuda: Any = importlib.import_module("cuda.bindings.runtime")
+    except ImportError as error:
+        raise MissingDependencyError(
+            'Running a TensorRT engine needs the package cuda-python. Install it with: pip install "nsm[tensorrt]"'
+        ) from error
+    status, count = cuda.cudaGetDeviceCount()
+    if int(status) != 0 or count == 0:
+        raise DeviceUnavailableError(
+            f"There is no usable NVIDIA GPU in this machine ({status.name}), so the engine was not run here."
+        )
+    return TensorRt(importlib.import_module(package), cuda, files, spec, device)
+
+
+class TensorRt:
+    """A runtime over TensorRT execution contexts, one stream for all.
+
+    State stays on the device between calls; a step copies its inputs there and its outputs back.
+    """
+
+    effective_precision = "fp32"  # strongly typed and built without TF32: what the graph says
+
+    def __init__(self, trt: Any, cuda: Any, files: Mapping[str, Path], spec: StepSpec, device: str) -> None:
+        self._cuda = cuda
+        self._spec = spec
+        self._pointers: list[int] = []
+        self._stream = self._check(cuda.cudaStreamCreate())
+        self._sides = tuple({state.name: self._allocate(state) for state in spec.states} for _ in range(2))
+        self._live: State | None = None
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], list[Any]]] = {}
+        for name, path in files.items():
+            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+            if engine is None:
+                raise DeviceUnavailableError(
+                    f"TensorRT {trt.__version__} cannot load {path.name}, built for {device}, on this GPU. "
+                    "Build it here: nsm build BUNDLE --target tensorrt"
+                )
+            self._entries[name] = self._bind(engine, name)
+
+    def load_state(self, arrays: Mapping[str, Array]) -> State:
+        for spec in self._spec.states:
+            self._upload(self._sides[0][spec.name], np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
+        self._synchronize()
+        return self._handle(0)
+
+    def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        side = state.side(self)
+        host_in, host_out, pointers, contexts = self._entries[entry]
+        for name, buffer in host_in.items():
+            np.copyto(buffer, inputs[name])
+            self._upload(pointers[name], buffer)
+        if not contexts[side].execute_async_v3(int(self._stream)):
+            raise BuildError("TensorRT could not enqueue the engine; its log has the reason.")
+        for name, buffer in host_out.items():
+            self._download(buffer, pointers[name])
+        self._synchronize()
+        return {name: buffer.copy() for name, buffer in host_out.items()}, self._handle(1 - side)
+
+    def read_state(self, state: State) -> Arrays:
+        side = self._sides[state.side(self)]
+        arrays = {spec.name: np.empty(spec.shape, spec.numpy_dtype) for spec in self._spec.states}
+        for name, array in arrays.items():
+            self._download(array, side[name])
+        self._synchronize()
+        return arrays
+
+    def close(self) -> None:
+        self._entries.clear()
+        while self._pointers:
+            self._check(self._cuda.cudaFree(self._pointers.pop()))
+
+    def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], list[Any]]:
+        """Host buffers in and out, their device pointers, and a context for each direction of the state."""
+        entry = self._spec.entry(name)
+        host_in = {item.name: np.zeros(item.shape, item.numpy_dtype) for item in entry.inputs}
+        host_out = {item.name: np.zeros(item.shape, item.numpy_dtype) for item in entry.outputs}
+        pointers = {item.name: self._allocate(item) for item in (*entry.inputs, *entry.outputs)}
+        contexts = []
+        for source, target in (self._sides, self._sides[::-1]):
+            context = engine.create_execution_context()
+            for tensor, pointer in pointers.items():
+                context.set_tensor_address(tensor, pointer)
+            for state in self._spec.states:
+                context.set_tensor_address(state.past, source[state.name])
+                context.set_tensor_address(state.present, target[state.name])
+            contexts.append(context)
+        return host_in, host_out, pointers, contexts
+
+    def _allocate(self, spec: TensorSpec | StateSpec) -> int:
+        size = max(int(np.prod(spec.shape)) * spec.numpy_dtype.itemsize, 1)
+        pointer = int(self._check(self._cuda.cudaMalloc(size)))
+        self._pointers.append(pointer)
+        return pointer
+
+    def _upload(self, pointer: int, array: Array) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._check(self._cuda.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self._stream))
+
+    def _download(self, array: Array, pointer: int) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._check(self._cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self._stream))
+
+    def _synchronize(self) -> None:
+        self._check(self._cuda.cudaStreamSynchronize(self._stream))
+
+    def _check(self, result: tuple[Any, ...]) -> Any:
+        status, *values = result
+        if int(status) != 0:
+            raise BuildError(f"CUDA failed: {status.name}.")
+        return values[0] if values else None
+
+    def _handle(self, side: int) -> State:
+        if self._live is not None:
+            self._live.live = False
+        self._live = State(self, side)
+        return self._live
