@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nsm.bundle import PARITY, Artifact, Bundle, file_record, staged_copy, write_json, write_manifest
-from nsm.errors import BuildError, DeviceUnavailableError, InputError, ParityError, UnsupportedError
+from nsm.errors import DeviceUnavailableError, InputError, ParityError, UnsupportedError
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
-from nsm.runtimes.parity import ParityReport, Progress, compare
+from nsm.runtimes.parity import Progress, compare
+from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import Target, find_target
 from nsm.spec import StepSpec
 from nsm.trace import Trace
@@ -175,5 +176,3 @@ def write_parity(directory: Path, reports: list[ParityReport], merge: bool = Fal
     new = {report.target: report.to_json() for report in reports}
     results = [item for item in old if item["target"] not in new] + list(new.values())
     write_json(path, {"passed": all(item["status"] == "passed" for item in results), "results": results})
-
-

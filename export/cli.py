@@ -9,6 +9,7 @@ import functools
 import json
 import shlex
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ class _NsmCommand(click.Command):
         except NsmError as error:
             click.echo(f"Error: {error}", err=True)
             if ctx.params.get("verbose"):
-                raise
+                traceback.print_exc()
             ctx.exit(error.exit_code)
 
 
@@ -43,7 +44,8 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
     @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
     @functools.wraps(command)
-    def wrapper(*args: Any, verbose: bool, **kwargs: Any) -> None:
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        kwargs.pop("verbose")  # read by _NsmCommand
         command(*args, **kwargs)
 
     return wrapper
@@ -64,14 +66,26 @@ def main() -> None:
 
 @main.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("-t", "--target", "targets", multiple=True, required=True, metavar="T", help=_TARGET_HELP + " Repeatable.")
-@click.option("-p", "--precision", default="fp32", show_default=True, metavar="P", help="fp32; others are not built yet.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: MODEL's name .nsm]")
-@click.option("--chunk", type=int, metavar="K", help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]")
+@click.option(
+    "-t", "--target", "targets", multiple=True, required=True, metavar="T", help=_TARGET_HELP + " Repeatable."
+)
+@click.option(
+    "-p", "--precision", default="fp32", show_default=True, metavar="P", help="fp32; others are not built yet."
+)
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: MODEL's name .nsm]"
+)
+@click.option(
+    "--chunk", type=int, metavar="K", help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]"
+)
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams side by side (lanes).")
 @click.option("--opset", type=int, default=20, show_default=True, metavar="N", help="ONNX operator set.")
 @click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
-@click.option("--data", type=click.Path(path_type=Path), help="Sequences to check on: .npy, .npz or .txt.  [default: those in MODEL]")
+@click.option(
+    "--data",
+    type=click.Path(path_type=Path),
+    help="Sequences to check on: .npy, .npz or .txt.  [default: those in MODEL]",
+)
 @click.option("--num-samples", type=int, default=8, show_default=True, metavar="N", help="Streams to check on.")
 @click.option("--golden-steps", type=int, default=64, show_default=True, metavar="N", help="Calls per stream to check.")
 @click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
@@ -116,20 +130,24 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
         click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts}))
         return
     terminal.say()
-    rows = [parity_row(item, artifact.nbytes) for item, artifact in zip(artifacts, bundle.manifest.artifacts, strict=True)]
+    rows = [
+        parity_row(item, artifact.nbytes) for item, artifact in zip(artifacts, bundle.manifest.artifacts, strict=True)
+    ]
     terminal.table(PARITY_COLUMNS, rows)
     for artifact in bundle.manifest.artifacts:
         if artifact.parity["status"] == "not_run":
             checked = "the engine's inputs, outputs and states were checked against the model's"
             terminal.say(f"\n[yellow]{artifact.target}: NOT RUN.[/] {artifact.parity['reason']}")
             terminal.say(f"Instead, {checked}; {'; '.join(artifact.notes)}.")
-            terminal.say("On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}")
+            terminal.say(
+                "On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}"
+            )
     shown = next((a.target for a in bundle.manifest.artifacts if a.parity["status"] == "passed"), None)
     terminal.say(f"\nWrote {bundle.path}. Next:")
     terminal.say(f"  nsm inspect {bundle.path}")
     if shown:
         terminal.say(f"  nsm bench {bundle.path} --target {shown}")
-        terminal.say(f'  python -c "import nsm; session = nsm.open(\'{bundle.path}\', target=\'{shown}\')"')
+        terminal.say(f"  python -c \"import nsm; session = nsm.open('{bundle.path}', target='{shown}')\"")
 
 
 @main.command()
@@ -197,7 +215,9 @@ def doctor(as_json: bool) -> None:
 @main.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
-@click.option("--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the recorded ones]")
+@click.option(
+    "--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the recorded ones]"
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
 @_shared

@@ -19,7 +19,8 @@ from nsm.export.sequences import read_sequences
 from nsm.runtimes import bench as bench_module
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact, open_bundle
-from nsm.runtimes.parity import ParityReport, compare
+from nsm.runtimes.parity import compare
+from nsm.runtimes.report import ParityReport
 from nsm.runtimes.session import VALID, Session
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array
@@ -51,7 +52,9 @@ def parity(path: Path, target: str | None, steps: int | None, as_json: bool) -> 
         click.echo(json.dumps({"passed": passed, "results": results}))
     terminal.say()
     rows = [
-        parity_row({"device": bundle.artifact(r["target"]).device, "parity": r, **r}, bundle.artifact(r["target"]).nbytes)
+        parity_row(
+            {"device": bundle.artifact(r["target"]).device, "parity": r, **r}, bundle.artifact(r["target"]).nbytes
+        )
         for r in results
     ]
     terminal.table(PARITY_COLUMNS, rows)
@@ -70,7 +73,8 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
     drift = report.drift
     terminal.say(
         f"\n{report.target}: {report.streams} streams of {report.steps} steps ({report.source}); worst tensor one-step "
-        f"{report.one_step.tensor}, free-run {report.free_run.tensor}; fp32's own rounding {number(report.reference_floor)}"
+        f"{report.one_step.tensor}, free-run {report.free_run.tensor}; rounding of fp32 itself "
+        f"{number(report.reference_floor)}"
     )
     terminal.say(
         f"  bank error p99 {number(report.state_error_p99)}, KL mean {number(report.kl_mean)}, "
@@ -79,7 +83,9 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
     )
     if report.first_divergence is not None:
         first = report.first_divergence
-        terminal.say(f"  first over budget: stream {first.stream}, step {first.step}, {first.tensor} ({number(first.error)})")
+        terminal.say(
+            f"  first over budget: stream {first.stream}, step {first.step}, {first.tensor} ({number(first.error)})"
+        )
 
 
 def bench(path: Path, target: str | None, steps: int, threads: int | None, as_json: bool) -> None:
@@ -102,7 +108,7 @@ def bench(path: Path, target: str | None, steps: int, threads: int | None, as_js
         raise DeviceUnavailableError("None of the bundle's targets runs on this machine.")
     with terminal.stage("Measuring") as progress:
         latencies = bench_module.bench(sessions, steps, _lanes(bundle), progress)
-    results = [
+    results: list[dict[str, Any]] = [
         {
             "target": session.target,
             "precision": bundle.artifact(session.target).precision,
@@ -136,7 +142,9 @@ def bench(path: Path, target: str | None, steps: int, threads: int | None, as_js
     ]
     terminal.say()
     columns = ("target", "precision", "p50 us", "p99 us", "tokens/s", "speed", "size")
-    terminal.table(columns, rows, f"{steps} calls of {results[0]['tokens_per_call']} tokens on {results[0]['batch']} lanes")
+    terminal.table(
+        columns, rows, f"{steps} calls of {results[0]['tokens_per_call']} tokens on {results[0]['batch']} lanes"
+    )
     terminal.say(f"\nPeak memory of this process: {bench_module.peak_rss_mb():.0f} MB")
 
 
@@ -190,7 +198,8 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({"findings": [asdict(item) for item in findings], "targets": doctor_module.usable()}))
         return
     rows = [
-        [item.piece, item.found or "[yellow]missing[/]", item.purpose, "" if item.found else item.mend] for item in findings
+        [item.piece, item.found or "[yellow]missing[/]", item.purpose, "" if item.found else item.mend]
+        for item in findings
     ]
     Terminal().table(("piece", "found", "for", "to get it"), rows)
 
@@ -235,7 +244,9 @@ def _feed(session: Session, sequence: Array) -> dict[str, Array]:
         run = sequence[start : start + length]
         tokens = np.zeros(spec.shape, run.dtype)
         if tokens[0].shape[1:] != run.shape[1:]:
-            raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
+            raise InputError(
+                f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}."
+            )
         tokens[0, : len(run)] = run
         valid = np.zeros(session.batch, np.int64)
         valid[0] = len(run)

@@ -85,4 +85,6 @@ def _openvino_devices() -> str | None:
         return None
     openvino: Any = importlib.import_module("openvino")
     core = openvino.Core()
-    return ", ".join(f"{name} ({core.get_property(name, 'FULL_DEVICE_NAME').strip()})" for name in core.available_devices)
+    return ", ".join(
+        f"{name} ({core.get_property(name, 'FULL_DEVICE_NAME').strip()})" for name in core.available_devices
+    )

@@ -56,8 +56,10 @@ def export_onnx(model: StreamModel, spec: StepSpec, directory: Path, opset: int 
     """
     entry = spec.entry("step")
     state = model.initial_state(spec.batch)
-    tokens = torch.zeros(entry.inputs[0].shape, dtype=torch.int64 if entry.inputs[0].dtype == "int64" else torch.float32)
-    valid = torch.full(entry.inputs[1].shape, entry.inputs[1].maximum, dtype=torch.int64)
+    tokens = torch.zeros(
+        entry.inputs[0].shape, dtype=torch.int64 if entry.inputs[0].dtype == "int64" else torch.float32
+    )
+    valid = torch.full(entry.inputs[1].shape, tokens.shape[1], dtype=torch.int64)
     past = tuple(state[name].detach().clone() for name in spec.state_names)
     inputs = [*(item.name for item in entry.inputs), *(item.past for item in spec.states)]
     outputs = [*(item.name for item in entry.outputs), *(item.present for item in spec.states)]
@@ -133,9 +135,7 @@ def _strip(proto: onnx.ModelProto) -> None:
     del proto.metadata_props[:]
 
 
-def _check_interface(
-    proto: onnx.ModelProto, inputs: list[str], outputs: list[str], spec: StepSpec, opset: int
-) -> None:
+def _check_interface(proto: onnx.ModelProto, inputs: list[str], outputs: list[str], spec: StepSpec, opset: int) -> None:
     """The graph must have the declared names, in order, the declared static shapes, and standard operators only."""
     shapes = {item.past: item.shape for item in spec.states} | {item.present: item.shape for item in spec.states}
     entry = spec.entry("step")

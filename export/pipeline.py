@@ -20,7 +20,8 @@ from nsm.export.onnx import OPSET, export_onnx, initial_arrays
 from nsm.export.record import record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.models.checkpoint import Checkpoint, load_checkpoint
-from nsm.runtimes.parity import ParityReport, Progress
+from nsm.runtimes.parity import Progress
+from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array, Source
 
@@ -62,8 +63,8 @@ class Stages(Protocol):
 
 
 class _Silent:
-    def stage(self, name: str) -> AbstractContextManager[Progress]:
-        return nullcontext(lambda done, total: None)
+    def stage(self, name: str) -> AbstractContextManager[Progress]:  # noqa: ARG002
+        return nullcontext(lambda _done, _total: None)
 
 
 @dataclass(frozen=True)
@@ -112,9 +113,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
     with staged(planned.output, options.force) as stage:
         (stage / GRAPHS).mkdir()
         with stages.stage("Recording the reference") as progress:
-            trace = record(
-                reference, planned.sequences, options.golden_steps, options.chunk, planned.source, progress
-            )
+            trace = record(reference, planned.sequences, options.golden_steps, options.chunk, planned.source, progress)
             trace.save(stage / GOLDEN)
         with stages.stage("Exporting ONNX"):
             export_onnx(reference, spec, stage / GRAPHS, options.opset)
@@ -171,5 +170,3 @@ def _sequences(checkpoint: Checkpoint, options: ExportOptions) -> tuple[list[Arr
 
 def _arrays(arrays: dict[str, Array]) -> dict[str, Any]:
     return dict(arrays)
-
-

@@ -116,7 +116,7 @@ class _Log:
     def __init__(self, trt: Any) -> None:
         lines: list[str] = []
 
-        class Logger(trt.ILogger):  # type: ignore[misc, name-defined]
+        class Logger(trt.ILogger):  # type: ignore[misc]
             def __init__(self) -> None:
                 trt.ILogger.__init__(self)
 
@@ -135,5 +135,3 @@ class _Log:
         path = request.directory.parent / f"tensorrt-{device}-build.log"
         self.write(path)
         return path
-
-

@@ -36,7 +36,7 @@ _NAMES: dict[str, tuple[str, str, str]] = {
     "save": ("nsm.models.checkpoint", "save", "torch"),
 }
 
-__all__ = [  # noqa: PLE0604
+__all__ = [
     "HybridAttention",
     "NSMLayer",
     "Session",

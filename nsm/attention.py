@@ -113,7 +113,7 @@ class HybridAttention(nn.Module):
             importance: [S], logits; their log-sigmoid is added to the scores.
         """
         states = torch.where(mask.unsqueeze(-1), states, 0.0)
-        address, content = states.split([self.address_dim, self.content_dim], -1)
+        address, content = torch.split(states, [self.address_dim, self.content_dim], -1)
         query = split_heads(self.read_query(tokens), self.read_heads)
         address = split_heads(address, self.read_heads)
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -143,16 +143,17 @@ def rotary_table(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn x[..., N, e] by the angles of its N places; an odd last number stays as it is."""
     half = cos.shape[-1]
-    a, b, rest = x.split([half, half, x.shape[-1] - 2 * half], -1)
+    a, b, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], -1)
     turned = [a * cos - b * sin, a * sin + b * cos]
     return torch.cat([*turned, rest] if rest.shape[-1] else turned, -1)
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N, H * e] -> [B, H, N, e]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
 
 
 def join_heads(x: Tensor) -> Tensor:
     """[B, H, N, e] -> [B, N, H * e]."""
-    return x.transpose(1, 2).flatten(2)
+    joined: Tensor = x.transpose(1, 2).flatten(2)
+    return joined

@@ -99,9 +99,7 @@ class Manifest:
                 fingerprint=str(data["fingerprint"]),
                 model=dict(data["model"]),
                 artifacts=tuple(
-                    Artifact(
-                        **{**item, "files": tuple(map(_record, item["files"])), "notes": tuple(item["notes"])}
-                    )
+                    Artifact(**{**item, "files": tuple(map(_record, item["files"])), "notes": tuple(item["notes"])})
                     for item in data["artifacts"]
                 ),
                 files=tuple(map(_record, data["files"])),
@@ -135,7 +133,9 @@ class Bundle:
         try:
             data = json.loads(text)
         except ValueError as error:
-            raise BundleDamagedError(f"{self.path / MANIFEST} is not JSON ({error}). Export the bundle again.") from error
+            raise BundleDamagedError(
+                f"{self.path / MANIFEST} is not JSON ({error}). Export the bundle again."
+            ) from error
         if not isinstance(data, dict):
             raise BundleDamagedError(f"{self.path / MANIFEST} holds no JSON object. Export the bundle again.")
         self.manifest = Manifest.from_json(data)
@@ -252,7 +252,9 @@ def staged_copy(bundle: Path) -> Iterator[Path]:
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, atomically; its list of shared files is filled in from what lies in the directory."""
     names = [name for name in (STATE_INIT, GOLDEN, PARITY) if (directory / name).is_file()]
-    graphs = sorted(path.relative_to(directory).as_posix() for path in (directory / GRAPHS).rglob("*") if path.is_file())
+    graphs = sorted(
+        path.relative_to(directory).as_posix() for path in (directory / GRAPHS).rglob("*") if path.is_file()
+    )
     manifest = replace(manifest, files=tuple(file_record(directory, name) for name in [*graphs, *names]))
     write_json(directory / MANIFEST, manifest.to_json())
 
@@ -271,6 +273,7 @@ def file_record(directory: Path, relative: str) -> FileRecord:
 
 
 def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -142,9 +142,7 @@ class NSMLayer(nn.Module):
             )
         return state
 
-    def advance(
-        self, tokens: Tensor, state: LayerState, filled: Tensor, valid: Tensor
-    ) -> tuple[Tensor, LayerState]:
+    def advance(self, tokens: Tensor, state: LayerState, filled: Tensor, valid: Tensor) -> tuple[Tensor, LayerState]:
         """Take a run of tokens that does not reach past the end of the chunk.
 
         Args:

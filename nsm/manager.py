@@ -45,9 +45,7 @@ class StateManager(nn.Module):
                 f"given state_dim={state_dim}, max_states={max_states}."
             )
         if not 1 <= initial_states <= max_states:
-            raise ConfigError(
-                f"initial_states must be between 1 and max_states={max_states}; given {initial_states}."
-            )
+            raise ConfigError(f"initial_states must be between 1 and max_states={max_states}; given {initial_states}.")
         if not 0.0 <= prune_threshold < 1.0:
             raise ConfigError(
                 f"prune_threshold is an importance in [0, 1); given {prune_threshold}. "

@@ -95,9 +95,7 @@ class StatePropagator(nn.Module):
     def forward(self, prev: Tensor, new: Tensor, cell: None = None, mask: Tensor | None = None) -> Tensor: ...
 
     @overload
-    def forward(
-        self, prev: Tensor, new: Tensor, cell: Tensor, mask: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]: ...
+    def forward(self, prev: Tensor, new: Tensor, cell: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]: ...
 
     def forward(
         self, prev: Tensor, new: Tensor, cell: Tensor | None = None, mask: Tensor | None = None
@@ -162,4 +160,5 @@ class StatePropagator(nn.Module):
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, slots, dim)
         turned: Tensor = state + self.out(mixed)
         norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
-        return turned * (norm / (torch.linalg.vector_norm(turned, dim=-1, keepdim=True) + 1e-6))
+        kept: Tensor = turned * (norm / (torch.linalg.vector_norm(turned, dim=-1, keepdim=True) + 1e-6))
+        return kept

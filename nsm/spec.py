@@ -144,8 +144,7 @@ class StepSpec:
                     for entry in data["entries"]
                 ),
                 states=tuple(
-                    StateSpec(**{**item, "shape": tuple(int(n) for n in item["shape"])})
-                    for item in data["states"]
+                    StateSpec(**{**item, "shape": tuple(int(n) for n in item["shape"])}) for item in data["states"]
                 ),
                 chunk_size=int(data["chunk_size"]),
                 batch=int(data["batch"]),

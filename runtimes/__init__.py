@@ -2,7 +2,8 @@
 
 from nsm.runtimes.budgets import BUDGETS, Budget, find_budget
 from nsm.runtimes.opening import open_bundle
-from nsm.runtimes.parity import ParityReport, compare
+from nsm.runtimes.parity import compare
+from nsm.runtimes.report import ParityReport
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, Target, find_target
 

@@ -40,5 +40,7 @@ def find_budget(precision: str) -> Budget:
         InputError: there is none.
     """
     if precision not in BUDGETS:
-        raise InputError(f"There is no parity budget for precision {precision!r}; there is one for: {', '.join(BUDGETS)}.")
+        raise InputError(
+            f"There is no parity budget for precision {precision!r}; there is one for: {', '.join(BUDGETS)}."
+        )
     return BUDGETS[precision]

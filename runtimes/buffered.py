@@ -32,7 +32,9 @@ class BufferedRuntime:
         self.effective_precision = effective_precision
         self._states = spec.states
         self._sides = (_buffers(spec.states), _buffers(spec.states))
-        self._entries = {name: _Entry(spec.entry(name), bind, spec.states, self._sides) for name, bind in entries.items()}
+        self._entries = {
+            name: _Entry(spec.entry(name), bind, spec.states, self._sides) for name, bind in entries.items()
+        }
         self._live: State | None = None
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:

@@ -1,4 +1,4 @@
-"""The drift exponent: does the error of a free run stay where it is, or grow?"""
+"""The drift exponent: whether the error of a free run stays where it is, or grows."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Drift:
 
 
 def drift_exponent(errors: Array) -> Drift | None:
-    """p = log2(median error of the last half / median error of the quarter before it).
+    """P = log2(median error of the last half / median error of the quarter before it).
 
     Args:
         errors: [streams, steps], free-run errors.

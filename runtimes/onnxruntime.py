@@ -15,7 +15,11 @@ from nsm.trace import Arrays
 
 
 def load(
-    files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, optimise: bool = True
+    files: Mapping[str, Path],
+    spec: StepSpec,
+    device: str,  # noqa: ARG001
+    threads: int | None,
+    optimise: bool = True,
 ) -> Runtime:
     """Open the graphs of a bundle.
 

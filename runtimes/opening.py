@@ -40,9 +40,7 @@ def open_bundle(
     return open_artifact(opened, artifact, device, threads)
 
 
-def open_artifact(
-    bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None
-) -> Session:
+def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None) -> Session:
     """The session of one artifact, whose files have been verified."""
     target = find_target(artifact.target)
     load: Loader = target.runtime_module().load

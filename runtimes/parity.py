@@ -1,4 +1,4 @@
-"""Parity: is the artifact the model that was recorded, over whole streams?
+"""Parity: whether the artifact is the model that was recorded, over whole streams.
 
 Two errors are measured against a golden trace. *One-step*: the target is stepped from the reference's state, so
 the error is that of one call. *Free-run*: the target lives on its own state from the first step to the last, as it
@@ -12,113 +12,20 @@ per stream, step and tensor, for every output and every state. A comparison of n
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import numpy as np
 
-from nsm.errors import InputError, NonFiniteError, ParityError
+from nsm.errors import InputError, NonFiniteError
 from nsm.runtimes.budgets import Budget
-from nsm.runtimes.drift import Drift, drift_exponent
+from nsm.runtimes.drift import drift_exponent
+from nsm.runtimes.measures import kl_divergence, quantile, relative_error, rms_norm, slot_errors
+from nsm.runtimes.report import Divergence, ParityReport, Quantiles
 from nsm.runtimes.session import VALID, Session
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays, Trace
 
 Progress = Callable[[int, int], None]
 """(steps done, steps in all) of a comparison."""
-
-
-@dataclass(frozen=True)
-class Quantiles:
-    """Of the worst tensor: the one with the largest 99th percentile."""
-
-    p50: float
-    p99: float
-    max: float
-    tensor: str
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where the error first exceeds the budget."""
-
-    stream: int
-    step: int
-    tensor: str
-    error: float
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """What a comparison found; `failures` is empty where it passed.
-
-    Errors are relative; `state_error` is per active slot of the banks (per tensor in models without one), over the
-    free run; KL is in nats. `argmax_agreement` counts every flip, `excused_flips` those within the reference's own
-    margin. `mask_mismatches` counts entries of masks and counters that differ.
-    """
-
-    target: str
-    precision: str
-    effective_precision: str
-    source: str
-    streams: int
-    steps: int
-    one_step: Quantiles
-    free_run: Quantiles
-    per_tensor: Mapping[str, Mapping[str, float]]
-    drift: Drift | None
-    state_error_p99: float
-    state_error_max: float
-    argmax_agreement: float
-    excused_flips: int
-    unexcused_flips: int
-    kl_mean: float
-    kl_p999: float
-    mask_mismatches: int
-    first_divergence: Divergence | None
-    reference_floor: float
-    budget: Budget
-    failures: tuple[str, ...] = field(default=())
-
-    @property
-    def passed(self) -> bool:
-        return not self.failures
-
-    def require(self) -> None:
-        """Raise `ParityError` unless the comparison passed."""
-        if not self.passed:
-            raise ParityError(f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + ".")
-
-    def to_json(self) -> dict[str, Any]:
-        """The report under the keys that other tools rely on; numbers that are not finite become null."""
-        drift = self.drift
-        return _finite(
-            {
-                "target": self.target,
-                "precision": self.precision,
-                "effective_precision": self.effective_precision,
-                "status": "passed" if self.passed else "failed",
-                "failures": list(self.failures),
-                "source": self.source,
-                "streams": self.streams,
-                "steps": self.steps,
-                "one_step": asdict(self.one_step),
-                "free_run": asdict(self.free_run),
-                "gain": _ratio(self.free_run.p50, self.one_step.p50),
-                "drift_exponent": None if drift is None else drift.exponent,
-                "drift_interval": None if drift is None else [drift.low, drift.high],
-                "state_error": {"p99": self.state_error_p99, "max": self.state_error_max},
-                "argmax_agreement": self.argmax_agreement,
-                "excused_flips": self.excused_flips,
-                "unexcused_flips": self.unexcused_flips,
-                "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
-                "mask_mismatches": self.mask_mismatches,
-                "first_divergence": None if self.first_divergence is None else asdict(self.first_divergence),
-                "reference_floor": self.reference_floor,
-                "per_tensor": {name: dict(values) for name, values in self.per_tensor.items()},
-                "budget": asdict(self.budget),
-            }
-        )
 
 
 def compare(trace: Trace, session: Session, budget: Budget, progress: Progress | None = None) -> ParityReport:
@@ -195,7 +102,7 @@ class _Findings:
         self.exact = [s.name for s in spec.states if s.numpy_dtype.kind != "f"]
         self.inexact = [s.name for s in spec.states if s.numpy_dtype.kind == "f"]
         self.masks = {s.name: s.name.rsplit(".", 1)[0] + ".mask" for s in spec.states if s.name.endswith(".bank")}
-        self.floors = {name: 0.01 * _rms_norm(value) for name, value in (trace.outputs | trace.after).items()}
+        self.floors = {name: 0.01 * rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
         shape = (trace.streams, trace.steps)
         self.errors = {
             kind: {name: np.full(shape, np.nan) for name in (*trace.outputs, *self.inexact)}
@@ -215,12 +122,12 @@ class _Findings:
                 kept = self._kept(stream, step)
                 wanted = reference[stream, step][kept].astype(np.float64)
                 given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
-                self.errors[kind][name][stream, step] = _error(given, wanted, self.floors[name])
+                self.errors[kind][name][stream, step] = relative_error(given, wanted, self.floors[name])
                 if kind == "free_run" and wanted.size:
-                    self.kl.append(_kl(wanted, given))
+                    self.kl.append(kl_divergence(wanted, given))
                     self.flips.append(wanted.argmax(-1) != given.argmax(-1))
                     ordered = np.sort(wanted, -1)
-                    self.margins.append(ordered[..., -1] - ordered[..., -2] if wanted.shape[-1] > 1 else np.inf)
+                    self.margins.append(ordered[..., -1] - ordered[..., -2:-1].max(-1, initial=-np.inf))
 
     def add_states(self, kind: str, streams: Array, index: int, states: Arrays) -> None:
         trace, step = self.trace, int(self.trace.sampled[index])
@@ -230,11 +137,11 @@ class _Findings:
                 if name in self.exact:
                     self.mismatches += int((wanted != given).sum())
                     continue
-                self.errors[kind][name][stream, step] = _error(given, wanted, self.floors[name])
+                self.errors[kind][name][stream, step] = relative_error(given, wanted, self.floors[name])
                 self.changed |= bool((given != trace.before[name][stream, index]).any())
                 if kind == "free_run" and name in self.masks:
                     active = trace.after[self.masks[name]][stream, index]
-                    self.slots.append(_slot_errors(given[active], wanted[active]))
+                    self.slots.append(slot_errors(given[active], wanted[active]))
 
     def report(self, session: Session, budget: Budget) -> ParityReport:
         trace = self.trace
@@ -257,17 +164,17 @@ class _Findings:
             one_step=worst["one_step"],
             free_run=worst["free_run"],
             per_tensor={
-                name: {f"{kind}_p99": _quantile(self.errors[kind][name], 0.99) for kind in self.errors}
+                name: {f"{kind}_p99": quantile(self.errors[kind][name], 0.99) for kind in self.errors}
                 for name in self.errors["free_run"]
             },
             drift=drift_exponent(self.errors["free_run"][first_output]),
-            state_error_p99=_quantile(slots, 0.99),
-            state_error_max=_quantile(slots, 1.0),
+            state_error_p99=quantile(slots, 0.99),
+            state_error_max=quantile(slots, 1.0),
             argmax_agreement=1.0 - float(flips.mean()),
             excused_flips=int(excused.sum()),
             unexcused_flips=int((flips & ~excused).sum()),
             kl_mean=float(kl.mean()),
-            kl_p999=_quantile(kl, 0.999),
+            kl_p999=quantile(kl, 0.999),
             mask_mismatches=self.mismatches,
             first_divergence=self._first_divergence(budget),
             reference_floor=trace.floor,
@@ -342,65 +249,7 @@ def _over_budget(report: ParityReport, tokens: int) -> list[str]:
     return failures
 
 
-def _error(given: Array, wanted: Array, floor: float) -> float:
-    """Relative error; NaN where there is nothing to compare, infinite where the target is not finite."""
-    if not wanted.size:
-        return float("nan")
-    difference = float(np.linalg.norm(given.astype(np.float64).ravel() - wanted.astype(np.float64).ravel()))
-    if not np.isfinite(difference):
-        return float("inf")
-    scale = max(float(np.linalg.norm(wanted.astype(np.float64))), floor)
-    return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
-
-
-def _slot_errors(given: Array, wanted: Array) -> Array:
-    """Per active slot, ||S - S'|| / max(||S||, 0.01 * rms of the active ones); [slots]."""
-    norms = np.linalg.norm(wanted.astype(np.float64), axis=-1)
-    scale = np.maximum(norms, 0.01 * np.sqrt(np.mean(norms**2)))
-    difference = np.linalg.norm(given.astype(np.float64) - wanted, axis=-1)
-    result: Array = np.where(difference == 0.0, 0.0, difference / np.where(scale == 0.0, np.nan, scale))
-    return np.nan_to_num(result, nan=np.inf)
-
-
-def _rms_norm(value: Array) -> float:
-    """Root mean square over streams and steps of the norm of the rest."""
-    if value.dtype.kind != "f" or not value.size:
-        return 0.0
-    flat = value.reshape(*value.shape[:2], -1).astype(np.float64)
-    return float(np.sqrt(np.mean(np.sum(flat**2, -1))))
-
-
-def _kl(reference: Array, target: Array) -> Array:
-    """KL(softmax(reference) || softmax(target)) over the last axis, in nats."""
-    log_p, log_q = _log_softmax(reference), _log_softmax(target)
-    return np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), -1), 0.0)  # rounding may leave -1e-17
-
-
-def _log_softmax(logits: Array) -> Array:
-    shifted = logits - logits.max(-1, keepdims=True)
-    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
-    return result
-
-
 def _worst(errors: Mapping[str, Array]) -> Quantiles:
-    tensor = max(errors, key=lambda name: np.nan_to_num(_quantile(errors[name], 0.99), nan=-1.0))
+    tensor = max(errors, key=lambda name: np.nan_to_num(quantile(errors[name], 0.99), nan=-1.0))
     values = errors[tensor]
-    return Quantiles(_quantile(values, 0.5), _quantile(values, 0.99), _quantile(values, 1.0), tensor)
-
-
-def _quantile(values: Array, q: float) -> float:
-    """A quantile that is one of the values (the next higher), so an infinite one does not turn into NaN."""
-    known = values[~np.isnan(values)]
-    return float(np.quantile(known, q, method="higher")) if known.size else float("nan")
-
-
-def _ratio(a: float, b: float) -> float | None:
-    return a / b if b else None
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value
+    return Quantiles(quantile(values, 0.5), quantile(values, 0.99), quantile(values, 1.0), tensor)

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -275,7 +276,7 @@ def _keyed(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {f"state/{name}": value for name, value in arrays.items()}
 
 
-def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, object], Array, Arrays]:
+def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, Any], Array, Arrays]:
     body = snapshot[len(_SNAPSHOT_MAGIC) :]
     if not snapshot.startswith(_SNAPSHOT_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
         raise SnapshotError(
@@ -285,5 +286,3 @@ def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, object], Array, Arrays]:
     with np.load(io.BytesIO(body[32:]), allow_pickle=False) as archive:
         arrays = {name.removeprefix("state/"): archive[name] for name in archive.files if name.startswith("state/")}
         return json.loads(str(archive["header"])), archive["ended"], arrays
-
-

@@ -135,5 +135,7 @@ def find_target(name: str) -> Target:
     for target in TARGETS.values():
         if name.lower() in (target.name, *target.aliases):
             return target
-    known = ", ".join(f"{target.name} ({', '.join(target.aliases)})" if target.aliases else target.name for target in TARGETS.values())
+    known = ", ".join(
+        f"{target.name} ({', '.join(target.aliases)})" if target.aliases else target.name for target in TARGETS.values()
+    )
     raise InputError(f"There is no target {name!r}. Targets: {known}.")

@@ -16,7 +16,7 @@ from nsm.spec import StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 
-def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:
+def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:  # noqa: ARG001
     """Deserialise the engines of a bundle on the current GPU.
 
     Args:

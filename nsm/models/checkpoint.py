@@ -56,7 +56,9 @@ def save(model: SimpleNSM, path: str | os.PathLike[str], samples: Sequence[Array
     name = type(model).__name__
     if MODELS.get(name) is not type(model):
         raise InputError(f"nsm.save writes {', '.join(MODELS)}; given {name}.")
-    sequences = [_checked_sample(model, index, sample) for index, sample in enumerate(() if samples is None else samples)]
+    sequences = [
+        _checked_sample(model, index, sample) for index, sample in enumerate(() if samples is None else samples)
+    ]
     golden_ids = set(np.linspace(0, len(sequences) - 1, min(MAX_GOLDEN, (len(sequences) + 1) // 2)).astype(int))
     content = {
         "format": FORMAT,
@@ -95,7 +97,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         what = f"a {type(content).__name__}" if not isinstance(content, dict) else "a dictionary without our format tag"
         raise CheckpointError(
             f"{path} is not a checkpoint written by nsm.save: it holds {what}. "
-            "A bare state_dict has no config; build the model, load the weights into it, and call nsm.save(model, path)."
+            "A bare state_dict has no config: build the model, load the weights into it, then nsm.save(model, path)."
         )
     if content.get("version") != VERSION:
         raise CheckpointError(

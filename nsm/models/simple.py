@@ -182,8 +182,7 @@ def _form(vocab_size: int | None, input_dim: int | None, max_seq_length: int | N
         )
     if input_dim is not None and max_seq_length is not None:
         raise ConfigError(
-            "max_seq_length belongs to the form over ids (vocab_size=...); a stream of vectors has no limit. Leave it out."
+            "max_seq_length belongs to the form over ids (vocab_size=...). "
+            "Leave it out: a stream of vectors has no limit."
         )
     return "vectors" if vocab_size is None else "ids"
-
-

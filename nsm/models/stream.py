@@ -73,9 +73,7 @@ class StreamModel(nn.Module):
                 f"Take {max(1, round(count / self.chunk_size)) * self.chunk_size}."
             )
         token = self.token_spec
-        tokens = TensorSpec(
-            "tokens", (batch, count, *token.shape), token.dtype, 1, token.minimum, token.maximum
-        )
+        tokens = TensorSpec("tokens", (batch, count, *token.shape), token.dtype, 1, token.minimum, token.maximum)
         valid = TensorSpec("valid", (batch,), "int64", None, 0, count)
         outputs = TensorSpec("outputs", (batch, count, self.output_dim), "float32", 1)
         states = [
@@ -165,7 +163,7 @@ class StreamModel(nn.Module):
             )
         if state is None:
             state = self.initial_state(batch)
-        offsets = state[OFFSET].unique().tolist()
+        offsets = sorted(set(state[OFFSET].tolist()))
         if len(offsets) != 1:
             raise StreamError(f"forward needs all lanes at the same offset in their chunk; they stand at {offsets}.")
         outputs, start, room = [], 0, self.chunk_size - int(offsets[0])
@@ -229,7 +227,11 @@ class StreamModel(nn.Module):
             raise InputError(f"The model takes {kind} of a {wanted} dtype; given {tokens.dtype}.")
         if integer and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
-            if spec.minimum is not None and spec.maximum is not None and not spec.minimum <= low <= high <= spec.maximum:
+            if (
+                spec.minimum is not None
+                and spec.maximum is not None
+                and not spec.minimum <= low <= high <= spec.maximum
+            ):
                 raise InputError(f"Token ids must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
 
 

@@ -1,0 +1,56 @@
+"""The measures of parity: small functions of what the reference and the target gave."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from nsm.trace import Array
+
+
+def relative_error(given: Array, wanted: Array, floor: float) -> float:
+    """Relative error; NaN where there is nothing to compare, infinite where the target is not finite."""
+    if not wanted.size:
+        return float("nan")
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference = float(np.linalg.norm(given.astype(np.float64).ravel() - wanted.astype(np.float64).ravel()))
+    if not np.isfinite(difference):
+        return float("inf")
+    scale = max(float(np.linalg.norm(wanted.astype(np.float64))), floor)
+    return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
+
+
+def slot_errors(given: Array, wanted: Array) -> Array:
+    """Per active slot, ||S - S'|| / max(||S||, 0.01 * rms of the active ones); [slots]."""
+    norms = np.linalg.norm(wanted.astype(np.float64), axis=-1)
+    scale = np.maximum(norms, 0.01 * np.sqrt(np.mean(norms**2)))
+    with np.errstate(invalid="ignore", divide="ignore"):  # inf - inf, 0 / 0
+        difference = np.linalg.norm(given.astype(np.float64) - wanted, axis=-1)
+        result: Array = np.where(difference == 0.0, 0.0, difference / scale)
+    return np.nan_to_num(result, nan=np.inf)
+
+
+def rms_norm(value: Array) -> float:
+    """Root mean square over streams and steps of the norm of the rest."""
+    if value.dtype.kind != "f" or not value.size:
+        return 0.0
+    flat = value.reshape(*value.shape[:2], -1).astype(np.float64)
+    return float(np.sqrt(np.mean(np.sum(flat**2, -1))))
+
+
+def kl_divergence(reference: Array, target: Array) -> Array:
+    """KL(softmax(reference) || softmax(target)) over the last axis, in nats."""
+    log_p, log_q = _log_softmax(reference), _log_softmax(target)
+    result: Array = np.maximum(np.sum(np.exp(log_p) * (log_p - log_q), -1), 0.0)  # rounding may leave -1e-17
+    return result
+
+
+def _log_softmax(logits: Array) -> Array:
+    shifted = logits - logits.max(-1, keepdims=True)
+    result: Array = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
+
+
+def quantile(values: Array, q: float) -> float:
+    """A quantile that is one of the values (the next higher), so an infinite one does not turn into NaN."""
+    known = values[~np.isnan(values)]
+    return float(np.quantile(known, q, method="higher")) if known.size else float("nan")

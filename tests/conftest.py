@@ -1,0 +1,89 @@
+"""Fixtures that several rooms share: small models, a checkpoint, and one bundle exported from it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import nsm
+from nsm.bundle import Bundle
+from nsm.export.pipeline import ExportOptions, export
+from nsm.models.simple import SimpleNSM
+
+VOCABULARY = 20
+CHUNK = 8
+
+
+def make_model(seed: int = 0, **changes: object) -> SimpleNSM:
+    """A small model over ids with random weights, in eval mode; `changes` are arguments of SimpleNSM."""
+    torch.manual_seed(seed)
+    arguments = {
+        "vocab_size": VOCABULARY,
+        "d_model": 16,
+        "num_states": 6,
+        "num_layers": 2,
+        "num_heads": 2,
+        "chunk_size": CHUNK,
+        "routing_heads": 2,
+        "output_dim": 5,
+    }
+    return SimpleNSM(**{**arguments, **changes}).eval()  # type: ignore[arg-type]
+
+
+def make_sequences(count: int, length: int, seed: int = 0) -> np.ndarray:
+    """Random ids [count, length]."""
+    return np.random.default_rng(seed).integers(0, VOCABULARY, (count, length))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def model() -> SimpleNSM:
+    return make_model()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(model: SimpleNSM, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `.pt` with samples, written by nsm.save."""
+    path = tmp_path_factory.mktemp("checkpoint") / "model.pt"
+    nsm.save(model, path, samples=make_sequences(16, 520))
+    return path
+
+
+@pytest.fixture(scope="session")
+def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle with two lanes for every target. Do not change it: take `bundle_copy` for that."""
+    output = tmp_path_factory.mktemp("bundle") / "model.nsm"
+    targets = ["onnx", "onnxruntime", "openvino", "tensorrt"]
+    export(checkpoint, ExportOptions(targets=targets, output=output, batch=2))
+    return output
+
+
+@pytest.fixture
+def bundle(exported: Path) -> Bundle:
+    return Bundle(exported)
+
+
+@pytest.fixture
+def bundle_copy(exported: Path, tmp_path: Path) -> Path:
+    """A bundle of its own for tests that damage or change one."""
+    return Path(shutil.copytree(exported, tmp_path / "copy.nsm"))
+
+
+@pytest.fixture(scope="session")
+def model_factory() -> Callable[..., SimpleNSM]:
+    return make_model
+
+
+@pytest.fixture(params=["onnx", "onnxruntime", "openvino"])
+def target(request: pytest.FixtureRequest) -> str:
+    """Every target that runs on a CPU."""
+    return str(request.param)
