@@ -70,33 +70,31 @@ def check_request(targets: list[Target], precision: str, device: str | None) -> 
             f"This version builds fp32 only; given {precision}. An artifact in lower precision needs calibration and a "
             "budget of its own, which are not there yet."
         )
+    if device is not None and not any(_knows(target, device) for target in targets):
+        known = "; ".join(f"{target.name}: {', '.join(target.devices)}" for target in targets)
+        raise InputError(f"None of the targets has a device {device!r}. Devices of {known}.")
     for target in targets:
-        pick_device(target, device)
         target.require()
 
 
-def pick_device(target: Target, device: str | None) -> str | None:
-    """The device asked for, as the target spells it.
-
-    Raises:
-        InputError: the target does not know it.
-    """
-    if device is None:
-        return None
-    if device.lower() not in target.devices:
-        raise InputError(
-            f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
-        )
-    return device.lower()
+def _knows(target: Target, device: str) -> bool:
+    return device.lower() in target.devices
 
 
 def build_target(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
     """Build one target's files in the bundle directory; its parity is not yet known.
 
+    Args:
+        directory: of the bundle, with its graphs.
+        spec: of the model.
+        target: what to build.
+        device: for which device, where the target knows it; None leaves it to the builder.
+
     Raises:
         BuildError: the converter or builder failed; its log is kept and named.
     """
-    request = Request(directory, directory / target.folder, spec, pick_device(target, device))
+    asked = device.lower() if device is not None and _knows(target, device) else None
+    request = Request(directory, directory / target.folder, spec, asked)
     built: Built = target.builder_module().build(request)
     return Artifact(
         target=target.name,

@@ -16,22 +16,24 @@ from typing import Any
 
 import click
 
-from nsm.errors import NsmError
+from nsm.errors import BuildError, NsmError
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov) or tensorrt (trt)."
 
 
 class _NsmCommand(click.Command):
-    """A command whose `NsmError`s become one message on stderr and the error's exit code."""
+    """A command whose errors become one message on stderr and the error's exit code."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except NsmError as error:
-            click.echo(f"Error: {error}", err=True)
+        except (NsmError, OSError) as error:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
-            ctx.exit(error.exit_code)
+            # What the operating system refuses (a full disk, say) is a failed build.
+            code = error.exit_code if isinstance(error, NsmError) else BuildError.exit_code
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(code)
 
 
 class _NsmGroup(click.Group):
@@ -51,7 +53,10 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
-@click.group(cls=_NsmGroup, context_settings={"help_option_names": ["-h", "--help"]})
+_HELP = {"help_option_names": ["-h", "--help"]}
+
+
+@click.group(cls=_NsmGroup, context_settings=_HELP)
 @click.version_option(package_name="nsm", prog_name="nsm")
 def main() -> None:
     """Take a stateful sequence model from PyTorch to where it runs, with proof over a whole stream.
@@ -64,7 +69,7 @@ def main() -> None:
     """
 
 
-@main.command()
+@main.command(short_help="Build a verified bundle from a checkpoint.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-t", "--target", "targets", multiple=True, required=True, metavar="T", help=_TARGET_HELP + " Repeatable."
@@ -79,7 +84,9 @@ def main() -> None:
     "--chunk", type=int, metavar="K", help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]"
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams side by side (lanes).")
-@click.option("--opset", type=int, default=20, show_default=True, metavar="N", help="ONNX operator set.")
+@click.option(
+    "--opset", type=click.IntRange(18, 23), default=20, show_default=True, metavar="N", help="ONNX operator set."
+)
 @click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
 @click.option(
     "--data",
@@ -115,8 +122,9 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     planned = pipeline.plan(model, pipeline.ExportOptions(command=command, **options))
     if planned.source == "synthetic":
         terminal.remark(
-            "[yellow]The checkpoint holds no sequences, so parity is checked on made-up tokens (synthetic). "
-            "Give real ones with --data, or with nsm.save(model, path, samples=...).[/]"
+            "The checkpoint holds no sequences, so parity is checked on made-up tokens (synthetic). "
+            "Give real ones with --data, or with nsm.save(model, path, samples=...).",
+            "yellow",
         )
     if dry_run:
         facts = {"output": str(planned.output), "source": planned.source, "streams": len(planned.sequences)}
@@ -137,7 +145,7 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     for artifact in bundle.manifest.artifacts:
         if artifact.parity["status"] == "not_run":
             checked = "the engine's inputs, outputs and states were checked against the model's"
-            terminal.say(f"\n[yellow]{artifact.target}: NOT RUN.[/] {artifact.parity['reason']}")
+            terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
             terminal.say(f"Instead, {checked}; {'; '.join(artifact.notes)}.")
             terminal.say(
                 "On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}"
@@ -150,7 +158,7 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
         terminal.say(f"  python -c \"import nsm; session = nsm.open('{bundle.path}', target='{shown}')\"")
 
 
-@main.command()
+@main.command(short_help="Verify a bundle again by replaying its golden trace.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all in the bundle]")
 @click.option("--steps", type=int, metavar="N", help="Compare only the first N steps.  [default: all recorded]")
@@ -165,7 +173,7 @@ def parity(bundle: Path, target: str | None, steps: int | None, as_json: bool) -
     commands.parity(bundle, target, steps, as_json)
 
 
-@main.command()
+@main.command(short_help="Measure a step on every target.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all that run here]")
 @click.option("--steps", type=int, default=500, show_default=True, metavar="N", help="Timed calls per target.")
@@ -178,7 +186,7 @@ def bench(bundle: Path, target: str | None, steps: int, threads: int | None, as_
     commands.bench(bundle, target, steps, threads, as_json)
 
 
-@main.command()
+@main.command(short_help="Build a target from a bundle's ONNX, without torch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", required=True, metavar="T", help=_TARGET_HELP)
 @click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
@@ -193,7 +201,7 @@ def build(bundle: Path, target: str, device: str | None, as_json: bool) -> None:
     commands.build(bundle, target, device, as_json)
 
 
-@main.command()
+@main.command(short_help="Show what is in a bundle, after verifying its files.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_shared
 def inspect(bundle: Path, as_json: bool) -> None:
@@ -203,7 +211,7 @@ def inspect(bundle: Path, as_json: bool) -> None:
     commands.inspect(bundle, as_json)
 
 
-@main.command()
+@main.command(short_help="Show what is installed and what is missing.")
 @_shared
 def doctor(as_json: bool) -> None:
     """Show what is installed, which devices are there, and what each missing piece needs."""
@@ -212,7 +220,7 @@ def doctor(as_json: bool) -> None:
     commands.doctor(as_json)
 
 
-@main.command()
+@main.command(short_help="Feed sequences to a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
 @click.option(
@@ -230,6 +238,7 @@ def run(bundle: Path, target: str | None, data: Path | None, output: Path | None
 
 def export_main() -> None:
     """Entry point of `nsm-export`: the command `nsm export` by itself."""
+    export.context_settings = _HELP
     export.main(prog_name="nsm-export")
 
 

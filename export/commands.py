@@ -158,7 +158,7 @@ def build(path: Path, target: str, device: str | None, as_json: bool) -> None:
         return
     terminal.table(PARITY_COLUMNS, [parity_row(asdict(artifact), artifact.nbytes)])
     if artifact.parity["status"] == "not_run":
-        terminal.say(f"[yellow]{artifact.target}: NOT RUN.[/] {artifact.parity['reason']}")
+        terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
     terminal.say(f"\nAdded to {path}. Next:\n  nsm parity {path} --target {artifact.target}")
 
 
@@ -197,10 +197,7 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"findings": [asdict(item) for item in findings], "targets": doctor_module.usable()}))
         return
-    rows = [
-        [item.piece, item.found or "[yellow]missing[/]", item.purpose, "" if item.found else item.mend]
-        for item in findings
-    ]
+    rows = [[item.piece, item.found or "missing", item.purpose, "" if item.found else item.mend] for item in findings]
     Terminal().table(("piece", "found", "for", "to get it"), rows)
 
 

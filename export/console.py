@@ -9,10 +9,12 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from rich.text import Text
 
 from nsm.runtimes.parity import Progress as Step
 
 _TABLE_WIDTH = 140
+_ALARMING = ("missing", "not_run", "failed")
 
 
 class Terminal:
@@ -46,21 +48,23 @@ class Terminal:
             total = progress.tasks[0].total or 1
             progress.update(task, total=total, completed=total)
 
-    def say(self, text: str = "") -> None:
-        self.out.print(text)
+    def say(self, text: str = "", style: str = "") -> None:
+        self.out.print(Text(text, style))
 
-    def remark(self, text: str) -> None:
-        self.err.print(text)
+    def remark(self, text: str, style: str = "") -> None:
+        self.err.print(Text(text, style))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-        """Text columns to the left, columns whose cells start with a digit to the right."""
-        table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False, padding=(0, 2))
+        """Text columns to the left, columns whose cells start with a digit to the right; "missing" stands out."""
+        if title is not None:
+            self.say(title, "italic")
+        table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2))
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows]
             number = bool(cells) and all(cell[:1].isdigit() or cell == "-" for cell in cells)
             table.add_column(column, justify="right" if number else "left", no_wrap=True)
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*(Text(cell, "yellow" if cell in _ALARMING else "") for cell in row))
         self.out.print(table)
 
 

@@ -6,6 +6,7 @@ Names are imported when they are used: `import nsm` needs neither torch nor a ba
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -21,6 +22,12 @@ if TYPE_CHECKING:
     from nsm.runtimes.session import Session as Session
 
 __version__ = "0.1.0"
+
+# In a checkout the folders export/ and runtimes/ lie beside this one; Python started there finds this folder before
+# the installed package, and would miss them. An installed nsm has no pyproject.toml beside it.
+_beside = Path(__file__).parent.parent
+if (_beside / "pyproject.toml").is_file() and (_beside / "runtimes").is_dir():
+    __path__.append(str(_beside))
 
 # name -> (module, attribute, extra that the module needs)
 _NAMES: dict[str, tuple[str, str, str]] = {

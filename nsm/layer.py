@@ -35,7 +35,7 @@ class NSMLayer(nn.Module):
         cell [B, S, D] for gate_type="lstm".
 
     Args:
-        routing_heads: heads of the router; one shared routing is cheapest.
+        routing_heads: heads of the router. One is cheapest; several learn sooner to keep apart what they remember.
         consolidate_every: the propagator runs every so many chunks; 0 means never (then a commit only copies).
         communication: whether active slots attend to each other when they are consolidated.
         gate_blocks: diagonal blocks of the propagator's matrices; default: blocks of at most 32 numbers.
@@ -54,7 +54,7 @@ class NSMLayer(nn.Module):
         gate_type: GateType = "gru",
         chunk_size: int = 16,
         window: int | None = None,
-        routing_heads: int = 1,
+        routing_heads: int = 4,
         consolidate_every: int = 1,
         communication: bool = False,
         gate_blocks: int | None = None,

@@ -13,6 +13,8 @@ from nsm.runtimes.buffered import Bind, BufferedRuntime, Run
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
+_PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
+
 
 def load(
     files: Mapping[str, Path],
@@ -39,15 +41,17 @@ def load(
         options.intra_op_num_threads = threads
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    entries = {}
+    entries, effective = {}, set()
     for name, path in files.items():
         try:
             session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the binding's classes have no common base of their own
             raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
+        # The CPU provider computes in the graph's own dtypes; there is no other property to read back.
+        types = {value.type for value in session.get_outputs()}
+        effective |= {precision for kind, precision in _PRECISIONS.items() if kind in types}
         entries[name] = _binder(session)
-    # The CPU provider computes in the graph's own dtypes; there is no property to read back.
-    return BufferedRuntime(spec, entries, "fp32")
+    return BufferedRuntime(spec, entries, "+".join(sorted(effective)))
 
 
 def _binder(session: ort.InferenceSession) -> Bind:

@@ -109,7 +109,7 @@ class SimpleNSM(StreamModel):
         num_heads: int | None = None,
         chunk_size: int = 16,
         window: int | None = None,
-        routing_heads: int = 1,
+        routing_heads: int = 4,
         consolidate_every: int = 1,
         communication: bool = False,
         initial_states: int | None = None,

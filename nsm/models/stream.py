@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -211,7 +213,7 @@ class StreamModel(nn.Module):
     # -- helpers -------------------------------------------------------------------------------------------------
 
     def _layers(self) -> list[NSMLayer]:
-        return list(self.layers)  # type: ignore[arg-type]
+        return cast("list[NSMLayer]", list(self.layers))
 
     def _device(self) -> torch.device:
         return self._layers()[0].manager.bank.device

@@ -1,0 +1,58 @@
+# Everything runs in a virtual environment of its own, made on first use from pyproject.toml and constraints.txt.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py runtimes/*.py)
+CODE := nsm export runtimes tests examples
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check format test-long recall clean
+
+help:  ## show this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(STAMP)  ## make the virtual environment
+
+# A strict editable install links every module, so a module that is new needs a new install: hence their list.
+MODULES := $(VENV)/modules-$(shell echo $(SOURCES) | cksum | cut -d' ' -f1)
+
+$(STAMP): pyproject.toml constraints.txt $(MODULES)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+		--editable '.[export,onnxruntime,openvino,tensorrt,examples,dev]'
+	@touch $@
+
+$(MODULES): $(BIN)/python
+	@rm -rf $(VENV)/modules-* build && touch $@
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("nsm needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+
+demo: setup  ## train on handwritten digits, export to three targets, compare (about 5 minutes on 2 cores)
+	$(BIN)/python examples/train_digits.py --output digits.pt
+	$(BIN)/nsm-export digits.pt --target onnxruntime --target openvino --target tensorrt --output digits.nsm --force
+	$(BIN)/python examples/report_digits.py digits.pt digits.nsm
+
+test: check  ## format, lint, types, and the whole test suite
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+check: setup
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/python tests/typecheck.py
+
+test-long: setup  ## the checks that CI has no time for
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+recall: setup  ## train the recall model again that the tests use (tests/data/recall.pt)
+	$(BIN)/python examples/train_recall.py --output tests/data/recall.pt
+
+format: setup  ## format the code and mend what lint can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove everything that was made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis digits.pt *.nsm *.nsm.failed
+	find $(CODE) -name __pycache__ -type d -exec rm -rf {} +

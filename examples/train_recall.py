@@ -1,0 +1,91 @@
+"""Train an NSM on a task that cannot be solved from its windows: recall what was shown long before.
+
+    python examples/train_recall.py --output recall.pt
+
+A stream of 80 tokens shows four key-value pairs among noise in its first chunk, then three chunks of noise, and asks
+for the four values in its last chunk. Pairs and questions lie at least 49 tokens apart, and two layers with windows of
+16 tokens and convolutions of 4 reach 36 tokens back. So whoever answers has kept the pairs in the bank; and with the
+bank reset before the questions the answers must fall to chance (1 in 32).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.nn import functional
+
+import nsm
+
+CHUNK, LENGTH, PAIRS = 16, 80, 4
+# Ids: 1 .. 15 noise, 16 .. 31 keys, 32 .. 63 values.
+NOISE, KEYS, VALUES, VOCABULARY = 16, 16, 32, 64
+NOT_ASKED = -100
+
+Ids = NDArray[np.int64]
+
+
+def batch(count: int, generator: np.random.Generator) -> tuple[Ids, Ids]:
+    """Streams [count, 80], and the wanted values at the questions [count, 80], NOT_ASKED elsewhere."""
+    ids = generator.integers(1, NOISE, (count, LENGTH))
+    wanted = np.full((count, LENGTH), NOT_ASKED)
+    keys = generator.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, :PAIRS] + NOISE
+    values = generator.integers(NOISE + KEYS, VOCABULARY, (count, PAIRS))
+    places = generator.permuted(np.tile(np.arange(CHUNK // 2) * 2, (count, 1)), axis=1)[:, :PAIRS]
+    rows = np.arange(count)[:, None]
+    ids[rows, places], ids[rows, places + 1] = keys, values
+    order = generator.permuted(np.tile(np.arange(PAIRS), (count, 1)), axis=1)
+    asked = LENGTH - CHUNK + np.arange(PAIRS) * (CHUNK // PAIRS)
+    ids[rows, asked], wanted[rows, asked] = keys[rows, order], values[rows, order]
+    return ids, wanted
+
+
+def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
+    """Share of the questions that were answered right."""
+    asked = wanted != NOT_ASKED
+    return float((logits.argmax(-1) == wanted)[asked].mean())
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), default="recall.pt", show_default=True)
+@click.option("--steps", default=1500, show_default=True, help="Updates of the weights.")
+@click.option("--width", default=64, show_default=True, help="d_model.")
+@click.option("--routing-heads", default=4, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+def main(output: Path, steps: int, width: int, routing_heads: int, seed: int) -> None:
+    """Train on streams made on the fly and save to OUTPUT."""
+    torch.manual_seed(seed)
+    generator = np.random.default_rng(seed)
+    model = nsm.SimpleNSM(
+        vocab_size=VOCABULARY, d_model=width, num_states=16, num_heads=4, chunk_size=CHUNK, routing_heads=routing_heads
+    )
+    optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps)
+    columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, TextColumn("recall {task.fields[recall]:.3f}")) as progress:
+        task = progress.add_task("training", total=steps, recall=0.0)
+        for _ in range(steps):
+            ids, wanted = batch(64, generator)
+            logits = model(torch.from_numpy(ids))
+            loss = functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(wanted.flatten()))
+            optimiser.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimiser.step()
+            schedule.step()
+            progress.update(task, advance=1, recall=accuracy(logits.detach().numpy(), wanted))
+    ids, wanted = batch(1000, generator)
+    with torch.no_grad():
+        found = accuracy(model.eval()(torch.from_numpy(ids)).numpy(), wanted)
+    nsm.save(model, output, samples=ids[:16])
+    click.echo(
+        f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, recall {found:.2%} of 4000 questions"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,202 @@
+"""The router: what a routing is, and that a chunk written at once is its tokens written one after the other."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+
+from nsm.errors import ConfigError
+from nsm.router import MAX_WRITE, TokenToStateRouter
+
+# state_dim, num_heads asked for, heads used: the largest divisor of num_heads that splits both halves evenly
+HEADS = [(8, 1, 1), (8, 2, 2), (8, 4, 4), (12, 4, 2), (10, 4, 1), (24, 6, 6), (7, 4, 1), (2, 4, 1), (3, 1, 1)]
+
+
+def make_router(
+    token_dim: int = 5, state_dim: int = 8, num_states: int = 6, num_heads: int = 2, seed: int = 0
+) -> TokenToStateRouter:
+    torch.manual_seed(seed)
+    return TokenToStateRouter(token_dim, state_dim, num_states, num_heads)
+
+
+def owner_of_each_number(router: TokenToStateRouter) -> Tensor:
+    """[D]: the routing head that writes this number of a slot."""
+    if router.num_heads == 1:
+        return torch.zeros(router.state_dim, dtype=torch.int64)
+    half = router.state_dim // 2
+    return torch.tensor([(number % half) // (half // router.num_heads) for number in range(router.state_dim)])
+
+
+def write_one_by_one(router: TokenToStateRouter, bank: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """slot <- (1 - w) * slot + w * value, token after token: the definition."""
+    owner = owner_of_each_number(router)
+    bank = bank.clone()
+    for lane in range(bank.shape[0]):
+        for token in range(values.shape[1]):
+            for slot in range(bank.shape[1]):
+                weight = weights[lane, owner, token, slot]
+                bank[lane, slot] = (1 - weight) * bank[lane, slot] + weight * values[lane, token]
+    return bank
+
+
+def random_write(
+    router: TokenToStateRouter, length: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A bank, weights from 0 up to the strongest that there are, and values."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (2, router.num_heads, length, router.num_states)
+    weights = torch.rand(shape, generator=generator, dtype=dtype) ** 3 * MAX_WRITE
+    weights[torch.rand(shape, generator=generator) < 0.2] = 0.0
+    weights[torch.rand(shape, generator=generator) < 0.1] = MAX_WRITE
+    bank = torch.randn(2, router.num_states, router.state_dim, generator=generator, dtype=dtype)
+    values = torch.randn(2, length, router.state_dim, generator=generator, dtype=dtype)
+    return bank, weights, values
+
+
+@pytest.mark.parametrize(("state_dim", "asked", "used"), HEADS)
+def test_heads_used_is_the_largest_divisor_that_splits_both_halves(state_dim: int, asked: int, used: int) -> None:
+    assert make_router(state_dim=state_dim, num_heads=asked).num_heads == used
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-12)])
+@pytest.mark.parametrize(("state_dim", "asked"), [pair[:2] for pair in HEADS])
+@pytest.mark.parametrize("length", [1, 2, 16])
+def test_write_is_the_tokens_one_after_the_other(
+    state_dim: int, asked: int, length: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    router = make_router(state_dim=state_dim, num_heads=asked)
+    bank, weights, values = random_write(router, length, dtype)
+    expected = write_one_by_one(router, bank, weights, values)
+    assert_close(router.write(bank, weights, values), expected, rtol=tolerance, atol=tolerance)
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 12), cuts=st.lists(st.integers(0, 12), max_size=4), seed=st.integers(0, 2**16))
+def test_any_split_of_a_run_writes_the_same_bank(length: int, cuts: list[int], seed: int) -> None:
+    router = make_router()
+    bank, weights, values = random_write(router, length, torch.float64, seed)
+    places = sorted({0, length, *(cut for cut in cuts if cut < length)})
+    pieces = bank
+    for start, end in pairwise(places):
+        pieces = router.write(pieces, weights[:, :, start:end], values[:, start:end])
+    assert_close(pieces, router.write(bank, weights, values), rtol=1e-12, atol=1e-12)
+
+
+@settings(max_examples=30, deadline=None)
+@given(length=st.integers(1, 12), seed=st.integers(0, 2**16))
+def test_write_is_non_expansive(length: int, seed: int) -> None:
+    """Two banks that differ come no further apart in any number, and an error shrinks as its slot is written."""
+    router = make_router()
+    bank, weights, values = random_write(router, length, torch.float64, seed)
+    other = bank + torch.randn(bank.shape, generator=torch.Generator().manual_seed(seed), dtype=bank.dtype)
+    before = (bank - other).abs()
+    after = (router.write(bank, weights, values) - router.write(other, weights, values)).abs()
+    assert bool((after <= before + 1e-12).all())
+    kept = (1 - weights).prod(2)[:, owner_of_each_number(router)].transpose(1, 2)
+    assert_close(after, before * kept, rtol=1e-9, atol=1e-12)
+
+
+def test_a_weight_of_zero_leaves_the_bank_bit_for_bit() -> None:
+    router = make_router()
+    bank, weights, values = random_write(router, 5, torch.float32)
+    assert torch.equal(router.write(bank, torch.zeros_like(weights), values), bank)
+
+
+def test_a_long_run_of_the_strongest_writes_stays_finite_and_ends_at_the_last_value() -> None:
+    router = make_router(num_heads=1)
+    bank, weights, values = random_write(router, 300, torch.float32)
+    written = router.write(bank, torch.full_like(weights, MAX_WRITE), values)
+    expected = values[:, -1:] + (1 - MAX_WRITE) * (values[:, -2:-1] - values[:, -1:])
+    # What the third last token left is (1 - w)^2 = 2^-20 of a value, under the tolerance.
+    assert_close(written, expected.expand_as(written), rtol=1e-5, atol=1e-5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    masks=st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=2, max_size=2),
+    scale=st.sampled_from([0.0, 1.0, 30.0]),
+    seed=st.integers(0, 2**16),
+)
+def test_a_routing_is_a_distribution_over_the_active_slots(masks: list[list[bool]], scale: float, seed: int) -> None:
+    router = make_router(seed=seed)
+    mask = torch.tensor(masks)
+    tokens = scale * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        weights, gate = router.route(tokens, mask)
+    assert weights.shape == (2, 2, 7, 6)
+    assert gate.shape == (2, 2, 7, 1)
+    assert bool((weights >= 0).all())
+    assert_close(weights.sum(-1), torch.ones(2, 2, 7))
+    assert bool((weights.movedim(-1, 1)[~mask] == 0.0).all())
+    assert bool((gate >= 0).all())
+    assert bool((gate <= MAX_WRITE).all())
+
+
+def test_the_only_active_slot_gets_everything() -> None:
+    router = make_router()
+    mask = torch.zeros(1, 6, dtype=torch.bool)
+    mask[0, 3] = True
+    weights, _ = router.route(torch.randn(1, 4, 5), mask)
+    assert torch.equal(weights, mask.float().expand(1, 2, 4, 6))
+
+
+def test_the_token_gate_never_reaches_one() -> None:
+    """However sure the gate is: log(1 - w) stays finite."""
+    router = make_router()
+    with torch.no_grad():
+        router.gate.bias.fill_(1e9)
+        _, gate = router.route(torch.randn(1, 4, 5), torch.ones(1, 6, dtype=torch.bool))
+    assert torch.equal(gate, torch.full_like(gate, 1 - 2.0**-10))
+
+
+def test_forward_writes_the_gated_routing_and_returns_the_mean_over_heads() -> None:
+    router = make_router().double()
+    tokens, bank = torch.randn(2, 7, 5).double(), torch.randn(2, 6, 8).double()
+    mask = torch.tensor([[True, False, True, True, False, True], [True] * 6])
+    routed, shown = router(tokens, bank, mask)
+    weights, gate = router.route(tokens, mask)
+    expected = write_one_by_one(router, bank, weights * gate, router.value(tokens))
+    assert_close(routed, expected, rtol=1e-10, atol=1e-12)
+    assert_close(shown, (weights[:, 0] + weights[:, 1]) / 2)
+
+
+def test_without_a_mask_every_slot_is_active() -> None:
+    router = make_router()
+    tokens, bank = torch.randn(2, 7, 5), torch.randn(2, 6, 8)
+    everything = torch.ones(2, 6, dtype=torch.bool)
+    for default, explicit in zip(router(tokens, bank), router(tokens, bank, everything), strict=True):
+        assert torch.equal(default, explicit)
+
+
+def test_masked_slots_are_neither_written_nor_felt() -> None:
+    router = make_router()
+    tokens, bank = torch.randn(2, 7, 5), torch.randn(2, 6, 8)
+    mask = torch.tensor([[True, False, True, True, False, True], [False, True, True, False, False, True]])
+    poisoned = torch.where(mask.unsqueeze(-1), bank, 1e30)
+    clean_bank, clean_weights = router(tokens, bank, mask)
+    bank_after, weights = router(tokens, poisoned, mask)
+    assert torch.equal(bank_after[mask], clean_bank[mask])
+    assert torch.equal(weights, clean_weights)
+    assert torch.equal(bank_after[~mask], poisoned[~mask])
+    assert torch.equal(clean_bank[~mask], bank[~mask])
+    assert not bool((clean_bank[mask] == bank[mask]).any())
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shown"),
+    [
+        ({"token_dim": 0}, "token_dim=0"),
+        ({"state_dim": 1}, "state_dim=1"),
+        ({"num_states": 0}, "num_states=0"),
+        ({"num_heads": 0}, "num_heads=0"),
+    ],
+)
+def test_sizes_that_make_no_router_are_refused(sizes: dict[str, int], shown: str) -> None:
+    with pytest.raises(ConfigError, match=f"A router needs .* given .*{shown}"):
+        make_router(**sizes)

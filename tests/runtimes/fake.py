@@ -1,0 +1,194 @@
+"""A runtime in plain numpy over a tiny leaky linear recurrence, honest unless told otherwise.
+
+    bank_s <- leak_s * bank_s + gain_s * x   on active slots,      y = (sum of active slots) @ HEAD + (previous x) @ TAIL
+
+Every lane is computed by itself, so nothing depends on the number of lanes and equality can be asked bit by bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from nsm.runtimes.base import State
+from nsm.runtimes.session import Session
+from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.trace import Array, Arrays, Trace
+
+CHUNK, SLOTS, WIDTH, VOCABULARY, OUTPUTS = 4, 3, 4, 11, 5
+FINGERPRINT = "f" * 64
+
+_random = np.random.default_rng(7)
+_EMBED = _random.standard_normal((VOCABULARY, WIDTH)).astype(np.float32)
+_HEAD = _random.standard_normal((WIDTH, OUTPUTS)).astype(np.float32)
+_TAIL = _random.standard_normal((WIDTH, OUTPUTS)).astype(np.float32)
+_BANK = _random.standard_normal((SLOTS, WIDTH)).astype(np.float32)
+_LEAK = np.array([[0.5], [0.999], [0.9]], np.float32)
+_GAIN = np.array([[0.5], [0.2], [0.1]], np.float32)
+
+After = Callable[[int, Arrays, Arrays, Arrays], None]
+"""(calls since the state was loaded, outputs, state after, state before): spoils outputs or the state after."""
+Loaded = Callable[[Arrays, Arrays], Arrays]
+"""(arrays to load, arrays held until now) -> what is really loaded."""
+
+
+def fake_spec(
+    batch: int = 2, tokens_per_call: int = CHUNK, valid: bool = True, vectors: bool = False, tail_axis: int = 0
+) -> StepSpec:
+    """Ids or vectors in, with or without `valid`; `tail_axis` is where the state `0.tail` has its lanes."""
+    tokens = (
+        TensorSpec("tokens", (batch, tokens_per_call, WIDTH), "float32", 1)
+        if vectors
+        else TensorSpec("tokens", (batch, tokens_per_call), "int64", 1, 0, VOCABULARY - 1)
+    )
+    counts = (TensorSpec("valid", (batch,), "int64", None, 0, tokens_per_call),) if valid else ()
+    outputs = (TensorSpec("outputs", (batch, tokens_per_call, OUTPUTS), "float32", 1),)
+    tail = (batch, WIDTH) if tail_axis == 0 else (WIDTH, batch)
+    states = (
+        StateSpec("lane.count", (batch,), "int64"),
+        StateSpec("0.bank", (batch, SLOTS, WIDTH), "float32", init="learned"),
+        StateSpec("0.mask", (batch, SLOTS), "bool", init="learned"),
+        StateSpec("0.tail", tail, "float32", batch_axis=tail_axis),
+        StateSpec("0.written", (batch, SLOTS), "float32"),  # nothing reads it
+    )
+    return StepSpec((EntrySpec("step", (tokens, *counts), outputs),), states, CHUNK, batch, "fake")
+
+
+def fake_initial(spec: StepSpec) -> Arrays:
+    """A learned bank that is not zero, and its last slot off."""
+    arrays = {state.name: np.zeros(state.shape, state.numpy_dtype) for state in spec.states}
+    arrays["0.bank"][:] = _BANK
+    arrays["0.mask"][:, :-1] = True
+    return arrays
+
+
+def fake_step(tokens: Array, valid: Array, state: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
+    """The model: outputs [B, K, OUTPUTS] (zero where not valid) and the new state, all lanes on axis 0."""
+    new = {name: value.copy() for name, value in state.items()}
+    outputs = np.zeros((*tokens.shape[:2], OUTPUTS), np.float32)
+    for lane, count in enumerate(valid):
+        bank, active = new["0.bank"][lane], new["0.mask"][lane]
+        for index in range(int(count)):
+            token = tokens[lane, index]
+            x = token if tokens.ndim == 3 else _EMBED[token]
+            bank[active] = (_LEAK * bank + _GAIN * x)[active]
+            outputs[lane, index] = bank[active].sum(0) @ _HEAD + new["0.tail"][lane] @ _TAIL
+            new["0.tail"][lane] = x
+            new["0.written"][lane][active] += 1.0
+            new["lane.count"][lane] += 1
+    return {"outputs": outputs}, new
+
+
+class FakeRuntime:
+    """The recurrence behind the Runtime protocol.
+
+    Args:
+        spec: as made by `fake_spec`.
+        after: spoils what a call gives.
+        loaded: spoils what `load_state` puts.
+        effective_precision: what the runtime claims.
+    """
+
+    def __init__(
+        self,
+        spec: StepSpec,
+        after: After | None = None,
+        loaded: Loaded | None = None,
+        effective_precision: str = "fp32",
+    ) -> None:
+        self.effective_precision = effective_precision
+        self.closed = False
+        self.calls = 0
+        self._axes = {state.name: state.batch_axis for state in spec.states}
+        self._after = after
+        self._loaded = loaded
+        self._arrays: Arrays = {}
+        self._live: State | None = None
+
+    def load_state(self, arrays: Mapping[str, Array]) -> State:
+        given = {name: np.moveaxis(arrays[name], axis, 0).copy() for name, axis in self._axes.items()}
+        self._arrays = given if self._loaded is None else self._loaded(given, self._arrays)
+        self.calls = 0
+        return self._handle()
+
+    def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        assert entry == "step"
+        state.side(self)
+        tokens = inputs["tokens"]
+        valid = inputs.get("valid", np.full(len(tokens), tokens.shape[1]))
+        before = self._arrays
+        outputs, self._arrays = fake_step(tokens, valid, before)
+        self.calls += 1
+        if self._after is not None:
+            self._after(self.calls, outputs, self._arrays, before)
+        return outputs, self._handle()
+
+    def read_state(self, state: State) -> Arrays:
+        state.side(self)
+        return {name: np.moveaxis(self._arrays[name], 0, axis).copy() for name, axis in self._axes.items()}
+
+    def close(self) -> None:
+        self.closed = True
+
+    def _handle(self) -> State:
+        if self._live is not None:
+            self._live.live = False
+        self._live = State(self, 0)
+        return self._live
+
+
+def fake_session(
+    spec: StepSpec | None = None,
+    after: After | None = None,
+    loaded: Loaded | None = None,
+    effective_precision: str = "fp32",
+    fingerprint: str = FINGERPRINT,
+) -> Session:
+    """A session over the fake, by default with two lanes, over ids, and honest."""
+    spec = fake_spec() if spec is None else spec
+    runtime = FakeRuntime(spec, after, loaded, effective_precision)
+    return Session(runtime, spec, fake_initial(spec), fingerprint, "fake")
+
+
+def fake_trace(streams: int = 4, steps: int = 64, seed: int = 0) -> Trace:
+    """What the honest recurrence answers to random ids; states around six steps, the first and the last among them."""
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (streams, steps, CHUNK))
+    sampled = np.unique(np.geomspace(1, steps, 6).round().astype(np.int64) - 1)
+    valid = np.full((streams, steps), CHUNK)
+    state = fake_initial(fake_spec(streams))
+    outputs: list[Array] = []
+    before: list[Arrays] = []
+    after: list[Arrays] = []
+    for step in range(steps):
+        if step in sampled:
+            before.append(state)
+        answer, state = fake_step(tokens[:, step], valid[:, step], state)
+        outputs.append(answer["outputs"])
+        if step in sampled:
+            after.append(state)
+    return Trace(
+        inputs={"tokens": tokens, "valid": valid},
+        outputs={"outputs": np.stack(outputs, 1)},
+        positions=np.arange(CHUNK),
+        sampled=sampled,
+        before={name: np.stack([arrays[name] for arrays in before], 1) for name in state},
+        after={name: np.stack([arrays[name] for arrays in after], 1) for name in state},
+        fingerprint=FINGERPRINT,
+        source="synthetic",
+        floor=1e-7,
+    )
+
+
+def with_output(trace: Trace, values: Array) -> Trace:
+    """The trace with other outputs."""
+    return replace(trace, outputs={"outputs": values})
+
+
+def assert_same(given: Mapping[str, Array], wanted: Mapping[str, Array]) -> None:
+    """Equal names, dtypes, shapes and bits."""
+    assert set(given) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_array_equal(given[name], value, err_msg=name, strict=True)
+        assert given[name].tobytes() == value.tobytes(), f"{name} differs in the sign of a zero or the kind of a NaN"

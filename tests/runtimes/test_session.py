@@ -1,0 +1,613 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsm.bundle import Bundle
+from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
+from nsm.runtimes.measures import relative_error
+from nsm.runtimes.opening import open_bundle
+from nsm.runtimes.session import Session
+from nsm.trace import Array, Arrays
+from tests.runtimes.fake import (
+    CHUNK,
+    OUTPUTS,
+    VOCABULARY,
+    WIDTH,
+    FakeRuntime,
+    assert_same,
+    fake_initial,
+    fake_session,
+    fake_spec,
+)
+
+
+@pytest.fixture(params=["fake", "onnx", "onnxruntime", "openvino"])
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+    """A fresh session with two lanes over ids: the fake, and every target that runs on a CPU."""
+    if request.param == "fake":
+        yield fake_session()
+        return
+    bundle: Bundle = request.getfixturevalue("bundle")
+    with open_bundle(bundle, request.param, threads=1) as opened:
+        yield opened
+
+
+def ids(session: Session, *shape: int, seed: int = 0) -> Array:
+    """Random ids [*shape, B, K]."""
+    spec = session.spec.entry("step").inputs[0]
+    assert spec.maximum is not None
+    return np.random.default_rng(seed).integers(0, spec.maximum + 1, (*shape, *spec.shape))
+
+
+def answers(session: Session, tokens: Array) -> list[Arrays]:
+    return [session.step(step) for step in tokens]
+
+
+def initial(session: Session) -> Arrays:
+    """What a fresh stream starts from; only right before the first step."""
+    return session.read_state()
+
+
+def lane_of(arrays: Arrays, lane: int) -> Arrays:
+    return {name: value[lane] for name, value in arrays.items()}
+
+
+# -- reset --------------------------------------------------------------------------------------------------------
+
+
+def test_reset_is_fresh_bit_by_bit(session: Session) -> None:
+    fresh, tokens = initial(session), ids(session, 3)
+    first = answers(session, tokens)
+    session.reset()
+    assert_same(session.read_state(), fresh)
+    for given, wanted in zip(answers(session, tokens), first, strict=True):
+        assert_same(given, wanted)
+
+
+def test_reset_of_one_lane_is_fresh_there_and_changes_nothing_elsewhere(session: Session) -> None:
+    fresh, tokens = initial(session), ids(session, 3)
+    first = session.step(tokens[0])
+    session.step(tokens[1])
+    before = session.read_state()
+    session.reset(1)
+    assert_same(lane_of(session.read_state(), 1), lane_of(fresh, 1))
+    assert_same(lane_of(session.read_state(), 0), lane_of(before, 0))
+    mixed = np.stack([tokens[2][0], tokens[0][1]])
+    assert_same(lane_of(session.step(mixed), 1), lane_of(first, 1))
+
+
+def test_the_learned_initial_state_reaches_the_backend(bundle: Bundle, target: str) -> None:
+    wanted = bundle.state_init()
+    assert any(np.abs(value).max() > 0 for name, value in wanted.items() if name.endswith(".bank"))
+    with open_bundle(bundle, target) as session:
+        assert_same(session.read_state(), wanted)
+        tokens = ids(session)
+        learned = session.step(tokens)["outputs"]
+        session.load_state({name: np.zeros_like(v) if name[2:] == "bank" else v for name, v in wanted.items()})
+        assert not np.array_equal(session.step(tokens)["outputs"], learned)
+
+
+def test_a_lane_outside_the_session_is_refused(session: Session) -> None:
+    snapshot = session.snapshot(0)
+    for lane in (-1, 2):
+        with pytest.raises(InputError, match=rf"lanes 0 \.\. 1; given {lane}"):
+            session.reset(lane)
+        with pytest.raises(InputError, match=rf"lanes 0 \.\. 1; given {lane}"):
+            session.snapshot(lane)
+        with pytest.raises(InputError, match=rf"lanes 0 \.\. 1; given {lane}"):
+            session.restore(snapshot, lane)
+
+
+def test_a_state_with_its_lanes_on_another_axis_is_handled_by_lane() -> None:
+    plain, turned = fake_session(fake_spec(3)), fake_session(fake_spec(3, tail_axis=1))
+    for session in (plain, turned):
+        answers(session, ids(session, 2))
+        snapshot = session.snapshot(0)
+        session.reset(2)
+        session.restore(snapshot, 1)
+    state = turned.read_state()
+    assert state["0.tail"].shape == (WIDTH, 3)
+    assert_same({**state, "0.tail": np.ascontiguousarray(state["0.tail"].T)}, plain.read_state())
+
+
+# -- streams and chunks -------------------------------------------------------------------------------------------
+
+
+def test_run_with_a_partial_last_chunk_is_the_same_tokens_in_steps(session: Session) -> None:
+    length = session.spec.chunk_size
+    sequence = np.concatenate(ids(session, 3), 1)[:, : 2 * length + 3]
+    given = session.run(sequence)
+    state = session.read_state()
+    assert given["outputs"].shape[:2] == sequence.shape
+
+    session.reset()
+    padding = np.full((2, length - 3), 5)
+    last = np.concatenate([sequence[:, 2 * length :], padding], 1)
+    steps = [
+        session.step(sequence[:, :length]),
+        session.step(sequence[:, length : 2 * length]),
+        session.step(last, [3, 3]),
+    ]
+    wanted = np.concatenate([step["outputs"] for step in steps], 1)[:, : 2 * length + 3]
+    np.testing.assert_array_equal(given["outputs"], wanted)
+    assert_same(session.read_state(), state)
+
+
+def test_runs_of_whole_chunks_go_on_from_where_the_lanes_stand(session: Session) -> None:
+    length = session.spec.chunk_size
+    sequence = np.concatenate(ids(session, 4), 1)
+    whole = session.run(sequence)["outputs"]
+    session.reset()
+    pieces = [session.run(sequence[:, :length]), session.run(sequence[:, length:])]
+    np.testing.assert_array_equal(np.concatenate([piece["outputs"] for piece in pieces], 1), whole)
+
+
+def test_an_ended_lane_takes_no_more_until_it_is_reset(session: Session) -> None:
+    tokens, length = ids(session), session.spec.chunk_size
+    session.step(tokens, [length, 3])
+    assert session.ended.tolist() == [False, True]
+    state = session.read_state()
+    with pytest.raises(StreamError, match=r"lanes \[1\] ended with a partial chunk"):
+        session.step(tokens)
+    with pytest.raises(StreamError, match=r"lanes \[1\]"):
+        session.run(tokens)
+    assert_same(session.read_state(), state)
+    session.step(tokens, [length, 0])
+    assert_same(lane_of(session.read_state(), 1), lane_of(state, 1))
+    session.reset(1)
+    session.step(tokens)
+    assert not session.ended.any()
+
+
+def test_what_ended_returns_is_a_copy() -> None:
+    session = fake_session()
+    session.ended[:] = True
+    assert not session.ended.any()
+
+
+def test_reset_of_all_lanes_reopens_them(session: Session) -> None:
+    session.step(ids(session), [1, 1])
+    assert session.ended.all()
+    session.reset()
+    assert not session.ended.any()
+    session.step(ids(session))
+
+
+def test_a_lane_without_valid_tokens_stays_exactly_as_it_was(session: Session) -> None:
+    tokens = ids(session, 3)
+    session.step(tokens[0])
+    before = session.read_state()
+    session.step(tokens[1], [session.spec.chunk_size, 0])
+    after = session.read_state()
+    assert_same(lane_of(after, 1), lane_of(before, 1))
+    assert not np.array_equal(after["0.bank"][0], before["0.bank"][0])
+
+
+def test_lanes_do_not_bleed_into_each_other(session: Session) -> None:
+    tokens, others = ids(session, 4), ids(session, 4, seed=1)
+    alone = [lane_of(session.step(step), 0) for step in tokens]
+    state = lane_of(session.read_state(), 0)
+    session.reset()
+    for index, (step, other) in enumerate(zip(tokens, others, strict=True)):
+        outputs = session.step(np.stack([step[0], other[1]]), [session.spec.chunk_size, 2 if index == 3 else 8 % 8])
+        assert_same(lane_of(outputs, 0), alone[index])
+    assert_same(lane_of(session.read_state(), 0), state)
+    session.reset()
+    for step, other, wanted in zip(tokens, others, alone, strict=True):
+        assert_same(lane_of(session.step(np.stack([step[0], other[1]])), 0), wanted)
+
+
+def test_a_call_of_several_chunks_ends_only_inside_a_chunk() -> None:
+    session = fake_session(fake_spec(1, tokens_per_call=2 * CHUNK))
+    short = fake_session(fake_spec(1))
+    sequence = np.arange(3 * CHUNK + 1) % VOCABULARY
+    np.testing.assert_array_equal(
+        session.run(sequence[: 3 * CHUNK])["outputs"], short.run(sequence[: 3 * CHUNK])["outputs"]
+    )
+    assert not session.ended.any()
+    session.run(sequence[3 * CHUNK :])
+    assert session.ended.all()
+
+
+def test_run_on_one_lane_takes_a_sequence_without_the_lane_axis() -> None:
+    session = fake_session(fake_spec(1))
+    sequence = np.arange(6)
+    flat = session.run(sequence)["outputs"]
+    session.reset()
+    assert flat.shape == (6, OUTPUTS)
+    np.testing.assert_array_equal(session.run(sequence[None])["outputs"][0], flat)
+
+
+def test_vectors_are_fed_like_ids() -> None:
+    session = fake_session(fake_spec(1, vectors=True))
+    vectors = np.random.default_rng(0).standard_normal((6, WIDTH))
+    flat = session.run(vectors)["outputs"]
+    session.reset()
+    np.testing.assert_array_equal(session.run(vectors[None].astype(np.float32))["outputs"][0], flat)
+    assert flat.shape == (6, OUTPUTS)
+
+
+# -- what is refused ----------------------------------------------------------------------------------------------
+
+WRONG_STEPS = {
+    "lanes": ([[0] * CHUNK], None, r"tokens has the shape \[2, 4\]; given \[1, 4\]"),
+    "length": ([[0] * 3] * 2, None, r"tokens has the shape \[2, 4\]; given \[2, 3\]"),
+    "rank": ([0] * CHUNK, None, r"tokens has the shape"),
+    "ragged": ([[0], [0, 1]], None, r"tokens"),
+    "float": ([[0.0] * CHUNK] * 2, None, r"tokens has the dtype int64; given float64"),
+    "bool": ([[True] * CHUNK] * 2, None, r"tokens has the dtype int64; given bool"),
+    "text": ([["a"] * CHUNK] * 2, None, r"tokens has the dtype int64"),
+    "none": (None, None, r"tokens"),
+    "negative id": ([[0, 0, 0, -1]] * 2, None, rf"tokens must lie in 0 \.\. {VOCABULARY - 1}; given -1 \.\. 0"),
+    "large id": ([[0, 0, 0, VOCABULARY]] * 2, None, rf"tokens must lie in 0 \.\. {VOCABULARY - 1}"),
+    "huge id": (np.full((2, CHUNK), 2**63, np.uint64), None, r"tokens must lie in"),
+    "valid too large": ([[0] * CHUNK] * 2, [CHUNK + 1, 0], rf"valid must lie in 0 \.\. {CHUNK}"),
+    "valid negative": ([[0] * CHUNK] * 2, [-1, 0], r"valid must lie in"),
+    "valid scalar": ([[0] * CHUNK] * 2, 4, r"valid has the shape \[2\]; given \[\]"),
+    "valid float": ([[0] * CHUNK] * 2, [1.0, 2.0], r"valid has the dtype int64; given float64"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "valid", "message"), WRONG_STEPS.values(), ids=WRONG_STEPS)
+def test_a_wrong_step_is_refused_and_leaves_the_state_untouched(tokens: Any, valid: Any, message: str) -> None:
+    session = fake_session()
+    session.step(ids(session))
+    before = session.read_state()
+    with pytest.raises(InputError, match=message):
+        session.step(tokens, valid)
+    assert_same(session.read_state(), before)
+    assert not session.ended.any()
+
+
+def test_backends_never_see_an_id_outside_the_vocabulary(bundle: Bundle, target: str) -> None:
+    with open_bundle(bundle, target) as session:
+        tokens, before = ids(session), session.read_state()
+        for bad in (-1, 20):
+            tokens[1, -1] = bad
+            with pytest.raises(InputError, match=r"tokens must lie in 0 \.\. 19"):
+                session.step(tokens)
+        assert_same(session.read_state(), before)
+
+
+def test_ints_are_refused_where_vectors_are_wanted() -> None:
+    session = fake_session(fake_spec(vectors=True))
+    with pytest.raises(InputError, match="tokens has the dtype float32; given int64"):
+        session.step(np.zeros((2, CHUNK, WIDTH), np.int64))
+
+
+def test_an_entry_that_is_not_there_is_refused() -> None:
+    session = fake_session()
+    with pytest.raises(InputError, match="decode"):
+        session.step(ids(session), entry="decode")
+
+
+@pytest.mark.parametrize(
+    "sequence",
+    [np.zeros(8, int), np.zeros((3, 8), int), np.zeros((2, 8, 1), int), np.int64(3), [[0, 1], [2]]],
+    ids=["no lanes", "lanes", "rank", "scalar", "ragged"],
+)
+def test_run_refuses_a_sequence_of_another_shape(sequence: Any) -> None:
+    session = fake_session()
+    before = session.read_state()
+    with pytest.raises(InputError, match=r"run takes a sequence of shape \[2, T\]"):
+        session.run(sequence)
+    assert_same(session.read_state(), before)
+
+
+def test_run_refuses_vectors_of_another_width() -> None:
+    with pytest.raises(InputError, match=r"shape \[2, T, 4\]; given \[2, 8, 5\]"):
+        fake_session(fake_spec(vectors=True)).run(np.zeros((2, 8, 5), np.float32))
+
+
+def test_run_refuses_an_empty_sequence() -> None:
+    with pytest.raises(InputError, match="at least one token"):
+        fake_session().run(np.zeros((2, 0), int))
+
+
+def test_run_refuses_a_bad_id_before_it_feeds_anything() -> None:
+    session = fake_session()
+    before = session.read_state()
+    sequence = np.zeros((2, 3 * CHUNK), int)
+    sequence[0, -1] = VOCABULARY
+    with pytest.raises(InputError, match="tokens must lie in"):
+        session.run(sequence)
+    assert_same(session.read_state(), before)
+
+
+def test_valid_is_refused_where_the_entry_has_none() -> None:
+    session = fake_session(fake_spec(valid=False))
+    assert np.isfinite(session.step(ids(session))["outputs"]).all()
+    with pytest.raises(InputError, match="valid"):
+        session.step(ids(session), [1, 2])
+
+
+def test_run_refuses_a_partial_chunk_where_the_entry_cannot_say_so() -> None:
+    session = fake_session(fake_spec(valid=False))
+    session.run(np.zeros((2, 2 * CHUNK), int))
+    with pytest.raises(InputError, match=str(CHUNK)):
+        session.run(np.zeros((2, CHUNK + 1), int))
+
+
+def test_load_state_refuses_what_is_not_the_whole_state() -> None:
+    session = fake_session()
+    state = session.read_state()
+    for change, message in (
+        ({"0.tail": np.zeros((2, WIDTH + 1))}, r"The state 0\.tail has the shape \[2, 4\]; given \[2, 5\]"),
+        ({"1.bank": np.zeros(3)}, r"no states \['1\.bank'\]; it has \['0\.bank'"),
+    ):
+        with pytest.raises(InputError, match=message):
+            session.load_state({**state, **change})
+    with pytest.raises(InputError, match=r"The state 0\.bank is missing; given are"):
+        session.load_state({name: value for name, value in state.items() if name != "0.bank"})
+    assert_same(session.read_state(), state)
+
+
+def test_load_state_puts_every_lane_and_reopens_the_streams(session: Session) -> None:
+    tokens = ids(session, 2)
+    session.step(tokens[0])
+    state = session.read_state()
+    wanted = session.step(tokens[1])
+    session.step(tokens[0], [1, 1])
+    session.load_state(state)
+    assert not session.ended.any()
+    assert_same(session.step(tokens[1]), wanted)
+
+
+@pytest.mark.parametrize("missing", ["0.bank", "lane.count"])
+def test_a_session_without_an_initial_value_for_each_state_is_refused(missing: str) -> None:
+    spec = fake_spec()
+    values = {name: value for name, value in fake_initial(spec).items() if name != missing}
+    with pytest.raises(InputError, match=f"The state {missing} is missing"):
+        Session(FakeRuntime(spec), spec, values, "f", "fake")
+
+
+# -- copies -------------------------------------------------------------------------------------------------------
+
+
+def test_outputs_and_states_are_the_callers_own(session: Session) -> None:
+    tokens = ids(session, 3)
+    wanted = answers(session, tokens)
+    session.reset()
+    for step, reference in zip(tokens, wanted, strict=True):
+        outputs = session.step(step)
+        assert_same(outputs, reference)
+        for array in (*outputs.values(), *session.read_state().values()):
+            array[...] = 1
+    session.reset()
+    first = session.step(tokens[0])
+    kept = first["outputs"].copy()
+    session.step(tokens[1])
+    np.testing.assert_array_equal(first["outputs"], kept)
+
+
+def test_tokens_may_be_changed_after_the_call(session: Session) -> None:
+    tokens = ids(session)
+    valid = np.array([session.spec.chunk_size] * 2)
+    wanted = session.step(tokens, valid)
+    session.reset()
+    given = session.step(tokens, valid)
+    tokens[:], valid[:] = 0, 1
+    assert_same(given, wanted)
+    assert not session.ended.any()
+
+
+def test_loaded_states_may_be_changed_afterwards(session: Session) -> None:
+    session.step(ids(session))
+    state = session.read_state()
+    kept = {name: value.copy() for name, value in state.items()}
+    session.load_state(state)
+    for value in state.values():
+        value[...] = 0
+    assert_same(session.read_state(), kept)
+
+
+# -- snapshots ----------------------------------------------------------------------------------------------------
+
+
+def test_a_whole_snapshot_resumes_bit_by_bit(session: Session) -> None:
+    tokens = ids(session, 4)
+    answers(session, tokens[:2])
+    snapshot, state = session.snapshot(), session.read_state()
+    wanted = answers(session, tokens[2:])
+    session.restore(snapshot)
+    assert_same(session.read_state(), state)
+    for given, reference in zip(answers(session, tokens[2:]), wanted, strict=True):
+        assert_same(given, reference)
+
+
+def test_a_snapshot_of_a_lane_resumes_on_it_and_on_another(session: Session) -> None:
+    tokens = ids(session, 3)
+    session.step(tokens[0])
+    snapshot = session.snapshot(0)
+    wanted = lane_of(session.step(tokens[1]), 0)
+    session.step(tokens[2])
+    before = session.read_state()
+    session.restore(snapshot, 0)
+    assert_same(lane_of(session.read_state(), 1), lane_of(before, 1))
+    session.restore(snapshot, 1)
+    outputs = session.step(np.stack([tokens[1][0]] * 2))
+    assert_same(lane_of(outputs, 0), wanted)
+    assert_same(lane_of(outputs, 1), wanted)
+
+
+def test_a_snapshot_carries_whether_the_stream_has_ended(session: Session) -> None:
+    session.step(ids(session), [session.spec.chunk_size, 3])
+    whole, ended, going = session.snapshot(), session.snapshot(1), session.snapshot(0)
+    session.reset()
+    session.restore(whole)
+    assert session.ended.tolist() == [False, True]
+    session.restore(going, 1)
+    assert not session.ended.any()
+    session.restore(ended, 0)
+    assert session.ended.tolist() == [True, False]
+
+
+def test_a_snapshot_resumes_on_another_target_within_the_fp32_budget(bundle: Bundle, target: str) -> None:
+    with open_bundle(bundle, target) as taken:
+        tokens = ids(taken, 6)
+        answers(taken, tokens[:3])
+        snapshot, lane = taken.snapshot(), taken.snapshot(1)
+        state = taken.read_state()
+        wanted = answers(taken, tokens[3:])
+    for other in ("onnx", "onnxruntime", "openvino"):
+        with open_bundle(bundle, other) as session:
+            session.restore(snapshot)
+            assert_same(session.read_state(), state)
+            for given, reference in zip(answers(session, tokens[3:]), wanted, strict=True):
+                assert relative_error(given["outputs"], reference["outputs"], 0.0) <= 1e-4
+            session.restore(lane, 0)
+            assert_same(lane_of(session.read_state(), 0), lane_of(state, 1))
+
+
+def test_a_snapshot_of_a_lane_goes_to_a_session_with_another_number_of_lanes() -> None:
+    two, three = fake_session(), fake_session(fake_spec(3))
+    two.step(ids(two))
+    three.restore(two.snapshot(1), 2)
+    assert_same(lane_of(three.read_state(), 2), lane_of(two.read_state(), 1))
+    assert_same(lane_of(three.read_state(), 0), lane_of(fake_session().read_state(), 0))
+
+
+def test_a_damaged_snapshot_is_refused_whatever_the_damage() -> None:
+    session = fake_session()
+    session.step(ids(session))
+    snapshot, before = session.snapshot(), session.read_state()
+    damaged = [b"", b"nsm", snapshot[:-1], snapshot + b"\0", snapshot[:40], b"x" + snapshot]
+    for index in range(0, len(snapshot), 31):
+        damaged.append(snapshot[:index] + bytes([snapshot[index] ^ 1]) + snapshot[index + 1 :])
+    for bad in damaged:
+        with pytest.raises(SnapshotError, match="damaged: the hash does not fit"):
+            session.restore(bad)
+    assert_same(session.read_state(), before)
+
+
+def test_a_snapshot_of_another_model_is_refused() -> None:
+    session, other = fake_session(), fake_session(fingerprint="0" * 64)
+    other.step(ids(other))
+    before = session.read_state()
+    with pytest.raises(SnapshotError, match=r"another model \(fingerprint 000000000000\.\.\., this is ffffffffffff"):
+        session.restore(other.snapshot())
+    assert_same(session.read_state(), before)
+
+
+def test_a_snapshot_of_other_lanes_is_refused() -> None:
+    session, three = fake_session(), fake_session(fake_spec(3))
+    for snapshot, lane, message in (
+        (three.snapshot(), None, r"holds all 3 lanes, the call restores all 2 lanes"),
+        (session.snapshot(), 0, r"holds all 2 lanes, the call restores one lane"),
+        (session.snapshot(0), None, r"holds one lane, the call restores all 2 lanes\. Give `lane`"),
+    ):
+        before = session.read_state()
+        with pytest.raises(SnapshotError, match=message):
+            session.restore(snapshot, lane)
+        assert_same(session.read_state(), before)
+
+
+def test_a_snapshot_with_states_of_other_shapes_is_refused() -> None:
+    session, turned = fake_session(), fake_session(fake_spec(tail_axis=1))
+    with pytest.raises(SnapshotError, match=r"does not hold 0\.tail of shape \[2, 4\]"):
+        session.restore(turned.snapshot())
+    assert_same(session.read_state(), fake_session().read_state())
+
+
+# -- numbers that are not finite ----------------------------------------------------------------------------------
+
+
+def _spoil(name: str, value: float, lane: int = 1) -> Any:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls == 2:
+            {**outputs, **state}[name][lane, 0] = value
+
+    return after
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_an_output_that_is_not_finite_names_its_lane_and_tensor(value: float) -> None:
+    session = fake_session(after=_spoil("outputs", value))
+    session.step(ids(session))
+    with pytest.raises(NonFiniteError, match=r"output outputs holds NaN or infinite numbers on lanes \[1\]"):
+        session.step(ids(session))
+    session.reset(1)
+    session.step(ids(session))
+
+
+def test_a_state_that_is_not_finite_names_its_lane_and_tensor() -> None:
+    session = fake_session(after=_spoil("0.written", np.nan))
+    session.step(ids(session))
+    with pytest.raises(NonFiniteError, match=r"0\.written .*lanes \[1\]"):
+        session.step(ids(session))
+    session.reset(1)
+    session.step(ids(session))
+
+
+def test_an_idle_lane_may_answer_nonsense() -> None:
+    session = fake_session(after=_spoil("outputs", np.nan))
+    session.step(ids(session))
+    outputs = session.step(ids(session), [CHUNK, 0])
+    assert np.isfinite(outputs["outputs"][0]).all()
+
+
+def test_an_output_that_is_not_finite_is_noticed_without_valid_too() -> None:
+    session = fake_session(fake_spec(valid=False), after=_spoil("outputs", np.nan))
+    session.step(ids(session))
+    with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
+        session.step(ids(session))
+
+
+def test_a_poisoned_lane_raises_alone_and_can_be_reset(session: Session) -> None:
+    fresh, tokens = initial(session), ids(session, 3)
+    wanted = answers(session, tokens)
+    session.reset()
+    session.step(tokens[0])
+    state = session.read_state()
+    state["0.bank"][1] = np.nan
+    session.load_state(state)
+    with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
+        session.step(tokens[1])
+    session.reset(1)
+    assert_same(lane_of(session.read_state(), 1), lane_of(fresh, 1))
+    outputs = session.step(np.stack([tokens[2][0], tokens[0][1]]))
+    assert_same(lane_of(outputs, 0), lane_of(wanted[2], 0))
+    assert_same(lane_of(outputs, 1), lane_of(wanted[0], 1))
+
+
+def test_a_state_that_is_not_finite_is_not_kept() -> None:
+    session = fake_session()
+    state = session.read_state()
+    state["0.tail"][1] = np.inf
+    session.load_state(state)
+    for lane in (None, 1):
+        with pytest.raises(NonFiniteError, match=r"0\.tail"):
+            session.snapshot(lane)
+
+
+def test_a_healthy_lane_can_be_kept_beside_a_poisoned_one() -> None:
+    session = fake_session()
+    session.step(ids(session))
+    state = session.read_state()
+    state["0.tail"][1] = np.nan
+    session.load_state(state)
+    snapshot = session.snapshot(0)
+    session.reset()
+    session.restore(snapshot, 0)
+    assert_same(lane_of(session.read_state(), 0), lane_of(state, 0))
+
+
+# -- end ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_session_closes_its_runtime_also_after_an_error() -> None:
+    spec = fake_spec()
+    for broken in (False, True):
+        runtime = FakeRuntime(spec, effective_precision="tf32")
+        try:
+            with Session(runtime, spec, fake_initial(spec), "f", "fake") as session:
+                assert (session.batch, session.effective_precision) == (2, "tf32")
+                if broken:
+                    raise KeyError
+        except KeyError:
+            assert broken
+        assert runtime.closed

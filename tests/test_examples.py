@@ -1,0 +1,56 @@
+"""Every example runs, as its own docstring says, and the README shows what the repository holds."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = ROOT / "examples"
+
+
+def _run(folder: Path, *arguments: str) -> str:
+    result = subprocess.run([sys.executable, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with digits.pt, trained for a moment, and digits.nsm."""
+    folder = tmp_path_factory.mktemp("digits")
+    shown = _run(folder, str(EXAMPLES / "train_digits.py"), "--steps", "2", "--batch", "4")
+    assert re.search(r"digits\.pt: [\d,]+ parameters, test accuracy [\d.]+% on chained digits", shown)
+    targets = ["--target", "onnxruntime", "--target", "openvino", "--target", "tensorrt"]
+    shown = _run(folder, "-m", "nsm.export", "digits.pt", *targets, "--output", "digits.nsm", "--golden-steps", "9")
+    assert "Wrote digits.nsm" in shown
+    return folder
+
+
+def test_the_report_compares_every_target(digits: Path) -> None:
+    shown = _run(digits, str(EXAMPLES / "report_digits.py"), "digits.pt", "digits.nsm", "--steps", "10")
+    assert "pytorch" in shown
+    for target in ("onnxruntime", "openvino"):
+        (line,) = (line for line in shown.splitlines() if line.strip().startswith(target))
+        assert "100.00%" in line
+    assert "built, not run: no GPU here" in shown or "tensorrt" in shown
+
+
+def test_plain_onnxruntime_streams_the_graph(digits: Path) -> None:
+    shown = _run(digits, str(EXAMPLES / "plain_onnxruntime.py"), "digits.nsm")
+    assert [line.split()[0] for line in shown.splitlines()] == [str(step) for step in range(8)]
+    assert "import nsm" not in (EXAMPLES / "plain_onnxruntime.py").read_text()
+
+
+def test_the_recall_example_trains_and_saves(tmp_path: Path) -> None:
+    shown = _run(tmp_path, str(EXAMPLES / "train_recall.py"), "--steps", "2", "--output", "recall.pt")
+    assert re.search(r"recall\.pt: [\d,]+ parameters, recall [\d.]+% of 4000 questions", shown)
+
+
+def test_no_example_is_left_out() -> None:
+    run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
+    assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here

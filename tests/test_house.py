@@ -1,0 +1,161 @@
+"""Tests that keep the house: who may import whom, what a bare install can do, and that the wheel is whole."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDERS = {"nsm": "nsm", "export": "nsm.export", "runtimes": "nsm.runtimes"}
+
+# What a room may import of the project, besides itself. Order is one way: errors -> spec -> trace -> bundle, then the
+# torch models on one side and the runtimes on the other, and export above all.
+VOCABULARY = ("nsm.errors", "nsm.spec", "nsm.trace", "nsm.bundle")
+ALLOWED = {
+    "nsm.errors": (),
+    "nsm.spec": ("nsm.errors",),
+    "nsm.trace": ("nsm.errors", "nsm.spec"),
+    "nsm.bundle": ("nsm.errors", "nsm.spec", "nsm.trace"),
+    "models": (*VOCABULARY, "models"),
+    "nsm.runtimes": (*VOCABULARY, "nsm.runtimes"),
+    "nsm.export": (*VOCABULARY, "models", "nsm.runtimes", "nsm.export"),
+}
+# The rooms of export that need torch; the others must do without.
+WITH_TORCH = {"nsm.export.onnx", "nsm.export.record", "nsm.export.pipeline"}
+
+
+def _modules() -> dict[str, Path]:
+    found = {}
+    for folder, package in FOLDERS.items():
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            parts = path.relative_to(ROOT / folder).with_suffix("").parts
+            found[".".join((package, *(part for part in parts if part != "__init__")))] = path
+    return found
+
+
+MODULES = _modules()
+
+
+def _room(module: str) -> str:
+    for name in ("nsm.runtimes", "nsm.export", *VOCABULARY):
+        if module == name or module.startswith(name + "."):
+            return name
+    return "models"
+
+
+def _imports(path: Path, top_level_only: bool = False) -> set[str]:
+    """Modules imported by a file; imports for type checking do not count."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    found: set[str] = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_imports_go_one_way(module: str) -> None:
+    if module == "nsm":
+        assert not _imports(MODULES[module], top_level_only=True) & set(MODULES), "nsm/__init__.py must be lazy"
+        return
+    allowed = ALLOWED[_room(module)]
+    for imported in _imports(MODULES[module]) & (set(MODULES) - {"nsm"}):
+        assert imported == module or _room(imported) in allowed, f"{module} may not import {imported}"
+
+
+@pytest.mark.parametrize("module", sorted(MODULES))
+def test_torch_stays_in_its_rooms(module: str) -> None:
+    uses_torch = any(name.split(".")[0] == "torch" for name in _imports(MODULES[module]))
+    if uses_torch:
+        assert _room(module) == "models" or module in WITH_TORCH
+
+
+def test_the_rule_about_imports_can_fail() -> None:
+    assert "nsm.export" not in ALLOWED["nsm.runtimes"]
+    assert "nsm.runtimes" not in ALLOWED["models"]
+    assert "nsm.export.build" in _imports(MODULES["nsm.export.pipeline"])
+
+
+def test_every_package_is_in_pyproject() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    packages = {module for module, path in MODULES.items() if path.name == "__init__.py"}
+    listed = next(line for line in text.splitlines() if line.startswith("packages = "))
+    assert set(ast.literal_eval(listed.removeprefix("packages = "))) == packages
+
+
+def _python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *options, "-c", code], capture_output=True, text=True, check=False)
+
+
+def test_importing_needs_neither_torch_nor_a_backend() -> None:
+    blocked = ["torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "sklearn"]
+    without_torch = [m for m in MODULES if _room(m) != "models" and m not in WITH_TORCH]
+    backends = {"nsm.runtimes.onnxruntime", "nsm.runtimes.onnxruntime_plain", "nsm.runtimes.openvino"}
+    names = sorted(set(without_torch) - backends - {"nsm.export.openvino"})
+    code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport importlib\n"
+    code += f"for name in {names}: importlib.import_module(name)\nprint('fine')"
+    result = _python(code)
+    assert result.stdout == "fine\n", result.stderr
+
+
+def test_python_started_in_the_checkout_finds_every_room() -> None:
+    code = "import nsm, nsm.runtimes, nsm.export.cli; print(nsm.__path__[0])"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == f"{ROOT / 'nsm'}\n"
+
+
+def test_a_missing_torch_names_the_extra() -> None:
+    result = _python("import sys; sys.modules['torch'] = None; import nsm; nsm.SimpleNSM")
+    assert "nsm.SimpleNSM needs torch, which is not installed." in result.stderr
+    assert 'pip install "nsm[torch]"' in result.stderr
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    result = _python("import nsm; nsm.Unknown")
+    assert "module 'nsm' has no attribute 'Unknown'" in result.stderr
+
+
+def test_the_wheel_works_in_a_bare_environment(tmp_path: Path) -> None:
+    """Built from a copy, installed with its own requirements only, imported outside the checkout."""
+    dist = tmp_path / "dist"
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(dist), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = dist.glob("*.whl")
+    venv.create(tmp_path / "bare", with_pip=True)
+    python = str(tmp_path / "bare" / "bin" / "python")
+    install = [python, "-m", "pip", "install", "--quiet", "--constraint", str(ROOT / "constraints.txt"), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        "import importlib.metadata, nsm, nsm.runtimes, nsm.export.cli, nsm.export.commands, pathlib\n"
+        "print(pathlib.Path(nsm.__file__).parts.count('site-packages'))\n"
+        "print(sorted(d.metadata['name'].lower() for d in importlib.metadata.distributions()))"
+    )
+    result = subprocess.run([python, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    inside, installed = result.stdout.splitlines()
+    assert inside == "1"
+    assert "torch" not in installed
+    for module, path in MODULES.items():
+        relative = Path(*module.split("."))
+        name = relative / "__init__.py" if path.name == "__init__.py" else relative.with_suffix(".py")
+        assert (next((tmp_path / "bare" / "lib").iterdir()) / "site-packages" / name).is_file(), f"{module} is missing"
+    doctor = subprocess.run(
+        [str(tmp_path / "bare" / "bin" / "nsm"), "doctor"], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert 'pip install "nsm[export]"' in doctor.stdout
+    top_level = (next((tmp_path / "bare" / "lib").iterdir()) / "site-packages").iterdir()
+    assert not {"export", "runtimes"} & {path.name for path in top_level}

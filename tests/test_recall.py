@@ -1,0 +1,112 @@
+"""A working window is not a working memory: the answers here can only come from the bank.
+
+`tests/data/recall.pt` was trained by `make recall` (examples/train_recall.py) on pairs shown 49 tokens and more before
+they are asked for; the model's windows reach 36 tokens back. With the bank reset in between, and everything else left
+as it was, the answers must fall to chance.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+import nsm
+from nsm.export.pipeline import ExportOptions, export
+from nsm.models.simple import SimpleNSM
+from nsm.trace import Array, Arrays
+
+ROOT = Path(__file__).resolve().parent.parent
+CHECKPOINT = ROOT / "tests" / "data" / "recall.pt"
+STREAMS = 250
+CHANCE = 1 / 32
+# Four standard deviations above chance for 1000 questions.
+AT_CHANCE = CHANCE + 4 * np.sqrt(CHANCE * (1 - CHANCE) / 1000)
+
+
+@pytest.fixture(scope="module")
+def task() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("train_recall", ROOT / "examples" / "train_recall.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def streams(task: ModuleType) -> tuple[Array, Array]:
+    """New streams, of a seed that training did not use."""
+    ids, wanted = task.batch(STREAMS, np.random.default_rng(123))
+    return ids, wanted
+
+
+@pytest.fixture(scope="module")
+def recall_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("recall") / "recall.nsm"
+    targets = ["onnx", "onnxruntime", "openvino"]
+    export(CHECKPOINT, ExportOptions(targets=targets, output=output, batch=STREAMS, num_samples=8, golden_steps=8))
+    return output
+
+
+@pytest.fixture
+def session(recall_bundle: Path, target: str) -> Iterator[nsm.Session]:
+    with nsm.open(recall_bundle, target) as opened:
+        yield opened
+
+
+def _with_fresh_banks(state: Arrays, initial: Arrays) -> Arrays:
+    """The state with the banks, and nothing else, as at the start of a stream."""
+    banks = [name for name in state if name.endswith((".bank", ".pending"))]
+    assert len(banks) == 4
+    return {**state, **{name: initial[name] for name in banks}}
+
+
+def test_the_questions_lie_outside_the_windows(task: ModuleType) -> None:
+    model = nsm.load(CHECKPOINT)
+    layers = model.config["num_layers"]
+    reach = layers * (model.config["window"] - 1 + 3)
+    last_shown, first_asked = task.CHUNK - 1, task.LENGTH - task.CHUNK
+    assert first_asked - last_shown > reach
+
+
+def test_pytorch_remembers(task: ModuleType, streams: tuple[Array, Array]) -> None:
+    ids, wanted = streams
+    with torch.no_grad():
+        logits = nsm.load(CHECKPOINT)(torch.from_numpy(ids))
+    assert task.accuracy(logits.numpy(), wanted) >= 0.95
+
+
+def test_pytorch_forgets_with_the_bank(task: ModuleType, streams: tuple[Array, Array]) -> None:
+    ids, wanted = streams
+    model: SimpleNSM = nsm.load(CHECKPOINT)
+    split = task.LENGTH - task.CHUNK
+    with torch.no_grad():
+        _, state = model(torch.from_numpy(ids[:, :split]), return_state=True)
+        arrays = {name: value.numpy() for name, value in state.items()}
+        initial = {name: value.numpy() for name, value in model.initial_state(STREAMS).items()}
+        fresh = {name: torch.from_numpy(value.copy()) for name, value in _with_fresh_banks(arrays, initial).items()}
+        logits = model(torch.from_numpy(ids[:, split:]), fresh)
+    assert task.accuracy(logits.numpy(), wanted[:, split:]) <= AT_CHANCE
+
+
+def test_every_target_remembers(session: nsm.Session, task: ModuleType, streams: tuple[Array, Array]) -> None:
+    ids, wanted = streams
+    assert task.accuracy(session.run(ids)["outputs"], wanted) >= 0.95
+
+
+def test_every_target_forgets_with_the_bank(
+    session: nsm.Session, task: ModuleType, streams: tuple[Array, Array]
+) -> None:
+    ids, wanted = streams
+    split = task.LENGTH - task.CHUNK
+    initial = session.read_state()
+    session.run(ids[:, :split])
+    session.load_state(_with_fresh_banks(session.read_state(), initial))
+    logits = session.run(ids[:, split:])["outputs"]
+    assert task.accuracy(logits, wanted[:, split:]) <= AT_CHANCE
