@@ -1,6 +1,6 @@
 """Stream a bundle's graph with plain onnxruntime: nothing of nsm, only the graph and its own description of its states.
 
-    python examples/plain_onnxruntime.py digits.nsm
+python examples/plain_onnxruntime.py digits.nsm
 """
 
 import json

@@ -52,7 +52,7 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="recall.pt", show_default=True)
-@click.option("--steps", default=1500, show_default=True, help="Updates of the weights.")
+@click.option("--steps", default=1200, show_default=True, help="Updates of the weights.")
 @click.option("--width", default=64, show_default=True, help="d_model.")
 @click.option("--routing-heads", default=4, show_default=True)
 @click.option("--seed", default=0, show_default=True)

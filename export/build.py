@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsm.bundle import PARITY, Artifact, Bundle, file_record, staged_copy, write_json, write_manifest
-from nsm.errors import DeviceUnavailableError, InputError, ParityError, UnsupportedError
+from nsm.bundle import GRAPHS, PARITY, Artifact, Bundle, file_record, staged_copy, write_json, write_manifest
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError, UnsupportedError
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress, compare
@@ -93,6 +95,9 @@ def build_target(directory: Path, spec: StepSpec, target: Target, device: str | 
     Raises:
         BuildError: the converter or builder failed; its log is kept and named.
     """
+    if target.folder != GRAPHS:
+        # A builder writes new files: those of a bundle that is being replaced may be links to files in use.
+        shutil.rmtree(directory / target.folder, ignore_errors=True)
     asked = device.lower() if device is not None and _knows(target, device) else None
     request = Request(directory, directory / target.folder, spec, asked)
     built: Built = target.builder_module().build(request)
@@ -117,7 +122,7 @@ def check_artifact(
     """
     try:
         session = open_artifact(bundle, artifact)
-    except DeviceUnavailableError as error:
+    except (DeviceUnavailableError, MissingDependencyError) as error:
         return replace(artifact, parity={"status": "not_run", "reason": str(error)}), None
     with session:
         report = compare(trace, session, find_budget(artifact.precision), progress)
@@ -167,8 +172,6 @@ def add_target(path: Path, name: str, device: str | None = None, progress: Progr
 
 def write_parity(directory: Path, reports: list[ParityReport], merge: bool = False) -> None:
     """Write `parity.json`: the full reports, by target. With `merge` those of other targets stay."""
-    import json
-
     path = directory / PARITY
     old = json.loads(path.read_text(encoding="utf-8"))["results"] if merge and path.is_file() else []
     new = {report.target: report.to_json() for report in reports}

@@ -16,7 +16,7 @@ from typing import Any
 
 import click
 
-from nsm.errors import BuildError, NsmError
+from nsm.errors import BuildError, NsmError, ParityError
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov) or tensorrt (trt)."
 
@@ -57,7 +57,7 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 
 
 @click.group(cls=_NsmGroup, context_settings=_HELP)
-@click.version_option(package_name="nsm", prog_name="nsm")
+@click.version_option(package_name="nsm-toolkit", prog_name="nsm")
 def main() -> None:
     """Take a stateful sequence model from PyTorch to where it runs, with proof over a whole stream.
 
@@ -115,6 +115,7 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     from nsm.export.console import PARITY_COLUMNS, Terminal, parity_row
 
     _require_torch()
+    from nsm.bundle import FAILED_SUFFIX, Bundle
     from nsm.export import pipeline
 
     terminal = Terminal(quiet=as_json)
@@ -132,7 +133,14 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
             click.echo(json.dumps({"dry_run": True, "bundle": None, "artifacts": [], **facts}))
         terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
         return
-    bundle = pipeline.run(planned, terminal)
+    try:
+        bundle = pipeline.run(planned, terminal)
+    except ParityError:
+        if as_json:
+            kept = Bundle(planned.output.with_name(planned.output.name + FAILED_SUFFIX))
+            found = kept.manifest.to_json()["artifacts"]
+            click.echo(json.dumps({"bundle": None, "kept_as": str(kept.path), "artifacts": found}))
+        raise
     artifacts = bundle.manifest.to_json()["artifacts"]
     if as_json:
         click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts}))
@@ -251,6 +259,6 @@ def _require_torch() -> None:
     if missing:
         raise MissingDependencyError(
             f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            'Install with: pip install "nsm[export]". A bundle that exists already is built further with nsm build, '
-            "which needs no torch."
+            'Install with: pip install "nsm-toolkit[export]". '
+            "(For a bundle that exists already, nsm build makes further targets without torch.)"
         )

@@ -206,6 +206,8 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
     terminal = Terminal(quiet=as_json)
     if output is not None and output.exists() and not force:
         raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
+    if output is not None and not output.parent.is_dir():
+        raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
     bundle = Bundle(path)
     with open_bundle(bundle, target) as session:
         sequences = _recorded(bundle) if data is None else read_sequences(data)

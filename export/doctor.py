@@ -26,9 +26,9 @@ def examine() -> list[Finding]:
     """Look at this installation. Nothing is imported but what reports a device."""
     findings = [
         Finding("python", platform.python_version(), "3.11 or newer", ""),
-        _package("torch", "reading checkpoints, exporting", 'pip install "nsm[export]"'),
-        _package("onnx", "exporting", 'pip install "nsm[export]"'),
-        _package("onnxscript", "exporting", 'pip install "nsm[export]"'),
+        _package("torch", "reading checkpoints, exporting", 'pip install "nsm-toolkit[export]"'),
+        _package("onnx", "exporting", 'pip install "nsm-toolkit[export]"'),
+        _package("onnxscript", "exporting", 'pip install "nsm-toolkit[export]"'),
     ]
     seen: set[tuple[str, ...]] = set()
     for target in TARGETS.values():
@@ -37,11 +37,11 @@ def examine() -> list[Finding]:
             name = target.installed() or target.packages[0]
             users = [item.name for item in TARGETS.values() if item.packages == target.packages]
             purpose = f"target {', '.join(users)}"
-            findings.append(_package(name, purpose, f'pip install "nsm[{target.extra}]"'))
+            findings.append(_package(name, purpose, f'pip install "nsm-toolkit[{target.extra}]"'))
     findings += [
-        _package("cuda.bindings", "running TensorRT engines", 'pip install "nsm[tensorrt]"', "cuda-bindings"),
+        _package("cuda.bindings", "running TensorRT engines", 'pip install "nsm-toolkit[tensorrt]"', "cuda-bindings"),
         Finding("NVIDIA GPU", _gpu(), "running TensorRT engines", "a machine with an NVIDIA GPU and its driver"),
-        Finding("OpenVINO devices", _openvino_devices(), "target openvino", 'pip install "nsm[openvino]"'),
+        Finding("OpenVINO devices", _openvino_devices(), "target openvino", 'pip install "nsm-toolkit[openvino]"'),
     ]
     return findings
 

@@ -7,6 +7,7 @@ import logging
 import warnings
 from pathlib import Path
 
+import click
 import numpy as np
 import onnx
 import torch
@@ -81,7 +82,7 @@ def export_onnx(model: StreamModel, spec: StepSpec, directory: Path, opset: int 
                 verbose=False,
             )
     except Exception as error:  # the exporter's errors have no common base
-        raise BuildError(f"The ONNX exporter failed: {error}") from error
+        raise BuildError(f"The ONNX exporter failed: {click.unstyle(str(error))}") from error
     finally:
         logger.setLevel(level)
     if program is None:

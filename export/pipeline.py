@@ -13,11 +13,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, staged, write_manifest
+from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, check_output, staged, write_manifest
 from nsm.errors import InputError
 from nsm.export.build import build_target, check_artifact, check_request, require_all, write_parity
 from nsm.export.onnx import OPSET, export_onnx, initial_arrays
-from nsm.export.record import record, synthetic
+from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.models.checkpoint import Checkpoint, load_checkpoint
 from nsm.runtimes.parity import Progress
@@ -25,7 +25,16 @@ from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array, Source
 
-_PACKAGES = ("nsm", "torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "numpy")
+_PACKAGES = (
+    "torch",
+    "onnx",
+    "onnxscript",
+    "onnxruntime",
+    "openvino",
+    "tensorrt",
+    "tensorrt_rtx",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +101,10 @@ def plan(model: Path, options: ExportOptions) -> Plan:
     checkpoint = load_checkpoint(model)
     checkpoint.model.spec(options.batch, options.chunk)
     sequences, source = _sequences(checkpoint, options)
-    return Plan(options, checkpoint, sequences, source, options.output or Path(f"{model.stem}.nsm"))
+    checked_sequences(checkpoint.model, sequences)
+    output = options.output or Path(f"{model.stem}.nsm")
+    check_output(output, options.force)
+    return Plan(options, checkpoint, sequences, source, output)
 
 
 def export(model: Path, options: ExportOptions, stages: Stages | None = None) -> Bundle:
@@ -150,7 +162,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that had a part in it."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), "nsm": importlib.metadata.version("nsm-toolkit")}
     for name in _PACKAGES:
         try:
             found[name] = importlib.metadata.version(name.replace("_", "-"))

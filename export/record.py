@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from nsm.errors import InputError, NonFiniteError
 from nsm.models.checkpoint import fingerprint
 from nsm.models.stream import State, StreamModel
+from nsm.runtimes.measures import relative_error, rms_norm
 from nsm.runtimes.parity import Progress
 from nsm.trace import Array, Arrays, Source, Trace
 
@@ -32,7 +33,8 @@ def record(
     Every stream gets `steps` calls from the initial state without a reset; a sequence too short for that is
     repeated. Full states are kept around at most 16 steps, log-spaced. Where outputs and states would take more
     than max(4 MB, the model's size), outputs are kept for fewer tokens of a call, states for fewer streams, and
-    only then for fewer steps.
+    only then for fewer steps. The inputs, outputs for one token of every call, and two states of one stream are
+    kept whatever they take: fewer would check less.
 
     Args:
         model: in fp32; its weights are not changed.
@@ -50,14 +52,10 @@ def record(
         raise InputError(f"A trace needs at least one sequence and one step; given {len(sequences)} and {steps}.")
     spec = model.spec(len(sequences), tokens_per_call).entry("step").inputs[0]
     count = spec.shape[1]
-    streams = [_stretch(np.asarray(sequence), steps * count) for sequence in sequences]
-    if any(s.shape[1:] != spec.shape[2:] or (s.dtype.kind == "f") != (spec.dtype[:5] == "float") for s in streams):
-        shapes = sorted({f"{s.dtype}{list(s.shape)}" for s in streams})
-        raise InputError(f"The model takes sequences of {spec.dtype} {['T', *spec.shape[2:]]}; given {shapes}.")
-    tokens = np.stack(streams).astype(spec.dtype)
-    batched = tokens.reshape(len(streams), steps, count, *tokens.shape[2:])
+    tokens = np.stack([_stretch(sequence, steps * count) for sequence in checked_sequences(model, sequences)])
+    batched = tokens.reshape(len(tokens), steps, count, *tokens.shape[2:])
     limit = max(MIN_TRACE_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()))
-    positions, kept, sampled = _kept(model, len(streams), steps, count, limit)
+    positions, kept, sampled = _kept(model, len(tokens), steps, count, limit)
     model = copy.deepcopy(model).eval()
     advance = _counter(progress, 2 * steps)
     outputs, before, after = _roll(model, torch.from_numpy(batched), sampled, advance)
@@ -68,10 +66,8 @@ def record(
             "The PyTorch reference itself produces NaN or infinity on the golden sequences, so there is nothing to "
             "compare with. Check the weights and the sequences."
         )
-    norms = np.linalg.norm(exact.reshape(*exact.shape[:2], -1), axis=-1)
-    errors = np.linalg.norm((outputs - exact).reshape(*exact.shape[:2], -1), axis=-1)
     return Trace(
-        inputs={"tokens": batched, "valid": np.full((len(streams), steps), count, np.int64)},
+        inputs={"tokens": batched, "valid": np.full((len(tokens), steps), count, np.int64)},
         outputs={"outputs": np.ascontiguousarray(outputs[:, :, positions])},
         positions=positions,
         sampled=sampled,
@@ -79,7 +75,7 @@ def record(
         after={name: value[:kept] for name, value in after.items()},
         fingerprint=fingerprint(model.float()),
         source=source,
-        floor=float((errors / np.maximum(norms, 0.01 * np.sqrt(np.mean(norms**2)))).max()),
+        floor=_floor(outputs, exact),
     )
 
 
@@ -135,10 +131,39 @@ def _stack(states: list[Arrays]) -> Arrays:
     return {name: np.stack([state[name] for state in states], 1) for name in states[0]} if states else {}
 
 
+def checked_sequences(model: StreamModel, sequences: Sequence[ArrayLike]) -> list[Array]:
+    """The sequences as the model takes them: [T] int64 or [T, input_dim] float32 each.
+
+    Raises:
+        InputError: names the first one that the model does not take, and why.
+    """
+    spec, checked = model.token_spec, []
+    for index, sequence in enumerate(sequences):
+        array = np.asarray(sequence)
+        kinds = "iu" if spec.dtype == "int64" else "f"
+        if array.dtype.kind not in kinds or array.ndim != 1 + len(spec.shape) or array.shape[1:] != spec.shape:
+            wanted = f"{spec.dtype} {['T', *spec.shape]}"
+            raise InputError(
+                f"Sequence {index}: The model takes sequences of {wanted}; given {array.dtype}{list(array.shape)}."
+            )
+        array = array.astype(spec.dtype)
+        try:
+            model.check_tokens(torch.from_numpy(array[None]))
+        except InputError as error:
+            raise InputError(f"Sequence {index}: {error}") from error
+        checked.append(array)
+    return checked
+
+
 def _stretch(sequence: Array, length: int) -> Array:
-    if sequence.ndim < 1 or not len(sequence):
-        raise InputError(f"A golden sequence needs at least one token; given shape {list(sequence.shape)}.")
     return sequence[np.arange(length) % len(sequence)]
+
+
+def _floor(outputs: Array, exact: Array) -> float:
+    """The largest error of a stream's step, fp32 against fp64."""
+    scale = 0.01 * rms_norm(exact)
+    pairs = zip(outputs.reshape(-1, *outputs.shape[2:]), exact.reshape(-1, *exact.shape[2:]), strict=True)
+    return max(relative_error(given, wanted, scale) for given, wanted in pairs)
 
 
 def _kept(model: StreamModel, streams: int, steps: int, count: int, limit: int) -> tuple[Array, int, Array]:

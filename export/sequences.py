@@ -33,11 +33,12 @@ def read_sequences(path: Path, count: int | None = None) -> list[Array]:
             parts = max(1, min(count or 1, len(data)))
             arrays = [data[: len(data) // parts * parts].reshape(parts, -1)]
         elif suffix == ".npy":
-            arrays = [np.load(path, allow_pickle=False)]
+            with path.open("rb") as file:
+                arrays = [np.lib.format.read_array(file, allow_pickle=False)]
         else:
-            with np.load(path, allow_pickle=False) as archive:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = [archive[name] for name in archive.files]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as error:
         raise InputError(f"{path} cannot be read as sequences: {error}") from error
     sequences: list[Array] = []
     for array in arrays:

@@ -38,7 +38,7 @@ def build(request: Request) -> Built:
         try:
             engine, layers[entry.name] = _build_entry(trt, log.logger, request, entry, device)
         except BuildError as error:
-            raise BuildError(str(error), log.keep(request, device)) from error
+            raise BuildError(f"{error} {log.last_error()}".rstrip(), log.keep(request, device)) from error
         path.write_bytes(engine)
         files.append(path)
     log.write(request.folder / LOG)
@@ -126,6 +126,9 @@ class _Log:
 
         self.lines = lines
         self.logger = Logger()
+
+    def last_error(self) -> str:
+        return next((line for line in reversed(self.lines) if "ERROR" in line), "")
 
     def write(self, path: Path) -> None:
         path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")

@@ -70,7 +70,8 @@ def __getattr__(name: str) -> Any:
         from nsm.errors import MissingDependencyError
 
         raise MissingDependencyError(
-            f'nsm.{name} needs {error.name}, which is not installed. Install it with: pip install "nsm[{extra}]"'
+            f"nsm.{name} needs {error.name}, which is not installed. "
+            f'Install it with: pip install "nsm-toolkit[{extra}]"'
         ) from error
 
 

@@ -48,6 +48,11 @@ class HybridAttention(nn.Module):
         self, token_dim: int, state_dim: int, num_heads: int = 8, window: int = 16, chunk_size: int = 16
     ) -> None:
         super().__init__()
+        if token_dim < 1 or state_dim < 2:
+            raise ConfigError(
+                "Attention needs token_dim >= 1 and state_dim >= 2 (address and content); "
+                f"given token_dim={token_dim}, state_dim={state_dim}."
+            )
         if num_heads < 1 or token_dim % num_heads:
             raise ConfigError(f"num_heads must divide token_dim={token_dim}; given {num_heads}.")
         if window < 2:

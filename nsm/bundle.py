@@ -203,6 +203,16 @@ class Bundle:
         return self.locate(name)
 
 
+def check_output(output: Path, force: bool = False) -> None:
+    """Raise `OutputExistsError` where `staged` would not replace what is there."""
+    if output.exists() and not force:
+        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise OutputExistsError(
+            f"{output} exists and is not a bundle, so --force does not replace it. Move it away, or take another name."
+        )
+
+
 @contextlib.contextmanager
 def staged(output: Path, force: bool = False) -> Iterator[Path]:
     """A new directory beside `output` that takes its name when the block ends well.
@@ -214,12 +224,7 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
         OutputExistsError: `output` exists and `force` is not set (before any work is done).
         InputError: the directory cannot be made.
     """
-    if output.exists() and not force:
-        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise OutputExistsError(
-            f"{output} exists and is not a bundle, so --force does not replace it. Move it away, or take another name."
-        )
+    check_output(output, force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".partial"))
@@ -227,13 +232,11 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
         raise InputError(f"The output {output} cannot be written: {error}.") from error
     try:
         yield stage
-        stage.chmod(0o755)
-        for path in stage.rglob("*"):
-            path.chmod(0o755 if path.is_dir() else 0o644)
         _put(stage, output)
-    except ParityError:
-        _put(stage, output.with_name(output.name + FAILED_SUFFIX))
-        raise
+    except ParityError as error:
+        failed = output.with_name(output.name + FAILED_SUFFIX)
+        _put(stage, failed)
+        raise ParityError(f"{error} The bundle is kept as {failed}, with its report in {PARITY}.") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 
@@ -291,6 +294,9 @@ def _link(source: str, target: str) -> None:
 
 def _put(stage: Path, output: Path) -> None:
     """Rename `stage` to `output`, moving an older one out of the way and then deleting it."""
+    stage.chmod(0o755)
+    for path in stage.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)
     old = stage.with_suffix(".old")
     if output.exists():
         os.replace(output, old)

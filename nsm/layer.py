@@ -9,7 +9,7 @@ from nsm.attention import HybridAttention
 from nsm.errors import ConfigError
 from nsm.manager import StateManager
 from nsm.mixing import LocalMixing
-from nsm.propagator import GateType, StatePropagator
+from nsm.propagator import GATE_TYPES, GateType, StatePropagator
 from nsm.router import TokenToStateRouter
 from nsm.spec import StateSpec
 
@@ -75,6 +75,12 @@ class NSMLayer(nn.Module):
                 "conv_width must be >= 2, feed_forward >= 1, consolidate_every >= 0; given "
                 f"{conv_width}, {feed_forward}, {consolidate_every}."
             )
+        if communication and not consolidate_every:
+            raise ConfigError(
+                "Slots communicate when they are consolidated: communication needs consolidate_every >= 1."
+            )
+        if gate_type not in GATE_TYPES:
+            raise ConfigError(f"gate_type must be one of {', '.join(GATE_TYPES)}; given {gate_type!r}.")
         self.chunk_size = chunk_size
         self.consolidate_every = consolidate_every
         self.norm = nn.LayerNorm(token_dim)

@@ -105,7 +105,7 @@ class StateManager(nn.Module):
         low = self.mask & (scores < self.prune_threshold)
         if bool((low == self.mask).all()):
             low[scores.masked_fill(~self.mask, -1.0).argmax()] = False
-        self.mask &= ~low
+        self.mask = self.mask & ~low
         return int(low.sum())
 
     @torch.no_grad()
@@ -118,6 +118,6 @@ class StateManager(nn.Module):
         if count < 0:
             raise ConfigError(f"allocate_states takes how many slots to activate, 0 or more; given {count}.")
         free = torch.nonzero(~self.mask).flatten()[:count]
-        self.mask[free] = True
+        self.mask = self.mask.index_fill(0, free, True)
         self.importance[free] = 0.0
         return int(free.numel())

@@ -72,6 +72,8 @@ class StatePropagator(nn.Module):
         super().__init__()
         if gate_type not in GATE_TYPES:
             raise ConfigError(f"gate_type must be one of {', '.join(GATE_TYPES)}; given {gate_type!r}.")
+        if state_dim < 1:
+            raise ConfigError(f"state_dim must be >= 1; given {state_dim}.")
         for name, value in (("num_heads", num_heads), ("num_blocks", num_blocks)):
             if (name == "num_blocks" or enable_communication) and (value < 1 or state_dim % value):
                 raise ConfigError(f"{name} must divide state_dim={state_dim}; given {value}.")
@@ -120,6 +122,8 @@ class StatePropagator(nn.Module):
             )
         if cell is not None and self.gate_type != "lstm":
             raise ConfigError("A GRU has no cell: leave `cell` out, or use gate_type='lstm'.")
+        if cell is not None and cell.shape != prev.shape:
+            raise ConfigError(f"The cell must be shaped like prev, {list(prev.shape)}; given {list(cell.shape)}.")
         flat = prev.reshape(-1, self.state_dim)
         a, b = self.from_new(new.reshape(-1, self.state_dim)), self.from_prev(flat)
         if self.gate_type == "gru":

@@ -116,9 +116,9 @@ def load_arrays(path: Path) -> Arrays:
         BundleDamagedError: the file is missing or is no such archive.
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, AttributeError) as error:
+    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as error:
         raise BundleDamagedError(
             f"{path} cannot be read as an archive of arrays ({error}). Export the bundle again."
         ) from error

@@ -21,7 +21,7 @@ class Target:
         runtime: module with `load(files, spec, device, threads) -> Runtime`.
         builder: module with `build(graphs, directory, request) -> Built`.
         packages: import names of which one must be there, the preferred first.
-        extra: what installs one of them: `pip install "nsm[extra]"`.
+        extra: what installs one of them: `pip install "nsm-toolkit[extra]"`.
         suffix: of the file that the runtime opens, one per entry.
         folder: where in the bundle these files lie.
         devices: what `--device` may name.
@@ -54,7 +54,7 @@ class Target:
         if package is None:
             raise MissingDependencyError(
                 f"The target {self.name} needs the package {' or '.join(self.packages)}, which is not installed. "
-                f'Install it with: pip install "nsm[{self.extra}]"'
+                f'Install it with: pip install "nsm-toolkit[{self.extra}]"'
             )
         return package
 

@@ -34,7 +34,8 @@ def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | 
         cuda: Any = importlib.import_module("cuda.bindings.runtime")
     except ImportError as error:
         raise MissingDependencyError(
-            'Running a TensorRT engine needs the package cuda-bindings. Install it with: pip install "nsm[tensorrt]"'
+            "Running a TensorRT engine needs the package cuda-bindings. "
+            'Install it with: pip install "nsm-toolkit[tensorrt]"'
         ) from error
     status, count = cuda.cudaGetDeviceCount()
     if int(status) != 0 or count == 0:

@@ -122,7 +122,7 @@ def test_python_started_in_the_checkout_finds_every_room() -> None:
 def test_a_missing_torch_names_the_extra() -> None:
     result = _python("import sys; sys.modules['torch'] = None; import nsm; nsm.SimpleNSM")
     assert "nsm.SimpleNSM needs torch, which is not installed." in result.stderr
-    assert 'pip install "nsm[torch]"' in result.stderr
+    assert 'pip install "nsm-toolkit[torch]"' in result.stderr
 
 
 def test_an_unknown_name_is_an_attribute_error() -> None:
@@ -156,6 +156,6 @@ def test_the_wheel_works_in_a_bare_environment(tmp_path: Path) -> None:
     doctor = subprocess.run(
         [str(tmp_path / "bare" / "bin" / "nsm"), "doctor"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert 'pip install "nsm[export]"' in doctor.stdout
+    assert 'pip install "nsm-toolkit[export]"' in doctor.stdout
     top_level = (next((tmp_path / "bare" / "lib").iterdir()) / "site-packages").iterdir()
     assert not {"export", "runtimes"} & {path.name for path in top_level}

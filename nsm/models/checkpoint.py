@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import tempfile
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +42,9 @@ class Checkpoint:
     fingerprint: str
 
 
-def save(model: SimpleNSM, path: str | os.PathLike[str], samples: Sequence[ArrayLike] | None = None) -> None:
+def save(
+    model: SimpleNSM, path: str | os.PathLike[str], samples: Sequence[ArrayLike] | NDArray[Any] | None = None
+) -> None:
     """Write a checkpoint, atomically.
 
     Args:
@@ -66,14 +70,19 @@ def save(model: SimpleNSM, path: str | os.PathLike[str], samples: Sequence[Array
         "model": name,
         "config": model.config,
         "weights": model.state_dict(),
+        "fingerprint": fingerprint(model),
         "golden": [item for index, item in enumerate(sequences) if index in golden_ids],
         "calibration": [item for index, item in enumerate(sequences) if index not in golden_ids],
     }
     target = Path(path)
-    handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    try:
+        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
+    except OSError as error:
+        raise InputError(f"The checkpoint {target} cannot be written: {error}.") from error
     try:
         with os.fdopen(handle, "wb") as file:
             torch.save(content, file)
+        Path(temporary).chmod(0o644)
         os.replace(temporary, target)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
@@ -90,7 +99,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
     Raises:
         CheckpointError: not a checkpoint, a pickled module, a newer version, weights that do not fit the config
-            or are not finite.
+            or are not finite, or a file that was damaged since.
     """
     content = _read(Path(path))
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -105,10 +114,17 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             "Save it again with this version, or install the nsm that wrote it."
         )
     try:
+        if content["model"] not in MODELS:
+            raise InputError(f"it holds a {content['model']!r}; this nsm knows {', '.join(MODELS)}.")
         model = MODELS[content["model"]](**content["config"])
         model.load_state_dict(content["weights"])
         golden, calibration = ([item.numpy() for item in content[key]] for key in ("golden", "calibration"))
-    except (KeyError, TypeError, AttributeError, RuntimeError, InputError) as error:
+        recorded = content["fingerprint"]
+    except KeyError as error:
+        raise CheckpointError(
+            f"{path} is tagged as a checkpoint, but does not make a model: it lacks the part {error}."
+        ) from error
+    except (TypeError, AttributeError, RuntimeError, InputError) as error:
         raise CheckpointError(
             f"{path} is tagged as a checkpoint, but its config and weights do not make a model: {error}"
         ) from error
@@ -119,12 +135,14 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path}: {count} of the {tensor.numel()} numbers in {name} are NaN or infinite. "
                 "Training diverged; go back to an earlier checkpoint."
             )
-    return Checkpoint(model.eval(), golden, calibration, fingerprint(model))
+    if fingerprint(model) != recorded:
+        raise CheckpointError(f"{path} is damaged: its weights are not those that were saved. Copy or save it again.")
+    return Checkpoint(model.eval(), golden, calibration, recorded)
 
 
 def fingerprint(model: StreamModel) -> str:
-    """SHA-256 over the names, dtypes, shapes and bytes of the weights and the sizes in the spec."""
-    digest = hashlib.sha256(repr(model.spec()).encode())
+    """SHA-256 over the class and config of the model and the names, dtypes, shapes and bytes of its weights."""
+    digest = hashlib.sha256(json.dumps([type(model).__name__, model.config], sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
         array = tensor.detach().cpu().contiguous().numpy()
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
@@ -134,7 +152,9 @@ def fingerprint(model: StreamModel) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch says of foreign files; our own message follows
+            return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
     except pickle.UnpicklingError as error:
@@ -143,7 +163,7 @@ def _read(path: Path) -> Any:
             "run code from the file; or it is no PyTorch file at all. Load it yourself where you trust it, and write "
             "config and weights with nsm.save(model, path)."
         ) from error
-    except (RuntimeError, ValueError, EOFError, OSError, KeyError, AttributeError, TypeError, IndexError) as error:
+    except Exception as error:  # on damaged files torch raises whatever its parser stumbles over
         raise CheckpointError(
             f"{path} cannot be read as a PyTorch file ({type(error).__name__}). It is damaged, or something else; "
             "expected is a .pt written by nsm.save."
@@ -152,12 +172,14 @@ def _read(path: Path) -> Any:
 
 def _checked_sample(model: StreamModel, index: int, sample: ArrayLike) -> torch.Tensor:
     spec = model.token_spec
-    array = np.asarray(sample)
     try:
+        array = sample.detach().numpy() if isinstance(sample, torch.Tensor) else np.asarray(sample)
         if array.dtype.kind not in ("iu" if spec.dtype == "int64" else "f"):
             raise InputError(f"its dtype is {array.dtype}, the model takes {spec.dtype}.")
         tensor = torch.from_numpy(array.astype(spec.dtype))
-        model._check_tokens(tensor.unsqueeze(0))
-    except InputError as error:
+        model.check_tokens(tensor.unsqueeze(0))
+        if not bool(torch.isfinite(tensor).all()):
+            raise InputError("it holds NaN or infinite numbers.")
+    except (InputError, ValueError, TypeError) as error:
         raise InputError(f"samples[{index}] is not a sequence for this model: {error}") from error
     return tensor

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -38,6 +38,9 @@ class StreamModel(nn.Module):
         output_dim: width of the outputs.
         max_seq_length: the longest sequence that `forward` takes in one call, None for any.
     """
+
+    config: dict[str, Any]
+    """The arguments that make this model again; a subclass sets them."""
 
     def __init__(
         self,
@@ -114,19 +117,19 @@ class StreamModel(nn.Module):
             InputError: tokens of the wrong shape or dtype, or ids outside the vocabulary.
             StreamError: a lane stands inside a chunk.
         """
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         if tokens.shape[1] % self.chunk_size:
             raise InputError(
                 f"step takes a multiple of {self.chunk_size} tokens a lane; given {tokens.shape[1]}. "
                 "Pad the last chunk and say in `valid` how many tokens count."
             )
-        if not torch.compiler.is_compiling() and bool((state[OFFSET] != 0).any()):
+        if valid is None:
+            valid = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+        if not torch.compiler.is_compiling() and bool(((state[OFFSET] != 0) & (valid > 0)).any()):
             raise StreamError(
                 f"step starts at a chunk's beginning, but the lanes stand at offsets {state[OFFSET].tolist()}. "
                 "Use forward or advance, or start from initial_state()."
             )
-        if valid is None:
-            valid = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
         outputs = []
         for start in range(0, tokens.shape[1], self.chunk_size):
             now = (valid - start).clamp(0, self.chunk_size)
@@ -156,7 +159,7 @@ class StreamModel(nn.Module):
         single = bool(self.token_spec.shape) and tokens.dim() == 1 + len(self.token_spec.shape)
         if single:
             tokens = tokens.unsqueeze(1)
-        self._check_tokens(tokens)
+        self.check_tokens(tokens)
         batch, length = tokens.shape[:2]
         if self.max_seq_length is not None and length > self.max_seq_length:
             raise InputError(
@@ -186,8 +189,17 @@ class StreamModel(nn.Module):
         """
         if valid is None:
             valid = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
+        if not torch.compiler.is_compiling() and bool((state[OFFSET] + valid > self.chunk_size).any()):
+            raise StreamError(
+                f"advance stays inside a chunk of {self.chunk_size} tokens, but the lanes stand at offsets "
+                f"{state[OFFSET].tolist()} and are given {valid.tolist()}. Commit the full chunk first, or use forward."
+            )
         filled = state[FILLED]
         hidden = self.embed(tokens)
+        if self.token_spec.shape:
+            # Padding may hold anything, and 0 * NaN is NaN. Ids have a finite embedding whatever they are.
+            counts = torch.arange(tokens.shape[1], device=tokens.device) < valid[:, None]
+            hidden = torch.where(counts.unsqueeze(-1), hidden, 0.0)
         result = dict(state)
         for index, layer in enumerate(self._layers()):
             hidden, part = layer.advance(hidden, _part(state, index), filled, valid)
@@ -218,15 +230,16 @@ class StreamModel(nn.Module):
     def _device(self) -> torch.device:
         return self._layers()[0].manager.bank.device
 
-    def _check_tokens(self, tokens: Tensor) -> None:
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise `InputError` unless the tokens are [B, T, ...] of this model's kind and in range."""
         spec = self.token_spec
         kind = "ids [B, T]" if not spec.shape else f"vectors [B, T, {spec.shape[0]}]"
-        integer = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
+        integer = not spec.shape
+        dtypes = (torch.int64, torch.int32) if integer else (self._layers()[0].manager.bank.dtype,)
         if tokens.dim() != 2 + len(spec.shape) or tuple(tokens.shape[2:]) != spec.shape or 0 in tokens.shape[:2]:
             raise InputError(f"The model takes {kind}, at least one token; given shape {list(tokens.shape)}.")
-        if integer != (not spec.shape):
-            wanted = "integer" if not spec.shape else "floating-point"
-            raise InputError(f"The model takes {kind} of a {wanted} dtype; given {tokens.dtype}.")
+        if tokens.dtype not in dtypes:
+            raise InputError(f"The model takes {kind} of dtype {dtypes[0]}; given {tokens.dtype}.")
         if integer and not torch.compiler.is_compiling():
             low, high = int(tokens.min()), int(tokens.max())
             if (

@@ -267,6 +267,7 @@ def test_the_checker_passes_and_the_weights_lie_beside_the_graph(graph: Graph) -
 def test_nothing_of_this_machine_is_in_the_file(graph: Graph) -> None:
     content = graph.path.read_bytes() + (graph.path.parent / WEIGHTS).read_bytes()
     here = [str(Path.cwd()), str(Path(torch.__file__).parents[1]), str(Path.home()), str(graph.path.parent)]
+    here = [place for place in here if len(place) > 1]  # a home may be /
     for trace in ("site-packages", "dist-packages", "Traceback", "stack_trace", '.py"', "line ", "/nsm/", *here):
         assert trace.encode() not in content, trace
     assert not re.search(rb"[\w/]+\.py\b", content)

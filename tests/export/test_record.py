@@ -130,7 +130,9 @@ def test_the_model_given_is_left_as_it_was(model_factory: Factory) -> None:
     trace = record(model, list(make_ids(1, 32)), steps=3)
     assert model.training
     after = model.state_dict()
-    assert all(after[name].dtype == value.dtype and bool((after[name] == value).all()) for name, value in before.items())
+    assert all(
+        after[name].dtype == value.dtype and bool((after[name] == value).all()) for name, value in before.items()
+    )
     assert_is_stepping_by_hand(model.eval(), trace)
 
 
@@ -162,18 +164,20 @@ def test_a_large_vocabulary_keeps_fewer_tokens_of_a_call(model_factory: Factory)
     assert_is_stepping_by_hand(model, trace)
 
 
-def test_a_very_large_vocabulary_keeps_the_limit_as_well(model_factory: Factory) -> None:
+def test_one_position_a_call_is_kept_even_over_the_limit(model_factory: Factory) -> None:
     model = model_factory(vocab_size=6000, output_dim=None, chunk_size=2)
     one_position = 8 * 64 * 6000 * 4
     limit = max(MIN_TRACE_BYTES, weight_bytes(model))
     assert one_position > limit
     trace = record(model, list(make_ids(8, 128, high=6000)), steps=64)
     assert trace.streams == 8
-    assert recorded_bytes(trace) <= limit
+    assert list(trace.positions) == [1]
+    assert trace.outputs["outputs"].nbytes == one_position
+    assert recorded_bytes(trace) - one_position <= limit // 2
 
 
 def test_large_states_are_kept_for_fewer_streams_and_then_fewer_steps(model_factory: Factory) -> None:
-    for states, streams in ((64, 32), (3000, 2)):
+    for states, streams in ((64, 32), (500, 2)):
         model = model_factory(num_states=states, d_model=64, num_layers=1)
         trace = record(model, list(make_ids(streams, 40)), steps=24)
         full = 2 * MAX_SAMPLED * model.spec(streams).state_nbytes
@@ -185,7 +189,7 @@ def test_large_states_are_kept_for_fewer_streams_and_then_fewer_steps(model_fact
         assert trace.sampled[0] == 0
         assert trace.sampled[-1] == 23
         assert_is_stepping_by_hand(model, trace)
-        if states == 3000:
+        if states == 500:
             assert len(trace.sampled) < MAX_SAMPLED
 
 
@@ -200,7 +204,7 @@ def test_nothing_to_record_is_refused(model: SimpleNSM, count: int, steps: int) 
 
 @pytest.mark.parametrize("sequence", [np.empty(0, np.int64), np.array(3)])
 def test_a_sequence_without_tokens_is_refused(model: SimpleNSM, sequence: Array) -> None:
-    with pytest.raises(InputError, match="A golden sequence needs at least one token; given shape"):
+    with pytest.raises(InputError, match="at least one token; given shape|The model takes sequences of"):
         record(model, [sequence], steps=2)
 
 
@@ -237,7 +241,7 @@ def test_ids_outside_the_vocabulary_are_refused(model: SimpleNSM, token: int) ->
 
 
 def test_a_wrong_number_of_tokens_per_call_is_refused(model: SimpleNSM) -> None:
-    with pytest.raises(InputError, match="multiple of the model's chunk of 8 tokens; given 12. Take 16"):
+    with pytest.raises(InputError, match=r"multiple of the model's chunk of 8 tokens; given 12\. Take 16"):
         record(model, list(make_ids(1, 16)), steps=2, tokens_per_call=12)
 
 
@@ -245,7 +249,7 @@ def test_a_wrong_number_of_tokens_per_call_is_refused(model: SimpleNSM) -> None:
 @torch.no_grad()
 def test_a_reference_that_is_not_finite_is_refused(model_factory: Factory, value: float) -> None:
     model = model_factory()
-    model.embed.weight[7] = value  # type: ignore[index, operator, union-attr]
+    next(model.embed.parameters())[7] = value
     with pytest.raises(NonFiniteError, match="The PyTorch reference itself produces NaN or infinity"):
         record(model, [np.arange(20)], steps=4)
 

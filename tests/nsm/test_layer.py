@@ -43,10 +43,10 @@ def make_layer(**changes: Any) -> NSMLayer:
 @torch.no_grad()
 def stir(module: nn.Module) -> None:
     for parameter in module.parameters():
-        parameter += 0.3 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
-@pytest.fixture(params=VARIANTS.values(), ids=VARIANTS.keys())
+@pytest.fixture(params=VARIANTS.values(), ids=list(VARIANTS))
 def layer(request: pytest.FixtureRequest) -> NSMLayer:
     return make_layer(**request.param)
 
@@ -81,7 +81,7 @@ class Stream:
     def mixed(self, place: int) -> Tensor:
         """The output of the local mixing at a place, [d]."""
         taps = self.layer.mixing.kernel[:, 0]
-        total = self.layer.mixing.bias
+        total: Tensor = self.layer.mixing.bias
         for back in range(self.layer.mixing.width):
             if place - back >= 0:
                 total = total + taps[:, -1 - back] * self.inputs[place - back]
@@ -145,9 +145,7 @@ class Stream:
         self.written = []
 
 
-def run(
-    layer: NSMLayer, tokens: Tensor, state: LayerState, pieces: list[int]
-) -> tuple[Tensor, LayerState]:
+def run(layer: NSMLayer, tokens: Tensor, state: LayerState, pieces: list[int]) -> tuple[Tensor, LayerState]:
     """The layer's own path: `advance` by pieces that end inside or at the end of a chunk, and `commit`."""
     lanes, outputs, start, every = tokens.shape[0], [], 0, layer.consolidate_every
     for count in pieces:
@@ -230,7 +228,9 @@ def test_what_masked_slots_hold_changes_nothing(layer: NSMLayer) -> None:
     assert torch.equal(output, other_output)
     for role, value in state.items():
         per_slot = role in ("bank", "pending", "cell", "importance", "written")
-        assert torch.equal(value[mask] if per_slot else value, other_state[role][mask] if per_slot else other_state[role])
+        assert torch.equal(
+            value[mask] if per_slot else value, other_state[role][mask] if per_slot else other_state[role]
+        )
     for role in ("bank", "pending", "cell"):
         if role in clean:
             assert torch.equal(other_state[role][~mask], poisoned[role][~mask])
@@ -328,7 +328,7 @@ def test_the_initial_state_is_what_the_specs_declare(layer: NSMLayer, batch: int
 def test_gradients_reach_every_parameter(layer: NSMLayer) -> None:
     tokens = random_tokens(2, 4 * CHUNK + 1)
     output, _ = layer(tokens)
-    (output * random_tokens(2, 4 * CHUNK + 1, seed=1)).sum().backward()
+    torch.autograd.backward((output * random_tokens(2, 4 * CHUNK + 1, seed=1)).sum())
     for name, parameter in layer.named_parameters():
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
@@ -338,6 +338,18 @@ def test_gradients_reach_every_parameter(layer: NSMLayer) -> None:
     assert importance is not None
     assert torch.equal(bank.abs().sum(-1) > 0, layer.manager.mask)
     assert torch.equal(importance.abs() > 0, layer.manager.mask)
+
+
+def test_the_learned_part_of_the_initial_state_carries_gradients(layer: NSMLayer) -> None:
+    """The trace too, though no output of one layer depends on it: a loss may."""
+    state, manager = layer.initial_state(2), layer.manager
+    torch.autograd.backward(state["bank"].sum() + state["pending"].sum() + state["importance"].sum())
+    bank, importance = manager.bank.grad, manager.importance.grad
+    assert bank is not None
+    assert importance is not None
+    assert_close(bank, torch.full_like(bank, 4.0))
+    scores = manager.get_importance_scores()
+    assert_close(importance, 2 * scores * (1 - scores))
 
 
 @torch.no_grad()

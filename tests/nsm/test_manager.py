@@ -108,7 +108,7 @@ def test_counts_always_add_up_and_a_slot_is_always_active(
         elif call == "learn":
             expected = before
             with torch.no_grad():
-                manager.importance += torch.randn_like(manager.importance)
+                manager.importance.add_(torch.randn_like(manager.importance))
         else:
             expected = before + manager.allocate_states(int(call[-1]))
         assert manager.num_active_states == expected >= 1

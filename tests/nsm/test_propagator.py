@@ -28,7 +28,7 @@ def make_propagator(gate_type: GateType = "gru", stirred: bool = True, **changes
 @torch.no_grad()
 def stir(module: nn.Module) -> None:
     for parameter in module.parameters():
-        parameter += 0.3 * torch.randn_like(parameter)
+        parameter.add_(torch.randn_like(parameter), alpha=0.3)
 
 
 def random_states(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -85,9 +85,7 @@ def communicate_slot_by_slot(propagator: StatePropagator, bank: Tensor, active: 
 @pytest.mark.parametrize("num_blocks", [1, 3, 12])
 @pytest.mark.parametrize("shape", [(4, 12), (2, 5, 12), (1, 1, 12)])
 @pytest.mark.parametrize("gate_type", GATES)
-def test_gates_are_their_formulas_state_by_state(
-    gate_type: GateType, shape: tuple[int, ...], num_blocks: int
-) -> None:
+def test_gates_are_their_formulas_state_by_state(gate_type: GateType, shape: tuple[int, ...], num_blocks: int) -> None:
     propagator = make_propagator(gate_type, num_blocks=num_blocks)
     prev, new, cell = random_states(*shape)
     rows = [x.reshape(-1, 12) for x in (prev, new, cell)]
@@ -147,9 +145,7 @@ def test_a_block_diagonal_gate_is_the_dense_gate_with_that_matrix(gate_type: Gat
 def test_an_untrained_propagator_nearly_keeps_what_was_there(
     gate_type: GateType, communication: bool, num_blocks: int
 ) -> None:
-    propagator = make_propagator(
-        gate_type, stirred=False, enable_communication=communication, num_blocks=num_blocks
-    )
+    propagator = make_propagator(gate_type, stirred=False, enable_communication=communication, num_blocks=num_blocks)
     prev, new, _ = random_states(8, 5, 12)
     with torch.no_grad():
         handed_on = float((propagator(prev, new) * prev).sum() / (prev * prev).sum())
@@ -202,7 +198,7 @@ def test_what_a_masked_slot_holds_reaches_no_active_slot(gate_type: GateType) ->
 def test_gradients_reach_every_parameter(gate_type: GateType, communication: bool) -> None:
     propagator = make_propagator(gate_type, enable_communication=communication, num_blocks=3)
     prev, new, _ = random_states(2, 5, 12)
-    (propagator(prev, new) * torch.randn(2, 5, 12)).sum().backward()
+    torch.autograd.backward((propagator(prev, new) * torch.randn(2, 5, 12)).sum())
     for name, parameter in propagator.named_parameters():
         assert parameter.grad is not None, name
         assert float(parameter.grad.abs().max()) > 0, name

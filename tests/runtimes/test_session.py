@@ -191,14 +191,13 @@ def test_lanes_do_not_bleed_into_each_other(session: Session) -> None:
     tokens, others = ids(session, 4), ids(session, 4, seed=1)
     alone = [lane_of(session.step(step), 0) for step in tokens]
     state = lane_of(session.read_state(), 0)
-    session.reset()
-    for index, (step, other) in enumerate(zip(tokens, others, strict=True)):
-        outputs = session.step(np.stack([step[0], other[1]]), [session.spec.chunk_size, 2 if index == 3 else 8 % 8])
-        assert_same(lane_of(outputs, 0), alone[index])
-    assert_same(lane_of(session.read_state(), 0), state)
-    session.reset()
-    for step, other, wanted in zip(tokens, others, alone, strict=True):
-        assert_same(lane_of(session.step(np.stack([step[0], other[1]])), 0), wanted)
+    length = session.spec.chunk_size
+    for neighbour in ([length] * 4, [0] * 4, [length, 0, length, 2]):
+        session.reset()
+        for step, other, count, wanted in zip(tokens, others, neighbour, alone, strict=True):
+            outputs = session.step(np.stack([step[0], other[1]]), [length, count])
+            assert_same(lane_of(outputs, 0), wanted)
+        assert_same(lane_of(session.read_state(), 0), state)
 
 
 def test_a_call_of_several_chunks_ends_only_inside_a_chunk() -> None:
@@ -548,6 +547,17 @@ def test_an_idle_lane_may_answer_nonsense() -> None:
     session.step(ids(session))
     outputs = session.step(ids(session), [CHUNK, 0])
     assert np.isfinite(outputs["outputs"][0]).all()
+
+
+def test_what_stands_after_the_valid_tokens_may_be_nonsense() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        outputs["outputs"][1, 2:] = np.nan
+
+    session = fake_session(after=after)
+    assert np.isfinite(session.step(ids(session), [CHUNK, 2])["outputs"][1, :2]).all()
+    session.reset()
+    with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
+        session.step(ids(session), [CHUNK, 3])
 
 
 def test_an_output_that_is_not_finite_is_noticed_without_valid_too() -> None:

@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsm.errors import BundleError
+from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
+
+
+def make_spec() -> StepSpec:
+    return StepSpec(
+        entries=(
+            EntrySpec(
+                "step",
+                (TensorSpec("tokens", (2, 8), "int64", 1, 0, 19), TensorSpec("valid", (2,), "int64", None, 0, 8)),
+                (TensorSpec("outputs", (2, 8, 5), "float32", 1),),
+            ),
+            EntrySpec("decode", (TensorSpec("tokens", (2, 1), "int64", 1, 0, 19),), ()),
+        ),
+        states=(
+            StateSpec("lane.offset", (2,), "int64"),
+            StateSpec("0.bank", (2, 6, 32), "float32", init="learned"),
+            StateSpec("0.mask", (2, 6), "bool", init="learned"),
+            StateSpec("0.key", (2, 7, 16), "float16"),
+            StateSpec("0.value", (7, 2, 16), "float16", batch_axis=1),
+            StateSpec("10.cell", (2, 6), "float32", past="cell_in", present="cell_out"),
+        ),
+        chunk_size=8,
+        batch=2,
+        family="nsm",
+    )
+
+
+def test_a_spec_survives_json() -> None:
+    spec = make_spec()
+    assert StepSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+
+
+def test_states_have_the_names_that_other_tools_know() -> None:
+    names = {state.name: (state.past, state.present) for state in make_spec().states}
+    assert names == {
+        "lane.offset": ("past_state.lane.offset", "present_state.lane.offset"),
+        "0.bank": ("past_state.0.bank", "present_state.0.bank"),
+        "0.mask": ("past_state.0.mask", "present_state.0.mask"),
+        "0.key": ("past_key_values.0.key", "present.0.key"),
+        "0.value": ("past_key_values.0.value", "present.0.value"),
+        "10.cell": ("cell_in", "cell_out"),
+    }
+
+
+def test_sorted_inputs_pair_with_sorted_outputs() -> None:
+    roles = ("bank", "pending", "mask", "importance", "written", "key", "value", "tail", "cell")
+    states = [StateSpec(f"{layer}.{role}", (1,), "float32") for layer in range(12) for role in roles]
+    states += [StateSpec("lane.offset", (1,), "int64"), StateSpec("lane.filled", (1,), "int64")]
+    pairs = {state.past: state.present for state in states}
+    assert [pairs[past] for past in sorted(pairs)] == sorted(pairs.values())
+
+
+def test_sizes_in_bytes() -> None:
+    spec = make_spec()
+    assert [state.nbytes for state in spec.states] == [16, 2 * 6 * 32 * 4, 12, 2 * 7 * 16 * 2, 7 * 2 * 16 * 2, 48]
+    assert spec.state_nbytes == 16 + 1536 + 12 + 448 + 448 + 48
+    assert StateSpec("x", (), "float64").nbytes == 8
+
+
+def test_dtypes_are_those_of_numpy() -> None:
+    spec = make_spec()
+    assert [state.numpy_dtype for state in spec.states[:4]] == [np.int64, np.float32, np.bool_, np.float16]
+    assert spec.entry("step").input("tokens").numpy_dtype == np.int64
+
+
+def test_the_index_of_a_lane_is_on_its_axis() -> None:
+    array = np.arange(7 * 2 * 16).reshape(7, 2, 16)
+    value = make_spec().states[4]
+    np.testing.assert_array_equal(array[value.lane_index(1)], array[:, 1])
+    np.testing.assert_array_equal(np.eye(2)[StateSpec("x", (2, 2), "float32").lane_index(0)], [1.0, 0.0])
+
+
+def test_parts_are_found_by_name() -> None:
+    spec = make_spec()
+    assert spec.state_names == ("lane.offset", "0.bank", "0.mask", "0.key", "0.value", "10.cell")
+    assert spec.entry("decode").name == "decode"
+    assert spec.entry("step").input("valid").maximum == 8
+
+
+def _change(data: Any, path: tuple[str | int, ...], value: object) -> None:
+    for key in path[:-1]:
+        data = data[key]
+    if value is KeyError:
+        del data[path[-1]]
+    else:
+        data[path[-1]] = value
+
+
+STATE: tuple[str | int, ...] = ("states", 0)
+INPUT: tuple[str | int, ...] = ("entries", 0, "inputs", 0)
+
+WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
+    "no entries": (("entries",), KeyError),
+    "entries null": (("entries",), None),
+    "entries a number": (("entries",), 3),
+    "entries empty": (("entries",), []),
+    "entry a word": (("entries", 0), "step"),
+    "entry without a name": (("entries", 0, "name"), KeyError),
+    "entry name a number": (("entries", 0, "name"), 3),
+    "inputs null": (("entries", 0, "inputs"), None),
+    "inputs empty": (("entries", 0, "inputs"), []),
+    "input name null": ((*INPUT, "name"), None),
+    "input without a dtype": ((*INPUT, "dtype"), KeyError),
+    "input dtype unknown": ((*INPUT, "dtype"), "float31"),
+    "input with an unknown key": ((*INPUT, "colour"), "red"),
+    "input shape a word": ((*INPUT, "shape"), "wide"),
+    "input shape negative": ((*INPUT, "shape"), [-1, 8]),
+    "input minimum a word": ((*INPUT, "minimum"), "low"),
+    "states a word": (("states",), "none"),
+    "state a number": (STATE, 3),
+    "state name a number": ((*STATE, "name"), 3),
+    "state without a shape": ((*STATE, "shape"), KeyError),
+    "state shape null": ((*STATE, "shape"), None),
+    "state shape of words": ((*STATE, "shape"), ["a"]),
+    "state dtype unknown": ((*STATE, "dtype"), "real"),
+    "state dtype null": ((*STATE, "dtype"), None),
+    "state with an unknown key": ((*STATE, "colour"), "red"),
+    "state batch axis a word": ((*STATE, "batch_axis"), "first"),
+    "state batch axis outside": ((*STATE, "batch_axis"), 4),
+    "state init unknown": ((*STATE, "init"), "ones"),
+    "state past a number": ((*STATE, "past"), 3),
+    "chunk size a word": (("chunk_size",), "eight"),
+    "chunk size null": (("chunk_size",), None),
+    "chunk size zero": (("chunk_size",), 0),
+    "batch negative": (("batch",), -2),
+    "batch a list": (("batch",), [2]),
+    "no family": (("family",), KeyError),
+}
+
+
+@pytest.mark.parametrize(("path", "value"), WRONG.values(), ids=WRONG)
+def test_a_spec_that_was_edited_by_hand_is_refused(path: tuple[str | int, ...], value: object) -> None:
+    data = json.loads(json.dumps(make_spec().to_json()))
+    _change(data, path, value)
+    with pytest.raises(BundleError, match="edited by hand") as caught:
+        StepSpec.from_json(data)
+    assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize("data", [[], "spec", 3, None, {}])
+def test_what_is_no_spec_is_refused(data: Any) -> None:
+    with pytest.raises(BundleError, match="The spec in the manifest cannot be read"):
+        StepSpec.from_json(data)
