@@ -82,4 +82,5 @@ def varied(images: Images, generator: np.random.Generator) -> Images:
     columns = generator.integers(0, 3, count)[:, None] + np.arange(8)
     moved = padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
     noise = generator.integers(-2, 3, moved.shape)
-    return np.where(moved > 0, np.clip(moved + noise, 0, 16), moved)
+    inked: Images = np.where(moved > 0, np.clip(moved + noise, 0, 16), moved)
+    return inked

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -38,7 +37,7 @@ def read_sequences(path: Path, count: int | None = None) -> list[Array]:
         else:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
                 arrays = [archive[name] for name in archive.files]
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as error:
+    except Exception as error:  # on damaged files zipfile and numpy raise whatever they stumble over
         raise InputError(f"{path} cannot be read as sequences: {error}") from error
     sequences: list[Array] = []
     for array in arrays:

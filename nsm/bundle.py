@@ -19,7 +19,15 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from nsm.errors import BundleDamagedError, BundleError, BundleVersionError, InputError, OutputExistsError, ParityError
+from nsm.decode import decode
+from nsm.errors import (
+    BundleDamagedError,
+    BundleVersionError,
+    ConfigError,
+    InputError,
+    OutputExistsError,
+    ParityError,
+)
 from nsm.spec import StepSpec
 from nsm.trace import Arrays, Trace, load_arrays
 
@@ -57,6 +65,10 @@ class Artifact:
     parity: Mapping[str, Any]
     notes: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.parity.get("status") not in ("passed", "failed", "not_run"):
+            raise ConfigError(f"The parity of {self.target} has no status that is passed, failed or not_run.")
+
     @property
     def nbytes(self) -> int:
         return sum(record.size for record in self.files)
@@ -93,25 +105,7 @@ class Manifest:
                 f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
                 "Export it again with this version, or install the nsm that wrote it."
             )
-        try:
-            return cls(
-                spec=StepSpec.from_json(data["spec"]),
-                fingerprint=str(data["fingerprint"]),
-                model=dict(data["model"]),
-                artifacts=tuple(
-                    Artifact(**{**item, "files": tuple(map(_record, item["files"])), "notes": tuple(item["notes"])})
-                    for item in data["artifacts"]
-                ),
-                files=tuple(map(_record, data["files"])),
-                versions=dict(data["versions"]),
-                command=str(data["command"]),
-                created=str(data["created"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise BundleError(
-                f"The manifest cannot be read ({type(error).__name__}: {error}). Was it edited by hand? "
-                "Export the bundle again."
-            ) from error
+        return decode(cls, data, MANIFEST)
 
 
 class Bundle:
@@ -132,7 +126,7 @@ class Bundle:
             raise BundleDamagedError(f"{self.path} is not a bundle: {MANIFEST} cannot be read ({error}).") from error
         try:
             data = json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise BundleDamagedError(
                 f"{self.path / MANIFEST} is not JSON ({error}). Export the bundle again."
             ) from error
@@ -143,7 +137,9 @@ class Bundle:
     def artifact(self, target: str | None = None) -> Artifact:
         """The artifact of `target`, or the first one that can be run anywhere."""
         artifacts = self.manifest.artifacts
-        if target is None and artifacts:
+        if not artifacts and target is None:
+            raise InputError(f"{self.path} holds no artifact. Build one with: nsm build {self.path} --target openvino")
+        if target is None:
             return next((item for item in artifacts if item.parity["status"] == "passed"), artifacts[0])
         for item in artifacts:
             if item.target == target:
@@ -165,7 +161,7 @@ class Bundle:
             records = tuple({**shared, **{r.path: r for a in self.manifest.artifacts for r in a.files}}.values())
         for record in records:
             path = self.locate(record.path)
-            if not path.is_file():
+            if not _is_file(path):
                 raise BundleDamagedError(f"{self.path} is damaged: {record.path} is missing. Export it again.")
             size = path.stat().st_size
             if size != record.size:
@@ -183,7 +179,11 @@ class Bundle:
         """Where a recorded file lies; a path that leads out of the bundle is refused."""
         pure = PurePosixPath(relative)
         path = self.path.joinpath(*pure.parts)
-        if pure.is_absolute() or ".." in pure.parts or not path.resolve().is_relative_to(self.path.resolve()):
+        try:
+            inside = path.resolve().is_relative_to(self.path.resolve())
+        except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a NUL byte
+            inside = False
+        if pure.is_absolute() or ".." in pure.parts or not inside:
             raise BundleDamagedError(f"{self.path}: the manifest names {relative!r}, which is outside the bundle.")
         return path
 
@@ -232,6 +232,7 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
         raise InputError(f"The output {output} cannot be written: {error}.") from error
     try:
         yield stage
+        check_output(output, force)  # something may have come to be there during the work
         _put(stage, output)
     except ParityError as error:
         failed = output.with_name(output.name + FAILED_SUFFIX)
@@ -281,8 +282,11 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _record(item: Mapping[str, Any]) -> FileRecord:
-    return FileRecord(str(item["path"]), int(item["size"]), str(item["sha256"]))
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # a name that is too long, say
+        return False
 
 
 def _link(source: str, target: str) -> None:
@@ -294,6 +298,7 @@ def _link(source: str, target: str) -> None:
 
 def _put(stage: Path, output: Path) -> None:
     """Rename `stage` to `output`, moving an older one out of the way and then deleting it."""
+    output = output.resolve() if output.is_symlink() else output
     stage.chmod(0o755)
     for path in stage.rglob("*"):
         path.chmod(0o755 if path.is_dir() else 0o644)

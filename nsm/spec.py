@@ -14,7 +14,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from nsm.errors import BundleError
+from nsm.decode import decode
+from nsm.errors import ConfigError, InputError
 
 Init = Literal["zeros", "learned"]
 
@@ -37,6 +38,9 @@ class TensorSpec:
     time_axis: int | None = None
     minimum: int | None = None
     maximum: int | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.name, self.shape, self.dtype)
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -66,6 +70,9 @@ class StateSpec:
     present: str = ""
 
     def __post_init__(self) -> None:
+        _check(self.name, self.shape, self.dtype)
+        if self.shape and not 0 <= self.batch_axis < len(self.shape):
+            raise ConfigError(f"{self.name} of shape {list(self.shape)} has no axis {self.batch_axis} for the lanes.")
         window = self.name.rsplit(".", 1)[-1] in _WINDOW_ROLES
         if not self.past:
             object.__setattr__(self, "past", ("past_key_values." if window else "past_state.") + self.name)
@@ -93,7 +100,12 @@ class EntrySpec:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
 
+    def __post_init__(self) -> None:
+        if not self.inputs:
+            raise ConfigError(f"The entry {self.name} has no inputs.")
+
     def input(self, name: str) -> TensorSpec:
+        """The input of that name."""
         return next(spec for spec in self.inputs if spec.name == name)
 
 
@@ -111,8 +123,23 @@ class StepSpec:
     batch: int
     family: str = field(default="nsm")
 
+    def __post_init__(self) -> None:
+        if not self.entries or self.chunk_size < 1 or self.batch < 1:
+            raise ConfigError(
+                "A step model has at least one entry, one token a chunk and one lane; given "
+                f"{len(self.entries)}, {self.chunk_size}, {self.batch}."
+            )
+
     def entry(self, name: str) -> EntrySpec:
-        return next(entry for entry in self.entries if entry.name == name)
+        """The entry of that name.
+
+        Raises:
+            InputError: there is none; the message lists those there are.
+        """
+        for entry in self.entries:
+            if entry.name == name:
+                return entry
+        raise InputError(f"There is no entry {name!r}. Entries: {', '.join(item.name for item in self.entries)}.")
 
     @property
     def state_names(self) -> tuple[str, ...]:
@@ -131,31 +158,15 @@ class StepSpec:
         """Inverse of `to_json`.
 
         Raises:
-            BundleError: a key is missing, unknown, or of the wrong kind.
+            BundleError: a key is missing or unknown, a value is of the wrong kind or makes no sense.
         """
-        try:
-            return cls(
-                entries=tuple(
-                    EntrySpec(
-                        name=entry["name"],
-                        inputs=tuple(_tensor(item) for item in entry["inputs"]),
-                        outputs=tuple(_tensor(item) for item in entry["outputs"]),
-                    )
-                    for entry in data["entries"]
-                ),
-                states=tuple(
-                    StateSpec(**{**item, "shape": tuple(int(n) for n in item["shape"])}) for item in data["states"]
-                ),
-                chunk_size=int(data["chunk_size"]),
-                batch=int(data["batch"]),
-                family=str(data["family"]),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise BundleError(
-                f"The spec in the manifest cannot be read ({type(error).__name__}: {error}). "
-                "Was the manifest edited by hand? Export the bundle again."
-            ) from error
+        return decode(cls, data, "spec")
 
 
-def _tensor(item: Mapping[str, Any]) -> TensorSpec:
-    return TensorSpec(**{**item, "shape": tuple(int(n) for n in item["shape"])})
+def _check(what: str, shape: tuple[int, ...], dtype: str) -> None:
+    if any(size < 0 for size in shape):
+        raise ConfigError(f"{what} has the shape {list(shape)}; sizes are 0 or more.")
+    try:
+        np.dtype(dtype)
+    except TypeError as error:
+        raise ConfigError(f"{what} has the dtype {dtype!r}, which numpy does not know.") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,6 +96,8 @@ class Trace:
                 if name:
                     groups[group][name] = value
             meta = json.loads(str(arrays["meta"]))
+            if not all(groups.values()):
+                raise ValueError(f"nothing in {[name for name, group in groups.items() if not group]}")
             return cls(
                 positions=arrays["positions"],
                 sampled=arrays["sampled"],
@@ -118,7 +119,7 @@ def load_arrays(path: Path) -> Arrays:
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}
-    except (OSError, ValueError, zipfile.BadZipFile, EOFError, TypeError, AttributeError) as error:
+    except Exception as error:  # on damaged archives zipfile and numpy raise whatever they stumble over
         raise BundleDamagedError(
             f"{path} cannot be read as an archive of arrays ({error}). Export the bundle again."
         ) from error

@@ -53,6 +53,10 @@ class Runtime(Protocol):
         """A copy of the state, by state name."""
         ...
 
+    def finite(self, state: State) -> bool:
+        """Whether every number in the state is finite. Called after every step, so it had better be cheap."""
+        ...
+
     def close(self) -> None:
         """Free what the backend holds; the runtime is of no use afterwards."""
         ...

@@ -35,6 +35,7 @@ class BufferedRuntime:
         self._entries = {
             name: _Entry(spec.entry(name), bind, spec.states, self._sides) for name, bind in entries.items()
         }
+        self._flat = tuple([b.reshape(-1) for b in side.values() if b.dtype.kind == "f"] for side in self._sides)
         self._live: State | None = None
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
@@ -49,6 +50,12 @@ class BufferedRuntime:
 
     def read_state(self, state: State) -> Arrays:
         return {name: buffer.copy() for name, buffer in self._sides[state.side(self)].items()}
+
+    def finite(self, state: State) -> bool:
+        # A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one.
+        flat = self._flat[state.side(self)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            return all(np.isfinite(np.dot(array, array)) or np.isfinite(array).all() for array in flat)
 
     def close(self) -> None:
         self._entries.clear()

@@ -26,7 +26,7 @@ def slot_errors(given: Array, wanted: Array) -> Array:
     with np.errstate(invalid="ignore", divide="ignore"):  # inf - inf, 0 / 0
         difference = np.linalg.norm(given.astype(np.float64) - wanted, axis=-1)
         result: Array = np.where(difference == 0.0, 0.0, difference / scale)
-    return np.nan_to_num(result, nan=np.inf)
+    return np.where(np.isnan(result), np.inf, result)
 
 
 def rms_norm(value: Array) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from nsm.bundle import Artifact, Bundle
+from nsm.errors import BundleDamagedError, InputError
 from nsm.runtimes.base import Loader
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
@@ -34,6 +35,8 @@ def open_bundle(
         MissingDependencyError: the backend is not installed; names the extra that installs it.
         DeviceUnavailableError: the hardware is not in this machine.
     """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is at least 1; given {threads}.")
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     artifact = opened.artifact(None if target is None else find_target(target).name)
     opened.verify(artifact.files)
@@ -43,8 +46,18 @@ def open_bundle(
 def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None) -> Session:
     """The session of one artifact, whose files have been verified."""
     target = find_target(artifact.target)
+    if device is not None and device.lower() not in target.devices:
+        raise InputError(
+            f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
+        )
     load: Loader = target.runtime_module().load
     spec = bundle.manifest.spec
-    files = {entry.name: bundle.locate(f"{target.folder}/{entry.name}{target.suffix}") for entry in spec.entries}
-    runtime = load(files, spec, device or artifact.device, threads)
+    recorded = {record.path for record in artifact.files}
+    files = {}
+    for entry in spec.entries:
+        path = f"{target.folder}/{entry.name}{target.suffix}"
+        files[entry.name] = bundle.locate(path)
+        if path not in recorded:
+            raise BundleDamagedError(f"{bundle.path}: the manifest does not list {path}. Export the bundle again.")
+    runtime = load(files, spec, (device or artifact.device).lower(), threads)
     return Session(runtime, spec, bundle.state_init(), bundle.manifest.fingerprint, target.name)

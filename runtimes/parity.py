@@ -222,8 +222,31 @@ def _check_comparable(trace: Trace, session: Session) -> None:
     outputs = {item.name for item in session.spec.entry("step").outputs}
     if set(trace.outputs) != outputs:
         raise InputError(f"The trace holds other outputs than the model: {sorted(outputs ^ set(trace.outputs))}.")
+    entry = session.spec.entry("step")
+    inputs = {item.name for item in entry.inputs}
+    if set(trace.inputs) != inputs:
+        raise InputError(f"The trace holds other inputs than the model: {sorted(inputs ^ set(trace.inputs))}.")
     if not trace.streams or not trace.steps or not len(trace.sampled) or not len(trace.positions):
         raise InputError("The trace is empty: there is nothing to compare. Record at least one step of one stream.")
+    if trace.positions.max() >= entry.inputs[0].shape[1] or trace.sampled.max() >= trace.steps:
+        raise InputError("The trace keeps positions or steps outside its own calls; it is damaged. Record it again.")
+    for name, shape, wanted in _shapes(trace, session.spec):
+        if shape != wanted:
+            raise InputError(f"The trace holds {name} of shape {list(shape)}; the model gives {list(wanted)}.")
+
+
+def _shapes(trace: Trace, spec: StepSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Name, shape in the trace, and shape of the model for every tensor; the lane axis is gone from both."""
+    entry = spec.entry("step")
+    calls = (trace.streams, trace.steps)
+    for item in entry.inputs:
+        yield item.name, trace.inputs[item.name].shape, (*calls, *item.shape[1:])
+    for item in entry.outputs:
+        yield item.name, trace.outputs[item.name].shape, (*calls, len(trace.positions), *item.shape[2:])
+    for state in spec.states:
+        shape = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
+        for part in (trace.before, trace.after):
+            yield state.name, part[state.name].shape, (trace.state_streams, len(trace.sampled), *shape)
 
 
 def _over_budget(report: ParityReport, tokens: int) -> list[str]:

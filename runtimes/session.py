@@ -79,32 +79,41 @@ class Session:
             valid: [B], how many of the tokens count on each lane (default: all). A lane with 0 keeps its state as
                 it was. A lane that ends inside a chunk is exact, and then takes no more tokens until it is reset.
 
+            entry: which graph of the bundle.
+
         Returns:
             The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own.
 
         Raises:
             InputError: wrong shape or dtype, or ids outside the vocabulary. Nothing has happened to the state.
             StreamError: a lane has ended. Nothing has happened to the state.
-            NonFiniteError: an output became NaN or infinite; names the lane.
+            NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
         spec = self.spec.entry(entry)
         inputs = {spec.inputs[0].name: _checked_input(spec.inputs[0], tokens)}
-        counts = np.zeros(self.batch, np.int64)
-        if any(item.name == VALID for item in spec.inputs):
-            length = spec.inputs[0].shape[1]
-            counts = np.full(self.batch, length) if valid is None else _checked_input(spec.input(VALID), valid)
+        counts = np.full(self.batch, spec.inputs[0].shape[1])
+        if self._counts_tokens(entry):
+            counts = counts if valid is None else _checked_input(spec.input(VALID), valid)
             inputs[VALID] = counts
-            if np.any(self._ended & (counts > 0)):
-                lanes = np.flatnonzero(self._ended & (counts > 0)).tolist()
-                raise StreamError(
-                    f"The streams on lanes {lanes} ended with a partial chunk (fewer than {self.spec.chunk_size} "
-                    "tokens) and take no more. Reset these lanes, or give them valid=0."
-                )
+        elif valid is not None:
+            raise InputError(f"The entry {entry} has no input valid: every token of a call counts. Leave valid out.")
+        if np.any(self._ended & (counts > 0)):
+            lanes = np.flatnonzero(self._ended & (counts > 0)).tolist()
+            raise StreamError(
+                f"The streams on lanes {lanes} ended with a partial chunk (fewer than {self.spec.chunk_size} "
+                "tokens) and take no more. Reset these lanes, or give them valid=0."
+            )
         outputs, self._state = self._runtime.call(entry, inputs, self._state)
         self._ended |= counts % self.spec.chunk_size != 0
         for name, value in outputs.items():
             if not np.isfinite(value).all():
-                self._raise_non_finite(name, value, counts)
+                answered = [value[lane, : counts[lane]] for lane in range(self.batch)]
+                _raise_non_finite(f"output {name}", answered)
+        if not self._runtime.finite(self._state):
+            for state in self.spec.states:
+                whole = self.read_state()[state.name]
+                stepped = [whole[state.lane_index(lane)] for lane in range(self.batch) if counts[lane]]
+                _raise_non_finite(f"state {state.name}", stepped, np.flatnonzero(counts).tolist())
         return outputs
 
     def run(self, sequence: ArrayLike) -> Arrays:
@@ -119,24 +128,32 @@ class Session:
         """
         entry = self.spec.entry("step")
         spec = entry.inputs[0]
-        tokens = np.asarray(sequence)
+        wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
+        tokens = _array(f"run takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
         single = tokens.ndim == len(spec.shape) - 1 and self.batch == 1
         tokens = tokens[None] if single else tokens
         if tokens.ndim != len(spec.shape) or tokens.shape[0] != self.batch or tokens.shape[2:] != spec.shape[2:]:
-            wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
             raise InputError(f"run takes a sequence of shape [{', '.join(wanted)}]; given {list(np.shape(sequence))}.")
+        if tokens.shape[1] == 0:
+            raise InputError("run takes a sequence of at least one token; given none.")
+        # All of it is checked before any of it is fed.
+        _check_range(spec, tokens)
         length = spec.shape[1]
+        if tokens.shape[1] % length and not self._counts_tokens("step"):
+            raise InputError(
+                f"This model takes whole calls of {length} tokens only; given {tokens.shape[1]} tokens. "
+                f"Give a multiple of {length}."
+            )
         pieces: dict[str, list[Array]] = {item.name: [] for item in entry.outputs}
         for start in range(0, tokens.shape[1], length):
             run = tokens[:, start : start + length]
             count = run.shape[1]
             padding = [(0, 0)] * tokens.ndim
             padding[1] = (0, length - count)
-            outputs = self.step(np.pad(run, padding, mode="edge"), np.full(self.batch, count))
+            valid = np.full(self.batch, count) if self._counts_tokens("step") else None
+            outputs = self.step(np.pad(run, padding, mode="edge"), valid)
             for name, value in outputs.items():
                 pieces[name].append(value[:, :count])
-        if tokens.shape[1] == 0:
-            raise InputError("run takes a sequence of at least one token; given none.")
         joined = {name: np.concatenate(parts, 1) for name, parts in pieces.items()}
         return {name: value[0] for name, value in joined.items()} if single else joined
 
@@ -168,14 +185,14 @@ class Session:
             NonFiniteError: the state holds NaN or infinity, so there is nothing worth keeping.
         """
         arrays = self.read_state()
-        for name, value in arrays.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
         ended = self._ended
         if lane is not None:
             index = self._lane(lane)
             arrays = {s.name: arrays[s.name][s.lane_index(index)] for s in self.spec.states}
             ended = ended[index : index + 1]
+        for name, value in arrays.items():
+            if value.dtype.kind == "f" and not np.isfinite(value).all():
+                raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
         buffer = io.BytesIO()
         header = {"fingerprint": self.fingerprint, "lanes": None if lane is not None else self.batch}
         np.savez(buffer, allow_pickle=False, header=np.array(json.dumps(header)), ended=ended, **_keyed(arrays))
@@ -239,28 +256,44 @@ class Session:
             whole[state.name][index] = source[state.name][index]
         self._state = self._runtime.load_state(whole)
 
-    def _raise_non_finite(self, name: str, value: Array, counts: Array) -> None:
-        """Raise unless only lanes without tokens are affected, whose outputs mean nothing."""
-        lanes = [lane for lane in range(self.batch) if counts[lane] and not np.isfinite(value[lane]).all()]
-        if lanes:
-            raise NonFiniteError(
-                f"The output {name} holds NaN or infinite numbers on lanes {lanes}. Reset them to go on; "
-                "if it happens again, check the weights and the inputs."
-            )
+    def _counts_tokens(self, entry: str) -> bool:
+        return any(item.name == VALID for item in self.spec.entry(entry).inputs)
+
+
+def _raise_non_finite(what: str, values: list[Array], lanes: list[int] | None = None) -> None:
+    """Raise if one of the values, each of one lane, holds NaN or infinity."""
+    numbers = range(len(values)) if lanes is None else lanes
+    bad = [lane for lane, value in zip(numbers, values, strict=True) if not np.isfinite(value).all()]
+    if bad:
+        raise NonFiniteError(
+            f"The {what} holds NaN or infinite numbers on lanes {bad}. Reset them to go on; "
+            "if it happens again, check the weights and the inputs."
+        )
 
 
 def _checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
-    array = np.asarray(value)
+    array = _array(spec.name, value)
     if array.shape != spec.shape:
         raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
     kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
     if array.dtype.kind not in kinds:
         raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
+    _check_range(spec, array)
+    return array.astype(spec.numpy_dtype, copy=False)
+
+
+def _check_range(spec: TensorSpec, array: Array) -> None:
     if spec.minimum is not None and spec.maximum is not None:
         low, high = int(array.min()), int(array.max())
         if not spec.minimum <= low <= high <= spec.maximum:
             raise InputError(f"{spec.name} must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
-    return array.astype(spec.numpy_dtype, copy=False)
+
+
+def _array(name: str, value: ArrayLike) -> Array:
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} is not an array: {error}") from error
 
 
 def _checked_state(arrays: Mapping[str, ArrayLike], name: str, shape: tuple[int, ...]) -> Array:

@@ -60,16 +60,20 @@ class TensorRt:
         self._stream = self._check(cuda.cudaStreamCreate())
         self._sides = tuple({state.name: self._allocate(state) for state in spec.states} for _ in range(2))
         self._live: State | None = None
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
         self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], list[Any]]] = {}
-        for name, path in files.items():
-            engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
-            if engine is None:
-                raise DeviceUnavailableError(
-                    f"TensorRT {trt.__version__} cannot load {path.name}, built for {device}, on this GPU. "
-                    "Build it here: nsm build BUNDLE --target tensorrt"
-                )
-            self._entries[name] = self._bind(engine, name)
+        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        try:
+            for name, path in files.items():
+                engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
+                if engine is None:
+                    raise DeviceUnavailableError(
+                        f"TensorRT {trt.__version__} cannot load {path.name}, built for {device}, on this GPU. "
+                        "Build it here: nsm build BUNDLE --target tensorrt"
+                    )
+                self._entries[name] = self._bind(engine, name)
+        except BaseException:
+            self.close()
+            raise
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         for spec in self._spec.states:
@@ -98,10 +102,17 @@ class TensorRt:
         self._synchronize()
         return arrays
 
+    def finite(self, state: State) -> bool:
+        arrays = self.read_state(state).values()
+        return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
+
     def close(self) -> None:
         self._entries.clear()
         while self._pointers:
             self._check(self._cuda.cudaFree(self._pointers.pop()))
+        if self._stream is not None:
+            self._check(self._cuda.cudaStreamDestroy(self._stream))
+            self._stream = None
 
     def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], list[Any]]:
         """Host buffers in and out, their device pointers, and a context for each direction of the state."""
@@ -112,6 +123,8 @@ class TensorRt:
         contexts = []
         for source, target in (self._sides, self._sides[::-1]):
             context = engine.create_execution_context()
+            if context is None:
+                raise BuildError(f"TensorRT could not make an execution context for {name}: too little GPU memory?")
             for tensor, pointer in pointers.items():
                 context.set_tensor_address(tensor, pointer)
             for state in self._spec.states:

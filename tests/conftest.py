@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,10 +20,10 @@ VOCABULARY = 20
 CHUNK = 8
 
 
-def make_model(seed: int = 0, **changes: object) -> SimpleNSM:
+def make_model(seed: int = 0, **changes: Any) -> SimpleNSM:
     """A small model over ids with random weights, in eval mode; `changes` are arguments of SimpleNSM."""
     torch.manual_seed(seed)
-    arguments = {
+    arguments: dict[str, Any] = {
         "vocab_size": VOCABULARY,
         "d_model": 16,
         "num_states": 6,
@@ -32,7 +33,7 @@ def make_model(seed: int = 0, **changes: object) -> SimpleNSM:
         "routing_heads": 2,
         "output_dim": 5,
     }
-    return SimpleNSM(**{**arguments, **changes}).eval()  # type: ignore[arg-type]
+    return SimpleNSM(**{**arguments, **changes}).eval()
 
 
 def make_sequences(count: int, length: int, seed: int = 0) -> np.ndarray:

@@ -13,14 +13,15 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"nsm": "nsm", "export": "nsm.export", "runtimes": "nsm.runtimes"}
 
-# What a room may import of the project, besides itself. Order is one way: errors -> spec -> trace -> bundle, then the
+# What a room may import of the project, besides itself. One way: errors -> decode -> spec -> trace -> bundle, then the
 # torch models on one side and the runtimes on the other, and export above all.
-VOCABULARY = ("nsm.errors", "nsm.spec", "nsm.trace", "nsm.bundle")
+VOCABULARY = ("nsm.errors", "nsm.decode", "nsm.spec", "nsm.trace", "nsm.bundle")
 ALLOWED = {
     "nsm.errors": (),
-    "nsm.spec": ("nsm.errors",),
-    "nsm.trace": ("nsm.errors", "nsm.spec"),
-    "nsm.bundle": ("nsm.errors", "nsm.spec", "nsm.trace"),
+    "nsm.decode": ("nsm.errors",),
+    "nsm.spec": ("nsm.errors", "nsm.decode"),
+    "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.spec"),
+    "nsm.bundle": ("nsm.errors", "nsm.decode", "nsm.spec", "nsm.trace"),
     "models": (*VOCABULARY, "models"),
     "nsm.runtimes": (*VOCABULARY, "nsm.runtimes"),
     "nsm.export": (*VOCABULARY, "models", "nsm.runtimes", "nsm.export"),

@@ -204,7 +204,7 @@ def test_nothing_to_record_is_refused(model: SimpleNSM, count: int, steps: int) 
 
 @pytest.mark.parametrize("sequence", [np.empty(0, np.int64), np.array(3)])
 def test_a_sequence_without_tokens_is_refused(model: SimpleNSM, sequence: Array) -> None:
-    with pytest.raises(InputError, match="at least one token; given shape|The model takes sequences of"):
+    with pytest.raises(InputError, match=r"at least one token; given shape|The model takes sequences of"):
         record(model, [sequence], steps=2)
 
 

@@ -129,7 +129,7 @@ def test_a_flipped_bit_gives_a_trace_or_a_clean_refusal_and_nothing_else(tmp_pat
     path = tmp_path / "golden.npz"
     fake_trace(streams=1, steps=1).save(path)
     data = path.read_bytes()
-    refused = 0
+    refused, loaded = 0, 0
     for index in range(0, len(data), 5):
         for bit in (1, 8, 128):
             damaged = bytearray(data)
@@ -139,6 +139,8 @@ def test_a_flipped_bit_gives_a_trace_or_a_clean_refusal_and_nothing_else(tmp_pat
                 Trace.load(path)
             except BundleDamagedError:
                 refused += 1
-    assert refused > len(data) / 2
+            else:
+                loaded += 1
+    assert refused > loaded > 0
     path.write_bytes(data)
     assert Trace.load(path).steps == 1

@@ -1,6 +1,6 @@
 """A runtime in plain numpy over a tiny leaky linear recurrence, honest unless told otherwise.
 
-    bank_s <- leak_s * bank_s + gain_s * x   on active slots,      y = (sum of active slots) @ HEAD + (previous x) @ TAIL
+    bank_s <- leak_s * bank_s + gain_s * x   on active slots;   y = (sum of active slots) @ HEAD + (previous x) @ TAIL
 
 Every lane is computed by itself, so nothing depends on the number of lanes and equality can be asked bit by bit.
 """
@@ -128,6 +128,10 @@ class FakeRuntime:
     def read_state(self, state: State) -> Arrays:
         state.side(self)
         return {name: np.moveaxis(self._arrays[name], 0, axis).copy() for name, axis in self._axes.items()}
+
+    def finite(self, state: State) -> bool:
+        state.side(self)
+        return all(np.isfinite(array).all() for array in self._arrays.values())
 
     def close(self) -> None:
         self.closed = True

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from nsm.bundle import Bundle
@@ -111,7 +112,7 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
             asked.append(config)
             return Compiled()
 
-    monkeypatch.setattr(openvino.ov, "Core", Core)
+    monkeypatch.setattr("openvino.Core", Core)
     assert _load(bundle, "openvino", None).effective_precision == "bf16"
     assert _load(bundle, "openvino", 3).effective_precision == "dynamic"
     assert [config["INFERENCE_PRECISION_HINT"].get_type_name() for config in asked] == ["f32", "f32"]
@@ -184,13 +185,13 @@ def test_a_file_the_backend_cannot_read_is_named(
 
 def test_the_plain_target_runs_the_graph_unoptimised(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     levels = []
-    open_session = onnxruntime.ort.InferenceSession
+    open_session = ort.InferenceSession
 
     def spy(path: str, options: Any, **kwargs: Any) -> Any:
         levels.append((options.graph_optimization_level.name, options.intra_op_num_threads))
         return open_session(path, options, **kwargs)
 
-    monkeypatch.setattr(onnxruntime.ort, "InferenceSession", spy)
+    monkeypatch.setattr(ort, "InferenceSession", spy)
     _load(bundle, "onnx", 1)
     _load(bundle, "onnxruntime", 2)
     assert levels == [("ORT_DISABLE_ALL", 1), ("ORT_ENABLE_ALL", 2)]

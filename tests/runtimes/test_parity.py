@@ -208,6 +208,18 @@ def test_the_first_divergence_is_named() -> None:
     assert report.one_step.max == 0.0
 
 
+@pytest.mark.parametrize(("factor", "step"), [(1 + 1.2e-4, 30), (1 + 0.8e-4, None)], ids=["over", "under"])
+def test_a_divergence_begins_where_the_budget_ends(factor: float, step: int | None) -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls > 30:
+            outputs["outputs"] *= np.float32(factor)
+
+    report = compare(fake_trace(), fake_session(after=after), FP32)
+    found = report.first_divergence
+    assert (None if found is None else found.step) == step
+    assert any("free-run" in failure for failure in report.failures) == (step is not None)
+
+
 def test_a_divergence_of_a_state_is_named_with_the_step_at_which_it_was_looked_at() -> None:
     found = compare(fake_trace(), fake_session(after=_unread_state), FP32).first_divergence
     assert found is not None
@@ -263,6 +275,7 @@ class HalfState:
     def __init__(self, inner: Runtime, names: tuple[str, ...]) -> None:
         self.effective_precision = inner.effective_precision
         self.load_state, self.read_state, self.close = inner.load_state, inner.read_state, inner.close
+        self.finite = inner.finite
         self._inner, self._names = inner, names
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
@@ -301,6 +314,7 @@ def test_a_trace_without_valid_tokens_proves_nothing() -> None:
     assert not report.passed
     assert "outputs was never compared (one_step)" in report.failures
     assert "outputs was never compared (free_run)" in report.failures
+    assert any(failure.startswith("KL mean is nan") for failure in report.failures)
     json.dumps(report.to_json(), allow_nan=False)
 
 
@@ -308,10 +322,10 @@ def _empty(trace: Trace, what: str) -> Trace:
     if what == "streams":
         return replace(
             trace,
-            **{
-                group: {name: value[:0] for name, value in getattr(trace, group).items()}
-                for group in ("inputs", "outputs", "before", "after")
-            },
+            inputs={name: value[:0] for name, value in trace.inputs.items()},
+            outputs={name: value[:0] for name, value in trace.outputs.items()},
+            before={name: value[:0] for name, value in trace.before.items()},
+            after={name: value[:0] for name, value in trace.after.items()},
         )
     if what == "steps":
         return trace.first(0)
@@ -435,13 +449,17 @@ def test_a_lower_agreement_may_be_allowed() -> None:
     report.require()
 
 
-@pytest.mark.parametrize(("limit", "message"), [("kl_mean", "KL mean is"), ("kl_p999", r"KL p99\.9 is")])
-def test_the_distance_of_the_distributions_has_its_own_budget(limit: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("budget", "message"),
+    [(replace(FP32, kl_mean=1e-15), "KL mean is"), (replace(FP32, kl_p999=1e-15), r"KL p99\.9 is")],
+    ids=["mean", "p99.9"],
+)
+def test_the_distance_of_the_distributions_has_its_own_budget(budget: Budget, message: str) -> None:
     def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
         given["outputs"] *= 1 + 2e-6
 
     assert compare(fake_trace(), fake_session(after=after), FP32).passed
-    report = compare(fake_trace(), fake_session(after=after), replace(FP32, **{limit: 1e-15}))
+    report = compare(fake_trace(), fake_session(after=after), budget)
     with pytest.raises(ParityError, match=message):
         report.require()
 

@@ -475,8 +475,8 @@ def test_a_damaged_snapshot_is_refused_whatever_the_damage() -> None:
     session.step(ids(session))
     snapshot, before = session.snapshot(), session.read_state()
     damaged = [b"", b"nsm", snapshot[:-1], snapshot + b"\0", snapshot[:40], b"x" + snapshot]
-    for index in range(0, len(snapshot), 31):
-        damaged.append(snapshot[:index] + bytes([snapshot[index] ^ 1]) + snapshot[index + 1 :])
+    flips = range(0, len(snapshot), 31)
+    damaged += [snapshot[:index] + bytes([snapshot[index] ^ 1]) + snapshot[index + 1 :] for index in flips]
     for bad in damaged:
         with pytest.raises(SnapshotError, match="damaged: the hash does not fit"):
             session.restore(bad)

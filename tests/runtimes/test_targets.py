@@ -46,7 +46,7 @@ def test_every_target_has_its_modules_and_an_extra_that_exists(name: str) -> Non
     target = find_target(name)
     assert callable(target.runtime_module().load)
     assert callable(target.builder_module().build)
-    assert target.extra in (importlib.metadata.metadata("nsm").get_all("Provides-Extra") or [])
+    assert target.extra in (importlib.metadata.metadata("nsm-toolkit").get_all("Provides-Extra") or [])
 
 
 @pytest.mark.parametrize("name", list(TARGETS))
