@@ -211,6 +211,9 @@ def check_output(output: Path, force: bool = False) -> None:
         raise OutputExistsError(
             f"{output} exists and is not a bundle, so --force does not replace it. Move it away, or take another name."
         )
+    failed = output.with_name(output.name + FAILED_SUFFIX)
+    if failed.exists() and not (failed / MANIFEST).is_file():
+        raise OutputExistsError(f"{failed} exists and is not a bundle; a failed export would go there. Move it away.")
 
 
 @contextlib.contextmanager

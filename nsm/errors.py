@@ -73,10 +73,14 @@ class BuildError(NsmError):
         self.log = log
 
 
-class NonFiniteError(NsmError):
-    """An output or state became NaN or infinite while a stream ran; the lane can be reset."""
+class RunError(NsmError):
+    """A backend failed while it ran an artifact."""
 
     exit_code = 4
+
+
+class NonFiniteError(RunError):
+    """An output or state became NaN or infinite while a stream ran; the lane can be reset."""
 
 
 class ParityError(NsmError):

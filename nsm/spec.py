@@ -19,6 +19,9 @@ from nsm.errors import ConfigError, InputError
 
 Init = Literal["zeros", "learned"]
 
+OFFSET = "lane.offset"
+"""Name of the state that holds, per lane, how many tokens the open chunk has; [B] int64."""
+
 # States whose role is one of these are a window of keys and values and take the names other tools know.
 _WINDOW_ROLES = ("key", "value")
 

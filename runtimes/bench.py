@@ -41,6 +41,8 @@ def bench(sessions: Sequence[Session], steps: int, tokens: Array, progress: Prog
     """
     if steps < 10:
         raise InputError(f"A benchmark needs at least 10 steps; given {steps}.")
+    if not len(tokens):
+        raise InputError("A benchmark needs inputs for at least one step; given none.")
     times: list[list[float]] = [[] for _ in sessions]
     blocks = -(-steps // BLOCK)
     for session in sessions:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 
+from nsm.errors import RunError, StreamError
 from nsm.runtimes.base import State
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -45,7 +46,12 @@ class BufferedRuntime:
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
         side = state.side(self)
-        outputs = self._entries[entry].run(inputs, side)
+        if not self._entries:
+            raise StreamError("The session is closed. Open the bundle again.")
+        try:
+            outputs = self._entries[entry].run(inputs, side)
+        except Exception as error:  # the backends' errors have no common base
+            raise RunError(f"The backend failed while it ran {entry}: {error}") from error
         return outputs, self._handle(1 - side)
 
     def read_state(self, state: State) -> Arrays:

@@ -56,6 +56,8 @@ def compare(trace: Trace, session: Session, budget: Budget, progress: Progress |
         found.failures.append(f"the target produced NaN or infinity ({error})")
     finally:
         session.reset()
+    if not session.is_fresh():
+        found.failures.append("a reset does not return to the initial state")
     return found.report(session, budget)
 
 

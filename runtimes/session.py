@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
 from nsm.runtimes.base import Runtime
-from nsm.spec import StepSpec, TensorSpec
+from nsm.spec import OFFSET, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 VALID = "valid"
@@ -46,7 +46,7 @@ class Session:
         self.fingerprint = fingerprint
         self.effective_precision = runtime.effective_precision
         self._runtime = runtime
-        self._initial = {state.name: _checked_state(initial, state.name, state.shape) for state in spec.states}
+        self._initial = {s.name: _checked_state(initial, s.name, s.shape).copy() for s in spec.states}
         self._ended = np.zeros(spec.batch, bool)
         self._state = runtime.load_state(self._initial)
 
@@ -61,6 +61,11 @@ class Session:
     def ended(self) -> Array:
         """[B] bool: lanes whose last chunk was partial; they take no more tokens until they are reset."""
         return self._ended.copy()
+
+    def is_fresh(self) -> bool:
+        """Whether the state is the initial one, bit by bit, on all lanes."""
+        state = self.read_state()
+        return all(state[name].tobytes() == value.tobytes() for name, value in self._initial.items())
 
     def reset(self, lane: int | None = None) -> None:
         """Start a lane (default: all) afresh: the state is the initial one, bit by bit."""
@@ -137,7 +142,7 @@ class Session:
         if tokens.shape[1] == 0:
             raise InputError("run takes a sequence of at least one token; given none.")
         # All of it is checked before any of it is fed.
-        _check_range(spec, tokens)
+        _check_values(spec, tokens)
         length = spec.shape[1]
         if tokens.shape[1] % length and not self._counts_tokens("step"):
             raise InputError(
@@ -174,7 +179,7 @@ class Session:
             raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
         checked = {s.name: _checked_state(arrays, s.name, s.shape) for s in self.spec.states}
         self._state = self._runtime.load_state(checked)
-        self._ended[:] = False
+        self._ended[:] = checked[OFFSET] != 0 if OFFSET in checked else False
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -275,14 +280,14 @@ def _checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
     array = _array(spec.name, value)
     if array.shape != spec.shape:
         raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
-    kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
-    _check_range(spec, array)
+    _check_values(spec, array)
     return array.astype(spec.numpy_dtype, copy=False)
 
 
-def _check_range(spec: TensorSpec, array: Array) -> None:
+def _check_values(spec: TensorSpec, array: Array) -> None:
+    kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
+    if array.dtype.kind not in kinds:
+        raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
     if spec.minimum is not None and spec.maximum is not None:
         low, high = int(array.min()), int(array.max())
         if not spec.minimum <= low <= high <= spec.maximum:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError
+from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError, RunError
 from nsm.runtimes.base import Runtime, State
 from nsm.runtimes.targets import find_target
 from nsm.spec import StateSpec, StepSpec, TensorSpec
@@ -57,12 +57,12 @@ class TensorRt:
         self._cuda = cuda
         self._spec = spec
         self._pointers: list[int] = []
-        self._stream = self._check(cuda.cudaStreamCreate())
-        self._sides = tuple({state.name: self._allocate(state) for state in spec.states} for _ in range(2))
         self._live: State | None = None
         self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], list[Any]]] = {}
-        self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+        self._stream = self._check(cuda.cudaStreamCreate())
         try:
+            self._sides = tuple({state.name: self._allocate(state) for state in spec.states} for _ in range(2))
+            self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             for name, path in files.items():
                 engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
                 if engine is None:
@@ -88,7 +88,7 @@ class TensorRt:
             np.copyto(buffer, inputs[name])
             self._upload(pointers[name], buffer)
         if not contexts[side].execute_async_v3(int(self._stream)):
-            raise BuildError("TensorRT could not enqueue the engine; its log has the reason.")
+            raise RunError("TensorRT could not enqueue the engine; its log has the reason.")
         for name, buffer in host_out.items():
             self._download(buffer, pointers[name])
         self._synchronize()
@@ -125,11 +125,12 @@ class TensorRt:
             context = engine.create_execution_context()
             if context is None:
                 raise BuildError(f"TensorRT could not make an execution context for {name}: too little GPU memory?")
-            for tensor, pointer in pointers.items():
-                context.set_tensor_address(tensor, pointer)
+            bound = dict(pointers)
             for state in self._spec.states:
-                context.set_tensor_address(state.past, source[state.name])
-                context.set_tensor_address(state.present, target[state.name])
+                bound[state.past], bound[state.present] = source[state.name], target[state.name]
+            for tensor, pointer in bound.items():
+                if not context.set_tensor_address(tensor, pointer):
+                    raise BuildError(f"The engine of {name} has no tensor {tensor}. Build it again.")
             contexts.append(context)
         return host_in, host_out, pointers, contexts
 
@@ -153,7 +154,7 @@ class TensorRt:
     def _check(self, result: tuple[Any, ...]) -> Any:
         status, *values = result
         if int(status) != 0:
-            raise BuildError(f"CUDA failed: {status.name}.")
+            raise RunError(f"CUDA failed: {status.name}.")
         return values[0] if values else None
 
     def _handle(self, side: int) -> State:

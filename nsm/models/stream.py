@@ -9,13 +9,12 @@ from torch import Tensor, nn
 
 from nsm.errors import InputError, StreamError
 from nsm.layer import NSMLayer
-from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.spec import OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 
 State = dict[str, Tensor]
 """The whole state of B streams, by the names of `StreamModel.spec(B).states`."""
 
-# States of the stream itself, beside those of the layers.
-OFFSET = "lane.offset"  # tokens in the open chunk, [B]
+# States of the stream itself, beside OFFSET and those of the layers.
 FILLED = "lane.filled"  # rows that are there in the windows, [B]
 CHUNK = "lane.chunk"  # chunks since the last consolidation, [B]; only where that is not every chunk
 

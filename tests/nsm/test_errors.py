@@ -22,6 +22,7 @@ CODES = {
     "MissingDependencyError": 3,
     "DeviceUnavailableError": 3,
     "BuildError": 4,
+    "RunError": 4,
     "NonFiniteError": 4,
     "ParityError": 5,
     "BundleError": 6,

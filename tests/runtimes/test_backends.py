@@ -13,7 +13,7 @@ import onnxruntime as ort
 import pytest
 
 from nsm.bundle import Bundle
-from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError, StreamError
+from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError, RunError, StreamError
 from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino, tensorrt
 from nsm.runtimes.base import Runtime
 from nsm.runtimes.budgets import find_budget
@@ -80,6 +80,18 @@ def test_a_state_goes_in_and_comes_out_bit_by_bit(bundle: Bundle, runtime: Runti
             arrays[state.name] = random.standard_normal(state.shape).astype(np.float32)
             arrays[state.name].ravel()[:3] = [-0.0, np.float32(1e-45), 3e38]
     assert_same(runtime.read_state(runtime.load_state(arrays)), arrays)
+
+
+@pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (np.inf, False), (-np.inf, False), (3e38, True)])
+def test_a_runtime_sees_a_number_that_is_not_finite(
+    bundle: Bundle, runtime: Runtime, value: float, finite: bool
+) -> None:
+    for state in bundle.manifest.spec.states:
+        arrays = bundle.state_init()
+        assert runtime.finite(runtime.load_state(arrays))
+        if state.dtype == "float32":
+            arrays[state.name].flat[-1] = value
+            assert runtime.finite(runtime.load_state(arrays)) == finite
 
 
 def test_the_effective_precision_is_fp32(runtime: Runtime) -> None:
@@ -432,7 +444,7 @@ def test_an_engine_that_cannot_be_enqueued_fails_the_call_and_keeps_the_state(gp
     session.step(tokens)
     before = session.read_state()
     gpu.trt.enqueues = False
-    with pytest.raises(BuildError, match="could not enqueue the engine"):
+    with pytest.raises(RunError, match="could not enqueue the engine"):
         session.step(tokens)
     gpu.trt.enqueues = True
     assert_same(session.read_state(), before)
@@ -457,8 +469,31 @@ def test_an_engine_without_room_for_a_context_fails_with_a_message(gpu: Gpu) -> 
 )
 def test_errors_of_cuda_are_named(gpu: Gpu, call: str, status: Status) -> None:
     gpu.cuda.fails[call] = status
-    with pytest.raises(BuildError, match=rf"CUDA failed: {status.name}\."):
+    with pytest.raises(RunError, match=rf"CUDA failed: {status.name}\."):
         gpu.session()
+
+
+@pytest.mark.parametrize("allocations", [0, 1, 7, 12])
+def test_a_device_that_runs_out_of_memory_leaves_nothing_allocated(gpu: Gpu, allocations: int) -> None:
+    gpu.runtime().close()
+    malloc = gpu.cuda.cudaMalloc
+
+    def limited(size: int) -> tuple[Any, ...]:
+        return malloc(size) if len(gpu.cuda.blocks) < allocations else (Status.cudaErrorMemoryAllocation, None)
+
+    gpu.cuda.cudaMalloc = limited  # type: ignore[method-assign]
+    with pytest.raises(RunError, match="cudaErrorMemoryAllocation"):
+        gpu.runtime()
+    assert not gpu.cuda.blocks
+    assert not gpu.cuda.streams
+
+
+@pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (np.inf, False), (3e38, True)])
+def test_tensorrt_sees_a_number_that_is_not_finite(gpu: Gpu, value: float, finite: bool) -> None:
+    runtime, arrays = gpu.runtime(), fake_initial(gpu.spec)
+    assert runtime.finite(runtime.load_state(arrays))
+    arrays["0.written"][1, 0] = value
+    assert runtime.finite(runtime.load_state(arrays)) == finite
 
 
 def _install(monkeypatch: pytest.MonkeyPatch, cuda: object, package: object) -> None:

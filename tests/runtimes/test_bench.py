@@ -88,3 +88,8 @@ def test_peak_memory_is_that_of_this_process_in_megabytes() -> None:
     with open("/proc/self/status", encoding="ascii") as file:
         kibibytes = next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
     assert peak_rss_mb() == pytest.approx(kibibytes * 1024 / 1e6, rel=0.1)
+
+
+def test_a_benchmark_without_inputs_is_refused() -> None:
+    with pytest.raises(InputError, match="needs inputs for at least one step"):
+        bench([fake_session()], 10, TOKENS[:0])

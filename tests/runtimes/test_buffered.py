@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nsm.errors import StreamError
+from nsm.errors import RunError, StreamError
 from nsm.runtimes.base import State
 from nsm.runtimes.buffered import BufferedRuntime, Run
 from nsm.runtimes.session import Session
@@ -144,7 +144,7 @@ def test_a_call_that_fails_leaves_the_state_in_use() -> None:
     state = buffered.load_state(fake_initial(spec))
     bad = inputs()
     bad["tokens"][0, 0] = 10
-    with pytest.raises(RuntimeError, match="out of memory"):
+    with pytest.raises(RunError, match="failed while it ran step: out of memory"):
         buffered.call("step", bad, state)
     assert_same(buffered.read_state(state), fake_initial(spec))
     buffered.call("step", inputs(), state)
@@ -163,3 +163,12 @@ def test_each_entry_shares_the_one_state() -> None:
     assert_same(outputs, honest.step(inputs(seed=1)["tokens"]))
     assert (first.ran, second.ran) == ([0], [1])
     buffered.close()
+
+
+def test_a_closed_runtime_says_so() -> None:
+    spec = fake_spec()
+    buffered = BufferedRuntime(spec, {"step": Graph(spec).bind}, "fp32")
+    state = buffered.load_state(fake_initial(spec))
+    buffered.close()
+    with pytest.raises(StreamError, match="The session is closed"):
+        buffered.call("step", inputs(), state)

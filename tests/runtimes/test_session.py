@@ -297,6 +297,15 @@ def test_run_refuses_a_sequence_of_another_shape(sequence: Any) -> None:
     assert_same(session.read_state(), before)
 
 
+@pytest.mark.parametrize("value", [0.5, np.nan, np.inf, True, "a", None, 1j], ids=repr)
+def test_run_refuses_what_are_no_ids(value: Any) -> None:
+    session = fake_session()
+    before = session.read_state()
+    with pytest.raises(InputError, match="tokens has the dtype int64"):
+        session.run([[value] * 8] * 2)
+    assert_same(session.read_state(), before)
+
+
 def test_run_refuses_vectors_of_another_width() -> None:
     with pytest.raises(InputError, match=r"shape \[2, T, 4\]; given \[2, 8, 5\]"):
         fake_session(fake_spec(vectors=True)).run(np.zeros((2, 8, 5), np.float32))
@@ -584,6 +593,27 @@ def test_a_poisoned_lane_raises_alone_and_can_be_reset(session: Session) -> None
     assert_same(lane_of(outputs, 1), lane_of(wanted[0], 1))
 
 
+def test_a_poisoned_lane_may_rest_while_the_other_goes_on(session: Session) -> None:
+    tokens, length = ids(session, 2), session.spec.chunk_size
+    wanted = lane_of(session.step(tokens[0]), 0)
+    session.reset()
+    state = session.read_state()
+    state["0.bank"][1] = np.nan
+    session.load_state(state)
+    assert_same(lane_of(session.step(tokens[0], [length, 0]), 0), wanted)
+    with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
+        session.step(tokens[1])
+
+
+def test_large_numbers_are_finite(session: Session) -> None:
+    state = session.read_state()
+    state["0.written"][:] = 1e30
+    session.load_state(state)
+    session.step(ids(session), [0, 0])
+    session.restore(session.snapshot())
+    assert_same(session.read_state(), state)
+
+
 def test_a_state_that_is_not_finite_is_not_kept() -> None:
     session = fake_session()
     state = session.read_state()
@@ -621,3 +651,29 @@ def test_a_session_closes_its_runtime_also_after_an_error() -> None:
         except KeyError:
             assert broken
         assert runtime.closed
+
+
+def test_a_loaded_state_of_an_ended_lane_is_still_ended(bundle: Bundle, target: str) -> None:
+    with open_bundle(bundle, target) as session:
+        tokens = ids(session)
+        session.step(tokens, [session.spec.chunk_size, 3])
+        state = session.read_state()
+        session.reset()
+        session.load_state(state)
+        assert session.ended.tolist() == [False, True]
+        with pytest.raises(StreamError, match=r"lanes \[1\] ended"):
+            session.step(tokens)
+        session.reset(1)
+        session.step(tokens)
+
+
+def test_the_initial_state_is_the_sessions_own() -> None:
+    spec = fake_spec()
+    initial_arrays = fake_initial(spec)
+    session = Session(FakeRuntime(spec), spec, initial_arrays, "f" * 64, "fake")
+    initial_arrays["0.bank"][:] = 7.0
+    session.reset()
+    assert session.is_fresh()
+    assert_same(session.read_state(), fake_initial(spec))
+    session.step(ids(session))
+    assert not session.is_fresh()

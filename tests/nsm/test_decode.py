@@ -1,0 +1,75 @@
+"""JSON to dataclasses: what fits comes back equal, and what does not is named with its place."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import pytest
+
+from nsm.decode import decode
+from nsm.errors import BundleError, ConfigError
+
+
+@dataclass(frozen=True)
+class Part:
+    name: str
+    size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.size < 0:
+            raise ConfigError("A size is not negative.")
+
+
+@dataclass(frozen=True)
+class Whole:
+    parts: tuple[Part, ...]
+    kind: Literal["a", "b"]
+    ratio: float
+    on: bool
+    limit: int | None
+    notes: Mapping[str, str]
+    anything: Any
+
+
+WHOLE = Whole((Part("x"), Part("y", 3)), "b", 0.5, True, None, {"k": "v"}, [1, {"deep": None}])
+
+
+def _json() -> dict[str, Any]:
+    data: dict[str, Any] = json.loads(json.dumps(asdict(WHOLE)))
+    return data
+
+
+def test_what_was_written_comes_back() -> None:
+    assert decode(Whole, _json(), "whole") == WHOLE
+    assert decode(Whole, {**_json(), "limit": 3}, "whole").limit == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("parts", {"name": "x"}, r"whole\.parts is .*; expected is a list"),
+        ("parts", [{"name": "x"}], r"whole\.parts\[0\] is .*; expected is an object with the keys \['name', 'size'\]"),
+        ("parts", [{"name": "x", "size": -1}], r"whole\.parts\[0\] makes no sense: A size is not negative"),
+        ("parts", [{"name": "x", "size": True}], r"whole\.parts\[0\]\.size is True; expected is int"),
+        ("kind", "c", r"whole\.kind is 'c'; expected is one of \['a', 'b'\]"),
+        ("ratio", "half", r"whole\.ratio is 'half'; expected is float"),
+        ("on", 1, r"whole\.on is 1; expected is bool"),
+        ("limit", "none", r"whole\.limit is 'none'; expected is int or NoneType"),
+        ("notes", [], r"whole\.notes is \[\]; expected is an object"),
+        ("notes", {"k": 3}, r"whole\.notes\.k is 3; expected is str"),
+        ("kind", "c" * 200, r"'c{70,80}\.\.\.; expected"),
+    ],
+)
+def test_what_does_not_fit_is_named(key: str, value: object, message: str) -> None:
+    with pytest.raises(BundleError, match=message):
+        decode(Whole, {**_json(), key: value}, "whole")
+
+
+def test_a_missing_and_an_unknown_key_are_refused_even_where_there_is_a_default() -> None:
+    refused: list[object] = [{"name": "x"}, {"name": "x", "size": 1, "colour": "red"}, [], None, "part"]
+    for data in refused:
+        with pytest.raises(BundleError, match=r"expected is an object with the keys \['name', 'size'\]"):
+            decode(Part, data, "part")
