@@ -36,7 +36,7 @@ demo: setup  ## train on handwritten digits, export to three targets, compare (a
 	$(BIN)/python examples/report_digits.py digits.pt digits.nsm
 
 test: check  ## format, lint, types, and the whole test suite
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu"
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -44,7 +44,7 @@ check: setup
 	$(BIN)/python tests/typecheck.py
 
 test-long: setup  ## the checks that CI has no time for
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/pytest -m "slow and not gpu"
 
 recall: setup  ## train the recall model again that the tests use (tests/data/recall.pt)
 	$(BIN)/python examples/train_recall.py --output tests/data/recall.pt
