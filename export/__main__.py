@@ -2,4 +2,5 @@
 
 from nsm.export.cli import export_main
 
-export_main()
+if __name__ == "__main__":
+    export_main()

@@ -83,7 +83,6 @@ class Session:
             tokens: [B, K] ids or [B, K, input_dim] vectors, as the spec of the entry says.
             valid: [B], how many of the tokens count on each lane (default: all). A lane with 0 keeps its state as
                 it was. A lane that ends inside a chunk is exact, and then takes no more tokens until it is reset.
-
             entry: which graph of the bundle.
 
         Returns:
@@ -110,15 +109,7 @@ class Session:
             )
         outputs, self._state = self._runtime.call(entry, inputs, self._state)
         self._ended |= counts % self.spec.chunk_size != 0
-        for name, value in outputs.items():
-            if not np.isfinite(value).all():
-                answered = [value[lane, : counts[lane]] for lane in range(self.batch)]
-                _raise_non_finite(f"output {name}", answered)
-        if not self._runtime.finite(self._state):
-            for state in self.spec.states:
-                whole = self.read_state()[state.name]
-                stepped = [whole[state.lane_index(lane)] for lane in range(self.batch) if counts[lane]]
-                _raise_non_finite(f"state {state.name}", stepped, np.flatnonzero(counts).tolist())
+        self._check_finite(outputs, counts)
         return outputs
 
     def run(self, sequence: ArrayLike) -> Arrays:
@@ -261,14 +252,25 @@ class Session:
             whole[state.name][index] = source[state.name][index]
         self._state = self._runtime.load_state(whole)
 
+    def _check_finite(self, outputs: Arrays, counts: Array) -> None:
+        """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
+        lanes = np.flatnonzero(counts).tolist()
+        for name, value in outputs.items():
+            if not np.isfinite(value).all():
+                _raise_non_finite(f"output {name}", {lane: value[lane, : counts[lane]] for lane in lanes})
+        if not self._runtime.finite(self._state):
+            whole = self.read_state()
+            for state in self.spec.states:
+                values = {lane: whole[state.name][state.lane_index(lane)] for lane in lanes}
+                _raise_non_finite(f"state {state.name}", values)
+
     def _counts_tokens(self, entry: str) -> bool:
         return any(item.name == VALID for item in self.spec.entry(entry).inputs)
 
 
-def _raise_non_finite(what: str, values: list[Array], lanes: list[int] | None = None) -> None:
-    """Raise if one of the values, each of one lane, holds NaN or infinity."""
-    numbers = range(len(values)) if lanes is None else lanes
-    bad = [lane for lane, value in zip(numbers, values, strict=True) if not np.isfinite(value).all()]
+def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:
+    """Raise if one of the values, by lane, holds NaN or infinity."""
+    bad = [lane for lane, value in values.items() if not np.isfinite(value).all()]
     if bad:
         raise NonFiniteError(
             f"The {what} holds NaN or infinite numbers on lanes {bad}. Reset them to go on; "

@@ -51,6 +51,11 @@ def test_the_recall_example_trains_and_saves(tmp_path: Path) -> None:
     assert re.search(r"recall\.pt: [\d,]+ parameters, recall [\d.]+% of 4000 questions", shown)
 
 
+def test_the_readme_shows_the_plain_example_as_it_is() -> None:
+    body = (EXAMPLES / "plain_onnxruntime.py").read_text().split('"""', 2)[2].strip()
+    assert f"```python\n{body}\n```" in (ROOT / "README.md").read_text()
+
+
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here

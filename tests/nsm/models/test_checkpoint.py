@@ -376,10 +376,18 @@ def test_another_version_is_refused(content: dict[str, Any], tmp_path: Path, ver
         load(path)
 
 
-@pytest.mark.parametrize("missing", ["model", "config", "weights", "golden", "calibration"])
+def test_weights_that_changed_since_they_were_saved_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
+    name = next(iter(content["weights"]))
+    content["weights"][name] = content["weights"][name] + 1.0
+    torch.save(content, tmp_path / "model.pt")
+    with pytest.raises(CheckpointError, match="is damaged: its weights are not those that were saved"):
+        load(tmp_path / "model.pt")
+
+
+@pytest.mark.parametrize("missing", ["model", "config", "weights", "golden", "calibration", "fingerprint"])
 def test_a_missing_part_is_named(content: dict[str, Any], tmp_path: Path, missing: str) -> None:
     torch.save({key: value for key, value in content.items() if key != missing}, tmp_path / "model.pt")
-    with pytest.raises(CheckpointError, match=f"do not make a model: .*'{missing}'"):
+    with pytest.raises(CheckpointError, match=f"does not make a model: it lacks the part '{missing}'"):
         load(tmp_path / "model.pt")
 
 
