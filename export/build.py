@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,6 @@ from nsm.trace import Trace
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
 """What `--precision` knows. fp32 is what this version builds."""
-
-Report = Callable[[str], None]
-"""Takes one line for people."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +101,7 @@ def build_target(directory: Path, spec: StepSpec, target: Target, device: str | 
         target=target.name,
         device=built.device,
         precision="fp32",
-        effective_precision="fp32",
+        effective_precision="unknown",  # until a session reads it back
         files=tuple(file_record(directory, name) for name in built.files),
         parity={"status": "not_run", "reason": "it was not compared yet"},
         notes=built.notes,

@@ -14,7 +14,7 @@ from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, OutputExistsError, ParityError
 from nsm.export import doctor as doctor_module
 from nsm.export.build import add_target
-from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row, size
+from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, number, parity_row, size
 from nsm.export.sequences import read_sequences
 from nsm.runtimes import bench as bench_module
 from nsm.runtimes.budgets import find_budget
@@ -143,7 +143,7 @@ def bench(path: Path, target: str | None, steps: int, threads: int | None, as_js
     terminal.say()
     columns = ("target", "precision", "p50 us", "p99 us", "tokens/s", "speed", "size")
     terminal.table(
-        columns, rows, f"{steps} calls of {results[0]['tokens_per_call']} tokens on {results[0]['batch']} lanes"
+        columns, rows, f"{steps} calls of {results[0]['tokens_per_call']} tokens on {lanes_of(results[0]['batch'])}"
     )
     terminal.say(f"\nPeak memory of this process: {bench_module.peak_rss_mb():.0f} MB")
 
@@ -173,7 +173,7 @@ def inspect(path: Path, as_json: bool) -> None:
     terminal, spec = Terminal(), manifest.spec
     terminal.say(
         f"{path}: {manifest.model['class']}, {manifest.model['parameters']:,} parameters, fingerprint "
-        f"{manifest.fingerprint[:12]}; {spec.batch} lanes, chunks of {spec.chunk_size} tokens; all files verified"
+        f"{manifest.fingerprint[:12]}; {lanes_of(spec.batch)}, chunks of {spec.chunk_size} tokens; all files verified"
     )
     terminal.say(f"made {manifest.created} by: {manifest.command}")
     terminal.say("with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) + "\n")

@@ -58,7 +58,7 @@ class Terminal:
         """Text columns to the left, columns whose cells start with a digit to the right; "missing" stands out."""
         if title is not None:
             self.say(title, "italic")
-        table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 2))
+        table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
         for index, column in enumerate(columns):
             cells = [row[index] for row in rows]
             number = bool(cells) and all(cell[:1].isdigit() or cell == "-" for cell in cells)
@@ -75,6 +75,11 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} GB"
+
+
+def lanes_of(count: int) -> str:
+    """`1 lane`, `8 lanes`."""
+    return f"{count} lane" if count == 1 else f"{count} lanes"
 
 
 def number(value: float | None) -> str:

@@ -23,6 +23,7 @@ from nsm.models.checkpoint import Checkpoint, load_checkpoint
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
+from nsm.spec import StepSpec
 from nsm.trace import Array, Source
 
 _PACKAGES = (
@@ -122,32 +123,21 @@ def run(planned: Plan, stages: Stages) -> Bundle:
     options, checkpoint = planned.options, planned.checkpoint
     reference = checkpoint.model
     spec = reference.spec(options.batch, options.chunk)
+    targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
     with staged(planned.output, options.force) as stage:
-        (stage / GRAPHS).mkdir()
         with stages.stage("Recording the reference") as progress:
             trace = record(reference, planned.sequences, options.golden_steps, options.chunk, planned.source, progress)
             trace.save(stage / GOLDEN)
         with stages.stage("Exporting ONNX"):
+            (stage / GRAPHS).mkdir()
             export_onnx(reference, spec, stage / GRAPHS, options.opset)
-            np.savez(stage / STATE_INIT, allow_pickle=False, **_arrays(initial_arrays(reference, options.batch)))
+            initial: dict[str, Any] = dict(initial_arrays(reference, options.batch))
+            np.savez(stage / STATE_INIT, allow_pickle=False, **initial)
         artifacts: list[Artifact] = []
-        for name in dict.fromkeys(find_target(name).name for name in options.targets):
+        for name in targets:
             with stages.stage(f"Building {name}"):
                 artifacts.append(build_target(stage, spec, find_target(name), options.device))
-        manifest = Manifest(
-            spec=spec,
-            fingerprint=checkpoint.fingerprint,
-            model={
-                "class": type(reference).__name__,
-                "config": reference.config,
-                "parameters": sum(p.numel() for p in reference.parameters()),
-            },
-            artifacts=tuple(artifacts),
-            files=(),
-            versions=versions(),
-            command=options.command,
-            created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        )
+        manifest = _manifest(planned, spec, artifacts)
         write_manifest(stage, manifest)
         reports: list[ParityReport] = []
         for index, artifact in enumerate(artifacts):
@@ -158,6 +148,24 @@ def run(planned: Plan, stages: Stages) -> Bundle:
         write_manifest(stage, replace(manifest, artifacts=tuple(artifacts)))
         require_all(artifacts, reports, options.require_parity)
     return Bundle(planned.output)
+
+
+def _manifest(planned: Plan, spec: StepSpec, artifacts: list[Artifact]) -> Manifest:
+    model = planned.checkpoint.model
+    return Manifest(
+        spec=spec,
+        fingerprint=planned.checkpoint.fingerprint,
+        model={
+            "class": type(model).__name__,
+            "config": model.config,
+            "parameters": sum(p.numel() for p in model.parameters()),
+        },
+        artifacts=tuple(artifacts),
+        files=(),
+        versions=versions(),
+        command=planned.options.command,
+        created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+    )
 
 
 def versions() -> dict[str, str]:
@@ -178,7 +186,3 @@ def _sequences(checkpoint: Checkpoint, options: ExportOptions) -> tuple[list[Arr
         return checkpoint.golden[: options.num_samples], "recorded"
     length = options.golden_steps * (options.chunk or checkpoint.model.chunk_size)
     return synthetic(checkpoint.model, options.num_samples, length), "synthetic"
-
-
-def _arrays(arrays: dict[str, Array]) -> dict[str, Any]:
-    return dict(arrays)
