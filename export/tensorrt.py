@@ -25,21 +25,24 @@ def build(request: Request) -> Built:
 
     Raises:
         UnsupportedError: a device that the installed package cannot build for.
-        BuildError: parsing or building failed; the builder's log is kept beside the bundle's place.
+        BuildError: parsing or building failed; the builder's log, with the layers that were parsed, is kept beside the
+            place of the bundle.
     """
     package = find_target("tensorrt").require()
     trt = importlib.import_module(package)
     device = request.device or ("portable" if package == "tensorrt_rtx" else "current")
     request.folder.mkdir(exist_ok=True)
     log = _Log(trt)
-    files, layers = [], {}
+    files: list[Path] = []
+    layers: dict[str, list[str]] = {}
     for entry in request.spec.entries:
         path = request.folder / f"{entry.name}.engine"
+        layers[entry.name] = []
         try:
-            engine, layers[entry.name] = _build_entry(trt, log.logger, request, entry, device)
+            path.write_bytes(_build_entry(trt, log.logger, request, entry, device, layers[entry.name]))
         except BuildError as error:
+            log.lines += [f"layer of {name}: {layer}" for name, found in layers.items() for layer in found]
             raise BuildError(f"{error} {log.last_error()}".rstrip(), log.keep(request, device)) from error
-        path.write_bytes(engine)
         files.append(path)
     log.write(request.folder / LOG)
     write_json(request.folder / LAYERS, layers)
@@ -52,9 +55,9 @@ def build(request: Request) -> Built:
 
 
 def _build_entry(
-    trt: Any, logger: Any, request: Request, entry: EntrySpec, device: str
-) -> tuple[memoryview, list[str]]:
-    """Serialised engine, and one line per layer of the parsed network."""
+    trt: Any, logger: Any, request: Request, entry: EntrySpec, device: str, layers: list[str]
+) -> memoryview:
+    """The serialised engine; `layers` gets one line per layer of the parsed network, also where building fails."""
     builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag
     strongly = getattr(flags, "STRONGLY_TYPED", None)
@@ -63,6 +66,7 @@ def _build_entry(
     if not parser.parse_from_file(str(request.graph(entry.name))):
         errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
         raise BuildError(f"TensorRT cannot parse {entry.name}.onnx: {errors}")
+    layers += [f"{layer.name} {layer.type}" for layer in map(network.get_layer, range(network.num_layers))]
     _check_network(trt, network, request.spec, entry)
     config = builder.create_builder_config()
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
@@ -71,8 +75,7 @@ def _build_entry(
     engine = builder.build_serialized_network(network, config)
     if engine is None:
         raise BuildError(f"TensorRT parsed {entry.name}.onnx but could not build an engine for {device}.")
-    layers = [network.get_layer(index) for index in range(network.num_layers)]
-    return memoryview(engine), [f"{layer.name} {layer.type}" for layer in layers]
+    return memoryview(engine)
 
 
 def _set_device(trt: Any, config: Any, device: str) -> None:

@@ -153,6 +153,15 @@ def test_an_operator_that_tensorrt_does_not_know_keeps_a_log(stage: Path, bundle
     assert caught.value.log.name == "tensorrt-sm86-build.log"
 
 
+def test_a_device_that_cannot_compute_the_graph_keeps_the_log_with_the_layers(stage: Path, bundle: Bundle) -> None:
+    """TensorRT for RTX has no fp32 matrix product on Turing."""
+    with pytest.raises(BuildError, match="could not build an engine for sm75.*FP32 GEMM is not supported") as caught:
+        build_target(stage, bundle.manifest.spec, find_target("trt"), "sm75")
+    log = kept_log(caught.value, stage)
+    assert "FP32 GEMM is not supported" in log
+    assert sum(line.startswith("layer of step: ") for line in log.splitlines()) > 100
+
+
 def _other_shape(spec: StepSpec) -> StepSpec:
     states = [replace(s, shape=(2, 7, 32)) if s.name == "1.bank" else s for s in spec.states]
     return replace(spec, states=tuple(states))
