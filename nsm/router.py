@@ -47,8 +47,8 @@ class TokenToStateRouter(nn.Module):
         self.score = nn.Linear(token_dim, self.num_heads * num_states, bias=False)
         self.gate = nn.Linear(token_dim, self.num_heads)
         self.value = nn.Linear(token_dim, state_dim, bias=False)
-        # Slots must differ from the first update on, or every token is smeared over all of them: with the usual
-        # initial weights, a quarter of these, recall is learned in twice the updates or not at all.
+        # Slots must differ from the first update on, or every token is smeared over all of them and recall is
+        # learned late or never: torch's own initial weights are a quarter of these.
         nn.init.normal_(self.score.weight, std=2.0 * token_dim**-0.5)
 
     def route(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

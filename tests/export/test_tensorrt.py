@@ -155,7 +155,7 @@ def test_an_operator_that_tensorrt_does_not_know_keeps_a_log(stage: Path, bundle
 
 def test_a_device_that_cannot_compute_the_graph_keeps_the_log_with_the_layers(stage: Path, bundle: Bundle) -> None:
     """TensorRT for RTX has no fp32 matrix product on Turing."""
-    with pytest.raises(BuildError, match="could not build an engine for sm75.*FP32 GEMM is not supported") as caught:
+    with pytest.raises(BuildError, match=r"could not build an engine for sm75.*FP32 GEMM is not supported") as caught:
         build_target(stage, bundle.manifest.spec, find_target("trt"), "sm75")
     log = kept_log(caught.value, stage)
     assert "FP32 GEMM is not supported" in log
