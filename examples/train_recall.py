@@ -55,13 +55,20 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
 @click.option("--steps", default=1200, show_default=True, help="Updates of the weights.")
 @click.option("--width", default=64, show_default=True, help="d_model.")
 @click.option("--routing-heads", default=4, show_default=True)
+@click.option("--consolidate-every", default=1, show_default=True, help="Chunks between consolidations; 0: never.")
 @click.option("--seed", default=0, show_default=True)
-def main(output: Path, steps: int, width: int, routing_heads: int, seed: int) -> None:
+def main(output: Path, steps: int, width: int, routing_heads: int, consolidate_every: int, seed: int) -> None:
     """Train on streams made on the fly and save to OUTPUT."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     model = nsm.SimpleNSM(
-        vocab_size=VOCABULARY, d_model=width, num_states=16, num_heads=4, chunk_size=CHUNK, routing_heads=routing_heads
+        vocab_size=VOCABULARY,
+        d_model=width,
+        num_states=16,
+        num_heads=4,
+        chunk_size=CHUNK,
+        routing_heads=routing_heads,
+        consolidate_every=consolidate_every,
     )
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps)
