@@ -9,7 +9,7 @@ and one output for each of them. All shapes are static and include the batch ("l
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
@@ -124,7 +124,6 @@ class StepSpec:
     states: tuple[StateSpec, ...]
     chunk_size: int
     batch: int
-    family: str = field(default="nsm")
 
     def __post_init__(self) -> None:
         if not self.entries or self.chunk_size < 1 or self.batch < 1:

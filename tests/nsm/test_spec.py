@@ -30,7 +30,6 @@ def make_spec() -> StepSpec:
         ),
         chunk_size=8,
         batch=2,
-        family="nsm",
     )
 
 
@@ -133,7 +132,6 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "chunk size zero": (("chunk_size",), 0),
     "batch negative": (("batch",), -2),
     "batch a list": (("batch",), [2]),
-    "no family": (("family",), KeyError),
 }
 
 

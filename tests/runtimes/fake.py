@@ -53,7 +53,7 @@ def fake_spec(
         StateSpec("0.tail", tail, "float32", batch_axis=tail_axis),
         StateSpec("0.written", (batch, SLOTS), "float32"),  # nothing reads it
     )
-    return StepSpec((EntrySpec("step", (tokens, *counts), outputs),), states, CHUNK, batch, "fake")
+    return StepSpec((EntrySpec("step", (tokens, *counts), outputs),), states, CHUNK, batch)
 
 
 def fake_initial(spec: StepSpec) -> Arrays:
