@@ -20,7 +20,7 @@ MODULES := $(VENV)/modules-$(shell echo $(SOURCES) | cksum | cut -d' ' -f1)
 $(STAMP): pyproject.toml constraints.txt $(MODULES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
-		--editable '.[export,onnxruntime,openvino,tensorrt,examples,dev]'
+		--editable '.[export,onnxruntime,openvino,tensorrt,viz,examples,dev]'
 	@touch $@
 
 $(MODULES): $(BIN)/python

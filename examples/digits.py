@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.datasets import load_digits
 
-from nsm import SimpleNSM
+from nsm.models import StepModel
 
 ASK = 17
 VOCABULARY = 18
@@ -65,7 +65,7 @@ def answers(logits: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 @torch.no_grad()
-def classify(model: SimpleNSM, ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def classify(model: StepModel, ids: NDArray[np.int64]) -> NDArray[np.int64]:
     """What the PyTorch model answers on streams [B, n * 72]: [B, n]. One digit at a time, the state carried on."""
     state, pieces = None, []
     for piece in torch.from_numpy(ids).split(TOKENS, 1):

@@ -6,6 +6,7 @@ python examples/train_digits.py --output digits.pt
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 import digits
@@ -15,9 +16,26 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import functional
 
 import nsm
+from nsm.models import StreamModel
 
 # Streams are started afresh after so many digits; until then the state is carried on, without gradients.
 DIGITS_PER_STREAM = 8
+
+
+def build(adaptive: bool) -> StreamModel:
+    """A new model: a fixed bank of 16 slots a layer, or one that adapts within 64."""
+    sizes: dict[str, Any] = {
+        "vocab_size": digits.VOCABULARY,
+        "d_model": 48,
+        "output_dim": digits.CLASSES,
+        "num_layers": 2,
+        "num_heads": 4,
+        "chunk_size": digits.CHUNK,
+        "gate_type": "mingru",
+    }
+    if adaptive:
+        return nsm.AdaptiveNSM(**sizes, state_dim=96, max_states=64, initial_states=16)
+    return nsm.SimpleNSM(**sizes, num_states=16)
 
 
 @click.command()
@@ -26,21 +44,16 @@ DIGITS_PER_STREAM = 8
 @click.option("--batch", default=64, show_default=True, help="Streams side by side.")
 @click.option("--digits-per-update", default=1, show_default=True, help="Length of a gradient, in digits.")
 @click.option("--learning-rate", default=4e-3, show_default=True)
+@click.option("--adaptive", is_flag=True, help="Banks of 64 slots that prune and allocate their own.")
 @click.option("--seed", default=0, show_default=True)
-def main(output: Path, steps: int, batch: int, digits_per_update: int, learning_rate: float, seed: int) -> None:
+def main(
+    output: Path, steps: int, batch: int, digits_per_update: int, learning_rate: float, adaptive: bool, seed: int
+) -> None:
     """Train on 1437 digits, test on 360 others, save to OUTPUT."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     train, test = digits.load()
-    model = nsm.SimpleNSM(
-        vocab_size=digits.VOCABULARY,
-        d_model=48,
-        num_states=16,
-        output_dim=digits.CLASSES,
-        num_layers=2,
-        num_heads=4,
-        chunk_size=digits.CHUNK,
-    )
+    model = build(adaptive)
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, pct_start=0.1)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

@@ -2,10 +2,10 @@
 
     python examples/train_recall.py --output recall.pt
 
-A stream of 80 tokens shows four key-value pairs among noise in its first chunk, then three chunks of noise, and asks
-for the four values in its last chunk. Pairs and questions lie at least 49 tokens apart, and two layers with windows of
-16 tokens and convolutions of 4 reach 36 tokens back. So whoever answers has kept the pairs in the bank; and with the
-bank reset before the questions the answers must fall to chance (1 in 32).
+A stream shows N key-value pairs among noise in its first 4 N tokens, then 48 tokens of noise, and asks for the N values
+in its last 4 N tokens. Pairs and questions lie at least 49 tokens apart, and two layers with windows of 16 tokens and
+convolutions of 4 reach 36 tokens back. So whoever answers has kept the pairs in the bank; and with the bank reset
+before the questions the answers must fall to chance (1 in 32).
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import functional
 
 import nsm
+from nsm.propagator import GateType
+from nsm.router import Routing
 
-CHUNK, LENGTH, PAIRS = 16, 80, 4
+CHUNK, GAP, PAIRS = 16, 48, 4
 # Ids: 1 .. 15 noise, 16 .. 31 keys, 32 .. 63 values.
 NOISE, KEYS, VALUES, VOCABULARY = 16, 16, 32, 64
 NOT_ASKED = -100
@@ -29,17 +31,19 @@ NOT_ASKED = -100
 Ids = NDArray[np.int64]
 
 
-def batch(count: int, generator: np.random.Generator) -> tuple[Ids, Ids]:
-    """Streams [count, 80], and the wanted values at the questions [count, 80], NOT_ASKED elsewhere."""
-    ids = generator.integers(1, NOISE, (count, LENGTH))
-    wanted = np.full((count, LENGTH), NOT_ASKED)
-    keys = generator.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, :PAIRS] + NOISE
-    values = generator.integers(NOISE + KEYS, VOCABULARY, (count, PAIRS))
-    places = generator.permuted(np.tile(np.arange(CHUNK // 2) * 2, (count, 1)), axis=1)[:, :PAIRS]
+def batch(count: int, generator: np.random.Generator, pairs: int = PAIRS) -> tuple[Ids, Ids]:
+    """Streams [count, 8 * pairs + 48], and the wanted values at the questions, NOT_ASKED elsewhere."""
+    segment = 4 * pairs
+    length = 2 * segment + GAP
+    ids = generator.integers(1, NOISE, (count, length))
+    wanted = np.full((count, length), NOT_ASKED)
+    keys = generator.permuted(np.tile(np.arange(KEYS), (count, 1)), axis=1)[:, :pairs] + NOISE
+    values = generator.integers(NOISE + KEYS, VOCABULARY, (count, pairs))
+    places = generator.permuted(np.tile(np.arange(segment // 2) * 2, (count, 1)), axis=1)[:, :pairs]
     rows = np.arange(count)[:, None]
     ids[rows, places], ids[rows, places + 1] = keys, values
-    order = generator.permuted(np.tile(np.arange(PAIRS), (count, 1)), axis=1)
-    asked = LENGTH - CHUNK + np.arange(PAIRS) * (CHUNK // PAIRS)
+    order = generator.permuted(np.tile(np.arange(pairs), (count, 1)), axis=1)
+    asked = length - segment + 4 * np.arange(pairs)
     ids[rows, asked], wanted[rows, asked] = keys[rows, order], values[rows, order]
     return ids, wanted
 
@@ -53,21 +57,44 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="recall.pt", show_default=True)
 @click.option("--steps", default=1200, show_default=True, help="Updates of the weights.")
+@click.option("--pairs", type=click.IntRange(1, KEYS), default=PAIRS, show_default=True)
+@click.option("--states", default=16, show_default=True, help="Slots of a bank.")
 @click.option("--width", default=64, show_default=True, help="d_model.")
+@click.option("--state-dim", default=128, show_default=True)
 @click.option("--routing-heads", default=4, show_default=True)
+@click.option("--routing", default="softmax", show_default=True, help="softmax, sparsemax, entmax or topk.")
+@click.option("--top-k", type=int, help="For --routing topk.")
+@click.option("--gate", default="mingru", show_default=True, help="gru, lstm or mingru.")
 @click.option("--consolidate-every", default=1, show_default=True, help="Chunks between consolidations; 0: never.")
 @click.option("--seed", default=0, show_default=True)
-def main(output: Path, steps: int, width: int, routing_heads: int, consolidate_every: int, seed: int) -> None:
+def main(
+    output: Path,
+    steps: int,
+    pairs: int,
+    states: int,
+    width: int,
+    state_dim: int,
+    routing_heads: int,
+    routing: Routing,
+    top_k: int | None,
+    gate: GateType,
+    consolidate_every: int,
+    seed: int,
+) -> None:
     """Train on streams made on the fly and save to OUTPUT."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     model = nsm.SimpleNSM(
         vocab_size=VOCABULARY,
         d_model=width,
-        num_states=16,
+        state_dim=state_dim,
+        num_states=states,
         num_heads=4,
         chunk_size=CHUNK,
+        gate_type=gate,
         routing_heads=routing_heads,
+        routing=routing,
+        top_k=top_k,
         consolidate_every=consolidate_every,
     )
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
@@ -76,7 +103,7 @@ def main(output: Path, steps: int, width: int, routing_heads: int, consolidate_e
     with Progress(*columns, TextColumn("recall {task.fields[recall]:.3f}")) as progress:
         task = progress.add_task("training", total=steps, recall=0.0)
         for _ in range(steps):
-            ids, wanted = batch(64, generator)
+            ids, wanted = batch(64, generator, pairs)
             logits = model(torch.from_numpy(ids))
             loss = functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(wanted.flatten()))
             optimiser.zero_grad()
@@ -85,13 +112,12 @@ def main(output: Path, steps: int, width: int, routing_heads: int, consolidate_e
             optimiser.step()
             schedule.step()
             progress.update(task, advance=1, recall=accuracy(logits.detach().numpy(), wanted))
-    ids, wanted = batch(1000, generator)
+    ids, wanted = batch(1000, generator, pairs)
     with torch.no_grad():
         found = accuracy(model.eval()(torch.from_numpy(ids)).numpy(), wanted)
     nsm.save(model, output, samples=ids[:16])
-    click.echo(
-        f"{output}: {sum(p.numel() for p in model.parameters()):,} parameters, recall {found:.2%} of 4000 questions"
-    )
+    parameters = sum(p.numel() for p in model.parameters())
+    click.echo(f"{output}: {parameters:,} parameters, recall {found:.2%} of {1000 * pairs} questions")
 
 
 if __name__ == "__main__":

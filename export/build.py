@@ -129,7 +129,17 @@ def check_artifact(
 def summary(report: ParityReport) -> dict[str, Any]:
     """The part of a report that stands in the manifest."""
     data = report.to_json()
-    keys = ("status", "source", "streams", "steps", "one_step", "free_run", "argmax_agreement", "unexcused_flips")
+    keys = (
+        "status",
+        "source",
+        "streams",
+        "steps",
+        "one_step",
+        "free_run",
+        "split",
+        "argmax_agreement",
+        "unexcused_flips",
+    )
     return {key: data[key] for key in keys}
 
 

@@ -11,12 +11,20 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from nsm.errors import BuildError, NsmError, ParityError
+
+if TYPE_CHECKING:
+    from nsm.bundle import Bundle
+    from nsm.export.console import Terminal
+    from nsm.export.pipeline import Plan
+    from nsm.export.savings import Savings
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov) or tensorrt (trt)."
 
@@ -95,6 +103,10 @@ def main() -> None:
 )
 @click.option("--num-samples", type=int, default=8, show_default=True, metavar="N", help="Streams to check on.")
 @click.option("--golden-steps", type=int, default=64, show_default=True, metavar="N", help="Calls per stream to check.")
+@click.option(
+    "--debug-outputs", is_flag=True, help="Add outputs to look inside: routing.{layer}, [B, K, heads, slots]."
+)
+@click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and say what it saved.")
 @click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
 @click.option("--dry-run", is_flag=True, help="Check the request, the model and the data; write nothing.")
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
@@ -142,10 +154,24 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
             click.echo(json.dumps({"bundle": None, "kept_as": str(kept.path), "artifacts": found}))
         raise
     artifacts = bundle.manifest.to_json()["artifacts"]
+    saved = _measure_savings(terminal, planned, bundle) if planned.compacted is not None else None
     if as_json:
-        click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts}))
+        found = {} if saved is None else {"compact": asdict(saved)}
+        click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts, **found}))
         return
     terminal.say()
+    if saved is not None:
+        columns = [
+            ("slots", *saved.slots, "{:,}"),
+            ("parameters", *saved.parameters, "{:,}"),
+            ("state of a lane, bytes", *saved.state_bytes, "{:,}"),
+            ("FLOPs of a step", *saved.flops, "{:,.0f}"),
+        ]
+        if saved.step_us is not None:
+            columns.append((f"us of a step, {saved.target}", *saved.step_us, "{:,.0f}"))
+        lines = [[what, f.format(old), f.format(new), f"{1 - new / old:.0%}"] for what, old, new, f in columns]
+        terminal.table(("compact", "before", "after", "saved"), lines)
+        terminal.say()
     rows = [
         parity_row(item, artifact.nbytes) for item, artifact in zip(artifacts, bundle.manifest.artifacts, strict=True)
     ]
@@ -194,6 +220,21 @@ def bench(bundle: Path, target: str | None, steps: int, threads: int | None, as_
     commands.bench(bundle, target, steps, threads, as_json)
 
 
+@main.command(short_help="Compare a step with what its arithmetic allows.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
+@click.option("--threads", type=int, metavar="N", help="Threads of the backend.  [default: its own choice]")
+@_shared
+def roofline(bundle: Path, target: str | None, threads: int | None, as_json: bool) -> None:
+    """Measure what BUNDLE's target reaches on large products here, and how much of it the entries reach.
+
+    The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth).
+    """
+    from nsm.export import commands
+
+    commands.roofline(bundle, target, threads, as_json)
+
+
 @main.command(short_help="Build a target from a bundle's ONNX, without torch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", required=True, metavar="T", help=_TARGET_HELP)
@@ -236,18 +277,67 @@ def doctor(as_json: bool) -> None:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--prompt", metavar="TEXT", help="Generate: text that a model over bytes goes on with.")
+@click.option("--tokens", type=int, default=200, show_default=True, metavar="N", help="Tokens to generate.")
+@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most likely token.")
+@click.option("--top-k", type=int, metavar="K", help="Draw from the K most likely tokens.  [default: all]")
+@click.option(
+    "--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Draw from the likeliest share P."
+)
+@click.option("--seed", type=int, metavar="N", help="The same seed draws the same tokens.")
 @_shared
-def run(bundle: Path, target: str | None, data: Path | None, output: Path | None, force: bool, as_json: bool) -> None:
-    """Feed sequences to BUNDLE, each from a fresh state, and write or summarise what comes out."""
-    from nsm.export import commands
+def run(
+    bundle: Path,
+    target: str | None,
+    data: Path | None,
+    output: Path | None,
+    force: bool,
+    prompt: str | None,
+    tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    seed: int | None,
+    as_json: bool,
+) -> None:
+    """Feed sequences to BUNDLE, each from a fresh state, and write or summarise what comes out.
 
-    commands.run(bundle, target, data, output, force, as_json)
+    With --prompt a model over bytes writes text instead, token by token:
+
+    \b
+    nsm run language.nsm --prompt "ROMEO:" --tokens 300 --temperature 0.8 --seed 1
+    """
+    from nsm.errors import InputError
+    from nsm.export import commands, generation
+    from nsm.runtimes.sampling import Sampler
+
+    if prompt is None:
+        context = click.get_current_context()
+        names = ("tokens", "temperature", "top_k", "top_p", "seed")
+        given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
+        if given:
+            options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise InputError(f"{options} belong to generating text. Give a --prompt to begin with, or leave them out.")
+        commands.run(bundle, target, data, output, force, as_json)
+        return
+    if data is not None or output is not None:
+        raise InputError(
+            "--prompt generates text; --data and --output belong to feeding sequences. Give one or the other."
+        )
+    generation.generate(bundle, target, prompt, tokens, Sampler(temperature, top_k, top_p, seed), as_json)
 
 
 def export_main() -> None:
     """Entry point of `nsm-export`: the command `nsm export` by itself."""
     export.context_settings = _HELP
     export.main(prog_name="nsm-export")
+
+
+def _measure_savings(terminal: Terminal, planned: Plan, bundle: Bundle) -> Savings:
+    from nsm.export.savings import measure_savings
+
+    with terminal.stage("Measuring what was saved"):
+        return measure_savings(planned, bundle)
 
 
 def _require_torch() -> None:

@@ -21,8 +21,9 @@ from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact, open_bundle
 from nsm.runtimes.parity import compare
 from nsm.runtimes.report import ParityReport
-from nsm.runtimes.session import VALID, Session
+from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
+from nsm.spec import VALID
 from nsm.trace import Array
 
 
@@ -148,6 +149,56 @@ def bench(path: Path, target: str | None, steps: int, threads: int | None, as_js
     terminal.say(f"\nPeak memory of this process: {bench_module.peak_rss_mb():.0f} MB")
 
 
+def roofline(path: Path, target: str | None, threads: int | None, as_json: bool) -> None:
+    """Compare with what the arithmetic allows; see `nsm roofline --help`."""
+    from nsm.export import roofline as roofline_module
+
+    terminal = Terminal(quiet=as_json)
+    bundle = Bundle(path)
+    bundle.verify()
+    artifact = bundle.artifact(None if target is None else find_target(target).name)
+    with terminal.stage("Measuring the machine"):
+        machine = roofline_module.measure_machine(find_target(artifact.target), threads)
+    results = []
+    with open_artifact(bundle, artifact, threads=threads) as session:
+        for entry, call in roofline_module.calls_of(session).items():
+            work = roofline_module.work_of(bundle.locate(f"graphs/{entry}.onnx"))
+            with terminal.stage(f"Measuring {entry}"):
+                session.reset()
+                took = roofline_module.measure_call(call)
+            least = work.least_seconds(machine)
+            results.append(
+                {
+                    "entry": entry,
+                    "gflop": work.flops / 1e9,
+                    "mb": work.nbytes / 1e6,
+                    "roofline_us": least * 1e6,
+                    "measured_us": took * 1e6,
+                    "share": least / took,
+                }
+            )
+    facts = {"gflop_per_second": machine.flops_per_second / 1e9, "gb_per_second": machine.bytes_per_second / 1e9}
+    if as_json:
+        click.echo(json.dumps({"target": artifact.target, "machine": facts, "results": results}))
+        return
+    terminal.say(
+        f"\n{artifact.target} here: {facts['gflop_per_second']:.0f} GFLOP/s on a large product, "
+        f"{facts['gb_per_second']:.0f} GB/s reading a large matrix.\n"
+    )
+    rows = [
+        [
+            str(r["entry"]),
+            f"{r['gflop']:.3f}",
+            f"{r['mb']:.1f}",
+            f"{r['roofline_us']:.0f}",
+            f"{r['measured_us']:.0f}",
+            f"{r['share']:.0%}",
+        ]
+        for r in results
+    ]
+    terminal.table(("entry", "GFLOP", "MB", "roofline us", "measured us", "reached"), rows)
+
+
 def build(path: Path, target: str, device: str | None, as_json: bool) -> None:
     """Build a target into a bundle; see `nsm build --help`."""
     terminal = Terminal(quiet=as_json)
@@ -181,9 +232,18 @@ def inspect(path: Path, as_json: bool) -> None:
         tensors = [("input", item) for item in entry.inputs] + [("output", item) for item in entry.outputs]
         rows = [[kind, item.name, item.dtype, str(list(item.shape)), _range(item)] for kind, item in tensors]
         terminal.table(("", "name", "dtype", "shape", "values"), rows, f"Entry {entry.name}")
-    states = [[s.name, s.dtype, str(list(s.shape)), s.init, s.past, s.present] for s in spec.states]
+    states = [
+        [
+            s.name,
+            s.dtype,
+            str(list(s.shape)),
+            s.init,
+            ", ".join(e.name for e in spec.entries if s.name in e.writes) or "-",
+        ]
+        for s in spec.states
+    ]
     title = f"\nStates, {size(spec.state_nbytes)} in all"
-    terminal.table(("name", "dtype", "shape", "starts from", "input", "output"), states, title)
+    terminal.table(("name", "dtype", "shape", "starts from", "written by"), states, title)
     rows = [parity_row(asdict(artifact), artifact.nbytes) for artifact in manifest.artifacts]
     terminal.table(PARITY_COLUMNS, rows, "\nArtifacts")
     for artifact in manifest.artifacts:
@@ -236,28 +296,20 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
 def _feed(session: Session, sequence: Array) -> dict[str, Array]:
     """One sequence on lane 0, from a fresh state; the other lanes idle."""
     spec = session.spec.entry("step").inputs[0]
-    length = spec.shape[1]
+    if sequence.shape[1:] != spec.shape[2:]:
+        raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
     session.reset()
-    pieces: dict[str, list[Array]] = {}
-    for start in range(0, len(sequence), length):
-        run = sequence[start : start + length]
-        tokens = np.zeros(spec.shape, run.dtype)
-        if tokens[0].shape[1:] != run.shape[1:]:
-            raise InputError(
-                f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}."
-            )
-        tokens[0, : len(run)] = run
-        valid = np.zeros(session.batch, np.int64)
-        valid[0] = len(run)
-        for name, value in session.step(tokens, valid).items():
-            pieces.setdefault(name, []).append(value[0, : len(run)])
-    return {name: np.concatenate(parts) for name, parts in pieces.items()}
+    tokens = np.zeros((session.batch, *sequence.shape), sequence.dtype)
+    tokens[0] = sequence
+    valid = np.zeros(session.batch, np.int64)
+    valid[0] = len(sequence)
+    return {name: value[0] for name, value in session.feed(tokens, valid).items()}
 
 
 def _recorded(bundle: Bundle) -> list[Array]:
     """The golden sequences, without padding."""
     inputs = dict(bundle.trace().inputs)
-    inputs.pop(VALID)
+    inputs.pop(VALID, None)
     (tokens,) = inputs.values()
     return [stream.reshape(-1, *stream.shape[2:]) for stream in tokens]
 
@@ -265,7 +317,7 @@ def _recorded(bundle: Bundle) -> list[Array]:
 def _lanes(bundle: Bundle) -> Array:
     """Recorded inputs for every lane: [T, B, K, ...]."""
     inputs = dict(bundle.trace().inputs)
-    inputs.pop(VALID)
+    inputs.pop(VALID, None)
     (tokens,) = inputs.values()
     lanes = np.resize(np.arange(len(tokens)), bundle.manifest.spec.batch)
     return np.ascontiguousarray(np.swapaxes(tokens[lanes], 0, 1))

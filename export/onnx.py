@@ -1,4 +1,4 @@
-"""PyTorch to ONNX: the step as a plain graph whose states are named, paired and described."""
+"""PyTorch to ONNX: a model's entries as plain graphs whose states are named, paired and described."""
 
 from __future__ import annotations
 
@@ -15,33 +15,47 @@ from torch import Tensor, nn
 
 from nsm.bundle import STATE_INIT
 from nsm.errors import BuildError
-from nsm.models.stream import State, StreamModel
-from nsm.spec import StepSpec
+from nsm.export.passes import optimise
+from nsm.export.weights import save_shared
+from nsm.models.step import State, StepModel
+from nsm.spec import VALID, EntrySpec, StepSpec
 from nsm.trace import Arrays
 
 OPSET = 20
 WEIGHTS = "weights.bin"
 STATES_KEY = "nsm.states"
+_DTYPES = {"int64": torch.int64, "float32": torch.float32}
 
 
-class StepModule(nn.Module):
-    """A model's step with the state as a flat list: (tokens, valid, *past) -> (outputs, *present)."""
+class EntryModule(nn.Module):
+    """An entry of a model over flat tensors: (*inputs, *states read) -> (*outputs, *states written).
 
-    def __init__(self, model: StreamModel, spec: StepSpec) -> None:
+    States that the entry does not read are constants that nothing depends on.
+    """
+
+    def __init__(self, model: StepModel, spec: StepSpec, entry: EntrySpec) -> None:
         super().__init__()
         self.model = model
-        self.names = spec.state_names
+        self.entry = entry
+        self.reads = [state.name for state in spec.states_of(entry.reads)]
+        self.writes = [state.name for state in spec.states_of(entry.writes)]
+        self.unread = {
+            name: value.detach() for name, value in model.initial_state(spec.batch).items() if name not in self.reads
+        }
 
-    def forward(self, tokens: Tensor, valid: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
-        outputs, state = self.model.step(tokens, dict(zip(self.names, past, strict=True)), valid)
-        return (outputs, *(state[name] for name in self.names))
+    def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
+        count = len(self.entry.inputs)
+        inputs = {item.name: value for item, value in zip(self.entry.inputs, flat[:count], strict=True)}
+        state = {**self.unread, **dict(zip(self.reads, flat[count:], strict=True))}
+        outputs, state = self.model.graph(self.entry.name, inputs, state)
+        return (*(outputs[item.name] for item in self.entry.outputs), *(state[name] for name in self.writes))
 
 
-def export_onnx(model: StreamModel, spec: StepSpec, directory: Path, opset: int = OPSET) -> Path:
-    """Write `step.onnx` with its weights beside it in `weights.bin`.
+def export_onnx(model: StepModel, spec: StepSpec, directory: Path, opset: int = OPSET) -> list[Path]:
+    """Write one graph for each entry, `{entry}.onnx`, over one set of weights in `weights.bin`.
 
-    The graph uses standard operators only. `metadata_props["nsm.states"]` holds the table of states as JSON; with
-    it and `state_init.npz` any ONNX client can run the stream (see `state_table`).
+    The graphs use standard operators only. `metadata_props["nsm.states"]` of each holds the table of its states as
+    JSON; with it and `state_init.npz` any ONNX client can run the stream (see `state_table`).
 
     Args:
         model: in eval mode.
@@ -50,21 +64,29 @@ def export_onnx(model: StreamModel, spec: StepSpec, directory: Path, opset: int 
         opset: ONNX operator set.
 
     Returns:
-        Path of `step.onnx`.
+        Paths of the graphs.
 
     Raises:
-        BuildError: the exporter failed, or its graph does not have the declared inputs and outputs.
+        BuildError: the exporter failed, or a graph does not have the declared inputs and outputs.
     """
-    entry = spec.entry("step")
+    graphs = {entry.name: _export_entry(model, spec, entry, opset) for entry in spec.entries}
+    paths = save_shared(graphs, directory, WEIGHTS)
+    for path in paths:
+        onnx.checker.check_model(str(path), full_check=True)
+    return paths
+
+
+def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int) -> onnx.ModelProto:
+    """The graph of one entry, with its weights inside."""
+    reads, writes = spec.states_of(entry.reads), spec.states_of(entry.writes)
     state = model.initial_state(spec.batch)
-    tokens = torch.zeros(
-        entry.inputs[0].shape, dtype=torch.int64 if entry.inputs[0].dtype == "int64" else torch.float32
-    )
-    valid = torch.full(entry.inputs[1].shape, tokens.shape[1], dtype=torch.int64)
-    past = tuple(state[name].detach().clone() for name in spec.state_names)
-    inputs = [*(item.name for item in entry.inputs), *(item.past for item in spec.states)]
-    outputs = [*(item.name for item in entry.outputs), *(item.present for item in spec.states)]
-    path = directory / "step.onnx"
+    examples = [torch.zeros(item.shape, dtype=_DTYPES[item.dtype]) for item in entry.inputs]
+    for item, example in zip(entry.inputs, examples, strict=True):
+        if item.name == VALID:
+            example.fill_(item.maximum or 0)
+    examples += [state[item.name].detach().clone() for item in reads]
+    inputs = [*(item.name for item in entry.inputs), *(item.past for item in reads)]
+    outputs = [*(item.name for item in entry.outputs), *(item.present for item in writes)]
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -73,8 +95,8 @@ def export_onnx(model: StreamModel, spec: StepSpec, directory: Path, opset: int 
             # What the exporter warns of concerns its own use of torch; what matters here is checked below.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                StepModule(model, spec).eval(),
-                (tokens, valid, *past),
+                EntryModule(model, spec, entry).eval(),
+                tuple(examples),
                 dynamo=True,
                 opset_version=opset,
                 input_names=inputs,
@@ -82,43 +104,45 @@ def export_onnx(model: StreamModel, spec: StepSpec, directory: Path, opset: int 
                 verbose=False,
             )
     except Exception as error:  # the exporter's errors have no common base
-        raise BuildError(f"The ONNX exporter failed: {click.unstyle(str(error))}") from error
+        raise BuildError(f"The ONNX exporter failed on {entry.name}: {click.unstyle(str(error))}") from error
     finally:
         logger.setLevel(level)
     if program is None:
-        raise BuildError("The ONNX exporter returned no program.")
+        raise BuildError(f"The ONNX exporter returned no program for {entry.name}.")
+    optimise(program.model)
     proto = program.model_proto
     _strip(proto)
     proto.producer_name = "nsm"
-    entry_meta = proto.metadata_props.add()
-    entry_meta.key, entry_meta.value = STATES_KEY, json.dumps(state_table(spec))
-    _check_interface(proto, inputs, outputs, spec, opset)
-    onnx.save(proto, str(path), save_as_external_data=True, location=WEIGHTS, size_threshold=1024)
-    onnx.checker.check_model(str(path), full_check=True)
-    return path
+    table = proto.metadata_props.add()
+    table.key, table.value = STATES_KEY, json.dumps(state_table(spec, entry))
+    _check_interface(proto, inputs, outputs, spec, entry, opset)
+    return proto
 
 
-def state_table(spec: StepSpec) -> list[dict[str, object]]:
-    """The table of states as it stands in the graph's metadata.
+def state_table(spec: StepSpec, entry: EntrySpec) -> list[dict[str, object]]:
+    """The table of states as it stands in a graph's metadata.
 
-    For each state: `name`; `past` and `present`, the graph's input and output; `shape`, `dtype`, `batch_axis`;
-    and `init`: "zeros", or the file (relative to the graph) and key of the initial value.
+    For each state of the model: `name`; `past` and `present`, the graph's input and output, null where this entry
+    does not read or write it; `shape`, `dtype`, `batch_axis`; `append_axis` where the output holds new rows only
+    (see `StateSpec`), else null; and `init`: "zeros", or the file (relative to the graph) and key of the initial
+    value.
     """
     return [
         {
             "name": state.name,
-            "past": state.past,
-            "present": state.present,
+            "past": state.past if state.name in entry.reads else None,
+            "present": state.present if state.name in entry.writes else None,
             "shape": list(state.shape),
             "dtype": state.dtype,
             "batch_axis": state.batch_axis,
+            "append_axis": state.append_axis,
             "init": "zeros" if state.init == "zeros" else {"file": f"../{STATE_INIT}", "key": state.name},
         }
         for state in spec.states
     ]
 
 
-def initial_arrays(model: StreamModel, batch: int) -> Arrays:
+def initial_arrays(model: StepModel, batch: int) -> Arrays:
     """The initial state as arrays, by name, lanes included."""
     state: State = model.initial_state(batch)
     return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in state.items()}
@@ -136,10 +160,13 @@ def _strip(proto: onnx.ModelProto) -> None:
     del proto.metadata_props[:]
 
 
-def _check_interface(proto: onnx.ModelProto, inputs: list[str], outputs: list[str], spec: StepSpec, opset: int) -> None:
+def _check_interface(
+    proto: onnx.ModelProto, inputs: list[str], outputs: list[str], spec: StepSpec, entry: EntrySpec, opset: int
+) -> None:
     """The graph must have the declared names, in order, the declared static shapes, and standard operators only."""
-    shapes = {item.past: item.shape for item in spec.states} | {item.present: item.shape for item in spec.states}
-    entry = spec.entry("step")
+    tokens = entry.inputs[0].shape[1] if entry.inputs else 0
+    shapes = {item.past: item.shape for item in spec.states}
+    shapes |= {item.present: item.present_shape(tokens) for item in spec.states}
     shapes |= {item.name: item.shape for item in (*entry.inputs, *entry.outputs)}
     for values, names in ((proto.graph.input, inputs), (proto.graph.output, outputs)):
         given = [value.name for value in values]

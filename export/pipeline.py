@@ -14,12 +14,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, check_output, staged, write_manifest
-from nsm.errors import InputError
+from nsm.compaction import compact
+from nsm.errors import InputError, UnsupportedError
 from nsm.export.build import build_target, check_artifact, check_request, require_all, write_parity
 from nsm.export.onnx import OPSET, export_onnx, initial_arrays
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
-from nsm.models.checkpoint import Checkpoint, load_checkpoint
+from nsm.models.adaptive import AdaptiveNSM
+from nsm.models.checkpoint import Checkpoint, fingerprint, load_checkpoint
+from nsm.models.hybrid import HybridModel
+from nsm.models.simple import SimpleNSM
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
@@ -49,6 +53,8 @@ class ExportOptions:
         data: sequences to check on instead of those in the checkpoint.
         num_samples: streams of the golden trace.
         golden_steps: its steps.
+        debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
+        compact: whether slots that are never used are removed first; see `nsm.compaction`.
     """
 
     targets: Sequence[str]
@@ -61,6 +67,8 @@ class ExportOptions:
     data: Path | None = None
     num_samples: int = 8
     golden_steps: int = 64
+    debug_outputs: bool = False
+    compact: bool = False
     require_parity: bool = False
     force: bool = False
     command: str = ""
@@ -79,13 +87,14 @@ class _Silent:
 
 @dataclass(frozen=True)
 class Plan:
-    """An export with everything checked that can be checked without work."""
+    """An export with everything checked that can be checked without work; `compacted` is what `--compact` made."""
 
     options: ExportOptions
     checkpoint: Checkpoint
     sequences: list[Array]
     source: Source
     output: Path
+    compacted: Checkpoint | None = None
 
 
 def plan(model: Path, options: ExportOptions) -> Plan:
@@ -100,12 +109,27 @@ def plan(model: Path, options: ExportOptions) -> Plan:
     if options.batch < 1 or options.num_samples < 1 or options.golden_steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
     checkpoint = load_checkpoint(model)
-    checkpoint.model.spec(options.batch, options.chunk)
+    checkpoint.model.spec(options.batch, options.chunk, options.debug_outputs)
     sequences, source = _sequences(checkpoint, options)
     checked_sequences(checkpoint.model, sequences)
     output = options.output or Path(f"{model.stem}.nsm")
     check_output(output, options.force)
-    return Plan(options, checkpoint, sequences, source, output)
+    compacted = compacted_checkpoint(checkpoint, sequences if source == "recorded" else []) if options.compact else None
+    return Plan(options, checkpoint, sequences, source, output, compacted)
+
+
+def compacted_checkpoint(checkpoint: Checkpoint, sequences: list[Array]) -> Checkpoint:
+    """The checkpoint with the slots removed that neither these sequences nor its own for calibration ever use.
+
+    Raises:
+        UnsupportedError: a model without banks.
+        ConfigError, InputError: as `nsm.compaction.compact`.
+    """
+    model = checkpoint.model
+    if not isinstance(model, SimpleNSM | AdaptiveNSM | HybridModel):
+        raise UnsupportedError(f"--compact removes slots of a bank; a {type(model).__name__} has none.")
+    smaller = compact(model, [*checkpoint.calibration, *sequences])
+    return replace(checkpoint, model=smaller, fingerprint=fingerprint(smaller))
 
 
 def export(model: Path, options: ExportOptions, stages: Stages | None = None) -> Bundle:
@@ -120,13 +144,21 @@ def export(model: Path, options: ExportOptions, stages: Stages | None = None) ->
 
 def run(planned: Plan, stages: Stages) -> Bundle:
     """Carry out a plan."""
-    options, checkpoint = planned.options, planned.checkpoint
+    options, checkpoint = planned.options, planned.compacted or planned.checkpoint
     reference = checkpoint.model
-    spec = reference.spec(options.batch, options.chunk)
+    spec = reference.spec(options.batch, options.chunk, options.debug_outputs)
     targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
     with staged(planned.output, options.force) as stage:
         with stages.stage("Recording the reference") as progress:
-            trace = record(reference, planned.sequences, options.golden_steps, options.chunk, planned.source, progress)
+            trace = record(
+                reference,
+                planned.sequences,
+                options.golden_steps,
+                options.chunk,
+                planned.source,
+                progress,
+                options.debug_outputs,
+            )
             trace.save(stage / GOLDEN)
         with stages.stage("Exporting ONNX"):
             (stage / GRAPHS).mkdir()
@@ -151,10 +183,11 @@ def run(planned: Plan, stages: Stages) -> Bundle:
 
 
 def _manifest(planned: Plan, spec: StepSpec, artifacts: list[Artifact]) -> Manifest:
-    model = planned.checkpoint.model
+    checkpoint = planned.compacted or planned.checkpoint
+    model = checkpoint.model
     return Manifest(
         spec=spec,
-        fingerprint=planned.checkpoint.fingerprint,
+        fingerprint=checkpoint.fingerprint,
         model={
             "class": type(model).__name__,
             "config": model.config,

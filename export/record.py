@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, NonFiniteError
 from nsm.models.checkpoint import fingerprint
-from nsm.models.stream import State, StreamModel
+from nsm.models.step import State, StepModel
 from nsm.runtimes.measures import relative_error, rms_norm
 from nsm.runtimes.parity import Progress
 from nsm.trace import Array, Arrays, Source, Trace
@@ -21,12 +21,13 @@ MIN_TRACE_BYTES = 4_000_000
 
 
 def record(
-    model: StreamModel,
+    model: StepModel,
     sequences: Sequence[ArrayLike],
     steps: int = 64,
     tokens_per_call: int | None = None,
     source: Source = "recorded",
     progress: Progress | None = None,
+    debug_outputs: bool = False,
 ) -> Trace:
     """Run the model over sequences, in eval mode and fp32, and keep what parity needs.
 
@@ -43,6 +44,7 @@ def record(
         tokens_per_call: K, a multiple of the chunk size (default: one chunk).
         source: "recorded" where the sequences are real, "synthetic" where they are made up.
         progress: called after every step.
+        debug_outputs: whether to record these too; see `StepModel.spec`.
 
     Raises:
         InputError: no sequences, or ones the model does not take.
@@ -50,36 +52,38 @@ def record(
     """
     if not len(sequences) or steps < 1:
         raise InputError(f"A trace needs at least one sequence and one step; given {len(sequences)} and {steps}.")
-    spec = model.spec(len(sequences), tokens_per_call).entry("step").inputs[0]
-    count = spec.shape[1]
+    entry = model.spec(len(sequences), tokens_per_call, debug_outputs).entry("step")
+    count = entry.inputs[0].shape[1]
     tokens = np.stack([_stretch(sequence, steps * count) for sequence in checked_sequences(model, sequences)])
     batched = tokens.reshape(len(tokens), steps, count, *tokens.shape[2:])
     limit = max(MIN_TRACE_BYTES, sum(p.numel() * p.element_size() for p in model.parameters()))
-    positions, kept, sampled = _kept(model, len(tokens), steps, count, limit)
+    width = sum(int(np.prod(item.shape[2:])) for item in entry.outputs)
+    positions, kept, sampled = _kept(model, len(tokens), steps, count, width, limit)
     model = copy.deepcopy(model).eval()
     advance = _counter(progress, 2 * steps)
-    outputs, before, after = _roll(model, torch.from_numpy(batched), sampled, advance)
+    names = [item.name for item in entry.outputs]
+    outputs, before, after = _roll(model, torch.from_numpy(batched), sampled, names, advance)
     # The floor: what fp32 itself costs, against the same weights in fp64.
-    exact, _, _ = _roll(model.double(), torch.from_numpy(batched), np.empty(0, np.int64), advance)
-    if not np.isfinite(outputs).all():
+    exact, _, _ = _roll(model.double(), torch.from_numpy(batched), np.empty(0, np.int64), names[:1], advance)
+    if not all(np.isfinite(value).all() for value in outputs.values()):
         raise NonFiniteError(
             "The PyTorch reference itself produces NaN or infinity on the golden sequences, so there is nothing to "
             "compare with. Check the weights and the sequences."
         )
     return Trace(
-        inputs={"tokens": batched, "valid": np.full((len(tokens), steps), count, np.int64)},
-        outputs={"outputs": np.ascontiguousarray(outputs[:, :, positions])},
+        inputs={"tokens": batched},
+        outputs={name: np.ascontiguousarray(value[:, :, positions]) for name, value in outputs.items()},
         positions=positions,
         sampled=sampled,
         before={name: value[:kept] for name, value in before.items()},
         after={name: value[:kept] for name, value in after.items()},
         fingerprint=fingerprint(model.float()),
         source=source,
-        floor=_floor(outputs, exact),
+        floor=_floor(outputs[names[0]], exact[names[0]]),
     )
 
 
-def synthetic(model: StreamModel, streams: int, length: int, seed: int = 0) -> list[Array]:
+def synthetic(model: StepModel, streams: int, length: int, seed: int = 0) -> list[Array]:
     """Made-up sequences: uniform ids, or standard normal vectors."""
     spec = model.token_spec
     generator = np.random.default_rng(seed)
@@ -90,21 +94,23 @@ def synthetic(model: StreamModel, streams: int, length: int, seed: int = 0) -> l
 
 @torch.no_grad()
 def _roll(
-    model: StreamModel, tokens: torch.Tensor, sampled: Array, advance: Callable[[], None]
-) -> tuple[Array, Arrays, Arrays]:
-    """Outputs [N, T, K, ...] of all steps, and the states before and after the sampled ones."""
+    model: StepModel, tokens: torch.Tensor, sampled: Array, names: list[str], advance: Callable[[], None]
+) -> tuple[Arrays, Arrays, Arrays]:
+    """The named outputs [N, T, K, ...] of all steps, and the states before and after the sampled ones."""
     tokens = tokens.double() if tokens.is_floating_point() and _is_double(model) else tokens
     state = model.initial_state(tokens.shape[0])
-    outputs, before, after = [], [], []
+    outputs: list[Arrays] = []
+    before: list[Arrays] = []
+    after: list[Arrays] = []
     for step in range(tokens.shape[1]):
         if step in sampled:
             before.append(_numpy(state))
-        output, state = model.step(tokens[:, step], state)
-        outputs.append(output.numpy())
+        given, state = model.call("step", {"tokens": tokens[:, step]}, state)
+        outputs.append({name: given[name].numpy() for name in names})
         if step in sampled:
             after.append(_numpy(state))
         advance()
-    return np.stack(outputs, 1), _stack(before), _stack(after)
+    return _stack(outputs), _stack(before), _stack(after)
 
 
 def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
@@ -119,7 +125,7 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
     return advance
 
 
-def _is_double(model: StreamModel) -> bool:
+def _is_double(model: StepModel) -> bool:
     return next(model.parameters()).dtype == torch.float64
 
 
@@ -131,7 +137,7 @@ def _stack(states: list[Arrays]) -> Arrays:
     return {name: np.stack([state[name] for state in states], 1) for name in states[0]} if states else {}
 
 
-def checked_sequences(model: StreamModel, sequences: Sequence[ArrayLike]) -> list[Array]:
+def checked_sequences(model: StepModel, sequences: Sequence[ArrayLike]) -> list[Array]:
     """The sequences as the model takes them: [T] int64 or [T, input_dim] float32 each.
 
     Raises:
@@ -166,9 +172,9 @@ def _floor(outputs: Array, exact: Array) -> float:
     return max(relative_error(given, wanted, scale) for given, wanted in pairs)
 
 
-def _kept(model: StreamModel, streams: int, steps: int, count: int, limit: int) -> tuple[Array, int, Array]:
+def _kept(model: StepModel, streams: int, steps: int, count: int, width: int, limit: int) -> tuple[Array, int, Array]:
     """Token positions to keep, streams to keep states of, and steps to keep them at; outputs take half the room."""
-    per_position = streams * steps * model.output_dim * 4
+    per_position = streams * steps * width * 4
     positions = int(np.clip(limit // 2 // per_position, 1, count))
     room = max(limit - positions * per_position, 0)
     per_sample = 2 * model.spec(1).state_nbytes

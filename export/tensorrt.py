@@ -101,8 +101,9 @@ def _set_device(trt: Any, config: Any, device: str) -> None:
 def _check_network(trt: Any, network: Any, spec: StepSpec, entry: EntrySpec) -> None:
     """What TensorRT understood must have the declared names, shapes and dtypes, every state included."""
     wanted = {item.name: (item.shape, item.dtype) for item in (*entry.inputs, *entry.outputs)}
-    for state in spec.states:
-        wanted[state.past] = wanted[state.present] = (state.shape, state.dtype)
+    tokens = entry.inputs[0].shape[1] if entry.inputs else 0
+    wanted |= {state.past: (state.shape, state.dtype) for state in spec.states_of(entry.reads)}
+    wanted |= {state.present: (state.present_shape(tokens), state.dtype) for state in spec.states_of(entry.writes)}
     tensors = [network.get_input(i) for i in range(network.num_inputs)]
     tensors += [network.get_output(i) for i in range(network.num_outputs)]
     given = {item.name: (tuple(item.shape), trt.nptype(item.dtype).__name__) for item in tensors}

@@ -11,10 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from nsm.attention import HybridAttention as HybridAttention
+    from nsm.compaction import compact as compact
     from nsm.layer import NSMLayer as NSMLayer
     from nsm.manager import StateManager as StateManager
+    from nsm.models.adaptive import AdaptiveNSM as AdaptiveNSM
     from nsm.models.checkpoint import load as load
     from nsm.models.checkpoint import save as save
+    from nsm.models.hybrid import HybridModel as HybridModel
+    from nsm.models.presets import from_preset as from_preset
     from nsm.models.simple import SimpleNSM as SimpleNSM
     from nsm.propagator import StatePropagator as StatePropagator
     from nsm.router import TokenToStateRouter as TokenToStateRouter
@@ -31,20 +35,26 @@ if (_beside / "pyproject.toml").is_file() and (_beside / "runtimes").is_dir():
 
 # name -> (module, attribute, extra that the module needs)
 _NAMES: dict[str, tuple[str, str, str]] = {
+    "AdaptiveNSM": ("nsm.models.adaptive", "AdaptiveNSM", "torch"),
     "HybridAttention": ("nsm.attention", "HybridAttention", "torch"),
+    "HybridModel": ("nsm.models.hybrid", "HybridModel", "torch"),
     "NSMLayer": ("nsm.layer", "NSMLayer", "torch"),
     "Session": ("nsm.runtimes.session", "Session", ""),
     "SimpleNSM": ("nsm.models.simple", "SimpleNSM", "torch"),
     "StateManager": ("nsm.manager", "StateManager", "torch"),
     "StatePropagator": ("nsm.propagator", "StatePropagator", "torch"),
     "TokenToStateRouter": ("nsm.router", "TokenToStateRouter", "torch"),
+    "compact": ("nsm.compaction", "compact", "torch"),
+    "from_preset": ("nsm.models.presets", "from_preset", "torch"),
     "load": ("nsm.models.checkpoint", "load", "torch"),
     "open": ("nsm.runtimes.opening", "open_bundle", ""),
     "save": ("nsm.models.checkpoint", "save", "torch"),
 }
 
 __all__ = [
+    "AdaptiveNSM",
     "HybridAttention",
+    "HybridModel",
     "NSMLayer",
     "Session",
     "SimpleNSM",
@@ -52,6 +62,8 @@ __all__ = [
     "StatePropagator",
     "TokenToStateRouter",
     "__version__",
+    "compact",
+    "from_preset",
     "load",
     "open",
     "save",

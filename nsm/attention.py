@@ -1,164 +1,282 @@
-"""HybridAttention: exact attention over a short window, and reading from the bank, fused."""
+"""LocalAttention, exact over a short window; HybridAttention, which adds reading from the bank and fuses the two."""
 
 from __future__ import annotations
 
 from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError
-from nsm.mixing import last_rows
+from nsm.layout import Counted, clear_lanes, join_heads, keep_open, select_lanes, split_heads, to_bank
 from nsm.router import MASKED_SCORE
+from nsm.spec import StateSpec
 
-_ROTARY_BASE = 1000.0
+
+class Heads(NamedTuple):
+    """Queries, keys and values of a run of tokens, [..., H, T, e] each."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
-class HybridAttention(nn.Module):
-    """Local attention over the last W tokens and attention over the bank, fused by one learned map of both.
+class LocalAttention(nn.Module):
+    """Causal attention over the last W tokens, the current one included, in a stream cut into chunks.
 
-    Letters: B lanes, T tokens, W window, S slots, H heads, d = `token_dim`, D = `state_dim`.
+    Letters: B lanes, T tokens, C = `chunk_size`, W = `window`, H heads, d = `token_dim`, e = d / H, and
+    P = C * `chunks`, the rows of the earlier chunks that a window can reach.
 
-    *Local*: causal, over a sliding window of W tokens, the current one included. Positions are rotary and count
-    from the window's start, so nothing depends on how old the stream is. W - 1 unrotated keys and values are
-    carried as state; `filled` says how many of them are there, so an empty window is nothing and not zeros.
+    Keys and values of the last P tokens before the open chunk are carried as state, chunk by chunk, and those of
+    the open chunk apart from them, so nothing has to be shifted inside a chunk. Places count within the window: what
+    a score gets from the distance of two tokens is learned, one number per head and distance (Shaw et al. 2018;
+    Raffel et al. 2020). Nothing depends on how old the stream is. `filled` says how many of the P rows are there, so
+    an empty window is nothing and not zeros.
 
-    *Read*: the first D // 2 numbers of a slot are its address, the others its content, so the bank needs no
-    projection. Every head has a query for its part of the address and gets its part of the content. `importance`
-    is a prior on the scores. A masked slot is selected to zero before it is used: whatever finite numbers it
-    holds, they change nothing. The read uses the largest divisor of `num_heads` that splits both halves.
+    With `causal=False` tokens also see the later ones of their own chunk.
 
-    Block-recurrent transformers (Hutchins et al. 2022) pair the same two kinds of attention.
-
-    Args:
-        token_dim: d; `num_heads` must divide it.
-        state_dim: D.
-        num_heads: H.
-        window: W >= 2.
-        chunk_size: the longest run of tokens for which the rotary table is kept.
+    State by role: key, value [B, P / C, H, C, e]; open_key, open_value [B, H, C, e], zero from the offset on.
 
     Raises:
         ConfigError: sizes that do not fit together.
     """
 
-    cos: Tensor
-    sin: Tensor
+    distance: Tensor
 
     def __init__(
-        self, token_dim: int, state_dim: int, num_heads: int = 8, window: int = 16, chunk_size: int = 16
+        self, token_dim: int, num_heads: int = 8, window: int = 16, chunk_size: int = 16, causal: bool = True
     ) -> None:
         super().__init__()
-        if token_dim < 1 or state_dim < 2:
-            raise ConfigError(
-                "Attention needs token_dim >= 1 and state_dim >= 2 (address and content); "
-                f"given token_dim={token_dim}, state_dim={state_dim}."
-            )
-        if num_heads < 1 or token_dim % num_heads:
+        if num_heads < 1 or token_dim < 1 or token_dim % num_heads:
             raise ConfigError(f"num_heads must divide token_dim={token_dim}; given {num_heads}.")
-        if window < 2:
-            raise ConfigError(f"window counts the current token and at least one before it; given {window}.")
+        if chunk_size < 1 or window < max(2, chunk_size):
+            raise ConfigError(
+                "window counts the current token and at least one before it, and reaches back at least chunk_size "
+                f"tokens, so that what is not yet committed is still in it; given window={window}, "
+                f"chunk_size={chunk_size}."
+            )
         self.num_heads = num_heads
         self.window = window
-        self.address_dim = state_dim // 2
-        self.content_dim = state_dim - self.address_dim
-        self.read_heads = gcd(num_heads, self.address_dim, self.content_dim)
+        self.chunk_size = chunk_size
+        self.chunks = -(-(window - 1) // chunk_size)
+        self.rows = self.chunks * chunk_size
         self.qkv = nn.Linear(token_dim, 3 * token_dim, bias=False)
-        self.read_query = nn.Linear(token_dim, self.address_dim, bias=False)
-        self.fuse = nn.Linear(token_dim + self.content_dim, token_dim, bias=False)
-        cos, sin = rotary_table(window - 1 + chunk_size, token_dim // num_heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        ahead = 0 if causal else chunk_size - 1
+        self.ahead = ahead
+        # By distance, from `ahead` tokens later to window - 1 tokens earlier. At first heads differ in how fast
+        # they lose sight of what is far (Press et al. 2022).
+        slopes = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
+        self.bias = nn.Parameter(-slopes[:, None] * torch.arange(-ahead, window).abs())
+        place = torch.arange(self.rows + chunk_size)
+        turn = self.rows + torch.arange(chunk_size)[:, None]
+        self.register_buffer("distance", turn - place, persistent=False)
+
+    def heads(self, projected: Tensor) -> Heads:
+        """What `qkv` made of N runs of tokens, [N, T, 3 d] -> heads [N, H, T, e] each."""
+        count, length, _ = projected.shape
+        parts = projected.reshape(count, length, 3, self.num_heads, -1).permute(0, 2, 3, 1, 4)
+        return Heads(parts[:, 0], parts[:, 1], parts[:, 2])
+
+    def tables(self) -> tuple[Tensor, Tensor]:
+        """What distance adds to a score, [H, C, P + C], and which rows are inside the window, [C, P + C] bool."""
+        inside = (self.distance >= -self.ahead) & (self.distance < self.window)
+        index = (self.distance + self.ahead).clamp(0, self.bias.shape[1] - 1)
+        return self.bias[:, index], inside
+
+    def attend(self, heads: Heads, keys: Tensor, values: Tensor, bias: Tensor, visible: Tensor) -> Tensor:
+        """Attention of queries [N, H, T, e] over rows keys, values [N, H, P + C, e] -> [N, T, d].
+
+        Args:
+            bias: [.., H, T, P + C], from `tables`.
+            visible: [N, 1, T, P + C] bool, which rows are there and inside the window.
+        """
+        scores = heads.query @ keys.transpose(-1, -2) * heads.query.shape[-1] ** -0.5
+        scores = torch.where(visible, scores + bias, MASKED_SCORE)
+        return join_heads(scores.softmax(-1) @ values)
+
+    def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
+        """The states, named `{prefix}.{role}`."""
+        rows = (self.num_heads, self.chunk_size, self.qkv.in_features // self.num_heads)
+        window, opened = (batch, self.chunks, *rows), (batch, *rows)
+        shapes = {"key": window, "value": window, "open_key": opened, "open_value": opened}
+        return [StateSpec(f"{prefix}.{role}", shape, "float32") for role, shape in shapes.items()]
+
+    def scan(
+        self, heads: Heads, state: dict[str, Tensor], filled: Tensor, counted: Counted | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attention of n whole chunks.
+
+        Args:
+            heads: [B * n, H, C, e] each.
+            state: by role.
+            filled: [B], how many of the carried rows are there.
+            counted: which tokens count (default: all).
+
+        Returns:
+            [B * n, C, d] and the state they leave, by role; without `counted` the open chunk is not part of it.
+        """
+        count = heads.key.shape[0] // filled.shape[0]
+        seen, left = {}, {}
+        for role, rows in (("key", heads.key), ("value", heads.value)):
+            seen[role], windows = self._windows(state[role], rows, count)
+            left[role] = windows[-1] if counted is None else state[role]
+            if counted is not None:
+                for index, window in enumerate(windows):
+                    left[role] = select_lanes(counted.full[:, index], window, left[role])
+                left[f"open_{role}"] = keep_open(counted.opened, rows, state[f"open_{role}"])
+        reached = filled[:, None] + self.chunk_size * torch.arange(count, device=filled.device)
+        carried = self._carried(reached.clamp(max=self.rows).reshape(-1))
+        own = torch.ones(carried.shape[0], self.chunk_size, dtype=torch.bool, device=filled.device)
+        if counted is not None:
+            own = counted.tokens.reshape(own.shape)
+        bias, inside = self.tables()
+        visible = torch.cat([carried, own], 1)[:, None, None] & inside
+        return self.attend(heads, seen["key"], seen["value"], bias, visible), left
+
+    def decode(
+        self, heads: Heads, state: dict[str, Tensor], filled: Tensor, offset: Tensor, valid: Tensor | None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Attention of one token a lane, [B, H, 1, e] each, at `offset` [B] of the open chunk.
+
+        Returns:
+            [B, 1, d] and the open chunk with the token in it, by role.
+        """
+        place = torch.arange(self.chunk_size, device=offset.device)
+        here = place == offset[:, None]
+        if valid is not None:
+            here = here & (valid > 0)[:, None]
+        here = here[:, None, :, None]
+        opened = {
+            "open_key": torch.where(here, heads.key, state["open_key"]),
+            "open_value": torch.where(here, heads.value, state["open_value"]),
+        }
+        keys = torch.cat([_rows(state["key"]), opened["open_key"]], 2)
+        values = torch.cat([_rows(state["value"]), opened["open_value"]], 2)
+        # A full chunk has no place for a token; any row will do for a lane that is idle there.
+        bias, inside = self.tables()
+        row = offset.clamp(max=self.chunk_size - 1)
+        there = torch.cat([self._carried(filled), place <= offset[:, None]], 1) & inside[row]
+        return self.attend(heads, keys, values, bias[:, row].transpose(0, 1).unsqueeze(2), there[:, None, None]), opened
+
+    def commit(self, state: dict[str, Tensor], full: Tensor) -> dict[str, Tensor]:
+        """The state when the chunk has ended on the lanes where it is full, [B] bool."""
+        result = {}
+        for role in ("key", "value"):
+            opened = state[f"open_{role}"]
+            result[role] = select_lanes(full, _shift(state[role], opened), state[role])
+            result[f"open_{role}"] = clear_lanes(full, opened)
+        return result
+
+    def _windows(self, carried: Tensor, rows: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
+        """The rows that each of n chunks sees, [B * n, H, P + C, e], and the windows each leaves behind."""
+        if count == 1:
+            return torch.cat([_rows(carried), rows], 2), [_shift(carried, rows)]
+        joined = torch.cat([carried, rows.reshape(-1, count, *rows.shape[1:])], 1)
+        seen = torch.cat([joined[:, i : i + count] for i in range(self.chunks + 1)], 3).flatten(0, 1)
+        return seen, [joined[:, i : i + self.chunks] for i in range(1, count + 1)]
+
+    def _carried(self, filled: Tensor) -> Tensor:
+        """Which of the P carried rows are there, [B, P] bool, from how many, [B]."""
+        return torch.arange(self.rows, device=filled.device) >= (self.rows - filled)[:, None]
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Attend from the beginning of a stream: [B, T, d] -> [B, T, d]. The slow and obvious way."""
+        length = tokens.shape[1]
+        heads = self.heads(self.qkv(tokens))
+        place = torch.arange(length, device=tokens.device)
+        distance = place[:, None] - place
+        same_chunk = place[:, None] // self.chunk_size == place // self.chunk_size
+        inside = (distance < self.window) & ((distance >= 0) | (same_chunk & (distance >= -self.ahead)))
+        index = (distance + self.ahead).clamp(0, self.bias.shape[1] - 1)
+        return self.attend(heads, heads.key, heads.value, self.bias[:, index], inside[None, None])
+
+
+class HybridAttention(nn.Module):
+    """Local attention over the last W tokens and attention over the bank, fused by one learned map of both.
+
+    Letters: B lanes, T tokens, W window, S slots, H heads, d = `token_dim`, D = `state_dim`, R bank heads of
+    f = D / (2 R) numbers.
+
+    *Local*: see `LocalAttention`.
+
+    *Read*: the first half of a slot is its address, the other its content, so the bank needs no projection. Every
+    bank head has a query for its part of the address and gets its part of the content. `importance` is a prior on
+    the scores. A masked slot's score is replaced, not added to, so its weight is exactly 0 and whatever finite
+    numbers it holds change nothing. The read uses the largest divisor of `bank_heads` (default: of `num_heads`) that
+    splits the halves.
+
+    Block-recurrent transformers (Hutchins et al. 2022) pair the same two kinds of attention.
+
+    Args:
+        token_dim: d; `num_heads` must divide it.
+        state_dim: D, even.
+        num_heads: H.
+        window: W >= 2.
+        chunk_size: C <= W.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        token_dim: int,
+        state_dim: int,
+        num_heads: int = 8,
+        window: int = 16,
+        chunk_size: int = 16,
+        *,
+        bank_heads: int | None = None,
+        causal: bool = True,
+    ) -> None:
+        super().__init__()
+        if token_dim < 1 or state_dim < 2 or state_dim % 2:
+            raise ConfigError(
+                "Attention needs token_dim >= 1 and an even state_dim >= 2 (halves for address and content); "
+                f"given token_dim={token_dim}, state_dim={state_dim}."
+            )
+        self.local = LocalAttention(token_dim, num_heads, window, chunk_size, causal)
+        self.half_dim = state_dim // 2
+        self.bank_heads = gcd(num_heads if bank_heads is None else bank_heads, self.half_dim)
+        self.read_query = nn.Linear(token_dim, self.half_dim, bias=False)
+        self.fuse = nn.Linear(token_dim + self.half_dim, token_dim, bias=False)
 
     def forward(self, tokens: Tensor, states: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend from the beginning of a stream: tokens [B, T, d], states [B, S, D], mask [B, S] -> [B, T, d]."""
-        batch, length, dim = tokens.shape
-        window = tokens.new_zeros(batch, self.window - 1, dim)
-        nothing = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
         if mask is None:
             mask = torch.ones(states.shape[:2], dtype=torch.bool, device=states.device)
+        query = split_heads(self.read_query(tokens), self.bank_heads)
         importance = states.new_zeros(states.shape[1])
-        local, _, _ = self.local(tokens, window, window, nothing, nothing + length)
-        return self.combine(local, self.read(tokens, states, mask, importance))
+        read = self.read(query, to_bank(states, self.bank_heads), mask, importance)
+        return self.combine(self.local(tokens), read)
 
-    def local(
-        self, tokens: Tensor, key: Tensor, value: Tensor, filled: Tensor, valid: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Attention over the window.
-
-        Args:
-            tokens: [B, T, d].
-            key, value: [B, W - 1, d], the carried rows, newest last.
-            filled: [B], how many of the carried rows are there.
-            valid: [B], how many of the tokens count.
-
-        Returns:
-            [B, T, d] and the keys and values to carry on.
-        """
-        length, carried = tokens.shape[1], self.window - 1
-        query, new_key, new_value = self.qkv(tokens).chunk(3, -1)
-        keys, values = torch.cat([key, new_key], 1), torch.cat([value, new_value], 1)
-        cos, sin = self._table(carried + length)
-        q = rotate(split_heads(query, self.num_heads), cos[carried:], sin[carried:])
-        k = rotate(split_heads(keys, self.num_heads), cos, sin)
-        place = torch.arange(carried + length, device=tokens.device)
-        turn = torch.arange(length, device=tokens.device)[:, None]
-        in_window = (place >= turn) & (place <= turn + carried)
-        there = place >= (carried - filled)[:, None]
-        visible = in_window & there[:, None, :]
-        scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-        scores = torch.where(visible[:, None], scores, MASKED_SCORE)
-        mixed = join_heads(scores.softmax(-1) @ split_heads(values, self.num_heads))
-        return mixed, last_rows(keys, valid, carried), last_rows(values, valid, carried)
-
-    def read(self, tokens: Tensor, states: Tensor, mask: Tensor, importance: Tensor) -> Tensor:
-        """Attention of the tokens [B, T, d] over the bank [B, S, D] -> [B, T, D - D // 2].
+    @staticmethod
+    def read(query: Tensor, bank: Tensor, mask: Tensor, importance: Tensor) -> Tensor:
+        """Attention of queries [N, R, T, f] over a bank [N, 2, R, S, f] -> [N, T, D / 2].
 
         Args:
-            mask: [B, S] bool, the active slots.
+            mask: [N, S] bool, the active slots.
             importance: [S], logits; their log-sigmoid is added to the scores.
         """
-        states = torch.where(mask.unsqueeze(-1), states, 0.0)
-        address, content = torch.split(states, [self.address_dim, self.content_dim], -1)
-        query = split_heads(self.read_query(tokens), self.read_heads)
-        address = split_heads(address, self.read_heads)
+        address, content = bank[:, 0], bank[:, 1]
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
         scores = scores + nn.functional.logsigmoid(importance)
         scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
-        return join_heads(scores.softmax(-1) @ split_heads(content, self.read_heads))
+        return join_heads(scores.softmax(-1) @ content)
 
     def combine(self, local: Tensor, read: Tensor) -> Tensor:
         """The learned fusion: one linear map of what the window and what the bank gave."""
         fused: Tensor = self.fuse(torch.cat([local, read], -1))
         return fused
 
-    def _table(self, length: int) -> tuple[Tensor, Tensor]:
-        if length <= self.cos.shape[0]:
-            return self.cos[:length], self.sin[:length]
-        cos, sin = rotary_table(length, 2 * self.cos.shape[1])
-        return cos.to(self.cos), sin.to(self.sin)
+
+def _rows(window: Tensor) -> Tensor:
+    """[B, P / C, H, C, e] -> [B, H, P, e]."""
+    return window[:, 0] if window.shape[1] == 1 else window.transpose(1, 2).flatten(2, 3)
 
 
-def rotary_table(length: int, head_dim: int) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary position embedding (Su et al. 2021), each [length, head_dim // 2]."""
-    half = head_dim // 2
-    angles = torch.arange(length)[:, None] * _ROTARY_BASE ** (-torch.arange(half) / max(half, 1))
-    return angles.cos(), angles.sin()
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn x[..., N, e] by the angles of its N places; an odd last number stays as it is."""
-    half = cos.shape[-1]
-    a, b, rest = torch.split(x, [half, half, x.shape[-1] - 2 * half], -1)
-    turned = [a * cos - b * sin, a * sin + b * cos]
-    return torch.cat([*turned, rest] if rest.shape[-1] else turned, -1)
-
-
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """[B, N, H * e] -> [B, H, N, e]."""
-    return x.view(*x.shape[:-1], heads, -1).transpose(1, 2)
-
-
-def join_heads(x: Tensor) -> Tensor:
-    """[B, H, N, e] -> [B, N, H * e]."""
-    joined: Tensor = x.transpose(1, 2).flatten(2)
-    return joined
+def _shift(window: Tensor, rows: Tensor) -> Tensor:
+    """The window [B, P / C, H, C, e] after one more chunk of rows [B, H, C, e]."""
+    new = rows.unsqueeze(1)
+    return new if window.shape[1] == 1 else torch.cat([window[:, 1:], new], 1)

@@ -2,43 +2,82 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple, cast
+
 import torch
 from torch import Tensor, nn
 
-from nsm.attention import HybridAttention
+from nsm.adaptation import Adaptation
+from nsm.attention import Heads, HybridAttention
 from nsm.errors import ConfigError
+from nsm.layout import chunks, clear_lanes, count_tokens, keep_open, merge_chunks, select_lanes, to_bank, to_states
 from nsm.manager import StateManager
+from nsm.memory import ExternalMemory, Memory
 from nsm.mixing import LocalMixing
 from nsm.propagator import GATE_TYPES, GateType, StatePropagator
-from nsm.router import TokenToStateRouter
+from nsm.router import Routing, TokenToStateRouter
 from nsm.spec import StateSpec
 
-# The importance trace moves this share of the way at a commit in which every token wrote with full strength.
-TRACE_RATE = 0.1
-
 LayerState = dict[str, Tensor]
-"""A layer's part of the state by role: bank, pending, mask, importance, written, key, value, tail (and cell)."""
+"""A layer's part of the state by role; see `NSMLayer`."""
+
+_MEMORY = ("memory_key", "memory_value", "memory_filled", "memory_next")
+
+
+class Clock(NamedTuple):
+    """Where the lanes stand when a run of tokens begins. Every member is [B] int64.
+
+    filled: rows that are there in the windows; offset: tokens in the open chunk; chunk: chunks since the start,
+    modulo the model's longest period (None where every period is one chunk).
+    """
+
+    filled: Tensor
+    offset: Tensor
+    chunk: Tensor | None
+
+
+class _Projected(NamedTuple):
+    """What a layer makes of a run of T tokens in N runs before it touches a bank."""
+
+    mixed: Tensor  # [N, T, d]
+    heads: Heads  # [N, H, T, e]
+    query: Tensor  # [N, R, T, f]
+    values: Tensor  # [N, 2, R, T, f]
+    scores: Tensor  # [N, R, T, S1]
+    gate: Tensor  # [N, R, T, 1]
 
 
 class NSMLayer(nn.Module):
     """One layer of a Neural State Machine.
 
-    Letters: B lanes, T tokens, C = `chunk_size`, W = `window`, S = `num_states`, D = `state_dim`, d = `token_dim`.
+    Letters: B lanes, T tokens, C = `chunk_size`, n chunks, W = `window`, S = `num_states`, D = `state_dim`,
+    d = `token_dim`, H heads of e = d / H, R bank heads of f = D / (2 R), P the carried rows of the window.
 
-    Tokens read the *committed* bank, the bank as it was when the last chunk ended, and are written into the
-    *pending* bank. `advance` does this for a run of tokens inside one chunk; `commit` turns the pending bank into
-    the committed one when the chunk is full. No token sees a later one.
+    Tokens read the *committed* bank, the bank as it was when the last chunk ended. What they write waits, exactly as
+    it was computed, until the chunk is full: then it is applied to the bank, the bank is consolidated, and the result
+    is the committed bank. So the state is the same however the calls were split. `scan` takes whole chunks,
+    `decode` one token, `commit` ends a chunk that was decoded. No token sees a later one, unless `causal=False`: then
+    a chunk is read and attended to as a whole, after it was written, and there is no `decode`.
 
     State by role, B lanes on axis 0 each:
-        bank, pending [B, S, D]; mask [B, S] bool; importance [B, S], the running trace in (0, 1);
-        written [B, S], mass written since the last commit; key, value [B, W - 1, d]; tail [B, conv_width - 1, d];
-        cell [B, S, D] for gate_type="lstm".
+        bank [B, 2, R, S, f]; mask [B, S] bool; key, value [B, P / C, H, C, e]; tail [B, conv_width - 1, d];
+        the open chunk, zero from its offset on: open_key, open_value [B, H, C, e], open_write [B, 2, R, C, f] what
+        its tokens write, open_weight [B, R, C, S] how strongly;
+        cell like bank for gate_type="lstm"; importance [B, S] with `adaptation`; memory_* with `memory_rows`,
+        and open_mixed [B, C, d] then.
 
     Args:
-        routing_heads: heads of the router. One is cheapest; several learn sooner to keep apart what they remember.
-        consolidate_every: the propagator runs every so many chunks; 0 means never (then a commit only copies).
+        routing_heads: R, heads of the bank: of routing, writing and reading alike.
+        routing, top_k: how scores become weights; see `TokenToStateRouter`.
+        consolidate_every: the propagator runs every so many chunks; 0 means never.
         communication: whether active slots attend to each other when they are consolidated.
-        gate_blocks: diagonal blocks of the propagator's matrices; default: blocks of at most 32 numbers.
+        feed_forward: width of the feed-forward part as a multiple of d.
+        hierarchy: periods in chunks of slower banks. The slots are split evenly into one group per time scale; tokens
+            write to the first, and every so many chunks a slower group is written from the next faster one. Tokens
+            read all of them (Koutnik et al. 2014 run parts of a recurrent network at such periods).
+        adaptation: prune and allocate slots while running.
+        memory_rows: rows of an external memory, 0 for none.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -55,25 +94,29 @@ class NSMLayer(nn.Module):
         chunk_size: int = 16,
         window: int | None = None,
         routing_heads: int = 4,
+        routing: Routing = "softmax",
+        top_k: int | None = None,
         consolidate_every: int = 1,
         communication: bool = False,
-        gate_blocks: int | None = None,
         conv_width: int = 4,
-        feed_forward: int = 4,
+        feed_forward: float = 4.0,
         initial_states: int | None = None,
         prune_threshold: float = 0.1,
+        hierarchy: Sequence[int] = (),
+        adaptation: Adaptation | None = None,
+        memory_rows: int = 0,
+        causal: bool = True,
     ) -> None:
         super().__init__()
         window = chunk_size if window is None else window
-        if chunk_size < 2 or window < chunk_size:
+        if chunk_size < 2:
+            raise ConfigError(f"chunk_size must be at least 2; given {chunk_size}.")
+        if routing_heads < 1:
+            raise ConfigError(f"routing_heads must be at least 1; given {routing_heads}.")
+        if conv_width < 2 or feed_forward <= 0 or consolidate_every < 0 or memory_rows < 0:
             raise ConfigError(
-                f"chunk_size must be at least 2 and window at least chunk_size, so that what is not yet committed "
-                f"is still in the window; given chunk_size={chunk_size}, window={window}."
-            )
-        if conv_width < 2 or feed_forward < 1 or consolidate_every < 0:
-            raise ConfigError(
-                "conv_width must be >= 2, feed_forward >= 1, consolidate_every >= 0; given "
-                f"{conv_width}, {feed_forward}, {consolidate_every}."
+                "conv_width must be >= 2, feed_forward > 0, consolidate_every and memory_rows >= 0; given "
+                f"{conv_width}, {feed_forward}, {consolidate_every}, {memory_rows}."
             )
         if communication and not consolidate_every:
             raise ConfigError(
@@ -81,148 +124,242 @@ class NSMLayer(nn.Module):
             )
         if gate_type not in GATE_TYPES:
             raise ConfigError(f"gate_type must be one of {', '.join(GATE_TYPES)}; given {gate_type!r}.")
+        levels = 1 + len(hierarchy)
+        if any(period < 2 for period in hierarchy) or list(hierarchy) != sorted(set(hierarchy)) or num_states % levels:
+            raise ConfigError(
+                "hierarchy gives the periods of the slower banks, ascending, each >= 2, and num_states is shared out "
+                f"evenly among 1 + len(hierarchy) banks; given hierarchy={tuple(hierarchy)}, num_states={num_states}."
+            )
+        if hierarchy and adaptation is not None:
+            raise ConfigError("A hierarchy has banks of fixed sizes: leave either hierarchy or adaptation out.")
         self.chunk_size = chunk_size
+        self.causal = causal
         self.consolidate_every = consolidate_every
+        self.hierarchy = tuple(hierarchy)
+        self.adaptation = adaptation
         self.norm = nn.LayerNorm(token_dim)
         self.mixing = LocalMixing(token_dim, conv_width)
-        self.attention = HybridAttention(token_dim, state_dim, num_heads, window, chunk_size)
-        self.forward_norm = nn.LayerNorm(token_dim)
-        self.feed_forward = nn.Sequential(
-            nn.Linear(token_dim, feed_forward * token_dim),
-            nn.GELU(),
-            nn.Linear(feed_forward * token_dim, token_dim),
+        self.attention = HybridAttention(
+            token_dim, state_dim, num_heads, window, chunk_size, bank_heads=routing_heads, causal=causal
         )
-        self.router = TokenToStateRouter(token_dim, state_dim, num_states, routing_heads)
+        self.heads = self.attention.bank_heads
+        hidden = max(1, round(feed_forward * token_dim))
+        self.forward_norm = nn.LayerNorm(token_dim)
+        self.feed_forward = nn.Sequential(nn.Linear(token_dim, hidden), nn.GELU(), nn.Linear(hidden, token_dim))
+        self.level_size = num_states // levels
+        self.router = TokenToStateRouter(
+            token_dim, state_dim, self.level_size, self.heads, routing=routing, top_k=top_k
+        )
         self.manager = StateManager(state_dim, num_states, initial_states, prune_threshold)
         if consolidate_every:
-            self.bank_norm = nn.LayerNorm(state_dim)
-            self.propagator = StatePropagator(
-                state_dim,
-                gate_type,
-                enable_communication=communication,
-                num_heads=self.attention.read_heads,
-                num_blocks=_blocks(state_dim) if gate_blocks is None else gate_blocks,
-            )
+            self.bank_norm = nn.Parameter(torch.ones(2 * self.heads, 1, state_dim // (2 * self.heads)))
+            self.propagator = StatePropagator(state_dim, gate_type, communication, self.heads, 2 * self.heads)
         self.has_cell = bool(consolidate_every) and gate_type == "lstm"
+        self.lift = nn.ModuleList(
+            TokenToStateRouter(state_dim, state_dim, self.level_size, self.heads) for _ in hierarchy
+        )
+        self.memory = ExternalMemory(token_dim, memory_rows, token_dim, num_heads) if memory_rows else None
+
+    # -- declaration ---------------------------------------------------------------------------------------------
+
+    @property
+    def carried_rows(self) -> int:
+        """P, rows of the window before the open chunk."""
+        return self.attention.local.rows
+
+    @property
+    def periods(self) -> tuple[int, ...]:
+        """The periods, in chunks, of everything that does not happen at every commit."""
+        return tuple(p for p in (self.consolidate_every, *self.hierarchy) if p > 1)
+
+    @property
+    def routing_shape(self) -> tuple[int, int]:
+        """R and S1: bank heads, and the slots that tokens write to."""
+        return self.heads, self.level_size
 
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
         """The layer's states, named `{prefix}.{role}`."""
         slots, dim = self.manager.bank.shape
-        width, token_dim = self.mixing.width - 1, self.norm.normalized_shape[0]
-        rows = self.attention.window - 1
-        bank, per_slot = (batch, slots, dim), (batch, slots)
+        width, d = self.mixing.width - 1, self.norm.normalized_shape[0]
+        chunk, bank = self.chunk_size, (batch, 2, self.heads, slots, dim // (2 * self.heads))
         shapes: list[tuple[str, tuple[int, ...], str, bool]] = [
             ("bank", bank, "float32", True),
-            ("pending", bank, "float32", True),
-            ("mask", per_slot, "bool", True),
-            ("importance", per_slot, "float32", True),
-            ("written", per_slot, "float32", False),
-            ("key", (batch, rows, token_dim), "float32", False),
-            ("value", (batch, rows, token_dim), "float32", False),
-            ("tail", (batch, width, token_dim), "float32", False),
+            ("mask", (batch, slots), "bool", True),
+            ("tail", (batch, width, d), "float32", False),
+            ("open_write", (*bank[:3], chunk, bank[-1]), "float32", False),
+            ("open_weight", (batch, self.heads, chunk, self.level_size), "float32", False),
         ]
         if self.has_cell:
             shapes.append(("cell", bank, "float32", True))
-        return [
+        if self.adaptation is not None:
+            shapes.append(("importance", (batch, slots), "float32", True))
+        if self.memory is not None:
+            memory = self.memory
+            shapes += [
+                ("memory_key", (batch, memory.rows, memory.key_dim), "float32", False),
+                ("memory_value", (batch, memory.rows, d), "float32", False),
+                ("memory_filled", (batch, memory.rows), "float32", False),
+                ("memory_next", (batch,), "int64", False),
+                ("open_mixed", (batch, chunk, d), "float32", False),
+            ]
+        own = [
             StateSpec(f"{prefix}.{role}", shape, dtype, init="learned" if learned else "zeros")
             for role, shape, dtype, learned in shapes
         ]
+        return own + self.attention.local.state_specs(prefix, batch)
+
+    def touched(self, entry: str, roles: Sequence[str], partial: bool) -> tuple[list[str], list[str]]:
+        """Roles that an entry reads and writes; `partial`: whether `step` may end inside a chunk."""
+        opened = [role for role in roles if role.startswith("open_")]
+        settled = [role for role in roles if role not in (*opened, "tail")]
+        changed = [role for role in settled if self.adaptation is not None or role != "mask"]
+        if entry == "decode":
+            return [role for role in roles if role not in ("cell", "importance", "memory_next")], ["tail", *opened]
+        if entry == "commit":
+            return [*settled, *opened], [*changed, *opened]
+        return [*settled, "tail", *(opened if partial else ())], [*changed, "tail", *(opened if partial else ())]
 
     def initial_state(self, batch: int) -> LayerState:
         """The state at the beginning of a stream; gradients reach the learned part."""
         manager = self.manager
+        bank = to_bank(manager.bank.unsqueeze(0), self.heads)
         learned = {
-            "bank": manager.bank,
-            "pending": manager.bank,
-            "mask": manager.mask,
-            "importance": torch.sigmoid(manager.importance),
-            "cell": manager.bank,
+            "bank": torch.where(manager.mask[:, None], bank, 0.0),
+            "mask": manager.mask.unsqueeze(0),
+            "importance": torch.sigmoid(manager.importance).unsqueeze(0),
+            "cell": torch.where(manager.mask[:, None], bank, 0.0),
         }
         state = {}
         for spec in self.state_specs("", batch):
             role = spec.name[1:]
+            dtype = torch.int64 if spec.dtype == "int64" else manager.bank.dtype
             state[role] = (
                 learned[role].expand(spec.shape)
                 if spec.init == "learned"
-                else torch.zeros(spec.shape, dtype=manager.bank.dtype, device=manager.bank.device)
+                else torch.zeros(spec.shape, dtype=dtype, device=manager.bank.device)
             )
         return state
 
-    def advance(self, tokens: Tensor, state: LayerState, filled: Tensor, valid: Tensor) -> tuple[Tensor, LayerState]:
-        """Take a run of tokens that does not reach past the end of the chunk.
+    # -- running -------------------------------------------------------------------------------------------------
+
+    def scan(
+        self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
+    ) -> tuple[Tensor, LayerState, Tensor]:
+        """Take whole chunks, on lanes that stand at a chunk's beginning.
 
         Args:
-            tokens: [B, T, d], T <= C.
+            tokens: [B, n * C, d].
             state: by role.
-            filled: [B], how many rows of the window are there.
-            valid: [B], how many of the tokens count. A lane with 0 keeps its state as it was.
+            clock: where the lanes stand.
+            valid: [B], how many of the tokens count (default: all). A lane that ends inside a chunk leaves that chunk
+                open; a lane with 0 keeps its state as it was.
 
         Returns:
-            The layer's output [B, T, d] and the state with the tokens written into the pending bank.
+            The layer's output [B, n * C, d], the state, and the routing weights [B, n, R, C, S1].
         """
+        batch, length, dim = tokens.shape
+        size = self.chunk_size
+        count = length // size
+        counted = None if valid is None else count_tokens(valid, count, size)
         mixed, tail = self.mixing(self.norm(tokens), state["tail"], valid)
-        local, key, value = self.attention.local(mixed, state["key"], state["value"], filled, valid)
-        read = self.attention.read(mixed, state["bank"], state["mask"], self.manager.importance)
-        tokens = tokens + self.attention.combine(local, read)
-        tokens = tokens + self.feed_forward(self.forward_norm(tokens))
+        made = self._project(mixed.reshape(batch * count, size, dim))
+        local, window = self.attention.local.scan(made.heads, state, clock.filled, counted)
 
-        weights, gate = self.router.route(mixed, state["mask"])
-        counts = torch.arange(tokens.shape[1], device=tokens.device) < valid[:, None]
-        weights = torch.where(counts[:, None, :, None], weights * gate, 0.0)
-        return tokens, {
-            **state,
-            "pending": self.router.write(state["pending"], weights, self.router.value(mixed)),
-            "written": state["written"] + weights.mean(1).sum(1),
-            "key": key,
-            "value": value,
-            "tail": tail,
-        }
+        # Chunk by chunk from here: what a chunk reads depends on what the one before it left.
+        settled = {role: value for role, value in state.items() if not role.startswith("open_")}
+        mixed_chunks, *chunked = (chunks(part, count) for part in (made.mixed, made.values, made.scores, made.gate))
+        routed = None
+        if self.adaptation is None:
+            mask = self._routed_mask(state)
+            mask = mask if count == 1 else mask.repeat_interleave(count, 0)
+            routed = chunks(self.router.weights(made.scores, mask), count)
+        banks, masks_read, recalled, routings, writes = [], [], [], [], []
+        for index, (values, scores, gate) in enumerate(zip(*chunked, strict=True)):
+            routing = routed[index] if routed is not None else self.router.weights(scores, settled["mask"])
+            weights = routing * gate
+            if counted is not None:
+                weights = torch.where(counted.tokens[:, index, None, :, None], weights, 0.0)
+            routings.append(routing)
+            writes.append(weights)
+            before = settled
+            settled = self._settle(
+                before,
+                weights,
+                values,
+                None if clock.chunk is None else clock.chunk + index + 1,
+                None if counted is None else counted.full[:, index],
+                mixed_chunks[index],
+                None if counted is None else counted.tokens[:, index],
+            )
+            read_from = before if self.causal else self._written(before, weights, values)
+            banks.append(read_from["bank"])
+            masks_read.append(before["mask"])
+            if self.memory is not None:
+                recalled.append(self.memory.read(mixed_chunks[index], _memory_of(before)))
 
-    def commit(self, state: LayerState, full: Tensor, consolidate: Tensor | None = None) -> LayerState:
-        """End the chunk on the lanes where it is full: consolidate the pending bank and make it the committed one.
+        bank, mask = merge_chunks(banks), merge_chunks(masks_read)
+        read = self.attention.read(made.query, bank, mask, self.manager.importance)
+        output = self.attention.combine(local, read).reshape(batch, length, dim)
+        if recalled:
+            output = output + torch.cat(recalled, 1)
+        result = {**state, **settled, **window, "tail": tail}
+        if counted is not None:
+            opened = {"open_write": made.values, "open_weight": merge_chunks(writes)}
+            if self.memory is not None:
+                opened["open_mixed"] = made.mixed
+            result |= {role: keep_open(counted.opened, part, state[role]) for role, part in opened.items()}
+        return self._feed_forward(tokens + output), result, torch.stack(routings, 1)
+
+    def decode(
+        self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
+    ) -> tuple[Tensor, LayerState, Tensor]:
+        """Take one token a lane, anywhere inside a chunk that is not full.
 
         Args:
-            state: by role.
-            full: [B] bool; the other lanes keep their state as it was.
-            consolidate: [B] bool, the lanes on which the propagator runs this time (default: all that are full).
-        """
-        result = dict(state)
-        bank = state["pending"]
-        if self.consolidate_every:
-            active = state["mask"].unsqueeze(-1)
-            prev = torch.where(active, bank, 0.0)
-            new = self.bank_norm(prev)
-            changes = active if consolidate is None else active & consolidate[:, None, None]
-            if self.has_cell:
-                cell = torch.where(active, state["cell"], 0.0)
-                new_bank, new_cell = self.propagator(prev, new, cell, mask=state["mask"])
-                result["cell"] = torch.where(changes & full[:, None, None], new_cell, state["cell"])
-            else:
-                new_bank = self.propagator(prev, new, mask=state["mask"])
-            bank = torch.where(changes, new_bank, bank)
-        result["bank"] = torch.where(full[:, None, None], bank, state["bank"])
-        result["pending"] = torch.where(full[:, None, None], bank, state["pending"])
-        result["importance"] = torch.where(full[:, None], self._trace(state), state["importance"])
-        result["written"] = torch.where(full[:, None], 0.0, state["written"])
-        return result
+            tokens: [B, 1, d].
+            state, clock: as for `scan`.
+            valid: [B], 1 where the lane has a token and 0 where it has none (default: all have).
 
-    def _trace(self, state: LayerState) -> Tensor:
-        """Importance after the chunk: towards x / (1 + x), x the slot's written mass over the mean of the active.
-
-        So 0.5 is the usual share, 0.3 is 43 % and 0.1 is 11 % of it; a chunk that wrote little moves it little.
+        Returns:
+            The layer's output [B, 1, d], the state, and the routing weights [B, R, 1, S1].
         """
-        written = torch.where(state["mask"], state["written"], 0.0)
-        total = written.sum(-1, keepdim=True)
-        active = state["mask"].to(written.dtype).sum(-1, keepdim=True)
-        mass = written * active
-        share = mass / (mass + total + 1e-6)
-        rate = TRACE_RATE * total / self.chunk_size
-        return state["importance"] + rate * (share - state["importance"])
+        mixed, tail = self.mixing(self.norm(tokens), state["tail"], valid)
+        made = self._project(mixed)
+        attended, opened = self.attention.local.decode(made.heads, state, clock.filled, clock.offset, valid)
+        routing = self.router.weights(made.scores, self._routed_mask(state))
+        here = torch.arange(self.chunk_size, device=tokens.device) == clock.offset[:, None]
+        if valid is not None:
+            here = here & (valid > 0)[:, None]
+        row = here[:, None, :, None]
+        opened["open_write"] = torch.where(row.unsqueeze(1), made.values, state["open_write"])
+        opened["open_weight"] = torch.where(row, routing * made.gate, state["open_weight"])
+        read = self.attention.read(made.query, state["bank"], state["mask"], self.manager.importance)
+        output = self.attention.combine(attended, read)
+        if self.memory is not None:
+            output = output + self.memory.read(mixed, _memory_of(state))
+            opened["open_mixed"] = torch.where(here.unsqueeze(-1), mixed, state["open_mixed"])
+        return self._feed_forward(tokens + output), {**state, **opened, "tail": tail}, routing
+
+    def commit(self, state: LayerState, full: Tensor, clock: Clock) -> LayerState:
+        """End the chunk on the lanes where it is full, [B] bool; the others keep their state as it was."""
+        settled = {role: value for role, value in state.items() if not role.startswith("open_")}
+        settled = self._settle(
+            settled,
+            state["open_weight"],
+            state["open_write"],
+            None if clock.chunk is None else clock.chunk + 1,
+            full,
+            state.get("open_mixed"),
+            None,
+        )
+        opened = {role: part for role, part in state.items() if role in ("open_write", "open_weight", "open_mixed")}
+        opened = {role: clear_lanes(full, part) for role, part in opened.items()}
+        return {**state, **settled, **opened, **self.attention.local.commit(state, full)}
 
     def forward(
         self, tokens: Tensor, states: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run a whole sequence from the beginning of a stream, chunk by chunk.
+        """Run a whole sequence from the beginning of a stream.
 
         Args:
             tokens: [B, T, d].
@@ -232,24 +369,146 @@ class NSMLayer(nn.Module):
         Returns:
             output [B, T, d]; states [B, S, D], the bank after the last token.
         """
-        batch, length, _ = tokens.shape
+        batch, length, dim = tokens.shape
         state = self.initial_state(batch)
         if states is not None:
-            state["bank"] = state["pending"] = states
+            state["bank"] = to_bank(states, self.heads)
         if mask is not None:
             state["mask"] = mask
-        outputs = []
-        for number, start in enumerate(range(0, length, self.chunk_size)):
-            run = tokens[:, start : start + self.chunk_size]
-            valid = torch.full((batch,), run.shape[1], device=tokens.device)
-            filled = torch.full_like(valid, min(start, self.attention.window - 1))
-            output, state = self.advance(run, state, filled, valid)
-            outputs.append(output)
-            due = bool(self.consolidate_every) and (number + 1) % self.consolidate_every == 0
-            state = self.commit(state, valid == self.chunk_size, torch.full_like(valid, due).bool())
-        return torch.cat(outputs, 1), state["pending"]
+        missing = -length % self.chunk_size
+        padded = torch.cat([tokens, tokens.new_zeros(batch, missing, dim)], 1)
+        zero = torch.zeros(batch, dtype=torch.int64, device=tokens.device)
+        clock = Clock(zero, zero, zero if self.periods else None)
+        valid = torch.full_like(zero, length) if missing else None
+        output, state, _ = self.scan(padded, state, clock, valid)
+        if missing:
+            state = self._written(state, state["open_weight"], state["open_write"])
+        return output[:, :length], to_states(state["bank"])
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _project(self, mixed: Tensor) -> _Projected:
+        """One product for queries, keys, values and what is written: [N, T, d] -> the parts."""
+        count, length, dim = mixed.shape
+        attention, router = self.attention, self.router
+        joint = torch.cat([attention.local.qkv.weight, attention.read_query.weight, router.value.weight])
+        made = mixed @ joint.t()
+        bank = made[..., 3 * dim :].reshape(count, length, 3, self.heads, -1).permute(0, 2, 3, 1, 4)
+        scores, gate = router.scores(mixed)
+        return _Projected(mixed, attention.local.heads(made[..., : 3 * dim]), bank[:, 0], bank[:, 1:], scores, gate)
+
+    def _routed_mask(self, state: LayerState) -> Tensor:
+        """The slots that tokens write to: all, or those of the fastest time scale; [B, S1]."""
+        return state["mask"][:, : self.level_size] if self.hierarchy else state["mask"]
+
+    def _written(self, state: LayerState, weights: Tensor, values: Tensor) -> LayerState:
+        """The state with what a chunk writes in the bank, and nothing more."""
+        keep, update = self.router.transition(weights, values)
+        # What lies in a masked slot, finite however large, goes no further than this.
+        keep = torch.where(_slots(self._routed_mask(state)), keep, 0.0)
+        bank = state["bank"]
+        if self.hierarchy:
+            slower = torch.where(_slots(state["mask"][:, self.level_size :]), bank[..., self.level_size :, :], 0.0)
+            bank = torch.cat([keep * bank[..., : self.level_size, :] + update, slower], -2)
+        else:
+            bank = keep * bank + update
+        return {**state, "bank": bank}
+
+    def _settle(
+        self,
+        state: LayerState,
+        weights: Tensor,
+        values: Tensor,
+        turn: Tensor | None,
+        full: Tensor | None,
+        mixed: Tensor | None,
+        counts: Tensor | None,
+    ) -> LayerState:
+        """The state after a full chunk: write, consolidate, lift to slower banks, adapt, write the memory.
+
+        Args:
+            weights, values: what the chunk writes, [B, R, C, S1] and [B, 2, R, C, f].
+            turn: [B], the number of the chunk, from 1, modulo the longest period.
+            full: [B] bool, the lanes on which this happens (default: all).
+            mixed, counts: the chunk's mixed tokens [B, C, d] and which count [B, C], for the memory.
+        """
+        result = self._written(state, weights, values)
+        mask = state["mask"]
+        if self.consolidate_every:
+            self._consolidate(result, mask, turn)
+        for level, period in enumerate(self.hierarchy):
+            self._lift(result, level, cast("TokenToStateRouter", self.lift[level]), _due(turn, period))
+        if self.adaptation is not None:
+            decided = self.adaptation.decide(mask, state["importance"], weights)
+            result["mask"], result["importance"], allocated = decided
+            fresh = to_bank(self.manager.bank.unsqueeze(0), self.heads)
+            for role in ("bank", "cell") if self.has_cell else ("bank",):
+                kept = torch.where(_slots(result["mask"]), result[role], 0.0)
+                result[role] = torch.where(_slots(allocated), fresh, kept)
+        if self.memory is not None and mixed is not None:
+            result |= dict(zip(_MEMORY, self.memory.write(mixed, counts, _memory_of(state)), strict=True))
+        if full is None:
+            return result
+        return {
+            role: value if value is state[role] else select_lanes(full, value, state[role])
+            for role, value in result.items()
+        }
+
+    def _consolidate(self, result: LayerState, mask: Tensor, turn: Tensor | None) -> None:
+        """Run the propagator on the bank (and cell) of `result`: each time scale when its own period is over."""
+        bank = result["bank"]
+        blocks = bank.flatten(1, 2)
+        new = blocks * torch.rsqrt(torch.square(blocks).mean(-1, keepdim=True) + 1e-6) * self.bank_norm
+        cell = torch.where(_slots(mask), result["cell"], 0.0).flatten(1, 2) if self.has_cell else None
+        next_bank, next_cell = self.propagator.transition(blocks, new, cell)
+        next_bank = next_bank.reshape(bank.shape)
+        if self.propagator.enable_communication:
+            next_bank = to_bank(self.propagator.communicate(to_states(next_bank), mask), self.heads)
+        # Gates have biases: an empty slot stays empty.
+        changes = mask
+        due = _due(turn, self.consolidate_every)
+        if due is not None:
+            changes = changes & due[:, None]
+        if self.hierarchy and turn is not None:
+            slower = [(turn % period == 0)[:, None].expand(-1, self.level_size) for period in self.hierarchy]
+            changes = changes & torch.cat([torch.ones_like(slower[0]), *slower], 1)
+        result["bank"] = torch.where(_slots(changes), next_bank, bank)
+        if next_cell is not None and self.has_cell:
+            result["cell"] = torch.where(_slots(changes), next_cell.reshape(bank.shape), result["cell"])
+
+    def _lift(self, result: LayerState, level: int, router: TokenToStateRouter, due: Tensor | None) -> None:
+        """Write the slots of one time scale, like tokens, into those of the next slower one."""
+        size, bank = self.level_size, result["bank"]
+        low, high = level * size, (level + 1) * size
+        faster, slower = bank[..., low:high, :], bank[..., high : high + size, :]
+        states, mask = to_states(faster), result["mask"]
+        scores, gate = router.scores(states)
+        weights = router.weights(scores, mask[:, high : high + size]) * gate
+        weights = torch.where(mask[:, None, low:high, None], weights, 0.0)
+        if due is not None:
+            weights = torch.where(due[:, None, None, None], weights, 0.0)
+        keep, update = router.transition(weights, to_bank(router.value(states), self.heads))
+        keep = torch.where(_slots(mask[:, high : high + size]), keep, 0.0)
+        written = keep * slower + update
+        result["bank"] = torch.cat([bank[..., :high, :], written, bank[..., high + size :, :]], -2)
+
+    def _feed_forward(self, tokens: Tensor) -> Tensor:
+        fed: Tensor = tokens + self.feed_forward(self.forward_norm(tokens))
+        return fed
 
 
-def _blocks(state_dim: int, width: int = 32) -> int:
-    """Fewest equal blocks of at most `width` numbers."""
-    return next(count for count in range(1, state_dim + 1) if not state_dim % count and state_dim // count <= width)
+def _slots(mask: Tensor) -> Tensor:
+    """A mask of slots [B, S], to select in a bank [B, 2, R, S, f]."""
+    return mask[:, None, None, :, None]
+
+
+def _due(turn: Tensor | None, period: int) -> Tensor | None:
+    """The lanes [B] on which something of this period happens in this turn; None for all."""
+    if period == 1 or turn is None:
+        return None
+    return turn % period == 0
+
+
+def _memory_of(state: LayerState) -> Memory:
+    key, value, filled, oldest = (state[role] for role in _MEMORY)
+    return key, value, filled, oldest

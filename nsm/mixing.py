@@ -23,31 +23,21 @@ class LocalMixing(nn.Module):
         self.kernel = nn.Parameter(kernel)
         self.bias = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, tokens: Tensor, tail: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, tail: Tensor, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Mix a run of tokens.
 
         Args:
             tokens: [B, T, d].
             tail: [B, width - 1, d], the inputs just before; zeros at the start of a stream.
-            valid: [B], how many of the tokens count.
+            valid: [B], how many of the tokens count (default: all).
 
         Returns:
             mixed [B, T, d], and the tail after the valid tokens.
         """
         joined = torch.cat([tail, tokens], 1)
         mixed = functional.conv1d(joined.transpose(1, 2), self.kernel, self.bias, groups=tokens.shape[-1])
-        return functional.silu(mixed.transpose(1, 2)), last_rows(joined, valid, self.width - 1)
-
-
-def last_rows(joined: Tensor, valid: Tensor, count: int) -> Tensor:
-    """The `count` rows that end with the last valid token of each lane.
-
-    Args:
-        joined: [B, count + T, d]: `count` carried rows, then T new ones.
-        valid: [B], how many of the new rows count; with 0 the carried rows come back.
-
-    Returns:
-        [B, count, d].
-    """
-    rows = valid[:, None] + torch.arange(count, device=joined.device)
-    return torch.gather(joined, 1, rows.unsqueeze(-1).expand(-1, -1, joined.shape[-1]))
+        mixed = functional.silu(mixed.transpose(1, 2))
+        if valid is None:
+            return mixed, joined[:, tokens.shape[1] :]
+        rows = valid[:, None] + torch.arange(self.width - 1, device=tokens.device)
+        return mixed, torch.gather(joined, 1, rows.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from nsm.errors import ConfigError
 from nsm.router import MASKED_SCORE
 
-GateType = Literal["gru", "lstm"]
+GateType = Literal["gru", "lstm", "mingru"]
 GATE_TYPES: tuple[str, ...] = get_args(GateType)
+# Projections of a gate that looks at both prev and new; the last of them lets anything change.
+_PROJECTIONS = {"gru": 3, "lstm": 4}
 
 # sigmoid(-3) = 0.047: an untrained gate keeps 95 % of what was there.
 _KEEP_BIAS = -3.0
@@ -20,31 +22,27 @@ _KEEP_BIAS = -3.0
 class BlockLinear(nn.Module):
     """A linear map with a block-diagonal matrix: G blocks of (in / G) x (out / G), so a G-th of the work."""
 
-    def __init__(self, in_features: int, out_features: int, num_blocks: int) -> None:
+    def __init__(self, in_features: int, out_features: int, num_blocks: int, bias: float = 0.0) -> None:
         super().__init__()
-        self.num_blocks = num_blocks
         width = in_features // num_blocks
         self.weight = nn.Parameter(torch.empty(num_blocks, width, out_features // num_blocks))
-        self.bias = nn.Parameter(torch.zeros(num_blocks, 1, out_features // num_blocks))
+        self.bias = nn.Parameter(torch.full((num_blocks, 1, out_features // num_blocks), bias))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x[N, in] -> [G, N, out / G], one row of results per block."""
-        if self.num_blocks == 1:
-            blocks = x.unsqueeze(0)
-        else:
-            blocks = x.view(x.shape[0], self.num_blocks, -1).transpose(0, 1)
-        return torch.matmul(blocks, self.weight) + self.bias
+        """x[B, G, N, in / G] -> [B, G, N, out / G]."""
+        return torch.matmul(x, self.weight) + self.bias
 
 
 class StatePropagator(nn.Module):
     """(prev, new) -> next state, for single states [B, D] or whole banks [B, S, D].
 
-    gru:  r, z = sigmoid(..);  next = (1 - z) * prev + z * tanh(W new + r * (U prev))            (Cho et al. 2014)
-    lstm: i, f, o = sigmoid(..);  cell' = f * cell + i * tanh(..);  next = (1 - o) * prev + o * tanh(cell')
-          (Hochreiter and Schmidhuber 1997, with an output gate that interpolates, so that it can start at "keep")
+    gru:    r, z = sigmoid(..);  next = (1 - z) * prev + z * tanh(W new + r * (U prev))          (Cho et al. 2014)
+    lstm:   i, f, o = sigmoid(..);  cell' = f * cell + i * tanh(..);  next = (1 - o) * prev + o * tanh(cell')
+            (Hochreiter and Schmidhuber 1997, with an output gate that interpolates, so that it can start at "keep")
+    mingru: z = sigmoid(V new);  next = (1 - z) * prev + z * W new, a quarter of a GRU's work     (Feng et al. 2024)
 
-    Both start near "keep": an untrained propagator hands on 95 % of `prev`.
+    All start near "keep": an untrained propagator hands on 95 % of `prev`.
 
     Communication lets the active slots of a bank attend to each other (multi-head, pre-norm, residual) and then
     gives every slot the norm it had before, so that communication turns states and never grows them. A single
@@ -52,7 +50,7 @@ class StatePropagator(nn.Module):
 
     Args:
         state_dim: D.
-        gate_type: "gru" or "lstm".
+        gate_type: "gru", "lstm" or "mingru".
         enable_communication: whether slots attend to each other.
         num_heads: heads of the communication; must divide D.
         num_blocks: G, diagonal blocks of the gates' matrices; must divide D. 1 is a dense gate.
@@ -79,13 +77,17 @@ class StatePropagator(nn.Module):
                 raise ConfigError(f"{name} must divide state_dim={state_dim}; given {value}.")
         self.state_dim = state_dim
         self.gate_type = gate_type
+        self.num_blocks = num_blocks
         self.enable_communication = enable_communication
-        gates = 3 if gate_type == "gru" else 4
-        self.from_new = BlockLinear(state_dim, gates * state_dim, num_blocks)
-        self.from_prev = BlockLinear(state_dim, gates * state_dim, num_blocks)
-        with torch.no_grad():
-            # The last quarter or third of the outputs is the gate that lets anything change.
-            self.from_new.bias.chunk(gates, -1)[-1].fill_(_KEEP_BIAS)
+        if gate_type == "mingru":
+            self.candidate = BlockLinear(state_dim, state_dim, num_blocks)
+            self.update = BlockLinear(state_dim, state_dim, num_blocks, _KEEP_BIAS)
+        else:
+            gates = _PROJECTIONS[gate_type]
+            self.from_new = BlockLinear(state_dim, gates * state_dim, num_blocks)
+            self.from_prev = BlockLinear(state_dim, gates * state_dim, num_blocks)
+            with torch.no_grad():
+                self.from_new.bias.chunk(gates, -1)[-1].fill_(_KEEP_BIAS)
         if enable_communication:
             self.num_heads = num_heads
             self.norm = nn.LayerNorm(state_dim)
@@ -113,7 +115,7 @@ class StatePropagator(nn.Module):
             The next state, shaped like `prev`; with a `cell` given, (next state, next cell).
 
         Raises:
-            ConfigError: shapes that differ, or a cell given to a GRU.
+            ConfigError: shapes that differ, or a cell given to a gate that has none.
         """
         if prev.shape != new.shape or prev.shape[-1] != self.state_dim or prev.dim() not in (2, 3):
             raise ConfigError(
@@ -121,40 +123,36 @@ class StatePropagator(nn.Module):
                 f"given {list(prev.shape)} and {list(new.shape)}."
             )
         if cell is not None and self.gate_type != "lstm":
-            raise ConfigError("A GRU has no cell: leave `cell` out, or use gate_type='lstm'.")
+            raise ConfigError(f"A {self.gate_type} has no cell: leave `cell` out, or use gate_type='lstm'.")
         if cell is not None and cell.shape != prev.shape:
             raise ConfigError(f"The cell must be shaped like prev, {list(prev.shape)}; given {list(cell.shape)}.")
-        flat = prev.reshape(-1, self.state_dim)
-        a, b = self.from_new(new.reshape(-1, self.state_dim)), self.from_prev(flat)
-        if self.gate_type == "gru":
-            candidate, reset, update = (self._unblock(x) for x in self._gru(a, b))
-            state, new_cell = flat + update * (torch.tanh(candidate + reset) - flat), None
-        else:
-            g, i, f, o = (self._unblock(x) for x in (a + b).chunk(4, -1))
-            old_cell = flat if cell is None else cell.reshape(-1, self.state_dim)
-            # The forget gate mirrors the input gate's start: keep the cell.
-            new_cell = torch.sigmoid(f + 3.0) * old_cell + torch.sigmoid(i) * torch.tanh(g)
-            state = flat + torch.sigmoid(o) * (torch.tanh(new_cell) - flat)
-        state = state.view(prev.shape)
+        blocks = [None if x is None else self._block(x) for x in (prev, new, cell)]
+        assert blocks[0] is not None
+        assert blocks[1] is not None
+        next_state, next_cell = self.transition(blocks[0], blocks[1], blocks[2])
+        state = self._unblock(next_state, prev)
         if self.enable_communication and prev.dim() == 3:
-            state = self._communicate(state, mask)
-        if cell is None or new_cell is None:
+            state = self.communicate(state, mask)
+        if cell is None or next_cell is None:
             return state
-        return state, new_cell.view(prev.shape)
+        return state, self._unblock(next_cell, prev)
 
-    @staticmethod
-    def _gru(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the two projections: the new part of the candidate, the reset part of it, the update gate."""
-        candidate_new, reset_new, update_new = a.chunk(3, -1)
-        candidate_prev, reset_prev, update_prev = b.chunk(3, -1)
-        reset = torch.sigmoid(reset_new + reset_prev) * candidate_prev
-        return candidate_new, reset, torch.sigmoid(update_new + update_prev)
+    def transition(self, prev: Tensor, new: Tensor, cell: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gates on blocks: prev, new and cell [B, G, S, D / G] -> next state, and next cell for an LSTM."""
+        if self.gate_type == "mingru":
+            return prev + torch.sigmoid(self.update(new)) * (self.candidate(new) - prev), None
+        a, b = self.from_new(new), self.from_prev(prev)
+        if self.gate_type == "gru":
+            (c1, r1, z1), (c2, r2, z2) = a.chunk(3, -1), b.chunk(3, -1)
+            candidate = torch.tanh(c1 + torch.sigmoid(r1 + r2) * c2)
+            return prev + torch.sigmoid(z1 + z2) * (candidate - prev), None
+        g, i, f, o = (a + b).chunk(4, -1)
+        # The forget gate mirrors the output gate's start: keep the cell.
+        cell = torch.sigmoid(f - _KEEP_BIAS) * (prev if cell is None else cell) + torch.sigmoid(i) * torch.tanh(g)
+        return prev + torch.sigmoid(o) * (torch.tanh(cell) - prev), cell
 
-    def _unblock(self, x: Tensor) -> Tensor:
-        """[G, N, D / G] -> [N, D]."""
-        return x.squeeze(0) if x.shape[0] == 1 else x.transpose(0, 1).reshape(-1, self.state_dim)
-
-    def _communicate(self, state: Tensor, mask: Tensor | None) -> Tensor:
+    def communicate(self, state: Tensor, mask: Tensor | None) -> Tensor:
+        """Let the active slots of a bank [B, S, D] attend to each other."""
         batch, slots, dim = state.shape
         heads = self.qkv(self.norm(state)).view(batch, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
@@ -166,3 +164,12 @@ class StatePropagator(nn.Module):
         norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
         kept: Tensor = turned * (norm / (torch.linalg.vector_norm(turned, dim=-1, keepdim=True) + 1e-6))
         return kept
+
+    def _block(self, x: Tensor) -> Tensor:
+        """[B, D] or [B, S, D] -> [B, G, S or 1, D / G]."""
+        rows = x.unsqueeze(1) if x.dim() == 2 else x
+        return rows.view(*rows.shape[:2], self.num_blocks, -1).transpose(1, 2)
+
+    def _unblock(self, x: Tensor, like: Tensor) -> Tensor:
+        """Inverse of `_block`, to the shape of `like`."""
+        return x.transpose(1, 2).reshape(like.shape)

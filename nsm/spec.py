@@ -19,8 +19,14 @@ from nsm.errors import ConfigError, InputError
 
 Init = Literal["zeros", "learned"]
 
+VALID = "valid"
+"""Name of the input that says how many of a call's tokens count on each lane, [B] int64."""
+
 OFFSET = "lane.offset"
 """Name of the state that holds, per lane, how many tokens the open chunk has; [B] int64."""
+
+COUNT = "lane.count"
+"""Name of the state that holds, per lane, how many tokens the stream has had; [B] int64. Rings are counted by it."""
 
 # States whose role is one of these are a window of keys and values and take the names other tools know.
 _WINDOW_ROLES = ("key", "value")
@@ -62,6 +68,9 @@ class StateSpec:
         init: "zeros", or "learned" where the initial value is part of the model. Both are stored in a bundle.
         past, present: names of the graph's input and output; derived from `name` unless given. Sorted inputs
             pair with sorted outputs.
+        append_axis: where set, the graph's output holds only the new rows, along this axis; whoever runs the graph
+            writes them into the buffer in place, as a ring: row t of a call at (`lane.count` + t) modulo the size of
+            the axis. So a large cache is never copied.
     """
 
     name: str
@@ -71,11 +80,14 @@ class StateSpec:
     init: Init = "zeros"
     past: str = ""
     present: str = ""
+    append_axis: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
         if self.shape and not 0 <= self.batch_axis < len(self.shape):
             raise ConfigError(f"{self.name} of shape {list(self.shape)} has no axis {self.batch_axis} for the lanes.")
+        if self.append_axis is not None and not 0 <= self.append_axis < len(self.shape):
+            raise ConfigError(f"{self.name} of shape {list(self.shape)} has no axis {self.append_axis} to append on.")
         window = self.name.rsplit(".", 1)[-1] in _WINDOW_ROLES
         if not self.past:
             object.__setattr__(self, "past", ("past_key_values." if window else "past_state.") + self.name)
@@ -90,6 +102,12 @@ class StateSpec:
     def nbytes(self) -> int:
         return int(np.prod(self.shape)) * self.numpy_dtype.itemsize
 
+    def present_shape(self, tokens: int) -> tuple[int, ...]:
+        """Shape of the graph's output for this state, in a call of so many tokens."""
+        if self.append_axis is None:
+            return self.shape
+        return (*self.shape[: self.append_axis], tokens, *self.shape[self.append_axis + 1 :])
+
     def lane_index(self, lane: int) -> tuple[slice | int, ...]:
         """Index of one lane's part, which keeps the batch axis out of the result."""
         return (slice(None),) * self.batch_axis + (lane,)
@@ -97,19 +115,24 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class EntrySpec:
-    """One exported graph: what it takes and gives besides the states."""
+    """One exported graph: what it takes and gives, and which states it reads and writes, by name.
+
+    A state that an entry does not write stays as it is; one that it writes it also reads or replaces as a whole.
+    """
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
 
     def __post_init__(self) -> None:
-        if not self.inputs:
+        if not self.inputs and not self.reads:
             raise ConfigError(f"The entry {self.name} has no inputs.")
 
-    def input(self, name: str) -> TensorSpec:
-        """The input of that name."""
-        return next(spec for spec in self.inputs if spec.name == name)
+    def input(self, name: str) -> TensorSpec | None:
+        """The input of that name, None if there is none."""
+        return next((spec for spec in self.inputs if spec.name == name), None)
 
 
 @dataclass(frozen=True)
@@ -131,6 +154,18 @@ class StepSpec:
                 "A step model has at least one entry, one token a chunk and one lane; given "
                 f"{len(self.entries)}, {self.chunk_size}, {self.batch}."
             )
+        for entry in self.entries:
+            unknown = sorted({*entry.reads, *entry.writes} - set(self.state_names))
+            if unknown:
+                raise ConfigError(f"The entry {entry.name} names states that there are not: {unknown}.")
+
+    def has(self, name: str) -> bool:
+        """Whether there is an entry of that name."""
+        return any(entry.name == name for entry in self.entries)
+
+    def states_of(self, names: tuple[str, ...]) -> tuple[StateSpec, ...]:
+        """The states of these names, in the order of `states`."""
+        return tuple(state for state in self.states if state.name in names)
 
     def entry(self, name: str) -> EntrySpec:
         """The entry of that name.

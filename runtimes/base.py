@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Protocol
 
-from nsm.errors import StreamError
+from nsm.errors import BundleDamagedError, StreamError
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
@@ -14,23 +14,73 @@ from nsm.trace import Array, Arrays
 class State:
     """A handle on the state that a runtime holds, on its device perhaps. Passing it to a call consumes it."""
 
-    def __init__(self, owner: object, side: int) -> None:
+    def __init__(self, owner: object) -> None:
         self._owner = owner
-        self._side = side
         self.live = True
 
-    def side(self, owner: object) -> int:
-        """Which of the owner's two sets of buffers holds the state.
-
-        Raises:
-            StreamError: the handle was consumed before, or belongs to another runtime.
-        """
+    def check(self, owner: object) -> None:
+        """Raise `StreamError` if the handle was consumed before, or belongs to another runtime."""
         if self._owner is not owner or not self.live:
             raise StreamError(
                 "This State was consumed by an earlier call, or belongs to another runtime. "
                 "Use the State that the last call returned, or load_state again."
             )
-        return self._side
+
+
+class Sides:
+    """Which of its two buffers, 0 or 1, each state lies in; a call turns those over that its entry writes."""
+
+    def __init__(self, spec: StepSpec) -> None:
+        self._sides = dict.fromkeys(spec.state_names, 0)
+        self._turned = {
+            entry.name: [state.name for state in spec.states_of(entry.writes) if state.append_axis is None]
+            for entry in spec.entries
+        }
+        self._live: State | None = None
+
+    def __getitem__(self, name: str) -> int:
+        return self._sides[name]
+
+    def reset(self, owner: object) -> State:
+        """All states lie in buffer 0 now; the new handle on them."""
+        self._sides = dict.fromkeys(self._sides, 0)
+        return self._handle(owner)
+
+    def flip(self, owner: object, entry: str) -> State:
+        """An entry has run; the new handle on what it left."""
+        for name in self._turned[entry]:
+            self._sides[name] = 1 - self._sides[name]
+        return self._handle(owner)
+
+    def _handle(self, owner: object) -> State:
+        if self._live is not None:
+            self._live.live = False
+        self._live = State(owner)
+        return self._live
+
+
+class Watched:
+    """Files that were verified when a bundle was opened, and may be read later: they must still be the same.
+
+    Args:
+        folders: whose files are watched.
+    """
+
+    def __init__(self, *folders: Path) -> None:
+        self._folders = folders
+        self._seen = self._look()
+
+    def check(self) -> None:
+        """Raise `BundleDamagedError` if a file is not what it was."""
+        if self._look() != self._seen:
+            raise BundleDamagedError(
+                f"The files in {', '.join(map(str, self._folders))} were replaced while the session was open. "
+                "Close it, and open the bundle again."
+            )
+
+    def _look(self) -> dict[Path, tuple[int, int, int]]:
+        files = (path for folder in self._folders if folder.is_dir() for path in sorted(folder.iterdir()))
+        return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path in files for s in (path.stat(),)}
 
 
 class Runtime(Protocol):

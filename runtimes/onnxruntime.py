@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 
 import onnxruntime as ort
 
 from nsm.errors import BuildError
-from nsm.runtimes.base import Runtime
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Run
+from nsm.runtimes.base import Runtime, Watched
+from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
@@ -41,17 +42,27 @@ def load(
         options.intra_op_num_threads = threads
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
-    entries, effective = {}, set()
-    for name, path in files.items():
+
+    def opened(path: Path) -> ort.InferenceSession:
         try:
-            session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:  # the binding's classes have no common base of their own
             raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
-        # The CPU provider computes in the graph's own dtypes; there is no other property to read back.
-        types = {value.type for value in session.get_outputs()}
-        effective |= {precision for kind, precision in _PRECISIONS.items() if kind in types}
-        entries[name] = _binder(session)
-    return BufferedRuntime(spec, entries, "+".join(sorted(effective)))
+
+    watched = Watched(*{path.parent for path in files.values()})
+
+    def later(path: Path) -> Bind:
+        watched.check()
+        return _binder(opened(path))
+
+    first, *others = files
+    session = opened(files[first])
+    # The CPU provider computes in the graph's own dtypes; there is no other property to read back.
+    types = {value.type for value in session.get_outputs()}
+    effective = sorted(precision for kind, precision in _PRECISIONS.items() if kind in types)
+    entries: dict[str, Opener] = {first: lambda: _binder(session)}
+    entries |= {name: functools.partial(later, files[name]) for name in others}
+    return BufferedRuntime(spec, entries, "+".join(effective))
 
 
 def _binder(session: ort.InferenceSession) -> Bind:

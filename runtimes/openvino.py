@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,13 @@ import openvino as ov
 from openvino import properties as props
 
 from nsm.errors import BuildError
-from nsm.runtimes.base import Runtime
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Run
+from nsm.runtimes.base import Runtime, Watched
+from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
+
+# Beside the graphs of a bundle: one file of numbers for all of them.
+WEIGHTS = "weights.bin"
 
 # What OpenVINO calls its element types, and what we call the precision.
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
@@ -41,16 +45,25 @@ def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | 
     if threads is not None:
         config[props.inference_num_threads()] = threads
     core = ov.Core()
-    entries, effective = {}, set()
-    for name, path in files.items():
+
+    def compiled(path: Path) -> ov.CompiledModel:
         try:
-            compiled = core.compile_model(str(path), device.upper(), config)
+            return core.compile_model(core.read_model(path, path.with_name(WEIGHTS)), device.upper(), config)
         except Exception as error:  # the binding raises bare RuntimeErrors
             raise BuildError(f"OpenVINO cannot compile {path}: {error}") from error
-        read_back = compiled.get_property(props.hint.inference_precision()).get_type_name()
-        effective.add(_PRECISIONS.get(read_back, read_back))
-        entries[name] = _binder(compiled)
-    return BufferedRuntime(spec, entries, "+".join(sorted(effective)))
+
+    watched = Watched(*{path.parent for path in files.values()})
+
+    def later(path: Path) -> Bind:
+        watched.check()
+        return _binder(compiled(path))
+
+    first, *others = files
+    opened = compiled(files[first])
+    read_back = opened.get_property(props.hint.inference_precision()).get_type_name()
+    entries: dict[str, Opener] = {first: lambda: _binder(opened)}
+    entries |= {name: functools.partial(later, files[name]) for name in others}
+    return BufferedRuntime(spec, entries, _PRECISIONS.get(read_back, read_back))
 
 
 def _binder(compiled: ov.CompiledModel) -> Bind:

@@ -7,6 +7,9 @@ will in the field, so the error is what rounding has become by then. Both are re
     ||target - reference|| / max(||reference||, 0.01 * rms over the trace of ||reference||),
 
 per stream, step and tensor, for every output and every state. A comparison of nothing is a failure.
+
+Where the artifact has more entries than `step`, the first steps are run a third time, *split*: token by token through
+`decode` and `commit`, in turn with `step`; outputs and states must be those of the trace within the free-run budget.
 """
 
 from __future__ import annotations
@@ -20,9 +23,12 @@ from nsm.runtimes.budgets import Budget
 from nsm.runtimes.drift import drift_exponent
 from nsm.runtimes.measures import kl_divergence, quantile, relative_error, rms_norm, slot_errors
 from nsm.runtimes.report import Divergence, ParityReport, Quantiles
-from nsm.runtimes.session import VALID, Session
-from nsm.spec import StepSpec
+from nsm.runtimes.session import Session
+from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays, Trace
+
+SPLIT_STEPS = 4
+"""Steps that are run again in pieces."""
 
 Progress = Callable[[int, int], None]
 """(steps done, steps in all) of a comparison."""
@@ -43,10 +49,15 @@ def compare(trace: Trace, session: Session, budget: Budget, progress: Progress |
     _check_comparable(trace, session)
     found = _Findings(trace, session.spec)
     free, stepped = _groups(trace.streams, session.batch), _groups(trace.state_streams, session.batch)
+    runs = [(_free_run, free), (_one_step, stepped)]
     total = len(free) * trace.steps + len(stepped) * len(trace.sampled)
+    if session.spec.has("decode"):
+        # One group of streams is enough: the lanes of a graph do the same.
+        runs.append((_split_run, free[:1]))
+        total += min(trace.steps, SPLIT_STEPS)
     done = 0
     try:
-        for run, groups in ((_free_run, free), (_one_step, stepped)):
+        for run, groups in runs:
             for streams in groups:
                 for _ in run(trace, session, streams, found):
                     done += 1
@@ -88,6 +99,30 @@ def _one_step(trace: Trace, session: Session, streams: Array, found: _Findings) 
         yield
 
 
+def _split_run(trace: Trace, session: Session, streams: Array, found: _Findings) -> Iterator[None]:
+    """The first steps again, every other one token by token."""
+    lanes = np.resize(streams, session.batch)
+    sampled = {int(step): index for index, step in enumerate(trace.sampled)}
+    session.reset()
+    for step in range(min(trace.steps, SPLIT_STEPS)):
+        inputs = {name: value[lanes, step] for name, value in trace.inputs.items()}
+        counts = inputs.pop(VALID, None)
+        (tokens,) = inputs.values()
+        if step % 2:
+            outputs = session.feed(tokens, counts)
+        else:
+            parts = []
+            for index in range(tokens.shape[1]):
+                valid = None if counts is None else (counts > index).astype(np.int64)
+                valid = valid if session.spec.entry("decode").input(VALID) is not None else None
+                parts.append(session.decode(tokens[:, index : index + 1], valid))
+            outputs = {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
+        found.add_outputs("split", streams, step, {found.logits: outputs[found.logits]})
+        if step in sampled:
+            found.add_states("split", streams, sampled[step], session.read_state())
+        yield
+
+
 def _step(trace: Trace, session: Session, lanes: Array, step: int) -> Arrays:
     inputs = {name: value[lanes, step] for name, value in trace.inputs.items()}
     valid = inputs.pop(VALID, None)
@@ -101,14 +136,18 @@ class _Findings:
     def __init__(self, trace: Trace, spec: StepSpec) -> None:
         self.trace = trace
         self.failures: list[str] = []
+        self.logits = spec.entry("step").outputs[0].name
         self.exact = [s.name for s in spec.states if s.numpy_dtype.kind != "f"]
         self.inexact = [s.name for s in spec.states if s.numpy_dtype.kind == "f"]
         self.masks = {s.name: s.name.rsplit(".", 1)[0] + ".mask" for s in spec.states if s.name.endswith(".bank")}
         self.floors = {name: 0.01 * rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
         shape = (trace.streams, trace.steps)
+        kinds = ("one_step", "free_run", "split") if spec.has("decode") else ("one_step", "free_run")
         self.errors = {
-            kind: {name: np.full(shape, np.nan) for name in (*trace.outputs, *self.inexact)}
-            for kind in ("one_step", "free_run")
+            # Calls in pieces give what `decode` gives: the first output, and none for debugging.
+            kind: {n: np.full(shape, np.nan) for n in ([self.logits] if kind == "split" else trace.outputs)}
+            | {n: np.full(shape, np.nan) for n in self.inexact}
+            for kind in kinds
         }
         self.slots: list[Array] = []
         self.kl: list[Array] = []
@@ -119,13 +158,14 @@ class _Findings:
 
     def add_outputs(self, kind: str, streams: Array, step: int, outputs: Arrays) -> None:
         trace = self.trace
-        for name, reference in trace.outputs.items():
+        for name in outputs:
+            reference = trace.outputs[name]
             for lane, stream in enumerate(streams):
                 kept = self._kept(stream, step)
                 wanted = reference[stream, step][kept].astype(np.float64)
                 given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
                 self.errors[kind][name][stream, step] = relative_error(given, wanted, self.floors[name])
-                if kind == "free_run" and wanted.size:
+                if kind == "free_run" and name == self.logits and wanted.size:
                     self.kl.append(kl_divergence(wanted, given))
                     self.flips.append(wanted.argmax(-1) != given.argmax(-1))
                     ordered = np.sort(wanted, -1)
@@ -143,7 +183,8 @@ class _Findings:
                 self.changed |= bool((given != trace.before[name][stream, index]).any())
                 if kind == "free_run" and name in self.masks:
                     active = trace.after[self.masks[name]][stream, index]
-                    self.slots.append(slot_errors(given[active], wanted[active]))
+                    slots = (np.moveaxis(bank, -2, 0)[active].reshape(active.sum(), -1) for bank in (given, wanted))
+                    self.slots.append(slot_errors(*slots))
 
     def report(self, session: Session, budget: Budget) -> ParityReport:
         trace = self.trace
@@ -165,8 +206,9 @@ class _Findings:
             steps=trace.steps,
             one_step=worst["one_step"],
             free_run=worst["free_run"],
+            split=worst.get("split"),
             per_tensor={
-                name: {f"{kind}_p99": quantile(self.errors[kind][name], 0.99) for kind in self.errors}
+                name: {f"{kind}_p99": quantile(part[name], 0.99) for kind, part in self.errors.items() if name in part}
                 for name in self.errors["free_run"]
             },
             drift=drift_exponent(self.errors["free_run"][first_output]),
@@ -225,9 +267,10 @@ def _check_comparable(trace: Trace, session: Session) -> None:
     if set(trace.outputs) != outputs:
         raise InputError(f"The trace holds other outputs than the model: {sorted(outputs ^ set(trace.outputs))}.")
     entry = session.spec.entry("step")
-    inputs = {item.name for item in entry.inputs}
-    if set(trace.inputs) != inputs:
-        raise InputError(f"The trace holds other inputs than the model: {sorted(inputs ^ set(trace.inputs))}.")
+    different = {item.name for item in entry.inputs} ^ set(trace.inputs)
+    # Without `valid` every token of the trace counts.
+    if different - {VALID} or (VALID in trace.inputs and entry.input(VALID) is None):
+        raise InputError(f"The trace holds other inputs than the model: {sorted(different)}.")
     if not trace.streams or not trace.steps or not len(trace.sampled) or not len(trace.positions):
         raise InputError("The trace is empty: there is nothing to compare. Record at least one step of one stream.")
     if trace.positions.max() >= entry.inputs[0].shape[1] or trace.sampled.max() >= trace.steps:
@@ -242,6 +285,8 @@ def _shapes(trace: Trace, spec: StepSpec) -> Iterator[tuple[str, tuple[int, ...]
     entry = spec.entry("step")
     calls = (trace.streams, trace.steps)
     for item in entry.inputs:
+        if item.name not in trace.inputs:
+            continue
         yield item.name, trace.inputs[item.name].shape, (*calls, *item.shape[1:])
     for item in entry.outputs:
         yield item.name, trace.outputs[item.name].shape, (*calls, len(trace.positions), *item.shape[2:])
@@ -257,6 +302,11 @@ def _over_budget(report: ParityReport, tokens: int) -> list[str]:
     checks = [
         (f"one-step error p99 of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
         (f"free-run error p99 of {report.free_run.tensor}", report.free_run.p99, budget.free_run_p99),
+        *(
+            [(f"error p99 of {report.split.tensor} in split calls", report.split.p99, budget.free_run_p99)]
+            if report.split is not None
+            else []
+        ),
         ("KL mean", report.kl_mean, budget.kl_mean),
         ("KL p99.9", report.kl_p999, budget.kl_p999),
     ]

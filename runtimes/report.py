@@ -37,9 +37,10 @@ class Divergence:
 class ParityReport:
     """What a comparison found; `failures` is empty where it passed.
 
-    Errors are relative; `state_error` is per active slot of the banks (per tensor in models without one), over the
-    free run; KL is in nats. `argmax_agreement` counts every flip, `excused_flips` those within the reference's own
-    margin. `mask_mismatches` counts entries of masks and counters that differ.
+    Errors are relative; `split` is that of calls in pieces, None where the artifact has one entry only; `state_error`
+    is per active slot of the banks (per tensor in models without one), over the free run; KL is in nats.
+    `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin. `mask_mismatches`
+    counts entries of masks and counters that differ.
     """
 
     target: str
@@ -50,6 +51,7 @@ class ParityReport:
     steps: int
     one_step: Quantiles
     free_run: Quantiles
+    split: Quantiles | None
     per_tensor: Mapping[str, Mapping[str, float]]
     drift: Drift | None
     state_error_p99: float
@@ -89,6 +91,7 @@ class ParityReport:
                 "steps": self.steps,
                 "one_step": asdict(self.one_step),
                 "free_run": asdict(self.free_run),
+                "split": None if self.split is None else asdict(self.split),
                 "gain": _ratio(self.free_run.p50, self.one_step.p50),
                 "drift_exponent": None if drift is None else drift.exponent,
                 "drift_interval": None if drift is None else [drift.low, drift.high],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
 
@@ -14,17 +14,20 @@ from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
 from nsm.runtimes.base import Runtime
-from nsm.spec import OFFSET, StepSpec, TensorSpec
+from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
-VALID = "valid"
-_SNAPSHOT_MAGIC = b"nsm-snapshot 1\n"
+# A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
+_DECODES_PER_STEP = 4
+_SNAPSHOT_MAGIC = b"nsm-snapshot 2\n"
 
 
 class Session:
-    """Feeds streams to a runtime, chunk by chunk.
+    """Feeds streams to a runtime, whatever pieces they come in.
 
-    A session has B lanes, fixed when the bundle was made; every lane is a stream of its own.
+    A session has B lanes, fixed when the bundle was made; every lane is a stream of its own. `run` and `feed` take
+    any number of tokens and align them to the graphs: `step` for whole chunks, `decode` for single tokens, `commit`
+    when a chunk that was decoded is full. The outputs and the state are the same however a stream was split.
 
     Args:
         runtime: a loaded artifact.
@@ -47,7 +50,9 @@ class Session:
         self.effective_precision = runtime.effective_precision
         self._runtime = runtime
         self._initial = {s.name: _checked_state(initial, s.name, s.shape).copy() for s in spec.states}
-        self._ended = np.zeros(spec.batch, bool)
+        # Where a model has no chunks, a lane may stop and go on anywhere.
+        self._chunked = OFFSET in spec.state_names
+        self._offset = np.zeros(spec.batch, np.int64)
         self._state = runtime.load_state(self._initial)
 
     # -- streams -------------------------------------------------------------------------------------------------
@@ -58,9 +63,9 @@ class Session:
         return self.spec.batch
 
     @property
-    def ended(self) -> Array:
-        """[B] bool: lanes whose last chunk was partial; they take no more tokens until they are reset."""
-        return self._ended.copy()
+    def offsets(self) -> Array:
+        """[B] int64: how many tokens the open chunk of each lane has."""
+        return self._offset.copy()
 
     def is_fresh(self) -> bool:
         """Whether the state is the initial one, bit by bit, on all lanes."""
@@ -71,87 +76,118 @@ class Session:
         """Start a lane (default: all) afresh: the state is the initial one, bit by bit."""
         if lane is None:
             self._state = self._runtime.load_state(self._initial)
-            self._ended[:] = False
+            self._offset[:] = 0
         else:
             self._replace_lane(self._lane(lane), self._initial)
-            self._ended[lane] = False
+            self._offset[lane] = 0
 
-    def step(self, tokens: ArrayLike, valid: ArrayLike | None = None, entry: str = "step") -> Arrays:
-        """Run one call of the graph.
+    def step(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
+        """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
 
         Args:
             tokens: [B, K] ids or [B, K, input_dim] vectors, as the spec of the entry says.
             valid: [B], how many of the tokens count on each lane (default: all). A lane with 0 keeps its state as
-                it was. A lane that ends inside a chunk is exact, and then takes no more tokens until it is reset.
-            entry: which graph of the bundle.
+                it was. A lane that ends inside a chunk is exact, and goes on with `decode`, `feed` or `run`.
 
         Returns:
             The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own.
 
         Raises:
             InputError: wrong shape or dtype, or ids outside the vocabulary. Nothing has happened to the state.
-            StreamError: a lane has ended. Nothing has happened to the state.
+            StreamError: a lane stands inside a chunk. Nothing has happened to the state.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
-        spec = self.spec.entry(entry)
-        inputs = {spec.inputs[0].name: _checked_input(spec.inputs[0], tokens)}
-        counts = np.full(self.batch, spec.inputs[0].shape[1])
-        if self._counts_tokens(entry):
-            counts = counts if valid is None else _checked_input(spec.input(VALID), valid)
-            inputs[VALID] = counts
-        elif valid is not None:
-            raise InputError(f"The entry {entry} has no input valid: every token of a call counts. Leave valid out.")
-        if np.any(self._ended & (counts > 0)):
-            lanes = np.flatnonzero(self._ended & (counts > 0)).tolist()
-            raise StreamError(
-                f"The streams on lanes {lanes} ended with a partial chunk (fewer than {self.spec.chunk_size} "
-                "tokens) and take no more. Reset these lanes, or give them valid=0."
-            )
-        outputs, self._state = self._runtime.call(entry, inputs, self._state)
-        self._ended |= counts % self.spec.chunk_size != 0
+        entry = self.spec.entry("step")
+        inputs, counts = self._checked_call(entry, tokens, valid)
+        self._check_at_beginning(counts)
+        outputs = self._call(entry, inputs)
+        if self._chunked:
+            self._offset += counts % self.spec.chunk_size
         self._check_finite(outputs, counts)
         return outputs
+
+    def decode(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
+        """Take one token a lane, anywhere in a chunk, and commit the chunks that are full then.
+
+        Args:
+            tokens: [B, 1] ids or [B, 1, input_dim] vectors.
+            valid: [B], 1 where the lane has a token, 0 where it has none and keeps its state (default: all have).
+
+        Returns:
+            The outputs by name, [B, 1, ...].
+
+        Raises:
+            InputError: as for `step`, or the bundle has no entry `decode`.
+            NonFiniteError: as for `step`.
+        """
+        entry = self.spec.entry("decode")
+        inputs, counts = self._checked_call(entry, tokens, valid)
+        outputs = self._call(entry, inputs)
+        if self.spec.has("commit"):
+            self._offset += counts
+            if np.any(self._offset == self.spec.chunk_size):
+                self._call(self.spec.entry("commit"), {})
+                self._offset[self._offset == self.spec.chunk_size] = 0
+        # At the end, so that lanes that are well stand where their state does when this raises.
+        self._check_finite(outputs, counts)
+        return outputs
+
+    def feed(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
+        """Feed any number of tokens, from wherever the lanes stand.
+
+        Args:
+            tokens: [B, T] ids or [B, T, input_dim] vectors, T >= 1.
+            valid: [B], how many of the tokens count on each lane (default: all).
+
+        Returns:
+            The outputs by name, [B, T, ...]; zero behind a lane's valid tokens.
+
+        Raises:
+            InputError: as for `step`. Nothing has happened to the state.
+            StreamError: the model is not causal, and a lane stands inside a chunk.
+            NonFiniteError: as for `step`.
+        """
+        entry = self.spec.entry("step")
+        spec = entry.inputs[0]
+        given = self._checked_sequence("feed", tokens)
+        length = given.shape[1]
+        counts = np.full(self.batch, length)
+        if valid is not None:
+            counts = _checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
+        if not self.spec.has("decode"):
+            self._check_at_beginning(counts)
+        results = {
+            item.name: np.zeros((self.batch, length, *item.shape[2:]), item.numpy_dtype) for item in entry.outputs
+        }
+        done = np.zeros(self.batch, np.int64)
+        while np.any(done < counts):
+            left = counts - done
+            stepped = self._stepped(left)
+            if np.any(stepped):
+                self._feed_part(self.step, spec, given, done, stepped, results)
+                done += stepped
+                left = counts - done
+            decoded = (left > 0) & (stepped == 0)
+            if self.spec.has("decode") and np.any(decoded):
+                one = decoded.astype(np.int64)
+                self._feed_part(self.decode, self.spec.entry("decode").inputs[0], given, done, one, results)
+                done += one
+        return results
 
     def run(self, sequence: ArrayLike) -> Arrays:
         """Feed whole sequences, one per lane, from where the lanes stand.
 
         Args:
             sequence: [B, T] ids or [B, T, input_dim] vectors; with one lane also [T] or [T, input_dim].
-                A last chunk of fewer than C tokens ends the streams.
 
         Returns:
             The outputs by name, [B, T, ...] (without the lane axis where the sequence had none).
         """
-        entry = self.spec.entry("step")
-        spec = entry.inputs[0]
-        wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
-        tokens = _array(f"run takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
+        spec = self.spec.entry("step").inputs[0]
+        tokens = _array("The sequence given to run", sequence)
         single = tokens.ndim == len(spec.shape) - 1 and self.batch == 1
-        tokens = tokens[None] if single else tokens
-        if tokens.ndim != len(spec.shape) or tokens.shape[0] != self.batch or tokens.shape[2:] != spec.shape[2:]:
-            raise InputError(f"run takes a sequence of shape [{', '.join(wanted)}]; given {list(np.shape(sequence))}.")
-        if tokens.shape[1] == 0:
-            raise InputError("run takes a sequence of at least one token; given none.")
-        # All of it is checked before any of it is fed.
-        _check_values(spec, tokens)
-        length = spec.shape[1]
-        if tokens.shape[1] % length and not self._counts_tokens("step"):
-            raise InputError(
-                f"This model takes whole calls of {length} tokens only; given {tokens.shape[1]} tokens. "
-                f"Give a multiple of {length}."
-            )
-        pieces: dict[str, list[Array]] = {item.name: [] for item in entry.outputs}
-        for start in range(0, tokens.shape[1], length):
-            run = tokens[:, start : start + length]
-            count = run.shape[1]
-            padding = [(0, 0)] * tokens.ndim
-            padding[1] = (0, length - count)
-            valid = np.full(self.batch, count) if self._counts_tokens("step") else None
-            outputs = self.step(np.pad(run, padding, mode="edge"), valid)
-            for name, value in outputs.items():
-                pieces[name].append(value[:, :count])
-        joined = {name: np.concatenate(parts, 1) for name, parts in pieces.items()}
-        return {name: value[0] for name, value in joined.items()} if single else joined
+        results = self.feed(self._checked_sequence("run", tokens[None] if single else tokens))
+        return {name: value[0] for name, value in results.items()} if single else results
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -170,7 +206,7 @@ class Session:
             raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
         checked = {s.name: _checked_state(arrays, s.name, s.shape) for s in self.spec.states}
         self._state = self._runtime.load_state(checked)
-        self._ended[:] = checked[OFFSET] != 0 if OFFSET in checked else False
+        self._offset[:] = checked.get(OFFSET, 0)
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -181,17 +217,15 @@ class Session:
             NonFiniteError: the state holds NaN or infinity, so there is nothing worth keeping.
         """
         arrays = self.read_state()
-        ended = self._ended
         if lane is not None:
             index = self._lane(lane)
             arrays = {s.name: arrays[s.name][s.lane_index(index)] for s in self.spec.states}
-            ended = ended[index : index + 1]
         for name, value in arrays.items():
             if value.dtype.kind == "f" and not np.isfinite(value).all():
                 raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
         buffer = io.BytesIO()
         header = {"fingerprint": self.fingerprint, "lanes": None if lane is not None else self.batch}
-        np.savez(buffer, allow_pickle=False, header=np.array(json.dumps(header)), ended=ended, **_keyed(arrays))
+        np.savez(buffer, allow_pickle=False, header=np.array(json.dumps(header)), **_keyed(arrays))
         payload = buffer.getvalue()
         return _SNAPSHOT_MAGIC + hashlib.sha256(payload).digest() + payload
 
@@ -201,7 +235,7 @@ class Session:
         Raises:
             SnapshotError: damaged, of another model, or of other lanes. Nothing has happened to the state.
         """
-        header, ended, arrays = _parse_snapshot(snapshot)
+        header, arrays = _parse_snapshot(snapshot)
         if header["fingerprint"] != self.fingerprint:
             raise SnapshotError(
                 f"The snapshot is of another model (fingerprint {header['fingerprint'][:12]}..., this is "
@@ -216,16 +250,14 @@ class Session:
             shape = state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
             if arrays.get(state.name, np.empty(0)).shape != shape:
                 raise SnapshotError(f"The snapshot does not hold {state.name} of shape {list(shape)}.")
-        if lane is None:
-            self._state = self._runtime.load_state(arrays)
-            self._ended[:] = ended
-        else:
+        if lane is not None:
             index = self._lane(lane)
             whole = self.read_state()
             for state in self.spec.states:
                 whole[state.name][state.lane_index(index)] = arrays[state.name]
-            self._state = self._runtime.load_state(whole)
-            self._ended[index] = ended[0]
+            arrays = whole
+        self._state = self._runtime.load_state(arrays)
+        self._offset[:] = arrays.get(OFFSET, 0)
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -264,8 +296,94 @@ class Session:
                 values = {lane: whole[state.name][state.lane_index(lane)] for lane in lanes}
                 _raise_non_finite(f"state {state.name}", values)
 
-    def _counts_tokens(self, entry: str) -> bool:
-        return any(item.name == VALID for item in self.spec.entry(entry).inputs)
+    def _checked_call(
+        self, entry: EntrySpec, tokens: ArrayLike, valid: ArrayLike | None
+    ) -> tuple[dict[str, Array], Array]:
+        """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
+        spec = entry.inputs[0]
+        inputs = {spec.name: _checked_input(spec, tokens)}
+        counts = np.full(self.batch, spec.shape[1])
+        counted = entry.input(VALID)
+        if counted is not None:
+            counts = counts if valid is None else _checked_input(counted, valid)
+            inputs[VALID] = counts
+        elif valid is not None and np.any(np.asarray(valid) != spec.shape[1]):
+            raise InputError(
+                f"The entry {entry.name} has no input valid: all {spec.shape[1]} tokens of a call count. Leave valid "
+                "out, and give other numbers of tokens to feed or run."
+            )
+        return inputs, counts
+
+    def _call(self, entry: EntrySpec, inputs: dict[str, Array]) -> Arrays:
+        outputs, self._state = self._runtime.call(entry.name, inputs, self._state)
+        return outputs
+
+    def _check_at_beginning(self, counts: Array) -> None:
+        """Raise `StreamError` if a lane that has tokens stands inside a chunk."""
+        inside = (self._offset > 0) & (counts > 0)
+        if np.any(inside):
+            lanes = np.flatnonzero(inside).tolist()
+            way_out = (
+                "Use feed or run, which align any split, reset these lanes, or give them valid=0."
+                if self.spec.has("decode")
+                else "This model is not causal, so a partial chunk ends a stream: reset these lanes, or give them "
+                "valid=0."
+            )
+            raise StreamError(
+                f"The streams on lanes {lanes} stand inside a chunk of {self.spec.chunk_size} tokens (offsets "
+                f"{self._offset.tolist()}), and step starts at a chunk's beginning. {way_out}"
+            )
+
+    def _stepped(self, left: Array) -> Array:
+        """How many tokens each lane gives to the next call of `step`, from how many it has left."""
+        entry = self.spec.entry("step")
+        length, chunk = entry.inputs[0].shape[1], self.spec.chunk_size
+        ready = np.where(self._offset == 0, np.minimum(left, length), 0)
+        if entry.input(VALID) is None:
+            return ready if np.all(ready == length) else np.zeros_like(ready)
+        # A partial chunk is exact in `step` too; for a few tokens `decode` is cheaper.
+        worth = not self.spec.has("decode") or ready * _DECODES_PER_STEP >= chunk
+        return np.where(worth, ready, 0)
+
+    def _feed_part(
+        self,
+        call: Callable[[Array, Array], Arrays],
+        spec: TensorSpec,
+        tokens: Array,
+        start: Array,
+        counts: Array,
+        results: Arrays,
+    ) -> None:
+        """Give each lane's next `counts` tokens, from `start` on, to one call, and put away what it answers."""
+        batch = np.zeros(spec.shape, spec.numpy_dtype)
+        for lane in np.flatnonzero(counts):
+            first, count = start[lane], counts[lane]
+            batch[lane, :count] = tokens[lane, first : first + count]
+        for name, value in call(batch, counts).items():
+            for lane in np.flatnonzero(counts):
+                first, count = start[lane], counts[lane]
+                results[name][lane, first : first + count] = value[lane, :count]
+
+    def _checked_sequence(self, call: str, sequence: ArrayLike) -> Array:
+        """A sequence [B, T, ...] of the model's kind, checked as a whole before any of it is fed."""
+        spec = self.spec.entry("step").inputs[0]
+        wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
+        tokens = _array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
+        if tokens.ndim != len(spec.shape) or tokens.shape[0] != self.batch or tokens.shape[2:] != spec.shape[2:]:
+            raise InputError(f"{call} takes a sequence of shape [{', '.join(wanted)}]; given {list(tokens.shape)}.")
+        if tokens.shape[1] == 0:
+            raise InputError(f"{call} takes a sequence of at least one token; given none.")
+        if (
+            not self.spec.has("decode")
+            and self.spec.entry("step").input(VALID) is None
+            and (tokens.shape[1] % spec.shape[1])
+        ):
+            raise InputError(
+                f"This model takes whole calls of {spec.shape[1]} tokens only; given {tokens.shape[1]} tokens. "
+                f"Give a multiple of {spec.shape[1]}."
+            )
+        _check_values(spec, tokens)
+        return tokens
 
 
 def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:
@@ -316,7 +434,7 @@ def _keyed(arrays: Mapping[str, Array]) -> dict[str, Array]:
     return {f"state/{name}": value for name, value in arrays.items()}
 
 
-def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, Any], Array, Arrays]:
+def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, Any], Arrays]:
     body = snapshot[len(_SNAPSHOT_MAGIC) :]
     if not snapshot.startswith(_SNAPSHOT_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
         raise SnapshotError(
@@ -325,4 +443,4 @@ def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, Any], Array, Arrays]:
         )
     with np.load(io.BytesIO(body[32:]), allow_pickle=False) as archive:
         arrays = {name.removeprefix("state/"): archive[name] for name in archive.files if name.startswith("state/")}
-        return json.loads(str(archive["header"])), archive["ended"], arrays
+        return json.loads(str(archive["header"])), arrays

@@ -9,8 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError, RunError
-from nsm.runtimes.base import Runtime, State
+from nsm.errors import (
+    BuildError,
+    DeviceUnavailableError,
+    MissingDependencyError,
+    RunError,
+    StreamError,
+    UnsupportedError,
+)
+from nsm.runtimes.base import Runtime, Sides, State
 from nsm.runtimes.targets import find_target
 from nsm.spec import StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -57,11 +64,13 @@ class TensorRt:
         self._cuda = cuda
         self._spec = spec
         self._pointers: list[int] = []
-        self._live: State | None = None
-        self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], list[Any]]] = {}
+        self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], Any]] = {}
         self._stream = self._check(cuda.cudaStreamCreate())
         try:
-            self._sides = tuple({state.name: self._allocate(state) for state in spec.states} for _ in range(2))
+            if any(state.append_axis is not None for state in spec.states):
+                raise UnsupportedError("States that are appended to in place do not run on TensorRT here yet.")
+            self._buffers = {state.name: (self._allocate(state), self._allocate(state)) for state in spec.states}
+            self._sides = Sides(spec)
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             for name, path in files.items():
                 engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -76,31 +85,43 @@ class TensorRt:
             raise
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._check_open()
         for spec in self._spec.states:
-            self._upload(self._sides[0][spec.name], np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
+            self._upload(self._buffers[spec.name][0], np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
         self._synchronize()
-        return self._handle(0)
+        return self._sides.reset(self)
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        side = state.side(self)
-        host_in, host_out, pointers, contexts = self._entries[entry]
+        self._check_open()
+        state.check(self)
+        host_in, host_out, pointers, context = self._entries[entry]
         for name, buffer in host_in.items():
             np.copyto(buffer, inputs[name])
             self._upload(pointers[name], buffer)
-        if not contexts[side].execute_async_v3(int(self._stream)):
+        spec = self._spec.entry(entry)
+        for item in self._spec.states_of(spec.reads):
+            context.set_tensor_address(item.past, self._buffers[item.name][self._sides[item.name]])
+        for item in self._spec.states_of(spec.writes):
+            context.set_tensor_address(item.present, self._buffers[item.name][1 - self._sides[item.name]])
+        if not context.execute_async_v3(int(self._stream)):
             raise RunError("TensorRT could not enqueue the engine; its log has the reason.")
         for name, buffer in host_out.items():
             self._download(buffer, pointers[name])
         self._synchronize()
-        return {name: buffer.copy() for name, buffer in host_out.items()}, self._handle(1 - side)
+        return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(self, entry)
 
     def read_state(self, state: State) -> Arrays:
-        side = self._sides[state.side(self)]
+        self._check_open()
+        state.check(self)
         arrays = {spec.name: np.empty(spec.shape, spec.numpy_dtype) for spec in self._spec.states}
         for name, array in arrays.items():
-            self._download(array, side[name])
+            self._download(array, self._buffers[name][self._sides[name]])
         self._synchronize()
         return arrays
+
+    def _check_open(self) -> None:
+        if self._stream is None:
+            raise StreamError("The session is closed. Open the bundle again.")
 
     def finite(self, state: State) -> bool:
         arrays = self.read_state(state).values()
@@ -114,25 +135,22 @@ class TensorRt:
             self._check(self._cuda.cudaStreamDestroy(self._stream))
             self._stream = None
 
-    def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], list[Any]]:
-        """Host buffers in and out, their device pointers, and a context for each direction of the state."""
+    def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], Any]:
+        """Host buffers in and out, their device pointers, and the context; states are bound at each call."""
         entry = self._spec.entry(name)
         host_in = {item.name: np.zeros(item.shape, item.numpy_dtype) for item in entry.inputs}
         host_out = {item.name: np.zeros(item.shape, item.numpy_dtype) for item in entry.outputs}
         pointers = {item.name: self._allocate(item) for item in (*entry.inputs, *entry.outputs)}
-        contexts = []
-        for source, target in (self._sides, self._sides[::-1]):
-            context = engine.create_execution_context()
-            if context is None:
-                raise BuildError(f"TensorRT could not make an execution context for {name}: too little GPU memory?")
-            bound = dict(pointers)
-            for state in self._spec.states:
-                bound[state.past], bound[state.present] = source[state.name], target[state.name]
-            for tensor, pointer in bound.items():
-                if not context.set_tensor_address(tensor, pointer):
-                    raise BuildError(f"The engine of {name} has no tensor {tensor}. Build it again.")
-            contexts.append(context)
-        return host_in, host_out, pointers, contexts
+        context = engine.create_execution_context()
+        if context is None:
+            raise BuildError(f"TensorRT could not make an execution context for {name}: too little GPU memory?")
+        bound = dict(pointers)
+        bound |= {item.past: self._buffers[item.name][0] for item in self._spec.states_of(entry.reads)}
+        bound |= {item.present: self._buffers[item.name][1] for item in self._spec.states_of(entry.writes)}
+        for tensor, pointer in bound.items():
+            if not context.set_tensor_address(tensor, pointer):
+                raise BuildError(f"The engine of {name} has no tensor {tensor}. Build it again.")
+        return host_in, host_out, pointers, context
 
     def _allocate(self, spec: TensorSpec | StateSpec) -> int:
         size = max(int(np.prod(spec.shape)) * spec.numpy_dtype.itemsize, 1)
@@ -156,9 +174,3 @@ class TensorRt:
         if int(status) != 0:
             raise RunError(f"CUDA failed: {status.name}.")
         return values[0] if values else None
-
-    def _handle(self, side: int) -> State:
-        if self._live is not None:
-            self._live.live = False
-        self._live = State(self, side)
-        return self._live

@@ -27,7 +27,9 @@ ALLOWED = {
     "nsm.export": (*VOCABULARY, "models", "nsm.runtimes", "nsm.export"),
 }
 # The rooms of export that need torch; the others must do without.
-WITH_TORCH = {"nsm.export.onnx", "nsm.export.record", "nsm.export.pipeline"}
+WITH_TORCH = {"nsm.export.onnx", "nsm.export.record", "nsm.export.pipeline", "nsm.export.savings"}
+# Those that need the packages of ONNX; others may import them inside functions only.
+WITH_ONNX = {"nsm.export.passes", "nsm.export.roofline", "nsm.export.weights"}
 
 
 def _modules() -> dict[str, Path]:
@@ -86,6 +88,11 @@ def test_torch_stays_in_its_rooms(module: str) -> None:
         assert _room(module) == "models" or module in WITH_TORCH
 
 
+@pytest.mark.parametrize("module", sorted(set(MODULES) - WITH_TORCH - WITH_ONNX))
+def test_the_rooms_with_onnx_are_not_needed_by_others(module: str) -> None:
+    assert not _imports(MODULES[module], top_level_only=True) & WITH_ONNX
+
+
 def test_the_rule_about_imports_can_fail() -> None:
     assert "nsm.export" not in ALLOWED["nsm.runtimes"]
     assert "nsm.runtimes" not in ALLOWED["models"]
@@ -105,7 +112,7 @@ def _python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_needs_neither_torch_nor_a_backend() -> None:
     blocked = ["torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "sklearn"]
-    without_torch = [m for m in MODULES if _room(m) != "models" and m not in WITH_TORCH]
+    without_torch = [m for m in MODULES if _room(m) != "models" and m not in WITH_TORCH | WITH_ONNX]
     backends = {"nsm.runtimes.onnxruntime", "nsm.runtimes.onnxruntime_plain", "nsm.runtimes.openvino"}
     names = sorted(set(without_torch) - backends - {"nsm.export.openvino"})
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport importlib\n"

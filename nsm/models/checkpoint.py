@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,22 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nsm.errors import CheckpointError, InputError
-from nsm.models.simple import SimpleNSM
-from nsm.models.stream import StreamModel
+from nsm.models.step import StepModel
 
 FORMAT = "nsm-checkpoint"
-VERSION = 1
-MODELS: dict[str, type[SimpleNSM]] = {"SimpleNSM": SimpleNSM}
+VERSION = 2
+# Class of a model -> the module it is in, imported when it is needed.
+MODELS: Mapping[str, str] = MappingProxyType(
+    {
+        "SimpleNSM": "nsm.models.simple",
+        "AdaptiveNSM": "nsm.models.adaptive",
+        "HybridModel": "nsm.models.hybrid",
+        "TransformerLM": "nsm.baselines.transformer",
+        "RecurrentLM": "nsm.baselines.recurrent",
+        "RWKVLM": "nsm.baselines.rwkv",
+        "MambaLM": "nsm.baselines.mamba",
+    }
+)
 
 # Of the samples given to `save`, at most so many become golden sequences; the others are for calibration.
 MAX_GOLDEN = 8
@@ -36,14 +48,14 @@ class Checkpoint:
     `fingerprint` is a hash of the config and the weights: two files with the same one hold the same model.
     """
 
-    model: SimpleNSM
+    model: StepModel
     golden: list[NDArray[Any]]
     calibration: list[NDArray[Any]]
     fingerprint: str
 
 
 def save(
-    model: SimpleNSM, path: str | os.PathLike[str], samples: Sequence[ArrayLike] | NDArray[Any] | None = None
+    model: StepModel, path: str | os.PathLike[str], samples: Sequence[ArrayLike] | NDArray[Any] | None = None
 ) -> None:
     """Write a checkpoint, atomically.
 
@@ -58,7 +70,7 @@ def save(
         InputError: a model of another kind, or samples the model does not take.
     """
     name = type(model).__name__
-    if MODELS.get(name) is not type(model):
+    if MODELS.get(name) != type(model).__module__:
         raise InputError(f"nsm.save writes {', '.join(MODELS)}; given {name}.")
     sequences = [
         _checked_sample(model, index, sample) for index, sample in enumerate(() if samples is None else samples)
@@ -89,7 +101,7 @@ def save(
         raise
 
 
-def load(path: str | os.PathLike[str]) -> SimpleNSM:
+def load(path: str | os.PathLike[str]) -> StepModel:
     """The model of a checkpoint, in eval mode. See `load_checkpoint` for the errors."""
     return load_checkpoint(path).model
 
@@ -116,7 +128,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         if content["model"] not in MODELS:
             raise InputError(f"it holds a {content['model']!r}; this nsm knows {', '.join(MODELS)}.")
-        model = MODELS[content["model"]](**content["config"])
+        kind: type[StepModel] = getattr(importlib.import_module(MODELS[content["model"]]), content["model"])
+        model = kind(**content["config"])
         model.load_state_dict(content["weights"])
         golden, calibration = ([item.numpy() for item in content[key]] for key in ("golden", "calibration"))
         recorded = content["fingerprint"]
@@ -140,7 +153,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(model.eval(), golden, calibration, recorded)
 
 
-def fingerprint(model: StreamModel) -> str:
+def fingerprint(model: StepModel) -> str:
     """SHA-256 over the class and config of the model and the names, dtypes, shapes and bytes of its weights."""
     digest = hashlib.sha256(json.dumps([type(model).__name__, model.config], sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
@@ -170,7 +183,7 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _checked_sample(model: StreamModel, index: int, sample: ArrayLike) -> torch.Tensor:
+def _checked_sample(model: StepModel, index: int, sample: ArrayLike) -> torch.Tensor:
     spec = model.token_spec
     try:
         array = sample.detach().numpy() if isinstance(sample, torch.Tensor) else np.asarray(sample)

@@ -1,50 +1,68 @@
-"""StreamModel: a stack of NSM layers as a step model with explicit, declared state."""
+"""StreamModel: a stack of layers as a step model with explicit, declared state."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Sequence
+from math import lcm
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from nsm.errors import InputError, StreamError
-from nsm.layer import NSMLayer
+from nsm.errors import ConfigError, InputError, StreamError
+from nsm.layer import Clock, LayerState
+from nsm.models.step import State, StepModel
 from nsm.spec import OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
-
-State = dict[str, Tensor]
-"""The whole state of B streams, by the names of `StreamModel.spec(B).states`."""
 
 # States of the stream itself, beside OFFSET and those of the layers.
 FILLED = "lane.filled"  # rows that are there in the windows, [B]
-CHUNK = "lane.chunk"  # chunks since the last consolidation, [B]; only where that is not every chunk
+CHUNK = "lane.chunk"  # chunks since the start, modulo the longest period, [B]; only where there is one
 
 
-class StreamModel(nn.Module):
+class StreamLayer(Protocol):
+    """What a layer of a `StreamModel` offers; `NSMLayer` says what each of these means."""
+
+    chunk_size: int
+    causal: bool
+
+    @property
+    def carried_rows(self) -> int: ...
+    @property
+    def periods(self) -> tuple[int, ...]: ...
+    @property
+    def routing_shape(self) -> tuple[int, int] | None: ...
+    def state_specs(self, prefix: str, batch: int) -> list[StateSpec]: ...
+    def initial_state(self, batch: int) -> LayerState: ...
+    def touched(self, entry: str, roles: Sequence[str], partial: bool) -> tuple[list[str], list[str]]: ...
+    def scan(
+        self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
+    ) -> tuple[Tensor, LayerState, Tensor | None]: ...
+    def decode(
+        self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
+    ) -> tuple[Tensor, LayerState, Tensor | None]: ...
+    def commit(self, state: LayerState, full: Tensor, clock: Clock) -> LayerState: ...
+
+
+class StreamModel(StepModel):
     """Embedding, layers, norm and head over streams of tokens.
 
-    A stream is cut into chunks of C tokens, counted from its start. `advance` takes tokens that stay inside the
-    open chunk, `commit` ends the chunk on the lanes where it is full, and `step`, which is what is exported, takes
-    whole chunks. `forward` is the scan of these over a sequence, so a sequence in one call and the same sequence
-    in any pieces give the same outputs and the same state.
-
-    Subclasses give the parts; a model with layers of its own kind gives layers with `NSMLayer`'s methods.
+    A stream is cut into chunks of C tokens, counted from its start. `step` takes whole chunks; `decode` takes one
+    token anywhere in a chunk, and `commit` ends the chunks that are full. `forward` puts these together over a
+    sequence, so a sequence in one call and the same sequence in any pieces give the same outputs and the same state.
 
     Args:
         embed: tokens [B, T] or [B, T, input_dim] -> [B, T, d].
-        layers: the layers; all with the same chunk size and window.
+        layers: all with the same chunk size.
         head: [B, T, d] -> [B, T, output_dim].
         tokens: spec of one lane and one token: shape () for ids, (input_dim,) for vectors.
         output_dim: width of the outputs.
         max_seq_length: the longest sequence that `forward` takes in one call, None for any.
     """
 
-    config: dict[str, Any]
-    """The arguments that make this model again; a subclass sets them."""
-
     def __init__(
         self,
         embed: nn.Module,
-        layers: list[NSMLayer],
+        layers: Sequence[nn.Module],
         head: nn.Module,
         tokens: TensorSpec,
         output_dim: int,
@@ -57,45 +75,59 @@ class StreamModel(nn.Module):
         self.token_spec = tokens
         self.output_dim = output_dim
         self.max_seq_length = max_seq_length
-        self.chunk_size = layers[0].chunk_size
-        self.carried_rows = layers[0].attention.window - 1
-        self.consolidate_every = layers[0].consolidate_every
+        stack = self._layers()
+        self.chunk_size = stack[0].chunk_size
+        if any(layer.chunk_size != self.chunk_size for layer in stack):
+            raise ConfigError(f"All layers need one chunk size; given {[layer.chunk_size for layer in stack]}.")
+        self.causal = all(layer.causal for layer in stack)
+        self.carried_rows = max(layer.carried_rows for layer in stack)
+        # A stream counts its chunks only as far as its layers need to.
+        self.cycle = lcm(1, *(period for layer in stack for period in layer.periods))
 
     # -- declaration ---------------------------------------------------------------------------------------------
 
-    def spec(self, batch: int = 1, tokens_per_call: int | None = None) -> StepSpec:
-        """The declaration of the exported step.
+    def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
+        """The declaration of the exported entries.
+
+        `step` has an input `valid` where lanes may have different numbers of tokens: with several lanes, several
+        chunks a call, or a model that is not causal. Without it every token counts. A causal model also has
+        `decode`, one token a lane, and `commit`, which the lanes that stand at the end of a chunk need next.
 
         Args:
             batch: lanes.
-            tokens_per_call: K, a multiple of the chunk size (default: one chunk).
+            tokens_per_call: K of `step`, a multiple of the chunk size (default: one chunk).
+            debug_outputs: whether `step` also gives `routing.{layer}` [B, K, R, S1], how each token chose slots.
         """
-        count = self.chunk_size if tokens_per_call is None else tokens_per_call
-        if count < 1 or count % self.chunk_size:
-            raise InputError(
-                f"A call takes a multiple of the model's chunk of {self.chunk_size} tokens; given {count}. "
-                f"Take {max(1, round(count / self.chunk_size)) * self.chunk_size}."
-            )
-        token = self.token_spec
-        tokens = TensorSpec("tokens", (batch, count, *token.shape), token.dtype, 1, token.minimum, token.maximum)
-        valid = TensorSpec("valid", (batch,), "int64", None, 0, count)
-        outputs = TensorSpec("outputs", (batch, count, self.output_dim), "float32", 1)
-        states = [
-            StateSpec(name, (batch,), "int64")
-            for name in (OFFSET, FILLED, *([CHUNK] if self.consolidate_every > 1 else []))
-        ]
+        count = self.checked_count(tokens_per_call)
+        states = [StateSpec(name, (batch,), "int64") for name in self._lane_states()]
+        layered = []
         for index, layer in enumerate(self._layers()):
+            layered.append([state.name.partition(".")[2] for state in layer.state_specs(str(index), batch)])
             states += layer.state_specs(str(index), batch)
-        entry = EntrySpec("step", (tokens, valid), (outputs,))
-        return StepSpec((entry,), tuple(states), self.chunk_size, batch)
+        partial = batch > 1 or count > self.chunk_size or not self.causal
+        entries = []
+        for name, length in (("step", count), ("decode", 1), ("commit", 0)):
+            if name != "step" and not self.causal:
+                continue
+            inputs = [self.tokens_input(batch, length)] if length else []
+            if (name == "step" and partial) or (name == "decode" and batch > 1):
+                inputs.append(TensorSpec("valid", (batch,), "int64", None, 0, length))
+            outputs = [TensorSpec("outputs", (batch, length, self.output_dim), "float32", 1)] if length else []
+            if name == "step" and debug_outputs:
+                outputs += [
+                    TensorSpec(f"routing.{index}", (batch, count, *shape), "float32", 1)
+                    for index, layer in enumerate(self._layers())
+                    if (shape := layer.routing_shape) is not None
+                ]
+            reads, writes = self._touched(name, layered, partial)
+            entries.append(EntrySpec(name, tuple(inputs), tuple(outputs), reads, writes))
+        return StepSpec(tuple(entries), tuple(states), self.chunk_size, batch)
 
     def initial_state(self, batch: int = 1) -> State:
-        """The state of `batch` streams before their first token. Its learned part carries gradients."""
-        device = self._device()
-        names = (OFFSET, FILLED, *([CHUNK] if self.consolidate_every > 1 else []))
-        state: State = {name: torch.zeros(batch, dtype=torch.int64, device=device) for name in names}
+        device = next(self.parameters()).device
+        state: State = {name: torch.zeros(batch, dtype=torch.int64, device=device) for name in self._lane_states()}
         for index, layer in enumerate(self._layers()):
-            state |= {f"{index}.{role}": value for role, value in layer.initial_state(batch).items()}
+            state |= _named(layer.initial_state(batch), index)
         return state
 
     # -- running -------------------------------------------------------------------------------------------------
@@ -116,31 +148,99 @@ class StreamModel(nn.Module):
             InputError: tokens of the wrong shape or dtype, or ids outside the vocabulary.
             StreamError: a lane stands inside a chunk.
         """
+        outputs, state, _ = self.traced_step(tokens, state, valid)
+        return outputs, state
+
+    def traced_step(
+        self, tokens: Tensor, state: State, valid: Tensor | None = None
+    ) -> tuple[Tensor, State, dict[str, Tensor]]:
+        """`step`, and for every layer that routes `routing.{layer}` [B, K, R, S1], how its tokens chose slots."""
         self.check_tokens(tokens)
+        count = tokens.shape[1] // self.chunk_size
         if tokens.shape[1] % self.chunk_size:
             raise InputError(
                 f"step takes a multiple of {self.chunk_size} tokens a lane; given {tokens.shape[1]}. "
                 "Pad the last chunk and say in `valid` how many tokens count."
             )
+        if not torch.compiler.is_compiling():
+            inside = state[OFFSET] != 0
+            if bool((inside if valid is None else inside & (valid > 0)).any()):
+                raise StreamError(
+                    f"step starts at a chunk's beginning, but the lanes stand at offsets {state[OFFSET].tolist()}. "
+                    "Use forward or decode, or start from initial_state()."
+                )
+        clock = self._clock(state)
+        hidden = self._embedded(tokens, valid)
+        result, routings = dict(state), {}
+        for index, layer in enumerate(self._layers()):
+            hidden, part, routing = layer.scan(hidden, _part(state, index), clock, valid)
+            result |= _named(part, index)
+            if routing is not None:
+                routings[f"routing.{index}"] = routing.transpose(2, 3).flatten(1, 2)
         if valid is None:
-            valid = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        if not torch.compiler.is_compiling() and bool(((state[OFFSET] != 0) & (valid > 0)).any()):
-            raise StreamError(
-                f"step starts at a chunk's beginning, but the lanes stand at offsets {state[OFFSET].tolist()}. "
-                "Use forward or advance, or start from initial_state()."
+            chunks: Tensor | int = count
+        else:
+            chunks = valid // self.chunk_size
+            result[OFFSET] = torch.where(valid > 0, valid % self.chunk_size, state[OFFSET])
+        self._advance_clock(result, state, chunks)
+        outputs: Tensor = self.head(hidden)
+        return outputs, result, routings
+
+    def decode(self, tokens: Tensor, state: State, valid: Tensor | None = None) -> tuple[Tensor, State]:
+        """Take one token a lane, [B, 1] ids or [B, 1, input_dim]; `valid` [B] is 0 for a lane that has none.
+
+        Raises:
+            InputError: tokens of the wrong shape or dtype, ids outside the vocabulary, or a model that is not causal.
+            StreamError: the chunk of a lane is full, and waits for `commit`.
+        """
+        self.check_tokens(tokens)
+        if not self.causal or tokens.shape[1] != 1:
+            raise InputError(
+                f"decode takes one token a lane, of a causal model; given {tokens.shape[1]} tokens, "
+                f"causal={self.causal}. Use step."
             )
-        outputs = []
-        for start in range(0, tokens.shape[1], self.chunk_size):
-            now = (valid - start).clamp(0, self.chunk_size)
-            output, state = self.advance(tokens[:, start : start + self.chunk_size], state, now)
-            state = self.commit(state)
-            outputs.append(output)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1), state
+        if not torch.compiler.is_compiling():
+            full = state[OFFSET] >= self.chunk_size
+            if bool((full if valid is None else full & (valid > 0)).any()):
+                raise StreamError(
+                    f"The open chunk has {self.chunk_size} tokens on some lanes (offsets {state[OFFSET].tolist()}). "
+                    "Call commit first."
+                )
+        clock = self._clock(state)
+        hidden = self._embedded(tokens, valid)
+        result = dict(state)
+        for index, layer in enumerate(self._layers()):
+            hidden, part, _ = layer.decode(hidden, _part(state, index), clock, valid)
+            result |= _named(part, index)
+        result[OFFSET] = state[OFFSET] + (1 if valid is None else valid)
+        outputs: Tensor = self.head(hidden)
+        return outputs, result
+
+    def commit(self, state: State) -> State:
+        """End the chunk on the lanes where it is full; the others keep their state as it was."""
+        full = state[OFFSET] == self.chunk_size
+        clock, result = self._clock(state), dict(state)
+        for index, layer in enumerate(self._layers()):
+            result |= _named(layer.commit(_part(state, index), full, clock), index)
+        result[OFFSET] = torch.where(full, 0, state[OFFSET])
+        self._advance_clock(result, state, full.to(torch.int64))
+        return result
+
+    def call(self, entry: str, inputs: dict[str, Tensor], state: State) -> tuple[dict[str, Tensor], State]:
+        if entry == "commit":
+            return {}, self.commit(state)
+        if entry == "decode":
+            outputs, state = self.decode(inputs["tokens"], state, inputs.get("valid"))
+            return {"outputs": outputs}, state
+        if entry != "step":
+            raise InputError(f"There is no entry {entry!r}. Entries: step, decode, commit.")
+        outputs, state, routings = self.traced_step(inputs["tokens"], state, inputs.get("valid"))
+        return {"outputs": outputs, **routings}, state
 
     def forward(
         self, tokens: Tensor, state: State | None = None, return_state: bool = False
     ) -> Tensor | tuple[Tensor, State]:
-        """Run a sequence, chunk by chunk, from `state` or from the beginning of a stream.
+        """Run a sequence from `state`, or from the beginning of a stream.
 
         Args:
             tokens: ids [B, T], or vectors [B, T, input_dim] or [B, input_dim] (a stream of one vector).
@@ -153,7 +253,7 @@ class StreamModel(nn.Module):
 
         Raises:
             InputError: tokens of the wrong shape or dtype, ids outside the vocabulary, or too long a sequence.
-            StreamError: lanes at different offsets.
+            StreamError: lanes at different offsets, or a model that is not causal in the middle of a chunk.
         """
         single = bool(self.token_spec.shape) and tokens.dim() == 1 + len(self.token_spec.shape)
         if single:
@@ -168,85 +268,70 @@ class StreamModel(nn.Module):
         if state is None:
             state = self.initial_state(batch)
         offsets = sorted(set(state[OFFSET].tolist()))
-        if len(offsets) != 1:
-            raise StreamError(f"forward needs all lanes at the same offset in their chunk; they stand at {offsets}.")
-        outputs, start, room = [], 0, self.chunk_size - int(offsets[0])
-        while start < length:
-            run = tokens[:, start : start + room]
-            output, state = self.advance(run, state)
+        if len(offsets) != 1 or (offsets[0] and not self.causal):
+            raise StreamError(
+                "forward needs all lanes at the same offset in their chunk, and at its beginning where the model is "
+                f"not causal; they stand at {offsets}."
+            )
+        outputs, start = [], 0
+        if offsets[0]:
+            # To the end of the open chunk token by token, and from there chunk by chunk.
+            start = min(length, self.chunk_size - int(offsets[0]))
+            for index in range(start):
+                output, state = self.decode(tokens[:, index : index + 1], state)
+                outputs.append(output)
             state = self.commit(state)
-            outputs.append(output)
-            start, room = start + run.shape[1], self.chunk_size
-        result = torch.cat(outputs, 1)
+        if start < length:
+            rest = tokens[:, start:]
+            missing = -rest.shape[1] % self.chunk_size
+            valid = None
+            if missing:
+                padding = rest[:, -1:].expand(-1, missing, *rest.shape[2:])
+                valid = torch.full((batch,), rest.shape[1], device=tokens.device)
+                rest = torch.cat([rest, padding], 1)
+            output, state = self.step(rest, state, valid)
+            outputs.append(output[:, : length - start])
+        result = outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
         result = result[:, 0] if single else result
         return (result, state) if return_state else result
 
-    def advance(self, tokens: Tensor, state: State, valid: Tensor | None = None) -> tuple[Tensor, State]:
-        """Take tokens [B, T] that stay inside each lane's open chunk, without committing it.
+    # -- helpers -------------------------------------------------------------------------------------------------
 
-        `valid` [B] says how many of them count (default: all). Returns outputs [B, T, output_dim] and the state.
-        """
-        if valid is None:
-            valid = torch.full((tokens.shape[0],), tokens.shape[1], device=tokens.device)
-        if not torch.compiler.is_compiling() and bool((state[OFFSET] + valid > self.chunk_size).any()):
-            raise StreamError(
-                f"advance stays inside a chunk of {self.chunk_size} tokens, but the lanes stand at offsets "
-                f"{state[OFFSET].tolist()} and are given {valid.tolist()}. Commit the full chunk first, or use forward."
-            )
-        filled = state[FILLED]
-        hidden = self.embed(tokens)
-        if self.token_spec.shape:
+    def _layers(self) -> list[StreamLayer]:
+        return cast("list[StreamLayer]", list(self.layers))
+
+    def _lane_states(self) -> tuple[str, ...]:
+        return (OFFSET, FILLED, CHUNK) if self.cycle > 1 else (OFFSET, FILLED)
+
+    def _clock(self, state: State) -> Clock:
+        return Clock(state[FILLED], state[OFFSET], state.get(CHUNK))
+
+    def _advance_clock(self, result: State, state: State, chunks: Tensor | int) -> None:
+        result[FILLED] = (state[FILLED] + self.chunk_size * chunks).clamp(max=self.carried_rows)
+        if CHUNK in state:
+            result[CHUNK] = (state[CHUNK] + chunks) % self.cycle
+
+    def _embedded(self, tokens: Tensor, valid: Tensor | None) -> Tensor:
+        hidden: Tensor = self.embed(tokens)
+        if valid is not None and self.token_spec.shape:
             # Padding may hold anything, and 0 * NaN is NaN. Ids have a finite embedding whatever they are.
             counts = torch.arange(tokens.shape[1], device=tokens.device) < valid[:, None]
             hidden = torch.where(counts.unsqueeze(-1), hidden, 0.0)
-        result = dict(state)
-        for index, layer in enumerate(self._layers()):
-            hidden, part = layer.advance(hidden, _part(state, index), filled, valid)
-            result |= _named(part, index)
-        result[OFFSET] = state[OFFSET] + valid
-        result[FILLED] = (filled + valid).clamp(max=self.carried_rows)
-        outputs: Tensor = self.head(hidden)
-        return outputs, result
+        return hidden
 
-    def commit(self, state: State) -> State:
-        """End the chunk on the lanes where it is full; the others keep their state as it was."""
-        full = state[OFFSET] == self.chunk_size
-        result = dict(state)
-        result[OFFSET] = torch.where(full, 0, state[OFFSET])
-        consolidate = None
-        if CHUNK in state:
-            consolidate = state[CHUNK] + 1 == self.consolidate_every
-            result[CHUNK] = torch.where(full, torch.where(consolidate, 0, state[CHUNK] + 1), state[CHUNK])
-        for index, layer in enumerate(self._layers()):
-            result |= _named(layer.commit(_part(state, index), full, consolidate), index)
-        return result
-
-    # -- helpers -------------------------------------------------------------------------------------------------
-
-    def _layers(self) -> list[NSMLayer]:
-        return cast("list[NSMLayer]", list(self.layers))
-
-    def _device(self) -> torch.device:
-        return self._layers()[0].manager.bank.device
-
-    def check_tokens(self, tokens: Tensor) -> None:
-        """Raise `InputError` unless the tokens are [B, T, ...] of this model's kind and in range."""
-        spec = self.token_spec
-        kind = "ids [B, T]" if not spec.shape else f"vectors [B, T, {spec.shape[0]}]"
-        integer = not spec.shape
-        dtypes = (torch.int64, torch.int32) if integer else (self._layers()[0].manager.bank.dtype,)
-        if tokens.dim() != 2 + len(spec.shape) or tuple(tokens.shape[2:]) != spec.shape or 0 in tokens.shape[:2]:
-            raise InputError(f"The model takes {kind}, at least one token; given shape {list(tokens.shape)}.")
-        if tokens.dtype not in dtypes:
-            raise InputError(f"The model takes {kind} of dtype {dtypes[0]}; given {tokens.dtype}.")
-        if integer and not torch.compiler.is_compiling():
-            low, high = int(tokens.min()), int(tokens.max())
-            if (
-                spec.minimum is not None
-                and spec.maximum is not None
-                and not spec.minimum <= low <= high <= spec.maximum
-            ):
-                raise InputError(f"Token ids must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
+    def _touched(self, entry: str, layered: list[list[str]], partial: bool) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Names of the states that an entry reads and writes."""
+        clock = (FILLED, CHUNK) if self.cycle > 1 else (FILLED,)
+        reads, writes = {
+            "step": ([*clock, *([OFFSET] if partial else [])], [*clock, *([OFFSET] if partial else [])]),
+            "decode": ([OFFSET, FILLED], [OFFSET]),
+            "commit": ([OFFSET, *clock], [OFFSET, *clock]),
+        }[entry]
+        for index, (layer, roles) in enumerate(zip(self._layers(), layered, strict=True)):
+            read, written = layer.touched(entry, roles, partial)
+            reads = [*reads, *(f"{index}.{role}" for role in read)]
+            writes = [*writes, *(f"{index}.{role}" for role in written)]
+        return tuple(reads), tuple(writes)
 
 
 def _part(state: State, index: int) -> State:

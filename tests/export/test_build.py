@@ -55,14 +55,6 @@ def keep_only(path: Path, *targets: str) -> None:
     Bundle(path).verify()
 
 
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without an NVIDIA GPU, whatever this one has."""
-    import cuda.bindings.runtime as cuda
-
-    monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cuda.cudaError_t.cudaErrorNoDevice, 0))
-
-
 def perturbed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     """OpenVINO's conversion, with the largest weights a thousandth off."""
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import onnx
@@ -18,25 +19,64 @@ from nsm.runtimes.targets import find_target
 from nsm.trace import Arrays
 
 
+def read(bundle: Path, entry: str) -> ov.Model:
+    """The IR of an entry, read by OpenVINO alone."""
+    folder = bundle / "openvino"
+    return ov.Core().read_model(str(folder / f"{entry}.xml"), str(folder / "weights.bin"))
+
+
 @pytest.fixture(scope="module")
 def network(exported: Path) -> ov.Model:
-    """The IR of the bundle, read by OpenVINO alone."""
-    return ov.Core().read_model(str(exported / "openvino" / "step.xml"))
+    return read(exported, "step")
 
 
 def constants(network: ov.Model) -> list[Any]:
     return [op for op in network.get_ops() if op.get_type_name() == "Constant"]
 
 
-def test_a_stock_core_reads_it_with_the_declared_names_and_shapes(network: ov.Model, bundle: Bundle) -> None:
+def test_a_stock_core_reads_it_with_the_declared_names_and_shapes(exported: Path, bundle: Bundle) -> None:
     spec = bundle.manifest.spec
-    wanted = {item.name: list(item.shape) for item in (*spec.entries[0].inputs, *spec.entries[0].outputs)}
-    wanted |= {state.past: list(state.shape) for state in spec.states}
-    wanted |= {state.present: list(state.shape) for state in spec.states}
-    ports = (*network.inputs, *network.outputs)
-    given = {name: list(port.partial_shape.to_shape()) for port in ports for name in port.get_names()}
-    assert {name: given.get(name) for name in wanted} == wanted
-    assert len(ports) == len(wanted)
+    for entry in spec.entries:
+        network = read(exported, entry.name)
+        wanted = {item.name: list(item.shape) for item in (*entry.inputs, *entry.outputs)}
+        wanted |= {state.past: list(state.shape) for state in spec.states_of(entry.reads)}
+        wanted |= {state.present: list(state.shape) for state in spec.states_of(entry.writes)}
+        ports = (*network.inputs, *network.outputs)
+        given = {name: list(port.partial_shape.to_shape()) for port in ports for name in port.get_names()}
+        assert {name: given.get(name) for name in wanted} == wanted
+        assert len(ports) == len(wanted)
+
+
+def test_weights_are_on_the_disk_once(exported: Path, bundle: Bundle) -> None:
+    folder = exported / "openvino"
+    assert sorted(path.name for path in folder.iterdir()) == ["commit.xml", "decode.xml", "step.xml", "weights.bin"]
+    content = (folder / "weights.bin").read_bytes()
+    places: dict[str, set[tuple[int, int]]] = {}
+    for entry in bundle.manifest.spec.entries:
+        layers = ElementTree.parse(folder / f"{entry.name}.xml").iter("layer")
+        data = [layer.find("data") for layer in layers if layer.get("type") == "Const"]
+        places[entry.name] = {
+            (int(item.attrib["offset"]), int(item.attrib["size"])) for item in data if item is not None
+        }
+        assert places[entry.name], entry.name
+    used = set().union(*places.values())
+    blocks = [content[offset : offset + size] for offset, size in used]
+    assert len(set(blocks)) == len(blocks)
+    assert all(offset % 64 == 0 and offset + size <= len(content) for offset, size in used)
+    assert sum(size for _, size in places["step"] & places["decode"]) > 0.5 * len(content)
+    assert len(content) < 1.5 * 4 * bundle.manifest.model["parameters"]
+
+
+def test_sharing_changes_no_number(exported: Path, bundle: Bundle, tmp_path: Path) -> None:
+    for entry in bundle.manifest.spec.entries:
+        own = tmp_path / f"{entry.name}.xml"
+        ov.save_model(
+            ov.convert_model(str(exported / "graphs" / f"{entry.name}.onnx")), str(own), compress_to_fp16=False
+        )
+        alone, shared = ov.Core().read_model(str(own)), read(exported, entry.name)
+        given = sorted(op.get_data().tobytes() for op in constants(shared))
+        assert given == sorted(op.get_data().tobytes() for op in constants(alone))
+        assert len(given) > 10
 
 
 def test_weights_stay_f32(network: ov.Model, bundle: Bundle) -> None:
@@ -65,26 +105,34 @@ def test_stock_openvino_steps_it_like_the_reference(network: ov.Model, exported:
     graph = onnx.load(str(exported / "graphs" / "step.onnx"), load_external_data=False)
     table = json.loads({item.key: item.value for item in graph.metadata_props}["nsm.states"])
     with np.load(exported / "state_init.npz", allow_pickle=False) as archive:
-        state: Arrays = {entry["past"]: archive[entry["name"]] for entry in table}
+        state: Arrays = {entry["name"]: archive[entry["name"]] for entry in table}
     reference = model.initial_state(2)
     generator = np.random.default_rng(4)
     for _ in range(12):
         tokens = generator.integers(0, 20, (2, model.chunk_size))
-        results = compiled({"tokens": tokens, "valid": np.full(2, model.chunk_size), **state})
+        past = {entry["past"]: state[entry["name"]] for entry in table if entry["past"]}
+        results = compiled({"tokens": tokens, "valid": np.full(2, model.chunk_size), **past})
         wanted, reference = model.step(torch.from_numpy(tokens), reference)
         np.testing.assert_allclose(results["outputs"], wanted.numpy(), rtol=1e-4, atol=1e-5)
-        state = {entry["past"]: np.array(results[entry["present"]]) for entry in table}
+        state |= {entry["name"]: np.array(results[entry["present"]]) for entry in table if entry["present"]}
+    for name, value in reference.items():
+        np.testing.assert_allclose(state[name], value.numpy(), rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_its_files_are_recorded(bundle: Bundle) -> None:
     artifact = bundle.artifact("openvino")
-    assert [record.path for record in artifact.files] == ["openvino/step.xml", "openvino/step.bin"]
+    assert [record.path for record in artifact.files] == [
+        "openvino/step.xml",
+        "openvino/decode.xml",
+        "openvino/commit.xml",
+        "openvino/weights.bin",
+    ]
     assert (artifact.device, artifact.precision, artifact.effective_precision) == ("cpu", "fp32", "fp32")
     assert artifact.parity["status"] == "passed"
 
 
 def test_no_path_of_this_machine_is_in_the_ir(exported: Path) -> None:
-    content = (exported / "openvino" / "step.xml").read_bytes()
+    content = b"".join(path.read_bytes() for path in (exported / "openvino").glob("*.xml"))
     for trace in ("site-packages", str(Path.cwd()), str(exported), ".partial"):
         assert trace.encode() not in content, trace
 

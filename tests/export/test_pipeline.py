@@ -27,6 +27,7 @@ from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
+from tests.export.helpers import scale_weights
 
 Change = Callable[[Path], None]
 
@@ -45,23 +46,14 @@ def ready_graph(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ch
     that changes the folder of graphs to get a wrong one."""
 
     def with_change(change: Change) -> None:
-        def copied(_model: SimpleNSM, _spec: object, directory: Path, _opset: int) -> Path:
+        def copied(_model: SimpleNSM, _spec: object, directory: Path, _opset: int) -> None:
             shutil.copytree(exported / "graphs", directory, dirs_exist_ok=True)
             change(directory)
-            return directory / "step.onnx"
 
         monkeypatch.setattr(pipeline, "export_onnx", copied)
 
     with_change(lambda _directory: None)
     return with_change
-
-
-@pytest.fixture
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine without an NVIDIA GPU, whatever this one has."""
-    import cuda.bindings.runtime as cuda
-
-    monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cuda.cudaError_t.cudaErrorNoDevice, 0))
 
 
 def short(output: Path, *targets: str, **changes: Any) -> ExportOptions:
@@ -72,8 +64,7 @@ def short(output: Path, *targets: str, **changes: Any) -> ExportOptions:
 
 def perturb(directory: Path) -> None:
     """A thousandth on every weight."""
-    weights = np.fromfile(directory / "weights.bin", np.float32)
-    (weights * np.float32(1.001)).tofile(directory / "weights.bin")
+    scale_weights(directory / "weights.bin", 1.001)
 
 
 def ruin(directory: Path) -> None:
@@ -95,6 +86,7 @@ def test_one_bundle_holds_several_targets(exported: Path, bundle: Bundle, checkp
         assert parity["status"] == "passed"
         assert (parity["source"], parity["streams"], parity["steps"]) == ("recorded", 8, 64)
         assert 0 < parity["free_run"]["p99"] < 1e-5
+        assert 0 < parity["split"]["p99"] < 1e-5
     bundle.verify()
     assert set(names(exported)) == {
         "manifest.json",
@@ -324,9 +316,7 @@ def test_one_wrong_target_fails_the_bundle(
     def build_spoilt(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
         artifact = build_target(directory, spec, target, device)
         if target.name == "openvino":
-            weights = np.fromfile(directory / "openvino" / "step.bin", np.uint8)
-            weights[-4001:-1] = weights[-4000:]
-            weights.tofile(directory / "openvino" / "step.bin")
+            scale_weights(directory / "openvino" / "weights.bin", 1.001)
         return artifact
 
     monkeypatch.setattr(pipeline, "build_target", build_spoilt)

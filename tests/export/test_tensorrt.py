@@ -19,6 +19,14 @@ from nsm.export.build import Request, build_target
 from nsm.runtimes.targets import find_target
 from nsm.spec import StepSpec
 
+FILES = (
+    "tensorrt/step.engine",
+    "tensorrt/decode.engine",
+    "tensorrt/commit.engine",
+    "tensorrt/build.log",
+    "tensorrt/layers.json",
+)
+
 
 @pytest.fixture
 def trt() -> Any:
@@ -54,14 +62,16 @@ def test_an_engine_is_built_with_its_log_and_layers(
 ) -> None:
     built = tensorrt.build(request_for(stage, bundle.manifest.spec, device))
     assert built.device == wanted
-    assert built.files == ("tensorrt/step.engine", "tensorrt/build.log", "tensorrt/layers.json")
-    assert sorted(path.name for path in (stage / "tensorrt").iterdir()) == ["build.log", "layers.json", "step.engine"]
+    assert built.files == FILES
+    assert sorted(f"tensorrt/{path.name}" for path in (stage / "tensorrt").iterdir()) == sorted(FILES)
     engine = (stage / "tensorrt" / "step.engine").read_bytes()
     assert len(engine) > 100_000
     layers = json.loads((stage / "tensorrt" / "layers.json").read_text())
+    assert list(layers) == ["step", "decode", "commit"]
     assert len(layers["step"]) > 100
     assert any("MATRIX_MULTIPLY" in line for line in layers["step"])
-    assert "step.onnx" in (stage / "tensorrt" / "build.log").read_text()
+    log = (stage / "tensorrt" / "build.log").read_text()
+    assert all(f"{entry}.onnx" in log for entry in layers)
     assert any(f"for {wanted}" in note for note in built.notes)
     assert list(stage.parent.iterdir()) == [stage], "nothing is left beside the bundle"
 
@@ -69,11 +79,7 @@ def test_an_engine_is_built_with_its_log_and_layers(
 def test_the_engine_in_the_bundle_is_pristine_and_says_for_what_it_is(bundle: Bundle, trt: Any) -> None:
     artifact = bundle.artifact("tensorrt")
     assert artifact.device == "portable"
-    assert {record.path for record in artifact.files} == {
-        "tensorrt/step.engine",
-        "tensorrt/build.log",
-        "tensorrt/layers.json",
-    }
+    assert {record.path for record in artifact.files} == set(FILES)
     assert artifact.parity["status"] == "passed" or artifact.parity["reason"]
     assert any(trt.__version__ in note for note in artifact.notes)
 
@@ -163,7 +169,7 @@ def test_a_device_that_cannot_compute_the_graph_keeps_the_log_with_the_layers(st
 
 
 def _other_shape(spec: StepSpec) -> StepSpec:
-    states = [replace(s, shape=(2, 7, 32)) if s.name == "1.bank" else s for s in spec.states]
+    states = [replace(s, shape=(2, 7)) if s.name == "1.mask" else s for s in spec.states]
     return replace(spec, states=tuple(states))
 
 
@@ -172,17 +178,22 @@ def _other_dtype(spec: StepSpec) -> StepSpec:
 
 
 def _one_more(spec: StepSpec) -> StepSpec:
-    return replace(spec, states=(*spec.states, replace(spec.states[0], name="2.bank", past="p", present="q")))
+    more = replace(spec.states[0], name="2.bank", past="p", present="q")
+    step, *others = spec.entries
+    step = replace(step, reads=(*step.reads, "2.bank"))
+    return replace(spec, states=(*spec.states, more), entries=(step, *others))
 
 
 def _one_less(spec: StepSpec) -> StepSpec:
-    return replace(spec, states=spec.states[:-1])
+    step, *others = spec.entries
+    step = replace(step, reads=tuple(name for name in step.reads if name != "1.tail"))
+    return replace(spec, entries=(step, *others))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_other_shape, r"reads past_state\.1\.bank as \(\(2, 6, 32\), 'float32'\); declared is \(\(2, 7, 32\)"),
+        (_other_shape, r"reads past_state\.1\.mask as \(\(2, 6\), 'bool'\); declared is \(\(2, 7\)"),
         (_other_dtype, r"reads past_state\.0\.mask as \(\(2, 6\), 'bool'\); declared is \(\(2, 6\), 'int64'\)"),
         (_one_more, r"reads p as absent; declared is"),
         (_one_less, r"reads past_state\.1\.tail as .*; declared is absent"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ def run_python(code: str) -> subprocess.CompletedProcess[str]:
 def test_state_propagator() -> None:
     from nsm import StatePropagator
 
-    for gate_type in ("gru", "lstm"):
+    for gate_type in ("gru", "lstm", "mingru"):
         propagator = StatePropagator(state_dim=128, gate_type=gate_type, enable_communication=True)
         prev, new = torch.randn(4, 128), torch.randn(4, 128)
         assert propagator(prev, new).shape == (4, 128)
@@ -57,8 +58,8 @@ def test_nsm_layer() -> None:
     assert states.shape == (2, 16, 128)
 
 
-@pytest.mark.parametrize("state_dim", [32, 64, 100, 127, 256])
-def test_nsm_layer_takes_any_state_dim(state_dim: int) -> None:
+@pytest.mark.parametrize("state_dim", [32, 64, 100, 126, 256])
+def test_nsm_layer_takes_any_even_state_dim(state_dim: int) -> None:
     from nsm import NSMLayer
 
     output, states = NSMLayer(state_dim=state_dim, token_dim=64, num_heads=8, num_states=16)(torch.randn(2, 20, 64))
@@ -86,7 +87,7 @@ def test_state_manager() -> None:
 def test_token_to_state_router() -> None:
     from nsm import TokenToStateRouter
 
-    for token_dim, state_dim in ((64, 128), (64, 64), (30, 77)):
+    for token_dim, state_dim in ((64, 128), (64, 64), (30, 78)):
         router = TokenToStateRouter(token_dim, state_dim, 16, num_heads=4)
         tokens, states = torch.randn(2, 40, token_dim), torch.randn(2, 16, state_dim)
         routed, weights = router(tokens, states)
@@ -137,6 +138,45 @@ def test_simple_nsm_goes_on_where_it_stopped() -> None:
     second, state = model(ids[:, 7:], state, return_state=True)
     torch.testing.assert_close(torch.cat([first, second], 1), model(ids), rtol=1e-5, atol=1e-5)
     assert isinstance(model(ids, state=state), torch.Tensor)
+
+
+def test_adaptive_nsm() -> None:
+    from nsm.models import AdaptiveNSM
+
+    model = AdaptiveNSM(input_dim=768, state_dim=256, max_states=64, initial_states=16, prune_threshold=0.1)
+    x = torch.randn(2, 20, 768)
+    assert model(x).shape == (2, 20, 768)
+    assert model.state_manager.num_active_states == 16
+    assert model.state_manager.memory_usage == pytest.approx(16 * 256 * 4 / 1e6)
+
+
+def test_hybrid_model() -> None:
+    from nsm.models import HybridModel
+
+    model = HybridModel(
+        vocab_size=10000, d_model=512, num_states=64, num_attention_layers=2, num_nsm_layers=4, num_heads=8
+    )
+    assert model(torch.randint(0, 10000, (1, 20))).shape == (1, 20, 10000)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"routing": "topk", "top_k": 4},
+        {"routing": "sparsemax"},
+        {"hierarchy": (4,)},
+        {"memory_rows": 32},
+        {"communication": True},
+        {"communication": False},
+    ],
+    ids=str,
+)
+def test_the_options_that_are_named(options: dict[str, Any]) -> None:
+    """Sparse routing, hierarchical states, memory augmentation, state-to-state communication on and off."""
+    from nsm.models import SimpleNSM
+
+    model = SimpleNSM(vocab_size=100, d_model=16, num_states=8, num_heads=2, **options)
+    assert model(torch.randint(0, 100, (2, 70))).shape == (2, 70, 100)
 
 
 # -- the names ---------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.testing import assert_close
 
-from nsm.mixing import LocalMixing, last_rows
+from nsm.mixing import LocalMixing
 
 
 def make_mixing(width: int = 4, dim: int = 5) -> LocalMixing:
@@ -85,8 +85,16 @@ def test_no_token_sees_a_later_one() -> None:
 
 
 @pytest.mark.parametrize("valid", range(6))
-def test_last_rows_end_with_the_last_valid_one(valid: int) -> None:
+def test_the_tail_ends_with_the_last_valid_input(valid: int) -> None:
     carried, new = torch.tensor([[-3.0], [-2.0], [-1.0]]), torch.tensor([[1.0], [2.0], [3.0], [4.0], [5.0]])
-    rows = last_rows(torch.cat([carried, new]).unsqueeze(0), torch.tensor([valid]), 3)
+    _, tail = LocalMixing(1)(new.unsqueeze(0), carried.unsqueeze(0), torch.tensor([valid]))
     expected = [-3.0, -2.0, -1.0, 1.0, 2.0, 3.0, 4.0, 5.0][: 3 + valid][-3:]
-    assert rows.flatten().tolist() == expected
+    assert tail.flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("length", [1, 2, 9])
+def test_without_valid_every_token_counts(length: int) -> None:
+    mixing = make_mixing()
+    tokens, tail = torch.randn(2, length, 5).double(), torch.randn(2, 3, 5).double()
+    for default, explicit in zip(mixing(tokens, tail), mixing(tokens, tail, torch.full((2,), length)), strict=True):
+        assert torch.equal(default, explicit)

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 from nsm.errors import ConfigError
 from nsm.propagator import GateType, StatePropagator
 
-GATES: list[GateType] = ["gru", "lstm"]
+GATES: list[GateType] = ["gru", "lstm", "mingru"]
 
 
 def make_propagator(gate_type: GateType = "gru", stirred: bool = True, **changes: Any) -> StatePropagator:
@@ -40,7 +40,7 @@ def random_states(*shape: int) -> tuple[Tensor, Tensor, Tensor]:
 def one_transition(propagator: StatePropagator, prev: Tensor, new: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     """The formulas for a single state [D], block by block and gate by gate."""
     next_state, next_cell = torch.empty_like(prev), torch.empty_like(prev)
-    blocks = propagator.from_new.num_blocks
+    blocks = propagator.num_blocks
     width = propagator.state_dim // blocks
     for block in range(blocks):
         here = slice(block * width, (block + 1) * width)
@@ -58,6 +58,9 @@ def one_transition(propagator: StatePropagator, prev: Tensor, new: Tensor, cell:
             r, z = torch.sigmoid(both(1)), torch.sigmoid(both(2))
             candidate = torch.tanh(project(propagator.from_new, new, 0) + r * project(propagator.from_prev, prev, 0))
             next_state[here] = (1 - z) * prev[here] + z * candidate
+        elif propagator.gate_type == "mingru":
+            z = torch.sigmoid(project(propagator.update, new, 0))
+            next_state[here] = (1 - z) * prev[here] + z * project(propagator.candidate, new, 0)
         else:
             i, f, o = torch.sigmoid(both(1)), torch.sigmoid(both(2) + 3), torch.sigmoid(both(3))
             next_cell[here] = f * cell[here] + i * torch.tanh(both(0))
@@ -90,7 +93,7 @@ def test_gates_are_their_formulas_state_by_state(gate_type: GateType, shape: tup
     prev, new, cell = random_states(*shape)
     rows = [x.reshape(-1, 12) for x in (prev, new, cell)]
     pairs = [one_transition(propagator, *row) for row in zip(*rows, strict=True)]
-    if gate_type == "gru":
+    if gate_type != "lstm":
         state = propagator(prev, new)
     else:
         state, next_cell = propagator(prev, new, cell)
@@ -122,9 +125,9 @@ def test_a_single_state_is_a_bank_of_one_slot(gate_type: GateType) -> None:
 def test_a_block_diagonal_gate_is_the_dense_gate_with_that_matrix(gate_type: GateType) -> None:
     blocks = make_propagator(gate_type, num_blocks=3)
     dense = make_propagator(gate_type)
-    gates, width = (3 if gate_type == "gru" else 4), 4
+    gates, width = {"gru": 3, "lstm": 4, "mingru": 1}[gate_type], 4
     with torch.no_grad():
-        for name in ("from_new", "from_prev"):
+        for name in ("candidate", "update") if gate_type == "mingru" else ("from_new", "from_prev"):
             small, large = getattr(blocks, name), getattr(dense, name)
             large.weight.zero_()
             for block in range(3):
@@ -214,7 +217,7 @@ def test_only_communication_needs_heads_that_divide_the_state() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"gate_type": "rnn"}, "gate_type must be one of gru, lstm; given 'rnn'"),
+        ({"gate_type": "rnn"}, "gate_type must be one of gru, lstm, mingru; given 'rnn'"),
         ({"num_blocks": 5}, "num_blocks must divide state_dim=12; given 5"),
         ({"num_blocks": 0}, "num_blocks must divide state_dim=12; given 0"),
         ({"num_heads": 0, "enable_communication": True}, "num_heads must divide state_dim=12; given 0"),
@@ -235,10 +238,20 @@ def test_states_of_the_wrong_shape_are_refused(prev: tuple[int, ...], new: tuple
         make_propagator()(torch.zeros(prev).double(), torch.zeros(new).double())
 
 
-def test_a_cell_for_a_gru_is_refused() -> None:
+@pytest.mark.parametrize("gate_type", ["gru", "mingru"])
+def test_a_cell_for_a_gate_that_has_none_is_refused(gate_type: GateType) -> None:
     prev, new, cell = random_states(2, 12)
-    with pytest.raises(ConfigError, match="A GRU has no cell"):
-        make_propagator()(prev, new, cell)
+    with pytest.raises(ConfigError, match=f"A {gate_type} has no cell"):
+        make_propagator(gate_type)(prev, new, cell)
+
+
+def test_a_mingru_is_linear_in_prev_and_has_a_fraction_of_the_weights() -> None:
+    """Its gate looks at `new` alone, so a bank is handed on by a map that is the same whatever the bank holds."""
+    light, heavy = make_propagator("mingru"), make_propagator("gru")
+    prev, new, other = random_states(2, 5, 12)
+    middle = light(0.25 * prev + 0.75 * other, new)
+    assert_close(middle, 0.25 * light(prev, new) + 0.75 * light(other, new), rtol=1e-10, atol=1e-12)
+    assert 3 * sum(p.numel() for p in light.parameters()) == sum(p.numel() for p in heavy.parameters())
 
 
 @pytest.mark.parametrize("shape", [(1, 12), (2, 1, 12), (5, 12), (2, 5, 11)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -12,23 +13,38 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from nsm.errors import ConfigError
+from nsm.layout import to_bank, to_states
 from nsm.router import MAX_WRITE, TokenToStateRouter
 
 # state_dim, num_heads asked for, heads used: the largest divisor of num_heads that splits both halves evenly
-HEADS = [(8, 1, 1), (8, 2, 2), (8, 4, 4), (12, 4, 2), (10, 4, 1), (24, 6, 6), (7, 4, 1), (2, 4, 1), (3, 1, 1)]
+HEADS = [(8, 1, 1), (8, 2, 2), (8, 4, 4), (12, 4, 2), (10, 4, 1), (24, 6, 6), (2, 4, 1)]
+ROUTINGS: list[dict[str, Any]] = [
+    {},
+    {"routing": "sparsemax"},
+    {"routing": "entmax"},
+    {"routing": "topk", "top_k": 2},
+]
 
 
-def make_router(
-    token_dim: int = 5, state_dim: int = 8, num_states: int = 6, num_heads: int = 2, seed: int = 0
-) -> TokenToStateRouter:
+def make_router(seed: int = 0, **changes: Any) -> TokenToStateRouter:
     torch.manual_seed(seed)
-    return TokenToStateRouter(token_dim, state_dim, num_states, num_heads)
+    return TokenToStateRouter(**{"token_dim": 5, "state_dim": 8, "num_states": 6, "num_heads": 2, **changes})
+
+
+def route(router: TokenToStateRouter, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights [B, R, T, S] and token gates [B, R, T, 1]."""
+    scores, gate = router.scores(tokens)
+    return router.weights(scores, mask), gate
+
+
+def write(router: TokenToStateRouter, bank: Tensor, weights: Tensor, values: Tensor) -> Tensor:
+    """A run at once: bank [B, S, D], weights [B, R, T, S], values [B, T, D]."""
+    keep, update = router.transition(weights, to_bank(values, router.num_heads))
+    return to_states(keep * to_bank(bank, router.num_heads) + update)
 
 
 def owner_of_each_number(router: TokenToStateRouter) -> Tensor:
     """[D]: the routing head that writes this number of a slot."""
-    if router.num_heads == 1:
-        return torch.zeros(router.state_dim, dtype=torch.int64)
     half = router.state_dim // 2
     return torch.tensor([(number % half) // (half // router.num_heads) for number in range(router.state_dim)])
 
@@ -73,7 +89,7 @@ def test_write_is_the_tokens_one_after_the_other(
     router = make_router(state_dim=state_dim, num_heads=asked)
     bank, weights, values = random_write(router, length, dtype)
     expected = write_one_by_one(router, bank, weights, values)
-    assert_close(router.write(bank, weights, values), expected, rtol=tolerance, atol=tolerance)
+    assert_close(write(router, bank, weights, values), expected, rtol=tolerance, atol=tolerance)
 
 
 @settings(max_examples=30, deadline=None)
@@ -84,8 +100,8 @@ def test_any_split_of_a_run_writes_the_same_bank(length: int, cuts: list[int], s
     places = sorted({0, length, *(cut for cut in cuts if cut < length)})
     pieces = bank
     for start, end in pairwise(places):
-        pieces = router.write(pieces, weights[:, :, start:end], values[:, start:end])
-    assert_close(pieces, router.write(bank, weights, values), rtol=1e-12, atol=1e-12)
+        pieces = write(router, pieces, weights[:, :, start:end], values[:, start:end])
+    assert_close(pieces, write(router, bank, weights, values), rtol=1e-12, atol=1e-12)
 
 
 @settings(max_examples=30, deadline=None)
@@ -96,7 +112,7 @@ def test_write_is_non_expansive(length: int, seed: int) -> None:
     bank, weights, values = random_write(router, length, torch.float64, seed)
     other = bank + torch.randn(bank.shape, generator=torch.Generator().manual_seed(seed), dtype=bank.dtype)
     before = (bank - other).abs()
-    after = (router.write(bank, weights, values) - router.write(other, weights, values)).abs()
+    after = (write(router, bank, weights, values) - write(router, other, weights, values)).abs()
     assert bool((after <= before + 1e-12).all())
     kept = (1 - weights).prod(2)[:, owner_of_each_number(router)].transpose(1, 2)
     assert_close(after, before * kept, rtol=1e-9, atol=1e-12)
@@ -105,45 +121,80 @@ def test_write_is_non_expansive(length: int, seed: int) -> None:
 def test_a_weight_of_zero_leaves_the_bank_bit_for_bit() -> None:
     router = make_router()
     bank, weights, values = random_write(router, 5, torch.float32)
-    assert torch.equal(router.write(bank, torch.zeros_like(weights), values), bank)
+    assert torch.equal(write(router, bank, torch.zeros_like(weights), values), bank)
 
 
 def test_a_long_run_of_the_strongest_writes_stays_finite_and_ends_at_the_last_value() -> None:
     router = make_router(num_heads=1)
     bank, weights, values = random_write(router, 300, torch.float32)
-    written = router.write(bank, torch.full_like(weights, MAX_WRITE), values)
+    written = write(router, bank, torch.full_like(weights, MAX_WRITE), values)
     expected = values[:, -1:] + (1 - MAX_WRITE) * (values[:, -2:-1] - values[:, -1:])
     # What the third last token left is (1 - w)^2 = 2^-20 of a value, under the tolerance.
     assert_close(written, expected.expand_as(written), rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+@settings(max_examples=20, deadline=None)
 @given(
     masks=st.lists(st.lists(st.booleans(), min_size=6, max_size=6).filter(any), min_size=2, max_size=2),
     scale=st.sampled_from([0.0, 1.0, 30.0]),
     seed=st.integers(0, 2**16),
 )
-def test_a_routing_is_a_distribution_over_the_active_slots(masks: list[list[bool]], scale: float, seed: int) -> None:
-    router = make_router(seed=seed)
+def test_a_routing_is_a_distribution_over_the_active_slots(
+    routing: dict[str, Any], masks: list[list[bool]], scale: float, seed: int
+) -> None:
+    router = make_router(seed=seed, **routing)
     mask = torch.tensor(masks)
     tokens = scale * torch.randn(2, 7, 5, generator=torch.Generator().manual_seed(seed))
     with torch.no_grad():
-        weights, gate = router.route(tokens, mask)
+        weights, gate = route(router, tokens, mask)
     assert weights.shape == (2, 2, 7, 6)
     assert gate.shape == (2, 2, 7, 1)
     assert bool((weights >= 0).all())
-    assert_close(weights.sum(-1), torch.ones(2, 2, 7))
+    assert_close(weights.sum(-1), torch.ones(2, 2, 7), rtol=1e-5, atol=1e-5)
+    # Strong enough for any write: log(1 - w) stays finite.
+    assert bool((weights * gate < 1).all())
     assert bool((weights.movedim(-1, 1)[~mask] == 0.0).all())
     assert bool((gate >= 0).all())
     assert bool((gate <= MAX_WRITE).all())
 
 
-def test_the_only_active_slot_gets_everything() -> None:
-    router = make_router()
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+def test_the_only_active_slot_gets_everything(routing: dict[str, Any]) -> None:
+    router = make_router(**routing)
     mask = torch.zeros(1, 6, dtype=torch.bool)
     mask[0, 3] = True
-    weights, _ = router.route(torch.randn(1, 4, 5), mask)
+    weights, _ = route(router, torch.randn(1, 4, 5), mask)
     assert torch.equal(weights, mask.float().expand(1, 2, 4, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("top_k", [1, 2, 4, 6])
+def test_top_k_is_softmax_over_the_best_active_slots(top_k: int) -> None:
+    router = make_router(routing="topk", top_k=top_k)
+    mask = torch.tensor([[True, False, True, True, False, True], [False, True, True, True, True, True]])
+    scores, _ = router.scores(torch.randn(2, 7, 5))
+    weights = router.weights(scores, mask)
+    for lane in range(2):
+        active = [slot for slot in range(6) if bool(mask[lane, slot])]
+        for head in range(2):
+            for token in range(7):
+                row = scores[lane, head, token]
+                best = sorted(active, key=[-float(score) for score in row].__getitem__)[:top_k]
+                expected = torch.zeros(6)
+                expected[best] = row[best].softmax(0)
+                assert_close(weights[lane, head, token], expected)
+
+
+def test_scores_and_gates_are_linear_maps_of_the_token() -> None:
+    router = make_router().double()
+    tokens = torch.randn(2, 3, 5).double()
+    scores, gate = router.scores(tokens)
+    for head in range(2):
+        for slot in range(6):
+            assert_close(scores[:, head, :, slot], tokens @ router.score.weight[head * 6 + slot])
+        strength = torch.sigmoid(tokens @ router.gate.weight[head] + router.gate.bias[head])
+        assert_close(gate[:, head, :, 0], MAX_WRITE * strength)
 
 
 def test_the_token_gate_never_reaches_one() -> None:
@@ -151,7 +202,7 @@ def test_the_token_gate_never_reaches_one() -> None:
     router = make_router()
     with torch.no_grad():
         router.gate.bias.fill_(1e9)
-        _, gate = router.route(torch.randn(1, 4, 5), torch.ones(1, 6, dtype=torch.bool))
+        _, gate = route(router, torch.randn(1, 4, 5), torch.ones(1, 6, dtype=torch.bool))
     assert torch.equal(gate, torch.full_like(gate, 1 - 2.0**-10))
 
 
@@ -160,7 +211,7 @@ def test_forward_writes_the_gated_routing_and_returns_the_mean_over_heads() -> N
     tokens, bank = torch.randn(2, 7, 5).double(), torch.randn(2, 6, 8).double()
     mask = torch.tensor([[True, False, True, True, False, True], [True] * 6])
     routed, shown = router(tokens, bank, mask)
-    weights, gate = router.route(tokens, mask)
+    weights, gate = route(router, tokens, mask)
     expected = write_one_by_one(router, bank, weights * gate, router.value(tokens))
     assert_close(routed, expected, rtol=1e-10, atol=1e-12)
     assert_close(shown, (weights[:, 0] + weights[:, 1]) / 2)
@@ -195,8 +246,37 @@ def test_masked_slots_are_neither_written_nor_felt() -> None:
         ({"state_dim": 1}, "state_dim=1"),
         ({"num_states": 0}, "num_states=0"),
         ({"num_heads": 0}, "num_heads=0"),
+        ({"state_dim": 7}, "state_dim=7"),
     ],
 )
 def test_sizes_that_make_no_router_are_refused(sizes: dict[str, int], shown: str) -> None:
     with pytest.raises(ConfigError, match=f"A router needs .* given .*{shown}"):
         make_router(**sizes)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"routing": "hard"}, "routing must be one of softmax, topk, sparsemax, entmax; given 'hard'"),
+        ({"routing": "topk"}, "routing='topk' goes with top_k in 1 .. num_states=6.*routing='topk', top_k=None"),
+        ({"routing": "topk", "top_k": 0}, "top_k=0"),
+        ({"routing": "topk", "top_k": 7}, "top_k=7"),
+        ({"top_k": 2}, "and only it; given routing='softmax', top_k=2"),
+        ({"routing": "entmax", "top_k": 2}, "given routing='entmax', top_k=2"),
+    ],
+)
+def test_routings_that_there_are_not_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        make_router(**arguments)
+
+
+@pytest.mark.parametrize("routing", ROUTINGS, ids=str)
+def test_gradients_are_finite_with_masked_slots(routing: dict[str, Any]) -> None:
+    router = make_router(**routing)
+    mask = torch.tensor([[True, False, True, True, False, True], [False, False, True, False, False, False]])
+    routed, _ = router(torch.randn(2, 7, 5), torch.randn(2, 6, 8), mask)
+    torch.autograd.backward(routed.square().sum())
+    for name, parameter in router.named_parameters():
+        assert parameter.grad is not None, name
+        assert bool(torch.isfinite(parameter.grad).all()), name
+        assert float(parameter.grad.abs().max()) > 0, name

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
 
-from nsm.errors import BundleError
+from nsm.errors import BundleError, ConfigError, InputError
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 
 
@@ -17,8 +18,11 @@ def make_spec() -> StepSpec:
                 "step",
                 (TensorSpec("tokens", (2, 8), "int64", 1, 0, 19), TensorSpec("valid", (2,), "int64", None, 0, 8)),
                 (TensorSpec("outputs", (2, 8, 5), "float32", 1),),
+                reads=("lane.offset", "0.bank", "0.mask"),
+                writes=("lane.offset", "0.bank"),
             ),
-            EntrySpec("decode", (TensorSpec("tokens", (2, 1), "int64", 1, 0, 19),), ()),
+            EntrySpec("decode", (TensorSpec("tokens", (2, 1), "int64", 1, 0, 19),), (), ("0.key",), ("0.key",)),
+            EntrySpec("commit", (), (), ("0.bank",), ("0.bank", "10.cell")),
         ),
         states=(
             StateSpec("lane.offset", (2,), "int64"),
@@ -51,7 +55,7 @@ def test_states_have_the_names_that_other_tools_know() -> None:
 
 
 def test_sorted_inputs_pair_with_sorted_outputs() -> None:
-    roles = ("bank", "pending", "mask", "importance", "written", "key", "value", "tail", "cell")
+    roles = ("bank", "mask", "importance", "open_write", "key", "value", "open_key", "open_value", "tail", "cell")
     states = [StateSpec(f"{layer}.{role}", (1,), "float32") for layer in range(12) for role in roles]
     states += [StateSpec("lane.offset", (1,), "int64"), StateSpec("lane.filled", (1,), "int64")]
     pairs = {state.past: state.present for state in states}
@@ -68,7 +72,9 @@ def test_sizes_in_bytes() -> None:
 def test_dtypes_are_those_of_numpy() -> None:
     spec = make_spec()
     assert [state.numpy_dtype for state in spec.states[:4]] == [np.int64, np.float32, np.bool_, np.float16]
-    assert spec.entry("step").input("tokens").numpy_dtype == np.int64
+    tokens = spec.entry("step").input("tokens")
+    assert tokens is not None
+    assert tokens.numpy_dtype == np.int64
 
 
 def test_the_index_of_a_lane_is_on_its_axis() -> None:
@@ -82,7 +88,47 @@ def test_parts_are_found_by_name() -> None:
     spec = make_spec()
     assert spec.state_names == ("lane.offset", "0.bank", "0.mask", "0.key", "0.value", "10.cell")
     assert spec.entry("decode").name == "decode"
-    assert spec.entry("step").input("valid").maximum == 8
+    valid = spec.entry("step").input("valid")
+    assert valid is not None
+    assert valid.maximum == 8
+    assert spec.entry("decode").input("valid") is None
+    assert (spec.has("commit"), spec.has("advance")) == (True, False)
+    names = [state.name for state in spec.states_of(("0.mask", "lane.offset"))]
+    assert names == ["lane.offset", "0.mask"]
+
+
+def test_an_entry_that_there_is_not_is_named_beside_those_there_are() -> None:
+    with pytest.raises(InputError, match=r"There is no entry 'advance'\. Entries: step, decode, commit\."):
+        make_spec().entry("advance")
+
+
+def test_an_entry_without_inputs_needs_a_state() -> None:
+    with pytest.raises(ConfigError, match="The entry commit has no inputs"):
+        EntrySpec("commit", (), (), (), ("0.bank",))
+
+
+@pytest.mark.parametrize("which", ["reads", "writes"])
+def test_an_entry_names_states_that_there_are(which: str) -> None:
+    spec = make_spec()
+    names = ("0.bank", "0.pending", "0.advance")
+    entry = spec.entries[0]
+    entry = replace(entry, reads=names) if which == "reads" else replace(entry, writes=names)
+    with pytest.raises(
+        ConfigError, match=r"The entry step names states that there are not: \['0.advance', '0.pending'\]"
+    ):
+        replace(spec, entries=(entry,))
+
+
+def test_a_state_that_is_appended_to_gives_its_new_rows_alone() -> None:
+    ring = StateSpec("0.key", (2, 4, 64, 8), "float32", append_axis=2)
+    assert ring.present_shape(1) == (2, 4, 1, 8)
+    assert ring.present_shape(16) == (2, 4, 16, 8)
+    whole = replace(ring, append_axis=None)
+    assert whole.present_shape(16) == (2, 4, 64, 8)
+    assert ring.nbytes == whole.nbytes
+    for axis in (-1, 4):
+        with pytest.raises(ConfigError, match=rf"0.key of shape \[2, 4, 64, 8\] has no axis {axis} to append on"):
+            replace(ring, append_axis=axis)
 
 
 def _change(data: Any, path: tuple[str | int, ...], value: object) -> None:
@@ -106,7 +152,12 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "entry without a name": (("entries", 0, "name"), KeyError),
     "entry name a number": (("entries", 0, "name"), 3),
     "inputs null": (("entries", 0, "inputs"), None),
-    "inputs empty": (("entries", 0, "inputs"), []),
+    "neither inputs nor reads": (("entries", 2, "reads"), []),
+    "entry without reads": (("entries", 0, "reads"), KeyError),
+    "reads a word": (("entries", 0, "reads"), "0.bank"),
+    "reads a state that is not there": (("entries", 0, "reads"), ["0.pending"]),
+    "writes a state that is not there": (("entries", 0, "writes"), ["0.pending"]),
+    "state appended outside": (("states", 0, "append_axis"), 1),
     "input name null": ((*INPUT, "name"), None),
     "input without a dtype": ((*INPUT, "dtype"), KeyError),
     "input dtype unknown": ((*INPUT, "dtype"), "float31"),

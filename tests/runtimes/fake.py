@@ -2,22 +2,27 @@
 
     bank_s <- leak_s * bank_s + gain_s * x   on active slots;   y = (sum of active slots) @ HEAD + (previous x) @ TAIL
 
+and at the end of every chunk the active slots fade a little. There are the entries step, decode and commit. With `ring`
+the sum of the last RING inputs takes the place of the previous x; they lie in a state that is appended to.
+
 Every lane is computed by itself, so nothing depends on the number of lanes and equality can be asked bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
+from nsm.errors import StreamError
 from nsm.runtimes.base import State
 from nsm.runtimes.session import Session
-from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.spec import COUNT, OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays, Trace
 
-CHUNK, SLOTS, WIDTH, VOCABULARY, OUTPUTS = 4, 3, 4, 11, 5
+CHUNK, SLOTS, WIDTH, VOCABULARY, OUTPUTS, RING = 4, 3, 4, 11, 5, 6
+ENTRIES = ("step", "decode", "commit")
 FINGERPRINT = "f" * 64
 
 _random = np.random.default_rng(7)
@@ -27,6 +32,7 @@ _TAIL = _random.standard_normal((WIDTH, OUTPUTS)).astype(np.float32)
 _BANK = _random.standard_normal((SLOTS, WIDTH)).astype(np.float32)
 _LEAK = np.array([[0.5], [0.999], [0.9]], np.float32)
 _GAIN = np.array([[0.5], [0.2], [0.1]], np.float32)
+_FADE = np.float32(0.999)
 
 After = Callable[[int, Arrays, Arrays, Arrays], None]
 """(calls since the state was loaded, outputs, state after, state before): spoils outputs or the state after."""
@@ -35,25 +41,48 @@ Loaded = Callable[[Arrays, Arrays], Arrays]
 
 
 def fake_spec(
-    batch: int = 2, tokens_per_call: int = CHUNK, valid: bool = True, vectors: bool = False, tail_axis: int = 0
+    batch: int = 2,
+    tokens_per_call: int = CHUNK,
+    valid: bool = True,
+    vectors: bool = False,
+    tail_axis: int = 0,
+    entries: Sequence[str] = ENTRIES,
+    ring: bool = False,
 ) -> StepSpec:
     """Ids or vectors in, with or without `valid`; `tail_axis` is where the state `0.tail` has its lanes."""
-    tokens = (
-        TensorSpec("tokens", (batch, tokens_per_call, WIDTH), "float32", 1)
-        if vectors
-        else TensorSpec("tokens", (batch, tokens_per_call), "int64", 1, 0, VOCABULARY - 1)
-    )
-    counts = (TensorSpec("valid", (batch,), "int64", None, 0, tokens_per_call),) if valid else ()
-    outputs = (TensorSpec("outputs", (batch, tokens_per_call, OUTPUTS), "float32", 1),)
     tail = (batch, WIDTH) if tail_axis == 0 else (WIDTH, batch)
-    states = (
-        StateSpec("lane.count", (batch,), "int64"),
+    states = [
+        StateSpec(COUNT, (batch,), "int64"),
+        StateSpec(OFFSET, (batch,), "int64"),
         StateSpec("0.bank", (batch, SLOTS, WIDTH), "float32", init="learned"),
         StateSpec("0.mask", (batch, SLOTS), "bool", init="learned"),
         StateSpec("0.tail", tail, "float32", batch_axis=tail_axis),
-        StateSpec("0.written", (batch, SLOTS), "float32"),  # nothing reads it
-    )
-    return StepSpec((EntrySpec("step", (tokens, *counts), outputs),), states, CHUNK, batch)
+        StateSpec("0.written", (batch, SLOTS), "float32"),  # nothing reads it to compute outputs
+    ]
+    if ring:
+        states.append(StateSpec("0.recent", (batch, RING, WIDTH), "float32", append_axis=1))
+    names = tuple(state.name for state in states)
+    taken = ("0.recent",) if ring else ()
+    touched = {
+        "step": (names, tuple(name for name in names if name != "0.mask")),
+        "decode": (
+            tuple(name for name in names if name != "0.written"),
+            (COUNT, OFFSET, "0.bank", "0.tail", *taken),
+        ),
+        "commit": ((OFFSET, "0.bank", "0.mask", "0.written"), (OFFSET, "0.bank", "0.written")),
+    }
+    found = []
+    for name, length in (("step", tokens_per_call), ("decode", 1), ("commit", 0)):
+        tokens = (
+            TensorSpec("tokens", (batch, length, WIDTH), "float32", 1)
+            if vectors
+            else TensorSpec("tokens", (batch, length), "int64", 1, 0, VOCABULARY - 1)
+        )
+        counts = (TensorSpec("valid", (batch,), "int64", None, 0, length),) if valid else ()
+        outputs = (TensorSpec("outputs", (batch, length, OUTPUTS), "float32", 1),)
+        reads, writes = touched[name]
+        found.append(EntrySpec(name, (tokens, *counts) if length else (), outputs if length else (), reads, writes))
+    return StepSpec(tuple(entry for entry in found if entry.name in entries), tuple(states), CHUNK, batch)
 
 
 def fake_initial(spec: StepSpec) -> Arrays:
@@ -64,21 +93,40 @@ def fake_initial(spec: StepSpec) -> Arrays:
     return arrays
 
 
-def fake_step(tokens: Array, valid: Array, state: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
-    """The model: outputs [B, K, OUTPUTS] (zero where not valid) and the new state, all lanes on axis 0."""
+def fake_run(entry: str, inputs: Mapping[str, Array], state: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
+    """The model: outputs by name (zero where not valid) and the new state, all lanes on axis 0."""
     new = {name: value.copy() for name, value in state.items()}
+    if entry == "commit":
+        for lane in np.flatnonzero(new[OFFSET] == CHUNK).tolist():
+            _commit(new, lane)
+        return {}, new
+    tokens = inputs["tokens"]
     outputs = np.zeros((*tokens.shape[:2], OUTPUTS), np.float32)
-    for lane, count in enumerate(valid):
+    for lane, count in enumerate(inputs.get("valid", np.full(len(tokens), tokens.shape[1]))):
+        if count and new[OFFSET][lane] == CHUNK:
+            raise StreamError("The chunk is full: commit it first.")
         bank, active = new["0.bank"][lane], new["0.mask"][lane]
         for index in range(int(count)):
             token = tokens[lane, index]
             x = token if tokens.ndim == 3 else _EMBED[token]
             bank[active] = (_LEAK * bank + _GAIN * x)[active]
-            outputs[lane, index] = bank[active].sum(0) @ _HEAD + new["0.tail"][lane] @ _TAIL
+            before = new["0.recent"][lane].sum(0) if "0.recent" in new else new["0.tail"][lane]
+            outputs[lane, index] = bank[active].sum(0) @ _HEAD + before @ _TAIL
+            if "0.recent" in new:
+                new["0.recent"][lane, new[COUNT][lane] % RING] = x
             new["0.tail"][lane] = x
-            new["0.written"][lane][active] += 1.0
-            new["lane.count"][lane] += 1
+            new[COUNT][lane] += 1
+            new[OFFSET][lane] += 1
+            if entry == "step" and new[OFFSET][lane] == CHUNK:
+                _commit(new, lane)
     return {"outputs": outputs}, new
+
+
+def _commit(state: Arrays, lane: int) -> None:
+    active = state["0.mask"][lane]
+    state["0.bank"][lane][active] *= _FADE
+    state["0.written"][lane][active] += CHUNK
+    state[OFFSET][lane] = 0
 
 
 class FakeRuntime:
@@ -89,6 +137,7 @@ class FakeRuntime:
         after: spoils what a call gives.
         loaded: spoils what `load_state` puts.
         effective_precision: what the runtime claims.
+        spoiled: the entry whose calls are counted and spoiled.
     """
 
     def __init__(
@@ -97,10 +146,13 @@ class FakeRuntime:
         after: After | None = None,
         loaded: Loaded | None = None,
         effective_precision: str = "fp32",
+        spoiled: str = "step",
     ) -> None:
         self.effective_precision = effective_precision
         self.closed = False
         self.calls = 0
+        self.called: list[str] = []
+        self._spoiled = spoiled
         self._axes = {state.name: state.batch_axis for state in spec.states}
         self._after = after
         self._loaded = loaded
@@ -114,23 +166,22 @@ class FakeRuntime:
         return self._handle()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        assert entry == "step"
-        state.side(self)
-        tokens = inputs["tokens"]
-        valid = inputs.get("valid", np.full(len(tokens), tokens.shape[1]))
+        state.check(self)
+        self.called.append(entry)
         before = self._arrays
-        outputs, self._arrays = fake_step(tokens, valid, before)
-        self.calls += 1
-        if self._after is not None:
-            self._after(self.calls, outputs, self._arrays, before)
+        outputs, self._arrays = fake_run(entry, inputs, before)
+        if entry == self._spoiled:
+            self.calls += 1
+            if self._after is not None:
+                self._after(self.calls, outputs, self._arrays, before)
         return outputs, self._handle()
 
     def read_state(self, state: State) -> Arrays:
-        state.side(self)
+        state.check(self)
         return {name: np.moveaxis(self._arrays[name], 0, axis).copy() for name, axis in self._axes.items()}
 
     def finite(self, state: State) -> bool:
-        state.side(self)
+        state.check(self)
         return all(np.isfinite(array).all() for array in self._arrays.values())
 
     def close(self) -> None:
@@ -139,7 +190,7 @@ class FakeRuntime:
     def _handle(self) -> State:
         if self._live is not None:
             self._live.live = False
-        self._live = State(self, 0)
+        self._live = State(self)
         return self._live
 
 
@@ -149,10 +200,11 @@ def fake_session(
     loaded: Loaded | None = None,
     effective_precision: str = "fp32",
     fingerprint: str = FINGERPRINT,
+    spoiled: str = "step",
 ) -> Session:
     """A session over the fake, by default with two lanes, over ids, and honest."""
     spec = fake_spec() if spec is None else spec
-    runtime = FakeRuntime(spec, after, loaded, effective_precision)
+    runtime = FakeRuntime(spec, after, loaded, effective_precision, spoiled)
     return Session(runtime, spec, fake_initial(spec), fingerprint, "fake")
 
 
@@ -160,7 +212,6 @@ def fake_trace(streams: int = 4, steps: int = 64, seed: int = 0) -> Trace:
     """What the honest recurrence answers to random ids; states around six steps, the first and the last among them."""
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (streams, steps, CHUNK))
     sampled = np.unique(np.geomspace(1, steps, 6).round().astype(np.int64) - 1)
-    valid = np.full((streams, steps), CHUNK)
     state = fake_initial(fake_spec(streams))
     outputs: list[Array] = []
     before: list[Arrays] = []
@@ -168,12 +219,12 @@ def fake_trace(streams: int = 4, steps: int = 64, seed: int = 0) -> Trace:
     for step in range(steps):
         if step in sampled:
             before.append(state)
-        answer, state = fake_step(tokens[:, step], valid[:, step], state)
+        answer, state = fake_run("step", {"tokens": tokens[:, step]}, state)
         outputs.append(answer["outputs"])
         if step in sampled:
             after.append(state)
     return Trace(
-        inputs={"tokens": tokens, "valid": valid},
+        inputs={"tokens": tokens},
         outputs={"outputs": np.stack(outputs, 1)},
         positions=np.arange(CHUNK),
         sampled=sampled,

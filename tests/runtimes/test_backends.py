@@ -1,8 +1,5 @@
 from __future__ import annotations
 
-import ctypes
-import enum
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,32 +7,18 @@ from typing import Any
 
 import numpy as np
 import onnxruntime as ort
+import openvino as ov
 import pytest
 
 from nsm.bundle import Bundle
-from nsm.errors import BuildError, DeviceUnavailableError, MissingDependencyError, RunError, StreamError
-from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino, tensorrt
+from nsm.errors import BuildError, BundleDamagedError, BundleError, StreamError
+from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino
 from nsm.runtimes.base import Runtime
-from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_bundle
-from nsm.runtimes.parity import compare
-from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
-from nsm.runtimes.tensorrt import TensorRt
-from nsm.spec import StateSpec, StepSpec, TensorSpec
+from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
-from tests.runtimes.fake import (
-    CHUNK,
-    FINGERPRINT,
-    assert_same,
-    fake_initial,
-    fake_session,
-    fake_spec,
-    fake_step,
-    fake_trace,
-)
-
-# -- the targets that run on a CPU --------------------------------------------------------------------------------
+from tests.runtimes.fake import assert_same, fake_spec
 
 
 @pytest.fixture
@@ -46,8 +29,9 @@ def runtime(bundle: Bundle, target: str) -> Runtime:
 
 def _load(bundle: Bundle, target: str, threads: int | None) -> Runtime:
     found = find_target(target)
-    files = {"step": bundle.path / found.folder / f"step{found.suffix}"}
-    loaded: Runtime = found.runtime_module().load(files, bundle.manifest.spec, "cpu", threads)
+    spec = bundle.manifest.spec
+    files = {entry.name: bundle.path / found.folder / f"{entry.name}{found.suffix}" for entry in spec.entries}
+    loaded: Runtime = found.runtime_module().load(files, spec, "cpu", threads)
     return loaded
 
 
@@ -120,7 +104,11 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
             return SimpleNamespace(set_tensor=lambda name, tensor: None)
 
     class Core:
-        def compile_model(self, path: str, device: str, config: dict[Any, Any]) -> Compiled:
+        def read_model(self, path: Path, weights: Path) -> Path:
+            assert weights == path.with_name("weights.bin")
+            return path
+
+        def compile_model(self, path: Path, device: str, config: dict[Any, Any]) -> Compiled:
             asked.append(config)
             return Compiled()
 
@@ -132,30 +120,31 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
 
 
 def test_masked_slots_do_not_matter(bundle: Bundle, target: str) -> None:
-    """Poison: what lies in a slot that is off reaches no output and no other slot."""
+    """Poison: what lies in a slot that is off reaches no output and no other slot, whatever the entry."""
     off = [1, 4]
-    tokens = np.random.default_rng(0).integers(0, 20, (6, 2, 8))
-    roles = ("bank", "pending", "importance", "written", "cell")
+    tokens = np.random.default_rng(0).integers(0, 20, (6, 2, 13))
+    slot_axis = {"bank": 3, "cell": 3, "importance": 1}
     answers: list[tuple[list[Arrays], Arrays]] = []
     with open_bundle(bundle, target) as session:
         for poison in (0.0, 1e30, -1e30):
             state = bundle.state_init()
             for name, value in state.items():
                 layer, _, role = name.rpartition(".")
-                if role in roles:
-                    value[:, off] = poison
+                if role in slot_axis:
+                    np.moveaxis(value, slot_axis[role], 0)[off] = poison
                 elif role == "mask":
                     assert value.all(), layer
                     value[:, off] = False
             session.load_state(state)
-            outputs = [session.step(step) for step in tokens]
+            outputs = [session.feed(step) for step in tokens]
             after = session.read_state()
             for name in after:
-                if name.rpartition(".")[2] in roles:
-                    after[name] = np.delete(after[name], off, 1)
+                role = name.rpartition(".")[2]
+                if role in slot_axis:
+                    after[name] = np.delete(after[name], off, slot_axis[role])
             answers.append((outputs, after))
         session.reset()
-        whole = [session.step(step) for step in tokens]
+        whole = [session.feed(step) for step in tokens]
     assert not np.array_equal(whole[0]["outputs"], answers[0][0][0]["outputs"])
     for outputs, after in answers[1:]:
         for given, wanted in zip(outputs, answers[0][0], strict=True):
@@ -196,7 +185,7 @@ def test_a_file_the_backend_cannot_read_is_named(
 
 
 def test_the_plain_target_runs_the_graph_unoptimised(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    levels = []
+    levels: list[tuple[str, int]] = []
     open_session = ort.InferenceSession
 
     def spy(path: str, options: Any, **kwargs: Any) -> Any:
@@ -209,325 +198,72 @@ def test_the_plain_target_runs_the_graph_unoptimised(bundle: Bundle, monkeypatch
     assert levels == [("ORT_DISABLE_ALL", 1), ("ORT_ENABLE_ALL", 2)]
 
 
-# -- TensorRT, on a device that is the memory of this process ------------------------------------------------------
+def test_the_other_graphs_are_opened_when_they_are_needed(
+    bundle: Bundle, target: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[str] = []
+    inference, read_model = ort.InferenceSession, ov.Core.read_model
+
+    def open_onnx(path: str, *args: Any, **kwargs: Any) -> Any:
+        opened.append(Path(path).stem)
+        return inference(path, *args, **kwargs)
+
+    def open_ir(core: ov.Core, path: Path, *args: Any) -> Any:
+        opened.append(path.stem)
+        return read_model(core, path, *args)
+
+    monkeypatch.setattr(ort, "InferenceSession", open_onnx)
+    monkeypatch.setattr(ov.Core, "read_model", open_ir)
+    with open_bundle(bundle, target) as session:
+        session.step(_inputs()["tokens"])
+        session.step(_inputs()["tokens"])
+        assert opened == ["step"]
+        session.decode(np.zeros((2, 1), int))
+        assert opened == ["step", "decode"]
+        session.feed(np.zeros((2, 8), int))
+        assert opened == ["step", "decode", "commit"]
+        session.reset()
+        session.feed(np.zeros((2, 19), int))
+        assert opened == ["step", "decode", "commit"]
 
 
-class Status(enum.IntEnum):
-    cudaSuccess = 0  # noqa: N815 (CUDA's names)
-    cudaErrorMemoryAllocation = 2  # noqa: N815
-    cudaErrorNoDevice = 100  # noqa: N815
-    cudaErrorIllegalAddress = 700  # noqa: N815
+def test_a_graph_that_was_replaced_leaves_the_session_in_use(bundle_copy: Path, target: str) -> None:
+    folder, suffix = find_target(target).folder, find_target(target).suffix
+    with open_bundle(bundle_copy, target) as session:
+        before = session.read_state()
+        (bundle_copy / folder / f"decode{suffix}").write_bytes(b"rubbish")
+        with pytest.raises(BundleDamagedError, match="were replaced while the session was open"):
+            session.decode(np.zeros((2, 1), int))
+        assert_same(session.read_state(), before)
+        assert session.offsets.tolist() == [0, 0]
+        session.step(_inputs()["tokens"])
 
 
-class FakeCuda:
-    """The part of the CUDA runtime that is used: device memory, one queue that runs when it is waited for."""
-
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="to device", cudaMemcpyDeviceToHost="to host")  # noqa: N815
-
-    def __init__(self, devices: int = 1) -> None:
-        self.devices = devices
-        self.blocks: dict[int, Array] = {}
-        self.streams: set[int] = set()
-        self.queue: list[Callable[[], object]] = []
-        self.fails: dict[str, Status] = {}
-
-    def _status(self, name: str) -> Status:
-        return self.fails.get(name, Status.cudaSuccess)
-
-    def cudaGetDeviceCount(self) -> tuple[Status, int]:  # noqa: N802
-        return self._status("cudaGetDeviceCount"), self.devices
-
-    def cudaStreamCreate(self) -> tuple[Any, ...]:  # noqa: N802
-        if status := self._status("cudaStreamCreate"):
-            return (status, None)
-        self.streams.add(77)
-        return (Status.cudaSuccess, 77)
-
-    def cudaStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
-        self.streams.remove(stream)
-        return (Status.cudaSuccess,)
-
-    def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream in self.streams
-        while self.queue:
-            self.queue.pop(0)()
-        return (self._status("cudaStreamSynchronize"),)
-
-    def cudaMalloc(self, size: int) -> tuple[Any, ...]:  # noqa: N802
-        if status := self._status("cudaMalloc"):
-            return (status, None)
-        block = np.full(size, 0xAB, np.uint8)
-        self.blocks[block.ctypes.data] = block
-        return (Status.cudaSuccess, block.ctypes.data)
-
-    def cudaFree(self, pointer: int) -> tuple[Status]:  # noqa: N802
-        del self.blocks[pointer]
-        return (Status.cudaSuccess,)
-
-    def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: str, stream: int) -> tuple[Status]:  # noqa: N802
-        assert stream in self.streams
-        if status := self._status("cudaMemcpyAsync"):
-            return (status,)
-        device = to if kind == "to device" else source
-        assert self.blocks[device].nbytes >= size
-        if kind == "to device":  # pageable memory is staged before the call returns
-            staged = ctypes.string_at(source, size)
-            self.queue.append(lambda: ctypes.memmove(to, staged, size))
-        else:
-            self.queue.append(lambda: ctypes.memmove(to, source, size))
-        return (Status.cudaSuccess,)
-
-
-class FakeTrt:
-    """The part of TensorRT that is used; an engine is the recurrence of the fake runtime."""
-
-    __version__ = "10.0"
-
-    def __init__(self, cuda: FakeCuda, spec: StepSpec) -> None:
-        self.cuda, self.spec = cuda, spec
-        self.contexts: list[FakeContext] = []
-        self.enqueues, self.creates_contexts = True, True
-        self.Logger = _Logger
-        self.Runtime = lambda logger: self
-
-    def deserialize_cuda_engine(self, data: bytes) -> FakeTrt | None:
-        return self if data == b"engine" else None
-
-    def create_execution_context(self) -> FakeContext | None:
-        if not self.creates_contexts:
-            return None
-        self.contexts.append(FakeContext(self))
-        return self.contexts[-1]
-
-
-class _Logger:
-    ERROR = 1
-
-    def __init__(self, level: int) -> None:
-        self.level = level
-
-
-class FakeContext:
-    def __init__(self, trt: FakeTrt) -> None:
-        self.trt = trt
-        self.pointers: dict[str, int] = {}
-
-    def set_tensor_address(self, name: str, pointer: int) -> bool:
-        assert pointer in self.trt.cuda.blocks
-        self.pointers[name] = pointer
-        return True
-
-    def execute_async_v3(self, stream: int) -> bool:
-        if not self.trt.enqueues:
-            return False
-        assert stream in self.trt.cuda.streams
-        self.trt.cuda.queue.append(self._run)
-        return True
-
-    def _run(self) -> None:
-        spec, entry = self.trt.spec, self.trt.spec.entry("step")
-        read = {s.name: self._memory(s.past, s) for s in spec.states}
-        written = {s.name: self._memory(s.present, s) for s in spec.states}
-        for array in written.values():
-            array[...] = 0  # what an aliased input would lose
-        inputs = {item.name: self._memory(item.name, item) for item in entry.inputs}
-        outputs, state = fake_step(inputs["tokens"], inputs["valid"], read)
-        self._memory("outputs", entry.outputs[0])[...] = outputs["outputs"]
-        for name, array in written.items():
-            array[...] = state[name]
-
-    def _memory(self, name: str, spec: StateSpec | TensorSpec) -> Array:
-        block = self.trt.cuda.blocks[self.pointers[name]]
-        return block[: int(np.prod(spec.shape)) * spec.numpy_dtype.itemsize].view(spec.numpy_dtype).reshape(spec.shape)
-
-
-class Gpu:
-    """Fakes, an engine file, and the session over them."""
-
-    def __init__(self, directory: Path, batch: int = 2) -> None:
-        self.spec = fake_spec(batch)
-        self.cuda = FakeCuda()
-        self.trt = FakeTrt(self.cuda, self.spec)
-        self.engine = directory / "step.engine"
-        self.engine.write_bytes(b"engine")
-
-    def runtime(self) -> TensorRt:
-        return TensorRt(self.trt, self.cuda, {"step": self.engine}, self.spec, "sm86")
-
-    def session(self) -> Session:
-        return Session(self.runtime(), self.spec, fake_initial(self.spec), FINGERPRINT, "tensorrt")
-
-
-@pytest.fixture
-def gpu(tmp_path: Path) -> Gpu:
-    return Gpu(tmp_path)
-
-
-def test_tensorrt_steps_resets_and_resumes_like_the_model(gpu: Gpu) -> None:
-    session, honest = gpu.session(), fake_session()
-    tokens = np.random.default_rng(0).integers(0, 11, (7, 2, CHUNK))
-    kept = []
-    for both in (session, honest):
-        answers = [both.step(step) for step in tokens[:3]]
-        snapshot = both.snapshot(0)
-        both.reset(1)
-        answers += [both.step(tokens[3], [CHUNK, 0]), both.read_state()]
-        both.restore(snapshot, 1)
-        answers += [both.step(step) for step in tokens[4:]]
-        answers.append(both.read_state())
-        both.reset()
-        answers += [both.step(tokens[0]), both.read_state()]
-        kept.append(answers)
-    for given, wanted in zip(*kept, strict=True):
-        assert_same(given, wanted)
-
-
-def test_tensorrt_passes_the_comparison(gpu: Gpu) -> None:
-    with gpu.session() as session:
-        compare(fake_trace(steps=16), session, find_budget("fp32")).require()
-
-
-def test_tensorrt_swaps_two_sets_of_buffers(gpu: Gpu) -> None:
-    gpu.session()
-    there, back = gpu.trt.contexts
-    for state in gpu.spec.states:
-        assert there.pointers[state.past] == back.pointers[state.present]
-        assert there.pointers[state.present] == back.pointers[state.past]
-        assert there.pointers[state.past] != there.pointers[state.present]
-    for item in (*gpu.spec.entry("step").inputs, *gpu.spec.entry("step").outputs):
-        assert there.pointers[item.name] == back.pointers[item.name]
-    assert set(there.pointers.values()) == set(gpu.cuda.blocks)
-
-
-def test_tensorrt_gives_copies_and_refuses_a_consumed_state(gpu: Gpu) -> None:
-    runtime = gpu.runtime()
-    inputs = {"tokens": np.ones((2, CHUNK), np.int64), "valid": np.full(2, CHUNK)}
-    first = runtime.load_state(fake_initial(gpu.spec))
-    outputs, second = runtime.call("step", inputs, first)
-    kept = outputs["outputs"].copy()
-    with pytest.raises(StreamError, match="consumed"):
-        runtime.call("step", inputs, first)
-    with pytest.raises(StreamError, match="consumed"):
-        runtime.read_state(first)
-    runtime.call("step", {**inputs, "tokens": inputs["tokens"] + 1}, second)
-    np.testing.assert_array_equal(outputs["outputs"], kept)
-
-
-def test_tensorrt_takes_states_in_any_layout(gpu: Gpu) -> None:
-    initial = fake_initial(gpu.spec)
-    initial["0.bank"] = np.asfortranarray(initial["0.bank"].astype(np.float64))
-    runtime = gpu.runtime()
-    assert_same(runtime.read_state(runtime.load_state(initial)), fake_initial(gpu.spec))
-
-
-def test_tensorrt_frees_what_it_holds(gpu: Gpu) -> None:
-    session = gpu.session()
-    assert gpu.cuda.blocks
+def test_a_closed_session_says_so(bundle: Bundle, target: str) -> None:
+    session = open_bundle(bundle, target)
+    session.step(_inputs()["tokens"])
     session.close()
     session.close()
-    assert not gpu.cuda.blocks
-    assert not gpu.cuda.streams
+    for call in (session.step, session.feed, session.run):
+        with pytest.raises(StreamError, match="The session is closed"):
+            call(_inputs()["tokens"])
+    with pytest.raises(StreamError, match="The session is closed"):
+        session.decode(np.zeros((2, 1), int))
 
 
-def test_an_engine_for_another_gpu_is_unavailable_and_leaves_nothing_allocated(gpu: Gpu) -> None:
-    gpu.engine.write_bytes(b"engine of another GPU")
-    with pytest.raises(
-        DeviceUnavailableError, match=r"TensorRT 10\.0 cannot load step\.engine, built for sm86.*nsm build"
-    ):
-        gpu.runtime()
-    assert not gpu.cuda.blocks
-    assert not gpu.cuda.streams
-
-
-def test_an_engine_that_cannot_be_enqueued_fails_the_call_and_keeps_the_state(gpu: Gpu) -> None:
-    session, tokens = gpu.session(), np.ones((2, CHUNK), int)
-    session.step(tokens)
-    before = session.read_state()
-    gpu.trt.enqueues = False
-    with pytest.raises(RunError, match="could not enqueue the engine"):
-        session.step(tokens)
-    gpu.trt.enqueues = True
-    assert_same(session.read_state(), before)
-    session.step(tokens)
-
-
-def test_an_engine_without_room_for_a_context_fails_with_a_message(gpu: Gpu) -> None:
-    gpu.trt.creates_contexts = False
-    with pytest.raises(BuildError, match="context"):
-        gpu.runtime()
-    assert not gpu.cuda.blocks
-
-
-@pytest.mark.parametrize(
-    ("call", "status"),
-    [
-        ("cudaStreamCreate", Status.cudaErrorMemoryAllocation),
-        ("cudaMalloc", Status.cudaErrorMemoryAllocation),
-        ("cudaMemcpyAsync", Status.cudaErrorIllegalAddress),
-        ("cudaStreamSynchronize", Status.cudaErrorIllegalAddress),
-    ],
-)
-def test_errors_of_cuda_are_named(gpu: Gpu, call: str, status: Status) -> None:
-    gpu.cuda.fails[call] = status
-    with pytest.raises(RunError, match=rf"CUDA failed: {status.name}\."):
-        gpu.session()
-
-
-@pytest.mark.parametrize("allocations", [0, 1, 7, 12])
-def test_a_device_that_runs_out_of_memory_leaves_nothing_allocated(gpu: Gpu, allocations: int) -> None:
-    gpu.runtime().close()
-    malloc = gpu.cuda.cudaMalloc
-
-    def limited(size: int) -> tuple[Any, ...]:
-        return malloc(size) if len(gpu.cuda.blocks) < allocations else (Status.cudaErrorMemoryAllocation, None)
-
-    gpu.cuda.cudaMalloc = limited  # type: ignore[method-assign]
-    with pytest.raises(RunError, match="cudaErrorMemoryAllocation"):
-        gpu.runtime()
-    assert not gpu.cuda.blocks
-    assert not gpu.cuda.streams
-
-
-@pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (np.inf, False), (3e38, True)])
-def test_tensorrt_sees_a_number_that_is_not_finite(gpu: Gpu, value: float, finite: bool) -> None:
-    runtime, arrays = gpu.runtime(), fake_initial(gpu.spec)
-    assert runtime.finite(runtime.load_state(arrays))
-    arrays["0.written"][1, 0] = value
-    assert runtime.finite(runtime.load_state(arrays)) == finite
-
-
-def _install(monkeypatch: pytest.MonkeyPatch, cuda: object, package: object) -> None:
-    """Let `tensorrt_rtx` and the CUDA bindings be these objects; None is a package that is not there."""
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: object() if name == "tensorrt_rtx" else None)
-    monkeypatch.setitem(sys.modules, "tensorrt_rtx", package)
-    monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", cuda)
-
-
-def test_load_takes_the_package_that_is_installed(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, gpu.cuda, gpu.trt)
-    runtime = tensorrt.load({"step": gpu.engine}, gpu.spec, "sm86", None)
-    assert runtime.effective_precision == "fp32"
-    assert_same(runtime.read_state(runtime.load_state(fake_initial(gpu.spec))), fake_initial(gpu.spec))
-
-
-def test_load_needs_the_cuda_bindings(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    _install(monkeypatch, None, gpu.trt)
-    with pytest.raises(
-        MissingDependencyError, match=r'needs the package cuda-\w+.*pip install "nsm-toolkit\[tensorrt\]"'
-    ):
-        tensorrt.load({"step": gpu.engine}, gpu.spec, "sm86", None)
-
-
-@pytest.mark.parametrize("status", [Status.cudaSuccess, Status.cudaErrorNoDevice])
-def test_load_needs_a_gpu(gpu: Gpu, monkeypatch: pytest.MonkeyPatch, status: Status) -> None:
-    gpu.cuda.devices = 0
-    gpu.cuda.fails["cudaGetDeviceCount"] = status
-    _install(monkeypatch, gpu.cuda, gpu.trt)
-    with pytest.raises(DeviceUnavailableError, match=rf"no usable NVIDIA GPU in this machine \({status.name}\)"):
-        tensorrt.load({"step": gpu.engine}, gpu.spec, "sm86", None)
-
-
-def test_load_needs_tensorrt(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(MissingDependencyError, match="needs the package tensorrt or tensorrt_rtx"):
-        tensorrt.load({"step": gpu.engine}, gpu.spec, "sm86", None)
+def test_a_bundle_that_is_replaced_while_it_is_open_does_not_change_the_model(bundle_copy: Path, target: str) -> None:
+    """Graphs are opened late; what they are then must be what was verified, or the session must say that it is not."""
+    tokens = np.ones((2, 1), int)
+    weights = bundle_copy / find_target(target).folder / "weights.bin"
+    with open_bundle(bundle_copy, target) as session:
+        wanted = session.decode(tokens)["outputs"]
+    with open_bundle(bundle_copy, target) as session:
+        content = np.frombuffer(weights.read_bytes(), np.uint8).copy()
+        weights.unlink()
+        content[2::4] ^= 0x40
+        content.tofile(weights)
+        try:
+            given = session.decode(tokens)["outputs"]
+        except BundleError:
+            return
+        np.testing.assert_array_equal(given, wanted)

@@ -71,7 +71,7 @@ def test_real_inputs_are_taken_round_and_round() -> None:
         np.testing.assert_array_equal(tokens, TOKENS[index % 3])
 
 
-def test_a_stream_that_had_ended_is_started_afresh() -> None:
+def test_a_stream_inside_a_chunk_is_started_afresh() -> None:
     session = fake_session()
     session.step(TOKENS[0], [1, 1])
     (latency,) = bench([session], 10, TOKENS)

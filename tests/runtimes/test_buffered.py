@@ -1,77 +1,189 @@
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 
-from nsm.errors import RunError, StreamError
-from nsm.runtimes.base import State
-from nsm.runtimes.buffered import BufferedRuntime, Run
+from nsm.errors import BuildError, RunError, StreamError
+from nsm.runtimes.buffered import Bind, BufferedRuntime, Run, _Ring
 from nsm.runtimes.session import Session
-from nsm.spec import StepSpec
+from nsm.spec import COUNT, OFFSET, StateSpec, StepSpec
 from nsm.trace import Array, Arrays
-from tests.runtimes.fake import CHUNK, FINGERPRINT, assert_same, fake_initial, fake_session, fake_spec, fake_step
+from tests.runtimes.fake import (
+    CHUNK,
+    ENTRIES,
+    FINGERPRINT,
+    RING,
+    VOCABULARY,
+    assert_same,
+    fake_initial,
+    fake_run,
+    fake_session,
+    fake_spec,
+)
 
 
 class Graph:
-    """A backend that writes its outputs in place, late states first, as one with shared memory may do."""
+    """One entry as a backend runs it: outputs are written in place, states first, as shared memory allows."""
 
-    def __init__(self, spec: StepSpec) -> None:
-        self.spec = spec
+    def __init__(self, spec: StepSpec, entry: str) -> None:
+        self.spec, self.entry = spec, spec.entry(entry)
+        self.opened = 0
         self.bound: list[tuple[Arrays, Arrays]] = []
         self.ran: list[int] = []
+
+    def open(self) -> Bind:
+        self.opened += 1
+        return self.bind
 
     def bind(self, read: Arrays, written: Arrays) -> Run:
         index = len(self.bound)
         self.bound.append((read, written))
+        reads, writes = self.spec.states_of(self.entry.reads), self.spec.states_of(self.entry.writes)
 
         def run() -> None:
             self.ran.append(index)
-            for state in self.spec.states:
+            for state in writes:
                 written[state.present][...] = 0  # what an aliased input would lose
-            outputs, after = fake_step(read["tokens"], read["valid"], {s.name: read[s.past] for s in self.spec.states})
-            written["outputs"][...] = outputs["outputs"]
-            for state in self.spec.states:
-                written[state.present][...] = after[state.name]
+            held = {state.name: read[state.past] for state in reads}
+            held = {**{name: value for name, value in fake_initial(self.spec).items() if name not in held}, **held}
+            outputs, after = fake_run(self.entry.name, read, held)
+            for name, value in outputs.items():
+                written[name][...] = value
+            for state in writes:
+                new = after[state.name]
+                if state.append_axis is not None:  # all rows, also those of tokens that do not count
+                    rows = written[state.present]
+                    for lane, count in enumerate(read[self._past(COUNT)]):
+                        for row in range(rows.shape[1]):
+                            rows[lane, row] = new[lane, (count + row) % RING]
+                else:
+                    written[state.present][...] = new
 
         return run
 
-
-def runtime(spec: StepSpec) -> tuple[BufferedRuntime, Graph]:
-    graph = Graph(spec)
-    return BufferedRuntime(spec, {"step": graph.bind}, "fp32"), graph
+    def _past(self, name: str) -> str:
+        return self.spec.states_of((name,))[0].past
 
 
-def inputs(batch: int = 2, seed: int = 0) -> dict[str, Array]:
-    tokens = np.random.default_rng(seed).integers(0, 11, (batch, CHUNK))
-    return {"tokens": tokens, "valid": np.full(batch, CHUNK)}
+def runtime(spec: StepSpec) -> tuple[BufferedRuntime, Mapping[str, Graph]]:
+    graphs = {entry.name: Graph(spec, entry.name) for entry in spec.entries}
+    return BufferedRuntime(spec, {name: graph.open for name, graph in graphs.items()}, "fp32"), graphs
+
+
+def buffered_session(spec: StepSpec) -> tuple[Session, Mapping[str, Graph]]:
+    buffered, graphs = runtime(spec)
+    return Session(buffered, spec, fake_initial(spec), FINGERPRINT, "buffered"), graphs
+
+
+def inputs(batch: int = 2, seed: int = 0, length: int = CHUNK) -> dict[str, Array]:
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, (batch, length))
+    return {"tokens": tokens, "valid": np.full(batch, length)}
+
+
+# -- which memory is read and which is written ------------------------------------------------------------------------
 
 
 def test_no_state_is_read_from_the_memory_it_is_written_to() -> None:
-    spec = fake_spec()
-    _, graph = runtime(spec)
-    assert len(graph.bound) == 2
-    for read, written in graph.bound:
-        assert set(read) == {"tokens", "valid", *(state.past for state in spec.states)}
-        assert set(written) == {"outputs", *(state.present for state in spec.states)}
-        assert not any(np.shares_memory(a, b) for a in read.values() for b in written.values())
+    spec = fake_spec(ring=True)
+    session, graphs = buffered_session(spec)
+    random = np.random.default_rng(0)
+    for _ in range(12):
+        session.feed(random.integers(0, VOCABULARY, (2, 7)), random.integers(0, 8, 2))
+    for graph in graphs.values():
+        entry = graph.entry
+        assert graph.bound, entry.name
+        for read, written in graph.bound:
+            states = spec.states_of(entry.reads)
+            assert set(read) == {item.name for item in entry.inputs} | {state.past for state in states}
+            states = spec.states_of(entry.writes)
+            assert set(written) == {item.name for item in entry.outputs} | {state.present for state in states}
+            assert not any(np.shares_memory(a, b) for a in read.values() for b in written.values())
 
 
-def test_what_one_call_writes_the_next_one_reads() -> None:
+def test_a_graph_is_bound_once_for_each_way_its_states_can_lie() -> None:
     spec = fake_spec()
-    buffered, graph = runtime(spec)
-    session = Session(buffered, spec, fake_initial(spec), FINGERPRINT, "buffered")
-    honest = fake_session(spec)
+    session, graphs = buffered_session(spec)
     for step in range(5):
-        tokens = inputs(seed=step)["tokens"]
-        assert_same(session.step(tokens), honest.step(tokens))
+        session.step(inputs(seed=step)["tokens"])
+    assert graphs["step"].ran == [0, 1, 0, 1, 0]
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        session.feed(random.integers(0, VOCABULARY, (2, 9)), random.integers(0, 10, 2))
+    touched = {tuple(sorted({*graph.entry.reads, *graph.entry.writes})) for graph in graphs.values()}
+    assert len(touched) == 3
+    for graph in graphs.values():
+        assert len(graph.ran) > len(graph.bound), "a binding is used again"
+        assert len(graph.bound) <= 2**3, "of what step, decode and commit turn over"
+
+
+@pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
+def test_what_one_call_writes_the_next_one_reads_whatever_the_entries(ring: bool) -> None:
+    spec = fake_spec(3, ring=ring)
+    session, _ = buffered_session(spec)
+    honest, random = fake_session(spec), np.random.default_rng(1)
+    for turn in range(40):
+        tokens, valid = random.integers(0, VOCABULARY, (3, 11)), random.integers(0, 12, 3)
+        assert_same(session.feed(tokens, valid), honest.feed(tokens, valid))
         assert_same(session.read_state(), honest.read_state())
-    assert graph.ran == [0, 1, 0, 1, 0]
-    session.reset(1)
-    honest.reset(1)
-    tokens = inputs(seed=9)["tokens"]
-    assert_same(session.step(tokens), honest.step(tokens))
+        if turn % 7 == 3:
+            snapshot = session.snapshot(turn % 3)
+            for both in (session, honest):
+                both.reset(1)
+                both.restore(snapshot, 2)
+
+
+def test_a_state_that_an_entry_does_not_touch_stays_in_its_place() -> None:
+    spec = fake_spec()
+    buffered, _ = runtime(spec)
+    state = buffered.load_state(fake_initial(spec))
+    _, state = buffered.call("step", inputs(), state)
+    before = buffered.read_state(state)
+    _, state = buffered.call("decode", inputs(length=1), state)
+    after = buffered.read_state(state)
+    assert_same({"0.written": after["0.written"]}, {"0.written": before["0.written"]})
+    assert after[OFFSET].tolist() == [1, 1]
+    _, state = buffered.call("commit", {}, state)
+    assert_same(buffered.read_state(state), after)
+
+
+# -- graphs are opened when they are needed ---------------------------------------------------------------------------
+
+
+def test_a_graph_is_opened_when_it_is_first_used_and_once() -> None:
+    spec = fake_spec()
+    session, graphs = buffered_session(spec)
+
+    def opened() -> list[int]:
+        return [graphs[name].opened for name in ENTRIES]
+
+    assert opened() == [0, 0, 0]
+    for _ in range(2):
+        session.step(inputs()["tokens"])
+    assert opened() == [1, 0, 0]
+    session.decode(np.zeros((2, 1), int))
+    assert opened() == [1, 1, 0]
+    for _ in range(CHUNK):
+        session.decode(np.zeros((2, 1), int))
+    assert opened() == [1, 1, 1]
+
+
+def test_a_graph_that_cannot_be_opened_leaves_the_state_in_use() -> None:
+    spec = fake_spec()
+
+    def refuse() -> Bind:
+        raise BuildError("no such file")
+
+    buffered = BufferedRuntime(spec, {"step": Graph(spec, "step").open, "decode": refuse}, "fp32")
+    state = buffered.load_state(fake_initial(spec))
+    with pytest.raises(BuildError, match="no such file"):
+        buffered.call("decode", inputs(length=1), state)
+    assert_same(buffered.read_state(state), fake_initial(spec))
+    buffered.call("step", inputs(), state)
+
+
+# -- handles ----------------------------------------------------------------------------------------------------------
 
 
 def test_a_consumed_state_is_refused() -> None:
@@ -84,6 +196,8 @@ def test_a_consumed_state_is_refused() -> None:
         buffered.call("step", inputs(), first)
     with pytest.raises(StreamError, match="load_state again"):
         buffered.read_state(first)
+    with pytest.raises(StreamError, match="load_state again"):
+        buffered.finite(first)
     assert_same(buffered.read_state(second), kept)
     buffered.load_state(fake_initial(spec))
     with pytest.raises(StreamError, match="consumed"):
@@ -99,16 +213,8 @@ def test_a_state_of_another_runtime_is_refused() -> None:
         mine.call("step", inputs(), other.load_state(fake_initial(spec)))
 
 
-def test_a_state_says_its_side_to_its_owner_only() -> None:
-    owner = object()
-    state = State(owner, 1)
-    assert state.side(owner) == 1
-    with pytest.raises(StreamError, match="belongs to another runtime"):
-        state.side(object())
-
-
 def test_everything_is_copied_in_and_out() -> None:
-    spec = fake_spec()
+    spec = fake_spec(ring=True)
     buffered, _ = runtime(spec)
     initial = fake_initial(spec)
     state = buffered.load_state(initial)
@@ -126,9 +232,10 @@ def test_everything_is_copied_in_and_out() -> None:
     np.testing.assert_array_equal(outputs["outputs"], kept)
 
 
-def test_a_call_that_fails_leaves_the_state_in_use() -> None:
-    spec = fake_spec()
-    graph = Graph(spec)
+@pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
+def test_a_call_that_fails_leaves_the_state_in_use(ring: bool) -> None:
+    spec = fake_spec(ring=ring)
+    graph = Graph(spec, "step")
 
     def bind(read: Arrays, written: Arrays) -> Run:
         run = graph.bind(read, written)
@@ -140,7 +247,7 @@ def test_a_call_that_fails_leaves_the_state_in_use() -> None:
 
         return fail_on_demand
 
-    buffered = BufferedRuntime(spec, {"step": bind}, "fp32")
+    buffered = BufferedRuntime(spec, {"step": lambda: bind}, "fp32")
     state = buffered.load_state(fake_initial(spec))
     bad = inputs()
     bad["tokens"][0, 0] = 10
@@ -150,25 +257,75 @@ def test_a_call_that_fails_leaves_the_state_in_use() -> None:
     buffered.call("step", inputs(), state)
 
 
-def test_each_entry_shares_the_one_state() -> None:
-    spec = fake_spec()
-    twice = replace(spec, entries=(*spec.entries, replace(spec.entry("step"), name="other")))
-    first, second = Graph(spec), Graph(spec)
-    buffered = BufferedRuntime(twice, {"step": first.bind, "other": second.bind}, "fp32")
-    state = buffered.load_state(fake_initial(spec))
-    _, state = buffered.call("step", inputs(seed=0), state)
-    outputs, state = buffered.call("other", inputs(seed=1), state)
-    honest = fake_session(spec)
-    honest.step(inputs(seed=0)["tokens"])
-    assert_same(outputs, honest.step(inputs(seed=1)["tokens"]))
-    assert (first.ran, second.ran) == ([0], [1])
-    buffered.close()
+@pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (np.inf, False), (3e38, True)])
+def test_every_side_is_looked_at_for_numbers_that_are_not_finite(value: float, finite: bool) -> None:
+    spec = fake_spec(ring=True)
+    for name in ("0.bank", "0.tail", "0.written", "0.recent"):
+        buffered, _ = runtime(spec)
+        arrays = fake_initial(spec)
+        arrays[name][1, -1] = value
+        assert buffered.finite(buffered.load_state(arrays)) == finite
+        _, state = buffered.call("decode", {**inputs(length=1), "valid": np.zeros(2, int)}, buffered.load_state(arrays))
+        assert buffered.finite(state) == finite, name
 
 
 def test_a_closed_runtime_says_so() -> None:
     spec = fake_spec()
-    buffered = BufferedRuntime(spec, {"step": Graph(spec).bind}, "fp32")
+    buffered, _ = runtime(spec)
     state = buffered.load_state(fake_initial(spec))
+    _, state = buffered.call("step", inputs(), state)
     buffered.close()
-    with pytest.raises(StreamError, match="The session is closed"):
-        buffered.call("step", inputs(), state)
+    for entry in ENTRIES:
+        with pytest.raises(StreamError, match=r"The session is closed\. Open the bundle again"):
+            buffered.call(entry, inputs(), state)
+
+
+# -- states that are appended to --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("axes", [(0, 1), (0, 2), (1, 0), (2, 0)], ids=str)
+@pytest.mark.parametrize("length", [1, 3, 5, 6])
+def test_rows_are_written_as_a_ring(axes: tuple[int, int], length: int) -> None:
+    """Against the obvious loop, for lanes at all places of the ring, and all numbers of rows that count."""
+    lanes, random = 4 * (length + 1), np.random.default_rng(0)
+    order = (axes[0], axes[1])
+    shape = np.moveaxis(np.empty((lanes, RING, 2)), (0, 1), order).shape
+    spec = StateSpec("0.ring", shape, "float32", batch_axis=axes[0], append_axis=axes[1])
+    count = random.integers(0, 3 * RING, lanes)
+    valid = np.arange(lanes) % (length + 1)
+    before = random.standard_normal((lanes, RING, 2)).astype(np.float32)
+    rows = random.standard_normal((lanes, length, 2)).astype(np.float32)
+    for counts in (valid, None):
+        wanted = before.copy()
+        for lane in range(lanes):
+            for row in range(length if counts is None else counts[lane]):
+                wanted[lane, (count[lane] + row) % RING] = rows[lane, row]
+        buffer = np.moveaxis(before, (0, 1), order).copy()
+        _Ring(spec, np.moveaxis(rows, (0, 1), order).copy(), buffer).append(count, counts)
+        np.testing.assert_array_equal(np.moveaxis(buffer, order, (0, 1)), wanted)
+
+
+def test_of_more_rows_than_the_ring_has_the_last_ones_stay() -> None:
+    spec = StateSpec("0.ring", (1, RING, 1), "float32", append_axis=1)
+    for length in (RING + 1, 2 * RING, 2 * RING + 5):
+        rows = np.arange(length, dtype=np.float32).reshape(1, length, 1)
+        wanted = np.zeros((1, RING, 1), np.float32)
+        for row in range(length):
+            wanted[0, (4 + row) % RING] = row
+        buffer = np.full((1, RING, 1), -1, np.float32)
+        _Ring(spec, rows, buffer).append(np.array([4]), None)
+        np.testing.assert_array_equal(buffer, wanted)
+
+
+def test_a_state_that_is_appended_to_is_held_once_and_never_copied() -> None:
+    spec = fake_spec(ring=True)
+    session, graphs = buffered_session(spec)
+    for _ in range(3):
+        session.feed(inputs(length=7)["tokens"])
+    (ring,) = (state for state in spec.states if state.append_axis is not None)
+    reads = [read[ring.past] for graph in graphs.values() for read, _ in graph.bound if ring.past in read]
+    assert len(reads) > 2
+    assert len({array.ctypes.data for array in reads}) == 1
+    for name, length in (("step", CHUNK), ("decode", 1)):
+        for _, written in graphs[name].bound:
+            assert written[ring.present].shape == ring.present_shape(length)

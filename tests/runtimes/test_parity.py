@@ -15,7 +15,7 @@ from nsm.runtimes.budgets import BUDGETS, Budget, find_budget
 from nsm.runtimes.measures import kl_divergence, quantile, relative_error, rms_norm, slot_errors
 from nsm.runtimes.onnxruntime import load
 from nsm.runtimes.opening import open_bundle
-from nsm.runtimes.parity import compare
+from nsm.runtimes.parity import SPLIT_STEPS, compare
 from nsm.runtimes.session import Session
 from nsm.trace import Array, Arrays, Trace
 from tests.runtimes.fake import (
@@ -44,6 +44,8 @@ def test_the_same_model_passes_on_any_number_of_lanes(batch: int) -> None:
     report.require()
     assert (report.streams, report.steps, report.first_divergence) == (4, 64, None)
     assert (report.one_step.max, report.free_run.max, report.state_error_max) == (0.0, 0.0, 0.0)
+    assert report.split is not None
+    assert report.split.max == 0.0
     assert (report.argmax_agreement, report.unexcused_flips, report.mask_mismatches) == (1.0, 0, 0)
     assert set(report.per_tensor) == {"outputs", "0.bank", "0.tail", "0.written"}
 
@@ -55,6 +57,8 @@ def test_every_target_is_the_model(bundle: Bundle, target: str) -> None:
         assert (report.target, report.effective_precision) == (target, "fp32")
         assert 0 < report.one_step.p99 <= FP32.one_step_p99
         assert 0 < report.free_run.p99 <= FP32.free_run_p99
+        assert report.split is not None
+        assert 0 < report.split.p99 <= FP32.free_run_p99
         assert report.drift is not None
         assert_same(session.read_state(), bundle.state_init())
 
@@ -65,7 +69,7 @@ def test_a_session_that_has_lived_before_is_reset_before_and_after() -> None:
     session.step(np.ones((2, CHUNK), int), [1, 1])
     assert compare(fake_trace(steps=8), session, FP32).passed
     assert_same(session.read_state(), fresh)
-    assert not session.ended.any()
+    assert not session.offsets.any()
 
 
 def test_the_session_is_reset_after_an_error_too() -> None:
@@ -83,7 +87,7 @@ def test_the_session_is_reset_after_an_error_too() -> None:
 def test_progress_counts_every_step_to_the_end() -> None:
     trace, seen = fake_trace(streams=3, steps=8), []
     compare(trace, fake_session(), FP32, lambda done, total: seen.append((done, total)))
-    total = 2 * 8 + 2 * len(trace.sampled)
+    total = 2 * 8 + 2 * len(trace.sampled) + SPLIT_STEPS
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
@@ -285,15 +289,80 @@ class HalfState:
         return outputs, self._inner.load_state({**arrays, **rounded})
 
 
-@pytest.mark.parametrize("names", [("0.bank",), ("1.pending", "0.pending"), ("1.value",), ("0.importance",)])
+@pytest.mark.parametrize("names", [("0.bank",), ("0.tail", "1.tail"), ("1.value",)])
 def test_a_real_target_with_state_in_half_precision_fails(bundle: Bundle, names: tuple[str, ...]) -> None:
     spec = bundle.manifest.spec
-    runtime = HalfState(load({"step": bundle.path / "graphs" / "step.onnx"}, spec, "cpu", 1), names)
+    files = {entry.name: bundle.path / "graphs" / f"{entry.name}.onnx" for entry in spec.entries}
+    runtime = HalfState(load(files, spec, "cpu", 1), names)
     with Session(runtime, spec, bundle.state_init(), bundle.manifest.fingerprint, "onnxruntime") as session:
         report = compare(bundle.trace().first(16), session, FP32)
     assert not report.passed
     assert report.free_run.p99 > FP32.free_run_p99
     assert all(report.per_tensor[name]["one_step_p99"] > FP32.one_step_p99 for name in names)
+
+
+# -- in pieces --------------------------------------------------------------------------------------------------------
+
+
+def _decode_off(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+    outputs["outputs"] *= 1 + 1e-3
+
+
+def _decode_forgets(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+    state["0.bank"][...] = before["0.bank"]
+
+
+def _commit_forgets(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+    state["0.written"][...] = before["0.written"]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "after", "message"),
+    [
+        ("decode", _decode_off, r"error p99 of outputs in split calls is 0\.001, the budget 0\.0001"),
+        ("decode", _decode_forgets, r"error p99 of (0\.bank|outputs) in split calls is"),
+        ("commit", _commit_forgets, r"error p99 of 0\.written in split calls is"),
+        ("decode", _counter, "entries of masks or counters differ"),
+    ],
+)
+def test_a_dishonest_decode_or_commit_fails_although_the_step_is_right(
+    spoiled: str, after: After, message: str
+) -> None:
+    report = compare(fake_trace(), fake_session(after=after, spoiled=spoiled), FP32)
+    assert (report.one_step.max, report.free_run.max) == (0.0, 0.0)
+    with pytest.raises(ParityError, match=message):
+        report.require()
+
+
+def test_decode_and_step_take_turns_in_the_split_run() -> None:
+    spec = fake_spec()
+    runtime = FakeRuntime(spec)
+    session = Session(runtime, spec, fake_initial(spec), "f" * 64, "fake")
+    trace = fake_trace(streams=2, steps=8)
+    compare(trace, session, FP32).require()
+    decoded = [*["decode"] * CHUNK, "commit"]
+    assert runtime.called[8 + len(trace.sampled) :] == [*decoded, "step", *decoded, "step"]
+
+
+def test_a_trace_with_partial_chunks_is_split_too() -> None:
+    trace = fake_trace(streams=2, steps=1)
+    session, valid = fake_session(), np.array([[3], [1]])
+    outputs = session.step(trace.inputs["tokens"][:, 0], valid[:, 0])["outputs"]
+    partial = replace(
+        with_output(trace, outputs[:, None]),
+        inputs={**trace.inputs, "valid": valid},
+        after={name: value[:, None] for name, value in session.read_state().items()},
+    )
+    compare(partial, fake_session(), FP32).require()
+    report = compare(partial, fake_session(after=_decode_off, spoiled="decode"), FP32)
+    assert any("in split calls" in failure for failure in report.failures)
+
+
+def test_an_artifact_that_only_steps_has_no_split_run() -> None:
+    report = compare(fake_trace(), fake_session(fake_spec(entries=("step",))), FP32)
+    report.require()
+    assert report.split is None
+    assert report.to_json()["split"] is None
 
 
 # -- nothing compared ---------------------------------------------------------------------------------------------
@@ -304,8 +373,17 @@ def test_a_state_that_never_changes_proves_nothing() -> None:
     start = {name: np.stack([value, value], 1) for name, value in fake_initial(fake_spec()).items()}
     answers = [fake_session().step(tokens)["outputs"] for tokens in np.swapaxes(trace.inputs["tokens"], 0, 1)]
     still = replace(with_output(trace, np.stack(answers, 1)), before=start, after=start)
-    report = compare(still, fake_session(after=_frozen), FP32)
+    report = compare(still, fake_session(fake_spec(entries=("step",)), after=_frozen), FP32)
     assert report.failures == ("no state ever changed",)
+
+
+def test_a_trace_of_a_graph_without_valid_is_refused_where_not_all_tokens_count() -> None:
+    trace = fake_trace(streams=2, steps=2)
+    partial = replace(trace, inputs={**trace.inputs, "valid": np.full((2, 2), CHUNK)})
+    compare(partial, fake_session(), FP32).require()
+    with pytest.raises(InputError, match=r"other inputs than the model: \['valid'\]"):
+        compare(partial, fake_session(fake_spec(valid=False)), FP32)
+    compare(trace, fake_session(fake_spec(valid=False)), FP32).require()
 
 
 def test_a_trace_without_valid_tokens_proves_nothing() -> None:
@@ -474,6 +552,7 @@ KEYS = {
     "steps": (),
     "one_step": ("p50", "p99", "max"),
     "free_run": ("p50", "p99", "max"),
+    "split": ("p50", "p99", "max"),
     "drift_exponent": (),
     "state_error": ("p99", "max"),
     "argmax_agreement": (),
@@ -527,10 +606,11 @@ def test_the_state_error_is_that_of_the_active_slots() -> None:
 
 
 def test_a_model_without_banks_has_a_state_error_too() -> None:
-    spec, trace = fake_spec(), fake_trace(streams=2, steps=4)
+    spec, trace = fake_spec(entries=("step",)), fake_trace(streams=2, steps=4)
     names = {"0.bank": "0.memory", "0.mask": "0.gate"}
     states = tuple(replace(s, name=names.get(s.name, s.name)) for s in spec.states)
-    renamed = replace(spec, states=states)
+    reads = tuple(state.name for state in states)
+    renamed = replace(spec, states=states, entries=(replace(spec.entry("step"), reads=reads, writes=reads),))
 
     class Renamed(FakeRuntime):
         def load_state(self, arrays: Mapping[str, Array]) -> State:

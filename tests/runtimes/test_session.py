@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+import signal
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,28 @@ def ids(session: Session, *shape: int, seed: int = 0) -> Array:
 
 def answers(session: Session, tokens: Array) -> list[Arrays]:
     return [session.step(step) for step in tokens]
+
+
+def with_a_deadline(call: Callable[[Array], Arrays], tokens: Array) -> None:
+    """Call, and fail after a while where the call would go on for ever."""
+
+    def late(number: int, frame: object) -> None:
+        raise AssertionError("the call does not come back")
+
+    signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, 2.0)
+    try:
+        call(tokens)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0.0)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+
+
+def assert_close(given: Arrays, wanted: Arrays) -> None:
+    """1e-5: a piece of another length is another matrix product, which rounds differently; decisions are equal."""
+    assert set(given) == set(wanted)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(given[name], value, rtol=1e-5, atol=1e-5, err_msg=name)
 
 
 def initial(session: Session) -> Arrays:
@@ -146,35 +169,203 @@ def test_runs_of_whole_chunks_go_on_from_where_the_lanes_stand(session: Session)
     np.testing.assert_array_equal(np.concatenate([piece["outputs"] for piece in pieces], 1), whole)
 
 
-def test_an_ended_lane_takes_no_more_until_it_is_reset(session: Session) -> None:
-    tokens, length = ids(session), session.spec.chunk_size
-    session.step(tokens, [length, 3])
-    assert session.ended.tolist() == [False, True]
-    state = session.read_state()
-    with pytest.raises(StreamError, match=r"lanes \[1\] ended with a partial chunk"):
-        session.step(tokens)
-    with pytest.raises(StreamError, match=r"lanes \[1\]"):
-        session.run(tokens)
-    assert_same(session.read_state(), state)
-    session.step(tokens, [length, 0])
-    assert_same(lane_of(session.read_state(), 1), lane_of(state, 1))
-    session.reset(1)
-    session.step(tokens)
-    assert not session.ended.any()
-
-
-def test_what_ended_returns_is_a_copy() -> None:
-    session = fake_session()
-    session.ended[:] = True
-    assert not session.ended.any()
-
-
-def test_reset_of_all_lanes_reopens_them(session: Session) -> None:
-    session.step(ids(session), [1, 1])
-    assert session.ended.all()
+def test_a_lane_inside_a_chunk_goes_on_but_not_with_step(session: Session) -> None:
+    tokens, length = ids(session, 2), session.spec.chunk_size
+    sequence = np.concatenate(tokens, 1)
+    whole = session.run(sequence)["outputs"]
+    end = session.read_state()
     session.reset()
-    assert not session.ended.any()
+    first = session.step(tokens[0], [length, 3])["outputs"]
+    assert session.offsets.tolist() == [0, 3]
+    state = session.read_state()
+    message = rf"lanes \[1\] stand inside a chunk of {length} tokens \(offsets \[0, 3\]\).*Use feed or run.*valid=0"
+    with pytest.raises(StreamError, match=message):
+        session.step(tokens[1])
+    assert_same(session.read_state(), state)
+    rest = np.zeros((2, 2 * length - 3), np.int64)
+    rest[0, :length], rest[1] = sequence[0, length:], sequence[1, 3:]
+    second = session.feed(rest, [length, 2 * length - 3])["outputs"]
+    assert session.offsets.tolist() == [0, 0]
+    given = [np.concatenate([first[0], second[0, :length]]), np.concatenate([first[1, :3], second[1]])]
+    np.testing.assert_allclose(given, whole, rtol=1e-5, atol=1e-5)
+    assert not second[0, length:].any()
+    assert_close(session.read_state(), end)
+
+
+def test_step_leaves_a_lane_inside_a_chunk_alone_where_it_has_no_tokens(session: Session) -> None:
+    tokens, length = ids(session, 2), session.spec.chunk_size
+    session.step(tokens[0], [length, 3])
+    state = session.read_state()
+    session.step(tokens[1], [length, 0])
+    assert_same(lane_of(session.read_state(), 1), lane_of(state, 1))
+    assert session.offsets.tolist() == [0, 3]
+    session.reset(1)
+    assert session.offsets.tolist() == [0, 0]
+    session.step(tokens[0])
+
+
+def test_what_offsets_returns_is_a_copy() -> None:
+    session = fake_session()
+    session.offsets[:] = 1
+    assert not session.offsets.any()
+
+
+def test_reset_of_all_lanes_brings_them_to_a_chunks_beginning(session: Session) -> None:
+    session.step(ids(session), [1, 1])
+    assert session.offsets.tolist() == [1, 1]
+    session.reset()
+    assert not session.offsets.any()
     session.step(ids(session))
+
+
+def test_a_model_that_is_not_causal_stops_where_a_chunk_is_not_full() -> None:
+    session = fake_session(fake_spec(entries=("step",)))
+    tokens = ids(session)
+    session.step(tokens, [CHUNK, 3])
+    before = session.read_state()
+    for call in (session.step, session.feed, session.run):
+        with pytest.raises(StreamError, match=r"lanes \[1\] .*not causal, so a partial chunk ends a stream: reset"):
+            with_a_deadline(call, tokens)
+    assert_same(session.read_state(), before)
+    session.feed(tokens, [CHUNK, 0])
+    session.reset(1)
+    session.feed(tokens)
+    with pytest.raises(InputError, match=r"There is no entry 'decode'\. Entries: step\."):
+        session.decode(tokens[:, :1])
+
+
+# -- decode and feed ----------------------------------------------------------------------------------------------
+
+
+def test_token_by_token_is_the_same_stream(session: Session) -> None:
+    sequence = np.concatenate(ids(session, 3), 1)[:, :-2]
+    whole = session.run(sequence)["outputs"]
+    end, offsets = session.read_state(), session.offsets
+    session.reset()
+    parts = [session.decode(sequence[:, index : index + 1])["outputs"] for index in range(sequence.shape[1])]
+    np.testing.assert_allclose(np.concatenate(parts, 1), whole, rtol=1e-5, atol=1e-5)
+    assert_close(session.read_state(), end)
+    assert session.offsets.tolist() == offsets.tolist() == [session.spec.chunk_size - 2] * 2
+
+
+def test_decode_of_one_lane_leaves_the_other_as_it_is(session: Session) -> None:
+    tokens = ids(session, 2)
+    session.feed(tokens[0], [1, 2])
+    before, offsets = session.read_state(), session.offsets.tolist()
+    for index in range(session.spec.chunk_size):
+        session.decode(tokens[1][:, index : index + 1], [1, 0])
+        assert_same(lane_of(session.read_state(), 1), lane_of(before, 1))
+    assert session.offsets.tolist() == offsets == [1, 2]
+
+
+def test_the_outputs_of_feed_are_zero_behind_the_valid_tokens(session: Session) -> None:
+    tokens = np.concatenate(ids(session, 5), 1)
+    outputs = session.feed(tokens, [2, 17])["outputs"]
+    assert outputs.shape[:2] == tokens.shape
+    assert np.abs(outputs[0, :2]).min() > 0
+    assert np.abs(outputs[1, :17]).min() > 0
+    assert not outputs[0, 2:].any()
+    assert not outputs[1, 17:].any()
+    before = session.read_state()
+    assert not session.feed(tokens, [0, 0])["outputs"].any()
+    assert_same(session.read_state(), before)
+
+
+def test_what_lies_behind_the_valid_tokens_reaches_nothing(session: Session) -> None:
+    tokens = np.concatenate(ids(session, 3), 1)
+    answers_of: list[tuple[Arrays, Arrays]] = []
+    for padding in (0, 7):
+        session.reset()
+        tokens[0, 3:], tokens[1, 11:] = padding, padding
+        answers_of.append((session.feed(tokens, [3, 11]), session.read_state()))
+    for given, wanted in zip(*answers_of, strict=True):
+        assert_same(given, wanted)
+
+
+def test_few_tokens_are_decoded_and_many_are_stepped() -> None:
+    spec = fake_spec(1, tokens_per_call=2 * CHUNK)
+    for start, count, wanted in (
+        (0, 2 * CHUNK, ["step"]),
+        (0, 4 * CHUNK + 1, ["step", "step", "step"]),
+        (0, 1, ["step"]),  # a quarter of a chunk of 4
+        (3, 1 + 2 * CHUNK, ["decode", "commit", "step"]),
+        (1, 2, ["decode", "decode"]),
+    ):
+        runtime = FakeRuntime(spec)
+        session = Session(runtime, spec, fake_initial(spec), "f", "fake")
+        for _ in range(start):
+            session.decode([[1]])
+        runtime.called.clear()
+        session.feed(np.ones((1, count), int))
+        assert runtime.called == wanted, (start, count)
+
+
+def test_lanes_at_different_places_each_take_their_own_way() -> None:
+    spec = fake_spec(3)
+    runtime = FakeRuntime(spec)
+    session = Session(runtime, spec, fake_initial(spec), "f", "fake")
+    alone = [fake_session(fake_spec(1)) for _ in range(3)]
+    random = np.random.default_rng(0)
+    for _ in range(30):
+        tokens, valid = random.integers(0, VOCABULARY, (3, 10)), random.integers(0, 11, 3)
+        outputs = session.feed(tokens, valid)["outputs"]
+        for lane, single in enumerate(alone):
+            if valid[lane]:
+                wanted = single.run(tokens[lane, : valid[lane]])["outputs"]
+                np.testing.assert_array_equal(outputs[lane, : valid[lane]], wanted)
+            state = {name: value[0] for name, value in single.read_state().items()}
+            assert_same(lane_of(session.read_state(), lane), state)
+    assert {"step", "decode", "commit"} == set(runtime.called)
+
+
+def test_without_valid_whole_calls_are_stepped_and_the_rest_is_decoded() -> None:
+    spec = fake_spec(1, valid=False)
+    runtime = FakeRuntime(spec)
+    session, other = Session(runtime, spec, fake_initial(spec), "f", "fake"), fake_session(fake_spec(1))
+    sequence = np.arange(3 * CHUNK + 1) % VOCABULARY
+    for piece in (sequence[: 2 * CHUNK + 1], sequence[2 * CHUNK + 1 :]):
+        np.testing.assert_array_equal(session.run(piece)["outputs"], other.run(piece)["outputs"])
+    assert_same(session.read_state(), other.read_state())
+    assert runtime.called == ["step", "step", "decode", *["decode"] * 3, "commit", "decode"]
+
+
+WRONG_DECODES = {
+    "two tokens": ([[0, 0]] * 2, None, r"tokens has the shape \[2, 1\]; given \[2, 2\]"),
+    "lanes": ([[0]], None, r"tokens has the shape \[2, 1\]; given \[1, 1\]"),
+    "large id": ([[0], [VOCABULARY]], None, r"tokens must lie in"),
+    "float": ([[0.0]] * 2, None, r"tokens has the dtype int64; given float64"),
+    "valid too large": ([[0]] * 2, [2, 0], r"valid must lie in 0 \.\. 1; given 0 \.\. 2"),
+    "valid negative": ([[0]] * 2, [-1, 0], r"valid must lie in 0 \.\. 1"),
+    "valid scalar": ([[0]] * 2, 1, r"valid has the shape \[2\]; given \[\]"),
+}
+
+
+@pytest.mark.parametrize(("tokens", "valid", "message"), WRONG_DECODES.values(), ids=WRONG_DECODES)
+def test_a_wrong_decode_is_refused_and_leaves_the_state_untouched(tokens: Any, valid: Any, message: str) -> None:
+    session = fake_session()
+    session.feed(ids(session), [1, 3])
+    before = session.read_state()
+    with pytest.raises(InputError, match=message):
+        session.decode(tokens, valid)
+    assert_same(session.read_state(), before)
+    assert session.offsets.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("valid", "message"),
+    [
+        ([4, 10], r"valid must lie in 0 \.\. 9; given 4 \.\. 10"),
+        ([-1, 3], r"valid must lie in"),
+        (3, r"valid has the shape \[2\]; given \[\]"),
+        ([1.0, 2.0], r"valid has the dtype int64; given float64"),
+    ],
+)
+def test_feed_refuses_a_wrong_valid_before_it_feeds_anything(valid: Any, message: str) -> None:
+    session = fake_session()
+    before = session.read_state()
+    with pytest.raises(InputError, match=message):
+        session.feed(np.zeros((2, 9), int), valid)
+    assert_same(session.read_state(), before)
 
 
 def test_a_lane_without_valid_tokens_stays_exactly_as_it_was(session: Session) -> None:
@@ -200,16 +391,14 @@ def test_lanes_do_not_bleed_into_each_other(session: Session) -> None:
         assert_same(lane_of(session.read_state(), 0), state)
 
 
-def test_a_call_of_several_chunks_ends_only_inside_a_chunk() -> None:
+def test_a_call_of_several_chunks_gives_the_same_stream() -> None:
     session = fake_session(fake_spec(1, tokens_per_call=2 * CHUNK))
     short = fake_session(fake_spec(1))
     sequence = np.arange(3 * CHUNK + 1) % VOCABULARY
-    np.testing.assert_array_equal(
-        session.run(sequence[: 3 * CHUNK])["outputs"], short.run(sequence[: 3 * CHUNK])["outputs"]
-    )
-    assert not session.ended.any()
-    session.run(sequence[3 * CHUNK :])
-    assert session.ended.all()
+    for piece in (sequence[: 3 * CHUNK], sequence[3 * CHUNK :]):
+        np.testing.assert_array_equal(session.run(piece)["outputs"], short.run(piece)["outputs"])
+    assert session.offsets.tolist() == [1]
+    assert_same(session.read_state(), short.read_state())
 
 
 def test_run_on_one_lane_takes_a_sequence_without_the_lane_axis() -> None:
@@ -259,7 +448,7 @@ def test_a_wrong_step_is_refused_and_leaves_the_state_untouched(tokens: Any, val
     with pytest.raises(InputError, match=message):
         session.step(tokens, valid)
     assert_same(session.read_state(), before)
-    assert not session.ended.any()
+    assert not session.offsets.any()
 
 
 def test_backends_never_see_an_id_outside_the_vocabulary(bundle: Bundle, target: str) -> None:
@@ -278,12 +467,6 @@ def test_ints_are_refused_where_vectors_are_wanted() -> None:
         session.step(np.zeros((2, CHUNK, WIDTH), np.int64))
 
 
-def test_an_entry_that_is_not_there_is_refused() -> None:
-    session = fake_session()
-    with pytest.raises(InputError, match="decode"):
-        session.step(ids(session), entry="decode")
-
-
 @pytest.mark.parametrize(
     "sequence",
     [np.zeros(8, int), np.zeros((3, 8), int), np.zeros((2, 8, 1), int), np.int64(3), [[0, 1], [2]]],
@@ -292,7 +475,9 @@ def test_an_entry_that_is_not_there_is_refused() -> None:
 def test_run_refuses_a_sequence_of_another_shape(sequence: Any) -> None:
     session = fake_session()
     before = session.read_state()
-    with pytest.raises(InputError, match=r"run takes a sequence of shape \[2, T\]"):
+    with pytest.raises(
+        InputError, match=r"run takes a sequence of shape \[2, T\]|The sequence given to run is not an arr"
+    ):
         session.run(sequence)
     assert_same(session.read_state(), before)
 
@@ -329,15 +514,23 @@ def test_run_refuses_a_bad_id_before_it_feeds_anything() -> None:
 def test_valid_is_refused_where_the_entry_has_none() -> None:
     session = fake_session(fake_spec(valid=False))
     assert np.isfinite(session.step(ids(session))["outputs"]).all()
-    with pytest.raises(InputError, match="valid"):
-        session.step(ids(session), [1, 2])
+    session.step(ids(session), [CHUNK, CHUNK])
+    before = session.read_state()
+    for valid in ([1, 2], [CHUNK, 0], CHUNK - 1):
+        with pytest.raises(InputError, match=rf"step has no input valid: all {CHUNK} tokens .*feed or run"):
+            session.step(ids(session), valid)
+    assert_same(session.read_state(), before)
 
 
 def test_run_refuses_a_partial_chunk_where_the_entry_cannot_say_so() -> None:
-    session = fake_session(fake_spec(valid=False))
+    session = fake_session(fake_spec(valid=False, entries=("step",)))
     session.run(np.zeros((2, 2 * CHUNK), int))
-    with pytest.raises(InputError, match=str(CHUNK)):
+    before = session.read_state()
+    with pytest.raises(
+        InputError, match=rf"whole calls of {CHUNK} tokens only; given {CHUNK + 1} tokens\. Give a mult"
+    ):
         session.run(np.zeros((2, CHUNK + 1), int))
+    assert_same(session.read_state(), before)
 
 
 def test_load_state_refuses_what_is_not_the_whole_state() -> None:
@@ -354,14 +547,14 @@ def test_load_state_refuses_what_is_not_the_whole_state() -> None:
     assert_same(session.read_state(), state)
 
 
-def test_load_state_puts_every_lane_and_reopens_the_streams(session: Session) -> None:
+def test_load_state_puts_every_lane_where_it_stood(session: Session) -> None:
     tokens = ids(session, 2)
     session.step(tokens[0])
     state = session.read_state()
     wanted = session.step(tokens[1])
     session.step(tokens[0], [1, 1])
     session.load_state(state)
-    assert not session.ended.any()
+    assert not session.offsets.any()
     assert_same(session.step(tokens[1]), wanted)
 
 
@@ -400,7 +593,7 @@ def test_tokens_may_be_changed_after_the_call(session: Session) -> None:
     given = session.step(tokens, valid)
     tokens[:], valid[:] = 0, 1
     assert_same(given, wanted)
-    assert not session.ended.any()
+    assert not session.offsets.any()
 
 
 def test_loaded_states_may_be_changed_afterwards(session: Session) -> None:
@@ -442,16 +635,21 @@ def test_a_snapshot_of_a_lane_resumes_on_it_and_on_another(session: Session) -> 
     assert_same(lane_of(outputs, 1), wanted)
 
 
-def test_a_snapshot_carries_whether_the_stream_has_ended(session: Session) -> None:
-    session.step(ids(session), [session.spec.chunk_size, 3])
-    whole, ended, going = session.snapshot(), session.snapshot(1), session.snapshot(0)
-    session.reset()
+def test_a_snapshot_inside_a_chunk_goes_on_where_it_was_taken(session: Session) -> None:
+    tokens, length = ids(session, 3), session.spec.chunk_size
+    session.step(tokens[0], [length, 3])
+    whole, inside, between = session.snapshot(), session.snapshot(1), session.snapshot(0)
+    wanted = session.feed(tokens[1])
+    session.feed(tokens[2], [2, 1])
     session.restore(whole)
-    assert session.ended.tolist() == [False, True]
-    session.restore(going, 1)
-    assert not session.ended.any()
-    session.restore(ended, 0)
-    assert session.ended.tolist() == [True, False]
+    assert session.offsets.tolist() == [0, 3]
+    assert_same(session.feed(tokens[1]), wanted)
+    session.restore(between, 1)
+    assert session.offsets.tolist() == [0, 0]
+    session.restore(inside, 0)
+    assert session.offsets.tolist() == [3, 0]
+    outputs = session.feed(tokens[1][[1, 0]])["outputs"]
+    np.testing.assert_allclose(outputs[[1, 0]], wanted["outputs"], rtol=1e-5, atol=1e-5)
 
 
 def test_a_snapshot_resumes_on_another_target_within_the_fp32_budget(bundle: Bundle, target: str) -> None:
@@ -569,6 +767,45 @@ def test_what_stands_after_the_valid_tokens_may_be_nonsense() -> None:
         session.step(ids(session), [CHUNK, 3])
 
 
+def _spoil_once(name: str, call: int) -> Any:
+    spoilt: list[int] = []  # calls are counted anew after a reset
+
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls == call and not spoilt:
+            spoilt.append(calls)
+            {**outputs, **state}[name][1, 0] = np.nan
+
+    return after
+
+
+@pytest.mark.parametrize(("spoiled", "name"), [("decode", "outputs"), ("decode", "0.tail"), ("commit", "0.written")])
+def test_a_healthy_lane_goes_on_where_it_stands_after_another_was_poisoned(spoiled: str, name: str) -> None:
+    """The call has happened: the lane that is well has taken its token, and stands behind it."""
+    session = fake_session(after=_spoil_once(name, 2), spoiled=spoiled)
+    honest, raised = fake_session(), 0
+    for token in np.random.default_rng(0).integers(0, VOCABULARY, (3 * CHUNK, 2, 1)):
+        honest.decode(token)
+        try:
+            session.decode(token)
+        except NonFiniteError:
+            raised += 1
+            session.reset(1)
+            honest.reset(1)
+        assert_same(session.read_state(), honest.read_state())
+        assert session.offsets.tolist() == honest.offsets.tolist()
+    assert raised == 1
+
+
+def test_a_healthy_lane_inside_a_chunk_is_not_stepped_after_another_was_poisoned() -> None:
+    session = fake_session(after=_spoil_once("outputs", 1))
+    with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
+        session.step(ids(session), [3, 3])
+    session.reset(1)
+    assert session.offsets.tolist() == session.read_state()["lane.offset"].tolist() == [3, 0]
+    with pytest.raises(StreamError, match=r"lanes \[0\] stand inside a chunk"):
+        session.step(ids(session))
+
+
 def test_an_output_that_is_not_finite_is_noticed_without_valid_too() -> None:
     session = fake_session(fake_spec(valid=False), after=_spoil("outputs", np.nan))
     session.step(ids(session))
@@ -607,7 +844,7 @@ def test_a_poisoned_lane_may_rest_while_the_other_goes_on(session: Session) -> N
 
 def test_large_numbers_are_finite(session: Session) -> None:
     state = session.read_state()
-    state["0.written"][:] = 1e30
+    state["0.tail"][:] = 1e30
     session.load_state(state)
     session.step(ids(session), [0, 0])
     session.restore(session.snapshot())
@@ -653,18 +890,17 @@ def test_a_session_closes_its_runtime_also_after_an_error() -> None:
         assert runtime.closed
 
 
-def test_a_loaded_state_of_an_ended_lane_is_still_ended(bundle: Bundle, target: str) -> None:
-    with open_bundle(bundle, target) as session:
-        tokens = ids(session)
-        session.step(tokens, [session.spec.chunk_size, 3])
-        state = session.read_state()
-        session.reset()
-        session.load_state(state)
-        assert session.ended.tolist() == [False, True]
-        with pytest.raises(StreamError, match=r"lanes \[1\] ended"):
-            session.step(tokens)
-        session.reset(1)
+def test_a_loaded_state_stands_where_it_stood(session: Session) -> None:
+    tokens, length = ids(session), session.spec.chunk_size
+    session.step(tokens, [length, 3])
+    state = session.read_state()
+    wanted = session.feed(tokens)
+    session.reset()
+    session.load_state(state)
+    assert session.offsets.tolist() == [0, 3]
+    with pytest.raises(StreamError, match=r"lanes \[1\] stand inside a chunk"):
         session.step(tokens)
+    assert_same(session.feed(tokens), wanted)
 
 
 def test_the_initial_state_is_the_sessions_own() -> None:

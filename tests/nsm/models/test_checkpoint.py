@@ -22,6 +22,7 @@ from nsm.layer import NSMLayer
 from nsm.manager import StateManager
 from nsm.models.checkpoint import MAX_GOLDEN, fingerprint, load, load_checkpoint, save
 from nsm.models.simple import SimpleNSM
+from tests.nsm.variants import make, random_tokens
 
 VECTORS: dict[str, Any] = {"vocab_size": None, "input_dim": 3, "state_dim": 16, "d_model": 8}
 SMALL: dict[str, Any] = {"d_model": 8, "num_states": 4, "num_layers": 1}
@@ -56,8 +57,8 @@ class Touch:
         return Path.touch, (self.path,)
 
 
-def manager_of(model: SimpleNSM) -> StateManager:
-    layer = model.layers[0]
+def manager_of(model: nn.Module) -> StateManager:
+    layer = model.get_submodule("layers.0")
     assert isinstance(layer, NSMLayer)
     return layer.manager
 
@@ -92,6 +93,21 @@ def test_what_comes_back_gives_the_same_bits(
     assert loaded_state.keys() == state.keys()
     for name, value in state.items():
         assert torch.equal(loaded_state[name], value), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "name", ["hierarchy", "memory", "topk", "adaptive, lstm, memory, vectors", "hybrid", "both ways"]
+)
+def test_every_model_of_the_family_comes_back(tmp_path: Path, name: str) -> None:
+    model = make(name)
+    save(model, tmp_path / "model.pt", samples=random_tokens(model, 3, 5).numpy())
+    checkpoint = load_checkpoint(tmp_path / "model.pt")
+    assert type(checkpoint.model) is type(model)
+    assert checkpoint.model.config == model.config
+    assert len(checkpoint.golden) + len(checkpoint.calibration) == 3
+    tokens = random_tokens(model, 2, 20)
+    assert torch.equal(checkpoint.model(tokens), model(tokens))
 
 
 @torch.no_grad()
@@ -233,7 +249,7 @@ def test_only_models_of_the_family_are_saved(tmp_path: Path) -> None:
 
     mine = Mine(vocab_size=5, d_model=8, num_states=2)
     for model, name in ((mine, "Mine"), (nn.Linear(2, 2), "Linear")):
-        with pytest.raises(InputError, match=f"nsm.save writes SimpleNSM; given {name}"):
+        with pytest.raises(InputError, match=f"nsm.save writes SimpleNSM, .*; given {name}"):
             save(model, tmp_path / "model.pt")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
 
@@ -264,12 +280,12 @@ def test_any_weight_changes_the_fingerprint(model_factory: Callable[..., SimpleN
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ({"num_heads": 2}, {"num_heads": 4}),
+        ({"routing": "softmax"}, {"routing": "entmax"}),
         ({"consolidate_every": 2}, {"consolidate_every": 3}),
-        ({"window": 8}, {"window": 9}),
+        ({"hierarchy": (2,)}, {"hierarchy": (3,)}),
         ({"chunk_size": 7, "window": 8}, {"chunk_size": 8}),
     ],
-    ids=["num_heads", "consolidate_every", "window", "chunk_size"],
+    ids=["routing", "consolidate_every", "hierarchy", "chunk_size"],
 )
 def test_models_that_differ_in_their_config_alone_have_different_fingerprints(
     model_factory: Callable[..., SimpleNSM], one: dict[str, Any], other: dict[str, Any]
@@ -333,7 +349,7 @@ def test_a_truncated_file_is_refused(small: SimpleNSM, tmp_path: Path, share: fl
 def test_a_truncated_file_of_the_old_format_is_refused(tmp_path_factory: pytest.TempPathFactory, end: int) -> None:
     """Bare pickles: what the reader raises depends on where the file ends."""
     buffer = io.BytesIO()
-    content = {"format": "nsm-checkpoint", "version": 1, "weight": torch.ones(3)}
+    content = {"format": "nsm-checkpoint", "version": 2, "weight": torch.ones(3)}
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     raw = buffer.getvalue()
     path = tmp_path_factory.mktemp("old") / "model.pt"
@@ -369,10 +385,10 @@ def test_a_bare_state_dict_is_refused_and_the_way_out_told(small: SimpleNSM, tmp
         load(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("version", [0, 2, 99, None, "1"])
+@pytest.mark.parametrize("version", [0, 1, 99, None, "2"])
 def test_another_version_is_refused(content: dict[str, Any], tmp_path: Path, version: object) -> None:
     path = spoiled(content, tmp_path / "model.pt", version=version)
-    with pytest.raises(CheckpointError, match=f"has checkpoint version {version!r}; this nsm reads version 1"):
+    with pytest.raises(CheckpointError, match=f"has checkpoint version {version!r}; this nsm reads version 2"):
         load(path)
 
 
@@ -398,8 +414,8 @@ def test_a_missing_part_is_named(content: dict[str, Any], tmp_path: Path, missin
         ({"model": ["SimpleNSM"]}, "unhashable"),
         ({"config": None}, "mapping"),
         ({"config": {"vocab_size": 20, "surprise": 1}}, "surprise"),
-        ({"config": {"vocab_size": 20, "num_states": 0}}, "SimpleNSM needs num_states >= 1; given 0"),
-        ({"config": {"vocab_size": 20, "num_states": "four"}}, "'str' and 'int'"),
+        ({"config": {"vocab_size": 20, "num_states": 0}}, "SimpleNSM needs num_states >= 1.*given 0"),
+        ({"config": {"vocab_size": 20, "d_model": "four"}}, "'str' and 'int'"),
         ({"weights": {}}, r"Missing key\(s\) in state_dict"),
         ({"weights": [1]}, "state_dict"),
         ({"golden": 3}, "not iterable"),

@@ -1,0 +1,83 @@
+"""Text as streams of bytes, shared by the examples on language: the sources of Python's standard library, or a file."""
+
+from __future__ import annotations
+
+import sysconfig
+from collections.abc import Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nsm.baselines import RWKVLM, MambaLM, RecurrentLM, TransformerLM
+from nsm.models import SimpleNSM, StepModel
+
+BYTES = 256
+CONTEXT = 256
+_CORPUS_BYTES = 4_000_000
+
+Ids = NDArray[np.int64]
+
+# Models over bytes with 1.0 to 1.2 million parameters, to be trained side by side.
+SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
+    {
+        "nsm": (
+            SimpleNSM,
+            {
+                "d_model": 144,
+                "state_dim": 144,
+                "num_states": 32,
+                "num_layers": 3,
+                "num_heads": 8,
+                "gate_type": "mingru",
+                "window": 64,
+                "max_seq_length": 1 << 20,
+            },
+        ),
+        "nsm-2": (
+            SimpleNSM,
+            {
+                "d_model": 144,
+                "state_dim": 144,
+                "num_states": 32,
+                "num_layers": 2,
+                "num_heads": 8,
+                "feed_forward": 8.0,
+                "gate_type": "mingru",
+                "window": 64,
+                "max_seq_length": 1 << 20,
+            },
+        ),
+        "transformer": (TransformerLM, {"d_model": 144, "num_layers": 4, "num_heads": 8, "context": CONTEXT}),
+        "lstm": (RecurrentLM, {"d_model": 204, "num_layers": 3, "kind": "lstm"}),
+        "gru": (RecurrentLM, {"d_model": 236, "num_layers": 3, "kind": "gru"}),
+        "rwkv": (RWKVLM, {"d_model": 144, "num_layers": 4, "num_heads": 4}),
+        "mamba": (MambaLM, {"d_model": 128, "num_layers": 8}),
+    }
+)
+
+
+def build(name: str) -> StepModel:
+    """A new small model of that name."""
+    kind, arguments = SMALL[name]
+    return kind(vocab_size=BYTES, **arguments)
+
+
+def corpus(path: Path | None = None) -> tuple[Ids, Ids]:
+    """A text's bytes, split into the first nine tenths and the rest (default: Python's standard library)."""
+    if path is not None:
+        data = path.read_bytes()
+    else:
+        folder = Path(sysconfig.get_paths()["stdlib"])
+        data = b"".join(file.read_bytes() for file in sorted(folder.glob("*.py")))[:_CORPUS_BYTES]
+    ids = np.frombuffer(data, np.uint8).astype(np.int64)
+    cut = len(ids) * 9 // 10
+    return ids[:cut], ids[cut:]
+
+
+def batch(ids: Ids, count: int, length: int, generator: np.random.Generator) -> tuple[Ids, Ids]:
+    """Windows [count, length] from anywhere in a text, and the same one byte later."""
+    starts = generator.integers(0, len(ids) - length - 1, count)[:, None] + np.arange(length)
+    return ids[starts], ids[starts + 1]

@@ -1,0 +1,91 @@
+"""`nsm run --prompt`: a byte-level model goes on with a text, token by token."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import click
+import numpy as np
+
+from nsm.errors import InputError, UnsupportedError
+from nsm.export.console import Terminal
+from nsm.runtimes.opening import open_bundle
+from nsm.runtimes.sampling import Sampler
+from nsm.runtimes.session import Session
+from nsm.trace import Array
+
+BYTES = 256
+
+
+def generate(path: Path, target: str | None, prompt: str, tokens: int, sampler: Sampler, as_json: bool) -> None:
+    """Write the text that follows a prompt, as it comes; see `nsm run --help`."""
+    if tokens < 1:
+        raise InputError(f"--tokens is at least 1; given {tokens}.")
+    if not prompt:
+        raise InputError("--prompt is empty: give the model at least one character to begin with.")
+    # An argument that is no UTF-8 comes with its odd bytes as surrogates.
+    read = prompt.encode(errors="surrogateescape")
+    prompt = read.decode(errors="replace")
+    terminal = Terminal(quiet=as_json)
+    with open_bundle(path, target) as session:
+        given = np.frombuffer(read, np.uint8).astype(np.int64)
+        _check_bytes(session)
+        logits = _prefill(session, given)
+        start, made = time.perf_counter(), bytearray()
+        decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        if not as_json:
+            click.echo(prompt, nl=False)
+        for token in _continue(session, logits, tokens, sampler):
+            made.append(token)
+            if not as_json:
+                # Text goes out as it is made: that is its own display of progress.
+                click.echo(decoder.decode(bytes([token])), nl=False)
+        took = time.perf_counter() - start
+        if as_json:
+            text = made.decode("utf-8", "replace")
+            facts = {"target": session.target, "prompt": prompt, "text": text, "tokens": tokens}
+            click.echo(json.dumps({**facts, "tokens_per_second": tokens / took}))
+            return
+        click.echo(decoder.decode(b"", final=True))
+        terminal.say(f"\n{len(given)} bytes read, {tokens} made on {session.target}: {tokens / took:,.0f} a second.")
+
+
+def _check_bytes(session: Session) -> None:
+    entry = session.spec.entry("decode") if session.spec.has("decode") else None
+    if entry is None:
+        raise UnsupportedError(
+            "This bundle has no entry `decode`: its model is not causal, and cannot go on by itself."
+        )
+    takes, gives = entry.inputs[0], entry.outputs[0]
+    if takes.maximum != BYTES - 1 or gives.shape[-1] != BYTES:
+        raise UnsupportedError(
+            f"--prompt needs a model over bytes: {BYTES} ids in and {BYTES} logits out. This one takes "
+            f"{'vectors' if takes.maximum is None else f'{takes.maximum + 1} ids'} and gives {gives.shape[-1]} "
+            "numbers. Feed it sequences with --data."
+        )
+
+
+def _prefill(session: Session, ids: Array) -> Array:
+    """Logits after the ids, on lane 0."""
+    tokens = np.zeros((session.batch, len(ids)), np.int64)
+    tokens[0] = ids
+    outputs = session.feed(tokens, _only_first(session, len(ids)))
+    logits: Array = next(iter(outputs.values()))[0, -1]
+    return logits
+
+
+def _continue(session: Session, logits: Array, count: int, sampler: Sampler) -> Iterator[int]:
+    tokens = np.zeros((session.batch, 1), np.int64)
+    valid = None if session.batch == 1 else _only_first(session, 1)
+    for _ in range(count):
+        tokens[0, 0] = sampler(logits)
+        yield int(tokens[0, 0])
+        logits = next(iter(session.decode(tokens, valid).values()))[0, 0]
+
+
+def _only_first(session: Session, count: int) -> Array:
+    return np.where(np.arange(session.batch) == 0, count, 0)

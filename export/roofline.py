@@ -1,0 +1,181 @@
+"""How close an entry comes to what its arithmetic allows on this machine. Needs onnx, and no torch.
+
+The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth) (Williams et al. 2009).
+Products count with all their operands. Everything else could be fused into them, so it counts only for what it reads
+and writes of inputs, outputs and states: a lower bound that no amount of intermediate results can loosen.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from nsm.errors import BuildError, UnsupportedError
+from nsm.export.build import Request
+from nsm.runtimes.session import Session
+from nsm.runtimes.targets import Target
+from nsm.spec import EntrySpec, StepSpec, TensorSpec
+
+_PRODUCTS = ("MatMul", "Gemm", "Conv")
+# Whole recurrent layers: products with the weights of their second and third inputs, for every token.
+_RECURRENT = ("LSTM", "GRU")
+# Large enough that neither fits in a cache, or is over before the threads have started.
+_PEAK_SIDE, _STREAM_BYTES = 1024, 256_000_000
+
+
+@dataclass(frozen=True)
+class Work:
+    """What an entry does in a call: floating-point operations, and bytes moved, by operation."""
+
+    operations: tuple[tuple[str, float, float], ...]
+
+    @property
+    def flops(self) -> float:
+        return sum(flops for _, flops, _ in self.operations)
+
+    @property
+    def nbytes(self) -> float:
+        return sum(nbytes for _, _, nbytes in self.operations)
+
+    def least_seconds(self, machine: Machine) -> float:
+        """The time that the roofline allows."""
+        return sum(
+            max(flops / machine.flops_per_second, nbytes / machine.bytes_per_second)
+            for _, flops, nbytes in self.operations
+        )
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a target reaches here: on a large product, and on reading a large matrix once."""
+
+    flops_per_second: float
+    bytes_per_second: float
+
+
+def work_of(graph: Path) -> Work:
+    """Count the work of a graph with static shapes.
+
+    Raises:
+        BuildError: a shape is not known.
+    """
+    model = onnx.shape_inference.infer_shapes(onnx.load(str(graph), load_external_data=False), strict_mode=True)
+    shapes: dict[str, tuple[int, int]] = {}
+    dims: dict[str, list[int]] = {}
+    for value in (*model.graph.input, *model.graph.output, *model.graph.value_info):
+        kind = value.type.tensor_type
+        if not all(dim.HasField("dim_value") for dim in kind.shape.dim):
+            continue
+        dims[value.name] = [dim.dim_value for dim in kind.shape.dim]
+        shapes[value.name] = int(np.prod(dims[value.name])), helper.tensor_dtype_to_np_dtype(kind.elem_type).itemsize
+    for tensor in model.graph.initializer:
+        dims[tensor.name] = list(tensor.dims)
+        shapes[tensor.name] = int(np.prod(tensor.dims)), helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    outside = {value.name for value in (*model.graph.input, *model.graph.output)}
+    operations = []
+    for node in model.graph.node:
+        product = node.op_type in (*_PRODUCTS, *_RECURRENT)
+        names = [name for name in dict.fromkeys((*node.input, *node.output)) if name in outside or (name and product)]
+        outside -= set(names)  # what comes from outside is read once
+        if any(name not in shapes for name in names):
+            raise BuildError(f"{graph}: the shapes of {node.name} are not known. Export the bundle again.")
+        nbytes = float(sum(shapes[name][0] * shapes[name][1] for name in names))
+        flops = 0.0
+        if node.op_type in _RECURRENT:
+            tokens = np.prod(dims[node.input[0]][:2])
+            flops = 2.0 * float(tokens) * sum(shapes[name][0] for name in node.input[1:3])
+        elif product:
+            depth = np.prod(dims[node.input[1]][1:]) if node.op_type == "Conv" else dims[node.input[0]][-1]
+            flops = 2.0 * shapes[node.output[0]][0] * float(depth)
+        if flops or nbytes:
+            operations.append((node.name, flops, nbytes))
+    return Work(tuple(operations))
+
+
+def measure_machine(target: Target, threads: int | None = None) -> Machine:
+    """Time a large product and a large matrix-vector product on a target."""
+    side = _PEAK_SIDE
+    peak = _time_product(target, side, side, 4 * side, threads)
+    columns = _STREAM_BYTES // 4 // side
+    stream = _time_product(target, 1, side, columns, threads)
+    return Machine(2.0 * side * side * 4 * side / peak, 4.0 * side * columns / stream)
+
+
+def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -> float:
+    """Median over rounds of the mean time of a call, in seconds."""
+    for _ in range(calls):
+        call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return float(np.median(times))
+
+
+def calls_of(session: Session) -> dict[str, Callable[[], object]]:
+    """What to time: a call of each entry that takes tokens, on tokens of zeros; `decode` with its commits."""
+    tokens = {name: np.zeros(spec.shape, spec.numpy_dtype) for name, spec in _token_inputs(session.spec).items()}
+
+    calls: dict[str, Callable[[], object]] = {"step": lambda: session.step(tokens["step"])}
+    if "decode" in tokens:
+        calls["decode"] = lambda: session.decode(tokens["decode"])
+    return calls
+
+
+def _token_inputs(spec: StepSpec) -> dict[str, TensorSpec]:
+    return {entry.name: entry.inputs[0] for entry in spec.entries if entry.inputs}
+
+
+def _time_product(target: Target, rows: int, depth: int, columns: int, threads: int | None) -> float:
+    """Seconds of x[rows, depth] @ constant[depth, columns] on a target."""
+    if target.name == "tensorrt":
+        raise UnsupportedError("The roofline is measured on targets that run on a CPU.")
+    weight = np.random.default_rng(0).standard_normal((depth, columns), np.float32)
+    spec = StepSpec(
+        (
+            EntrySpec(
+                "step",
+                (TensorSpec("tokens", (1, rows, depth), "float32", 1),),
+                # Only one column comes out, so that writing the product is no part of the work.
+                (TensorSpec("outputs", (1, rows, 1), "float32", 1),),
+                (),
+                (),
+            ),
+        ),
+        (),
+        rows,
+        1,
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["tokens", "weight"], ["product"], name="product"),
+            helper.make_node("ReduceMax", ["product", "axis"], ["outputs"], name="outputs", keepdims=1),
+        ],
+        "product",
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, [1, rows, depth])],
+        [helper.make_tensor_value_info("outputs", TensorProto.FLOAT, [1, rows, 1])],
+        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(np.array([-1]), "axis")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "graphs").mkdir()
+        onnx.save(model, str(directory / "graphs" / "step.onnx"))
+        request = Request(directory, directory / target.folder, spec, None)
+        target.builder_module().build(request)
+        path = directory / target.folder / f"step{target.suffix}"
+        runtime = target.runtime_module().load({"step": path}, spec, target.devices[0], threads)
+        session = Session(runtime, spec, {}, "", target.name)
+        tokens = np.ones((1, rows, depth), np.float32)
+        seconds = measure_call(lambda: session.step(tokens), rounds=5, calls=5)
+        session.close()
+    return seconds

@@ -1,0 +1,92 @@
+"""What `--compact` saved: the model before and after, measured side by side on a target."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nsm.bundle import GRAPHS, Bundle
+from nsm.compaction import nsm_layers
+from nsm.export.build import Request
+from nsm.export.onnx import OPSET, export_onnx, initial_arrays
+from nsm.export.pipeline import Plan
+from nsm.export.roofline import calls_of, measure_call, work_of
+from nsm.models.step import StepModel
+from nsm.models.stream import StreamModel
+from nsm.runtimes.opening import open_bundle
+from nsm.runtimes.session import Session
+from nsm.runtimes.targets import find_target
+from nsm.spec import StepSpec
+
+_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class Savings:
+    """Before and after: slots of all layers, parameters, bytes of state a lane, FLOPs and microseconds of a step.
+
+    The last, and the target, are None where none of the bundle's artifacts runs here.
+    """
+
+    target: str | None
+    slots: tuple[int, int]
+    parameters: tuple[int, int]
+    state_bytes: tuple[int, int]
+    flops: tuple[float, float]
+    step_us: tuple[float, float] | None
+
+
+def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
+    """Compare the bundle of a compacted model with the model it was made from.
+
+    The larger model is exported again; where an artifact of the bundle runs here, so is the larger one's, in turn.
+    """
+    assert planned.compacted is not None
+    models = [planned.checkpoint.model, planned.compacted.model]
+    streams = [model for model in models if isinstance(model, StreamModel)]
+    after = bundle.manifest.spec
+    chunk = after.entry("step").inputs[0].shape[1]
+    before = models[0].spec(after.batch, chunk, planned.options.debug_outputs)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / GRAPHS).mkdir()
+        export_onnx(models[0], before, directory / GRAPHS, OPSET)
+        flops = [work_of(path / GRAPHS / "step.onnx").flops for path in (directory, bundle.path)]
+        artifact = next((item for item in bundle.manifest.artifacts if item.parity["status"] == "passed"), None)
+        times = None
+        if artifact is not None:
+            with (
+                _open(models[0], before, directory, artifact.target) as old,
+                open_bundle(bundle, artifact.target) as new,
+            ):
+                times = _times(old, new)
+    slots = [sum(layer.manager.max_states for layer in nsm_layers(model)) for model in streams]
+    parameters = [sum(p.numel() for p in model.parameters()) for model in models]
+    return Savings(
+        None if artifact is None else artifact.target,
+        (slots[0], slots[1]),
+        (parameters[0], parameters[1]),
+        (before.state_nbytes // before.batch, after.state_nbytes // after.batch),
+        (flops[0], flops[1]),
+        times,
+    )
+
+
+def _open(model: StepModel, spec: StepSpec, directory: Path, name: str) -> Session:
+    """A session over the graphs in a directory, built for a target there."""
+    target = find_target(name)
+    target.builder_module().build(Request(directory, directory / target.folder, spec, None))
+    files = {entry.name: directory / target.folder / f"{entry.name}{target.suffix}" for entry in spec.entries}
+    runtime = target.runtime_module().load(files, spec, target.devices[0], None)
+    return Session(runtime, spec, initial_arrays(model, spec.batch), "", target.name)
+
+
+def _times(old: Session, new: Session) -> tuple[float, float]:
+    """Median microseconds of a step of each."""
+    calls = [calls_of(session)["step"] for session in (old, new)]
+    rounds = [[measure_call(call, rounds=1) for call in calls] for _ in range(_ROUNDS)]
+    micro = np.median(np.array(rounds) * 1e6, 0)
+    return float(micro[0]), float(micro[1])

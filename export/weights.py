@@ -1,0 +1,58 @@
+"""One file of weights for several graphs: equal tensors are stored once."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+import onnx
+
+# Smaller tensors stay inside the graph, where a reader sees them.
+MIN_BYTES = 1024
+# Readers map the file into memory; tensors begin on the boundary of a cache line.
+_ALIGNMENT = 64
+
+
+def save_shared(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights: str) -> list[Path]:
+    """Write `{name}.onnx` for each graph, and their larger tensors once for all into the file `weights`.
+
+    The graphs are changed: their tensors refer to the file afterwards.
+
+    Args:
+        graphs: by name.
+        directory: where they go; must exist.
+        weights: name of the file of weights, beside the graphs.
+
+    Returns:
+        The paths of the graphs.
+    """
+    places: dict[bytes, int] = {}
+    with (directory / weights).open("wb") as file:
+        for graph in graphs.values():
+            for tensor in graph.graph.initializer:
+                data = onnx.numpy_helper.to_array(tensor).tobytes()
+                if len(data) < MIN_BYTES:
+                    continue
+                digest = hashlib.sha256(data).digest()
+                if digest not in places:
+                    file.write(bytes(-file.tell() % _ALIGNMENT))
+                    places[digest] = file.tell()
+                    file.write(data)
+                _refer(tensor, weights, places[digest], len(data))
+    paths = []
+    for name, graph in graphs.items():
+        paths.append(directory / f"{name}.onnx")
+        onnx.save(graph, str(paths[-1]))
+    return paths
+
+
+def _refer(tensor: onnx.TensorProto, weights: str, offset: int, length: int) -> None:
+    """Make a tensor's values those at a place in the file."""
+    for field in ("raw_data", "float_data", "int32_data", "int64_data", "double_data", "uint64_data"):
+        tensor.ClearField(field)
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    del tensor.external_data[:]
+    for key, value in (("location", weights), ("offset", str(offset)), ("length", str(length))):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, value

@@ -1,0 +1,103 @@
+"""RecurrentLM: LSTM or GRU layers."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from nsm.baselines.lm import CausalLM, RecurrentLayer
+from nsm.errors import ConfigError
+from nsm.models.options import checked_sizes
+from nsm.models.step import State
+
+Kind = Literal["lstm", "gru"]
+_CELLS: dict[str, type[nn.LSTM | nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}
+_ROLES: dict[str, tuple[str, ...]] = {"lstm": ("hidden", "cell"), "gru": ("hidden",)}
+
+
+class RecurrentLM(CausalLM):
+    """Layers of x + LSTM(norm(x)) (Hochreiter & Schmidhuber 1997), or of x + GRU(norm(x)) (Cho et al. 2014).
+
+    The residual connections are those of Wu et al. 2016 (GNMT), without which stacks of more than a few recurrent
+    layers train badly.
+
+    State: `{i}.hidden` [B, d], and for the LSTM `{i}.cell` [B, d].
+
+    Args:
+        vocab_size: V.
+        d_model: d.
+        num_layers: depth.
+        kind: "lstm" or "gru".
+        chunk_size: K of the entry `step`.
+
+    Raises:
+        ConfigError: a size below 1, or an unknown kind.
+    """
+
+    def __init__(
+        self, vocab_size: int, d_model: int, num_layers: int, kind: Kind = "lstm", chunk_size: int = 16
+    ) -> None:
+        sizes = checked_sizes(
+            "RecurrentLM",
+            {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "chunk_size": chunk_size},
+        )
+        if kind not in _CELLS:
+            raise ConfigError(f"kind must be one of {', '.join(_CELLS)}; given {kind!r}.")
+        super().__init__(vocab_size, d_model, chunk_size, [GatedLayer(d_model, kind) for _ in range(num_layers)])
+        self.config = {**sizes, "kind": kind}
+
+
+class GatedLayer(RecurrentLayer):
+    """x + RNN(norm(x)), [B, T, d] -> [B, T, d]."""
+
+    def __init__(self, dim: int, kind: Kind) -> None:
+        super().__init__()
+        self.roles = _ROLES[kind]
+        self.norm = nn.LayerNorm(dim)
+        self.rnn = _CELLS[kind](dim, dim, batch_first=True)
+
+    def state_shapes(self, batch: int) -> dict[str, tuple[int, ...]]:
+        return dict.fromkeys(self.roles, (batch, self.rnn.hidden_size))
+
+    def forward(self, tokens: Tensor, state: State, valid: Tensor | None) -> tuple[Tensor, State]:
+        inputs, start = self.norm(tokens), tuple(state[role] for role in self.roles)
+        outputs, after = self._whole(inputs, start) if valid is None else self._partial(inputs, start, valid)
+        return tokens + outputs, dict(zip(self.roles, after, strict=True))
+
+    def _whole(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All tokens count: the operator of torch, which exports as the operator of ONNX."""
+        start = tuple(value.unsqueeze(0) for value in state)
+        outputs, after = self.rnn(inputs, start if len(start) > 1 else start[0])
+        return outputs, tuple(value.squeeze(0) for value in (after if len(start) > 1 else (after,)))
+
+    def _partial(self, inputs: Tensor, state: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Lanes stop at different tokens, where the operator would have to tell the cell in the middle of its run."""
+        input_weight, weight, input_bias, bias = self.rnn.all_weights[0]
+        given = functional.linear(inputs, input_weight, input_bias)
+        outputs = []
+        for index, part in enumerate(given.unbind(1)):
+            new = _CELL_STEPS[self.roles](part, functional.linear(state[0], weight, bias), state)
+            counted = (index < valid)[:, None]
+            state = tuple(torch.where(counted, one, old) for one, old in zip(new, state, strict=True))
+            outputs.append(new[0])
+        return torch.stack(outputs, 1), state
+
+
+def _lstm_step(given: Tensor, carried: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(hidden, cell) after one token, from what the token and the hidden state give to the gates [B, 4 d]."""
+    enter, keep, new, show = (given + carried).chunk(4, -1)
+    cell = torch.sigmoid(keep) * state[1] + torch.sigmoid(enter) * torch.tanh(new)
+    return torch.sigmoid(show) * torch.tanh(cell), cell
+
+
+def _gru_step(given: Tensor, carried: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """(hidden,) after one token, from what the token and the hidden state give to the gates [B, 3 d]."""
+    (reset, keep, new), (reset_h, keep_h, new_h) = given.chunk(3, -1), carried.chunk(3, -1)
+    new = torch.tanh(new + torch.sigmoid(reset + reset_h) * new_h)
+    return (new + torch.sigmoid(keep + keep_h) * (state[0] - new),)
+
+
+_CELL_STEPS = {_ROLES["lstm"]: _lstm_step, _ROLES["gru"]: _gru_step}

@@ -1,0 +1,78 @@
+"""HybridModel: attention layers with a bounded window below, Neural State Machine layers above."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Unpack
+
+from nsm.attention_layer import AttentionLayer
+from nsm.layer import NSMLayer
+from nsm.models.options import LayerOptions, checked_sizes, embedding, output_head, per_layer, stored
+from nsm.models.stream import StreamModel
+
+
+class HybridModel(StreamModel):
+    """`num_attention_layers` of `AttentionLayer`, then `num_nsm_layers` of `NSMLayer`: ids [B, T] -> [B, T, V].
+
+        HybridModel(vocab_size=10000, d_model=512, num_states=64, num_attention_layers=2, num_nsm_layers=4, num_heads=8)
+
+    The attention layers see the last `attention_window` tokens exactly; what is older comes from the banks.
+
+    Args:
+        vocab_size: V.
+        d_model: d.
+        num_states: S, slots of each NSM layer, or a list of them.
+        num_attention_layers, num_nsm_layers: depth of the two parts.
+        num_heads: heads of all attention.
+        state_dim: D (default: 2 * d_model).
+        attention_window: reach of the attention layers in tokens.
+        output_dim: width of the outputs (default: vocab_size).
+        options: of the NSM layers, see `NSMLayer`.
+
+    Raises:
+        ConfigError: sizes that do not fit together.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        d_model: int = 512,
+        num_states: int | Sequence[int] = 64,
+        num_attention_layers: int = 2,
+        num_nsm_layers: int = 4,
+        num_heads: int = 8,
+        state_dim: int | None = None,
+        attention_window: int = 128,
+        output_dim: int | None = None,
+        **options: Unpack[LayerOptions],
+    ) -> None:
+        size = checked_sizes(
+            "HybridModel",
+            {
+                "vocab_size": vocab_size,
+                "d_model": d_model,
+                "num_attention_layers": num_attention_layers,
+                "num_nsm_layers": num_nsm_layers,
+                "num_heads": num_heads,
+                "state_dim": 2 * d_model if state_dim is None else state_dim,
+                "attention_window": attention_window,
+                "output_dim": vocab_size if output_dim is None else output_dim,
+            },
+        )
+        chunk_size, causal = options.get("chunk_size", 16), options.get("causal", True)
+        feed_forward = options.get("feed_forward", 4.0)
+        layers = [
+            *(
+                AttentionLayer(d_model, num_heads, attention_window, chunk_size, feed_forward, causal)
+                for _ in range(num_attention_layers)
+            ),
+            *(
+                NSMLayer(size["state_dim"], d_model, num_heads, count, **options)
+                for count in per_layer("HybridModel", "num_states", num_states, num_nsm_layers)
+            ),
+        ]
+        embed, tokens = embedding(vocab_size, None, d_model)
+        super().__init__(embed, layers, output_head(d_model, size["output_dim"]), tokens, size["output_dim"])
+        slots = num_states if isinstance(num_states, int) else list(num_states)
+        self.config = {**size, "num_states": slots, **stored(options)}

@@ -1,0 +1,84 @@
+"""What the models of the family have in common: the options of their layers, and how a stack is built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypedDict
+
+from torch import nn
+
+from nsm.errors import ConfigError
+from nsm.propagator import GateType
+from nsm.router import Routing
+from nsm.spec import TensorSpec
+
+
+class LayerOptions(TypedDict, total=False):
+    """Options that a model hands on to each of its `NSMLayer`s, where they are explained."""
+
+    gate_type: GateType
+    chunk_size: int
+    window: int | None
+    routing_heads: int
+    routing: Routing
+    top_k: int | None
+    consolidate_every: int
+    communication: bool
+    conv_width: int
+    feed_forward: float
+    hierarchy: Sequence[int]
+    memory_rows: int
+    causal: bool
+
+
+def checked_sizes(model: str, sizes: Mapping[str, int | None]) -> dict[str, int]:
+    """The sizes that are given, all >= 1.
+
+    Raises:
+        ConfigError: names the first that is not.
+    """
+    for name, value in sizes.items():
+        if value is not None and value < 1:
+            raise ConfigError(f"{model} needs {name} >= 1; given {value}.")
+    return {name: value for name, value in sizes.items() if value is not None}
+
+
+def per_layer(model: str, name: str, value: int | Sequence[int], layers: int) -> list[int]:
+    """A size of each layer, from one for all or a list of them.
+
+    Raises:
+        ConfigError: a list of another length, or sizes below 1.
+    """
+    sizes = [value] * layers if isinstance(value, int) else list(value)
+    if len(sizes) != layers or any(size < 1 for size in sizes):
+        raise ConfigError(
+            f"{model} needs {name} >= 1, one for all or one for each of its {layers} layers; given {value}."
+        )
+    return sizes
+
+
+def check_one_form(model: str, vocab_size: int | None, input_dim: int | None) -> None:
+    """Raise `ConfigError` unless exactly one of the two forms of tokens is asked for."""
+    if (vocab_size is None) == (input_dim is None):
+        raise ConfigError(
+            f"{model} takes either vocab_size (a stream of ids) or input_dim (a stream of vectors), and exactly one; "
+            f"given vocab_size={vocab_size}, input_dim={input_dim}."
+        )
+
+
+def embedding(vocab_size: int | None, input_dim: int | None, width: int) -> tuple[nn.Module, TensorSpec]:
+    """The embedding of ids or vectors, and the spec of one token."""
+    if vocab_size is not None:
+        return nn.Embedding(vocab_size, width), TensorSpec("tokens", (), "int64", None, 0, vocab_size - 1)
+    assert input_dim is not None
+    return nn.Linear(input_dim, width), TensorSpec("tokens", (input_dim,), "float32")
+
+
+def output_head(width: int, output_dim: int) -> nn.Module:
+    """Norm and linear map to the outputs."""
+    return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, output_dim))
+
+
+def stored(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options as a checkpoint keeps them: plain values only."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

@@ -1,0 +1,91 @@
+"""StepModel: what a model must offer to be exported, checked and run as a stream."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from nsm.errors import InputError
+from nsm.spec import StepSpec, TensorSpec
+
+State = dict[str, Tensor]
+"""The whole state of B streams, by the names of `StepModel.spec(B).states`."""
+
+
+class StepModel(nn.Module, ABC):
+    """A sequence model whose state is an argument and a result.
+
+    Attributes:
+        config: the arguments that make this model again.
+        token_spec: one lane and one token: shape () for ids, (input_dim,) for vectors.
+        output_dim: width of the outputs.
+        chunk_size: C; `step` takes a multiple of it.
+    """
+
+    config: dict[str, Any]
+    token_spec: TensorSpec
+    output_dim: int
+    chunk_size: int
+
+    @abstractmethod
+    def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
+        """The declaration of the exported entries, for so many lanes and tokens a call of `step`.
+
+        `debug_outputs` asks for more outputs, to look inside; a model that has none ignores it.
+        """
+
+    @abstractmethod
+    def initial_state(self, batch: int = 1) -> State:
+        """The state of `batch` streams before their first token. Its learned part carries gradients."""
+
+    @abstractmethod
+    def step(self, tokens: Tensor, state: State, valid: Tensor | None = None) -> tuple[Tensor, State]:
+        """Take tokens [B, K], K a multiple of C, of which the first `valid` [B] count: outputs and state."""
+
+    def call(self, entry: str, inputs: dict[str, Tensor], state: State) -> tuple[dict[str, Tensor], State]:
+        """Run an entry as its graph does: inputs by name -> outputs by name, and the whole state."""
+        if entry != "step":
+            raise InputError(f"There is no entry {entry!r}. Entries: step.")
+        outputs, state = self.step(inputs["tokens"], state, inputs.get("valid"))
+        return {"outputs": outputs}, state
+
+    def graph(self, entry: str, inputs: dict[str, Tensor], state: State) -> tuple[dict[str, Tensor], State]:
+        """Like `call`, with only the new rows of the states that are appended to (see `StateSpec.append_axis`)."""
+        return self.call(entry, inputs, state)
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise `InputError` unless the tokens are [B, T, ...] of this model's kind and in range."""
+        spec = self.token_spec
+        kind = "ids [B, T]" if not spec.shape else f"vectors [B, T, {spec.shape[0]}]"
+        integer = not spec.shape
+        dtypes = (torch.int64, torch.int32) if integer else (next(self.parameters()).dtype,)
+        if tokens.dim() != 2 + len(spec.shape) or tuple(tokens.shape[2:]) != spec.shape or 0 in tokens.shape[:2]:
+            raise InputError(f"The model takes {kind}, at least one token; given shape {list(tokens.shape)}.")
+        if tokens.dtype not in dtypes:
+            raise InputError(f"The model takes {kind} of dtype {dtypes[0]}; given {tokens.dtype}.")
+        if integer and not torch.compiler.is_compiling():
+            low, high = int(tokens.min()), int(tokens.max())
+            if (
+                spec.minimum is not None
+                and spec.maximum is not None
+                and not spec.minimum <= low <= high <= spec.maximum
+            ):
+                raise InputError(f"Token ids must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
+
+    def tokens_input(self, batch: int, count: int) -> TensorSpec:
+        """The input `tokens` of an entry that takes `count` tokens a lane."""
+        token = self.token_spec
+        return TensorSpec("tokens", (batch, count, *token.shape), token.dtype, 1, token.minimum, token.maximum)
+
+    def checked_count(self, tokens_per_call: int | None) -> int:
+        """K, a multiple of C (default: C), or `InputError`."""
+        count = self.chunk_size if tokens_per_call is None else tokens_per_call
+        if count < 1 or count % self.chunk_size:
+            raise InputError(
+                f"A call takes a multiple of the model's chunk of {self.chunk_size} tokens; given {count}. "
+                f"Take {max(1, round(count / self.chunk_size)) * self.chunk_size}."
+            )
+        return count

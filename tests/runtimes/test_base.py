@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+
+from nsm.errors import StreamError
+from nsm.runtimes.base import Sides, State
+from nsm.spec import COUNT, OFFSET
+from tests.runtimes.fake import fake_spec
+
+
+def sides_of(sides: Sides) -> dict[str, int]:
+    return {name: sides[name] for name in fake_spec(ring=True).state_names}
+
+
+def test_a_state_is_of_use_to_its_owner_while_it_lives() -> None:
+    owner = object()
+    state = State(owner)
+    state.check(owner)
+    with pytest.raises(StreamError, match="belongs to another runtime"):
+        state.check(object())
+    state.live = False
+    with pytest.raises(StreamError, match="consumed by an earlier call"):
+        state.check(owner)
+
+
+def test_a_call_turns_over_the_states_that_its_entry_writes_and_no_other() -> None:
+    spec = fake_spec(ring=True)
+    sides, owner = Sides(spec), object()
+    sides.reset(owner)
+    expected = dict.fromkeys(spec.state_names, 0)
+    assert sides_of(sides) == expected
+    for entry in ("step", "decode", "commit", "commit", "step", "decode", "decode"):
+        sides.flip(owner, entry)
+        for name in spec.entry(entry).writes:
+            expected[name] ^= name != "0.recent"
+        assert sides_of(sides) == expected
+    assert len({expected[name] for name in (COUNT, OFFSET, "0.bank", "0.written")}) == 2, "they came apart"
+
+
+def test_a_state_that_no_entry_writes_and_one_that_is_appended_to_stay_where_they_are() -> None:
+    sides, owner = Sides(fake_spec(ring=True)), object()
+    sides.reset(owner)
+    for entry in ("step", "decode", "commit") * 3:
+        sides.flip(owner, entry)
+        assert (sides["0.mask"], sides["0.recent"]) == (0, 0)
+
+
+def test_a_reset_brings_all_states_back() -> None:
+    sides, owner = Sides(fake_spec(ring=True)), object()
+    sides.reset(owner)
+    sides.flip(owner, "step")
+    sides.reset(owner)
+    assert set(sides_of(sides).values()) == {0}
+
+
+def test_only_the_last_handle_lives() -> None:
+    sides, owner = Sides(fake_spec()), object()
+    handles = [sides.reset(owner), sides.flip(owner, "step"), sides.flip(owner, "decode"), sides.reset(owner)]
+    assert [handle.live for handle in handles] == [False, False, False, True]
+    handles[-1].check(owner)
