@@ -7,7 +7,7 @@ SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py runtimes/*.py)
 CODE := nsm export runtimes tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-long recall clean
+.PHONY: help setup demo test check format test-long recall compare design clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -48,6 +48,13 @@ test-long: setup  ## the checks that CI has no time for
 
 recall: setup  ## train the recall model again that the tests use (tests/data/recall.pt)
 	$(BIN)/python examples/train_recall.py --output tests/data/recall.pt
+
+compare: setup  ## compare the NSM with other sequence models on OpenVINO and ONNX Runtime (about 15 minutes on 2 cores)
+	$(BIN)/python examples/compare.py --target openvino --output docs/compare-openvino
+	$(BIN)/python examples/compare.py --target onnxruntime --output docs/compare-onnxruntime
+
+design: setup  ## what each design choice of a layer costs (about 6 minutes)
+	$(BIN)/python examples/design_choices.py --output docs/design-choices.json
 
 format: setup  ## format the code and mend what lint can
 	$(BIN)/ruff check --fix .

@@ -49,7 +49,7 @@ NSM: Mapping[str, Any] = MappingProxyType(
         "num_states": 32,
         "num_heads": 8,
         "num_layers": 2,
-        "feed_forward": 8.5,
+        "feed_forward": 8.6,
         "gate_type": "mingru",
     }
 )
@@ -178,7 +178,7 @@ def rows_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -
 
 def show(rows: list[Row], target: str) -> None:
     """The tables, for people."""
-    console = Console()
+    console = Console(width=120)
     table = Table(title=f"{target}: 16 tokens a call", header_style="bold", box=None)
     columns = (
         "model",
@@ -192,7 +192,7 @@ def show(rows: list[Row], target: str) -> None:
         "state kB",
     )
     for column in columns:
-        table.add_column(column, justify="left" if column == "model" else "right")
+        table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
     for row in rows:
         table.add_row(
             row.name,

@@ -58,5 +58,5 @@ def test_the_readme_shows_the_plain_example_as_it_is() -> None:
 
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
-    run_elsewhere = {"text", "train_text", "compare", "visualize"}  # test_example_*.py, nsm/utils
+    run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere
