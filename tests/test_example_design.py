@@ -8,12 +8,21 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-TINY = {"vocab_size": 256, "d_model": 16, "state_dim": 16, "num_states": 6, "num_heads": 2, "num_layers": 1}
+TINY: dict[str, Any] = {
+    "vocab_size": 256,
+    "d_model": 16,
+    "state_dim": 16,
+    "num_states": 6,
+    "num_heads": 2,
+    "num_layers": 1,
+    "gate_type": "mingru",
+}
 
 
 @pytest.fixture
