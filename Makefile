@@ -30,7 +30,7 @@ $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit("nsm needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 
-demo: setup  ## train on handwritten digits, export to three targets, compare (about 5 minutes on 2 cores)
+demo: setup  ## train on handwritten digits, export to three targets, compare (about 5 minutes on 2 cores, set-up included)
 	$(BIN)/python examples/train_digits.py --output digits.pt
 	$(BIN)/nsm-export digits.pt --target onnxruntime --target openvino --target tensorrt --output digits.nsm --force
 	$(BIN)/python examples/report_digits.py digits.pt digits.nsm

@@ -243,6 +243,9 @@ def plot(rows: list[Row], target: str, path: Path) -> None:
             axes.plot(contexts, [row.call_us / 16] * len(contexts), label=row.name, **style)
     axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=f"us a token ({target})")
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    low, high = axes.get_ylim()
+    ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
+    axes.set_yticks(ticks, [f"{tick:,}" for tick in ticks])
     axes.minorticks_off()
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
