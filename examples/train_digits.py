@@ -40,7 +40,7 @@ def build(adaptive: bool) -> StreamModel:
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="digits.pt", show_default=True)
-@click.option("--steps", default=900, show_default=True, help="Updates of the weights.")
+@click.option("--steps", default=1600, show_default=True, help="Updates of the weights.")
 @click.option("--batch", default=64, show_default=True, help="Streams side by side.")
 @click.option("--digits-per-update", default=1, show_default=True, help="Length of a gradient, in digits.")
 @click.option("--learning-rate", default=4e-3, show_default=True)
