@@ -11,7 +11,7 @@ import numpy as np
 from nsm.bundle import GRAPHS, Bundle
 from nsm.compaction import nsm_layers
 from nsm.export.build import Request
-from nsm.export.onnx import OPSET, export_onnx, initial_arrays
+from nsm.export.onnx import export_onnx, initial_arrays
 from nsm.export.pipeline import Plan
 from nsm.export.roofline import calls_of, measure_call, work_of
 from nsm.models.step import StepModel
@@ -53,7 +53,7 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / GRAPHS).mkdir()
-        export_onnx(models[0], before, directory / GRAPHS, OPSET)
+        export_onnx(models[0], before, directory / GRAPHS, planned.options.opset)
         flops = [work_of(path / GRAPHS / "step.onnx").flops for path in (directory, bundle.path)]
         artifact = next((item for item in bundle.manifest.artifacts if item.parity["status"] == "passed"), None)
         times = None

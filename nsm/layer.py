@@ -29,7 +29,7 @@ class Clock(NamedTuple):
     """Where the lanes stand when a run of tokens begins. Every member is [B] int64.
 
     filled: rows that are there in the windows; offset: tokens in the open chunk; chunk: chunks since the start,
-    modulo the model's longest period (None where every period is one chunk).
+    modulo the common cycle of the model's periods (None where every period is one chunk).
     """
 
     filled: Tensor
@@ -428,7 +428,7 @@ class NSMLayer(nn.Module):
 
         Args:
             weights, values: what the chunk writes, [B, R, C, S1] and [B, 2, R, C, f].
-            turn: [B], the number of the chunk, from 1, modulo the longest period.
+            turn: [B], the number of the chunk, from 1, within the cycle of the model's periods.
             full: [B] bool, the lanes on which this happens (default: all).
             mixed, counts: the chunk's mixed tokens [B, C, d] and which count [B, C], for the memory.
         """

@@ -122,12 +122,11 @@ class Session:
         """
         entry = self.spec.entry("decode")
         inputs, counts = self._checked_call(entry, tokens, valid)
+        self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
         outputs = self._call(entry, inputs)
-        if self.spec.has("commit"):
+        if self._chunked:
             self._offset += counts
-            if np.any(self._offset == self.spec.chunk_size):
-                self._call(self.spec.entry("commit"), {})
-                self._offset[self._offset == self.spec.chunk_size] = 0
+        self._commit_full()
         # At the end, so that lanes that are well stand where their state does when this raises.
         self._check_finite(outputs, counts)
         return outputs
@@ -317,6 +316,13 @@ class Session:
     def _call(self, entry: EntrySpec, inputs: dict[str, Array]) -> Arrays:
         outputs, self._state = self._runtime.call(entry.name, inputs, self._state)
         return outputs
+
+    def _commit_full(self) -> None:
+        """End the chunk of the lanes where it is full."""
+        full = self._offset == self.spec.chunk_size
+        if np.any(full):
+            self._call(self.spec.entry("commit"), {})
+            self._offset[full] = 0
 
     def _check_at_beginning(self, counts: Array) -> None:
         """Raise `StreamError` if a lane that has tokens stands inside a chunk."""

@@ -16,7 +16,7 @@ from nsm.spec import OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 
 # States of the stream itself, beside OFFSET and those of the layers.
 FILLED = "lane.filled"  # rows that are there in the windows, [B]
-CHUNK = "lane.chunk"  # chunks since the start, modulo the longest period, [B]; only where there is one
+CHUNK = "lane.chunk"  # chunks since the start, modulo the common cycle of the periods, [B]; only where there is one
 
 
 class StreamLayer(Protocol):

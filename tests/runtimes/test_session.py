@@ -1,14 +1,15 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 import pytest
 
 from nsm.bundle import Bundle
-from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
+from nsm.errors import InputError, NonFiniteError, RunError, SnapshotError, StreamError
+from nsm.runtimes.base import State
 from nsm.runtimes.measures import relative_error
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.session import Session
@@ -913,3 +914,29 @@ def test_the_initial_state_is_the_sessions_own() -> None:
     assert_same(session.read_state(), fake_initial(spec))
     session.step(ids(session))
     assert not session.is_fresh()
+
+
+def test_a_commit_that_failed_is_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The token was taken and the chunk is full: the next token finds it committed, as if nothing had happened."""
+    session, honest = fake_session(), fake_session()
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2 * CHUNK, 2, 1))
+    call = session._runtime.call
+    failed: list[str] = []
+
+    def fail_once(entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        if entry == "commit" and not failed:
+            failed.append(entry)
+            raise RunError("no memory")
+        return call(entry, inputs, state)
+
+    monkeypatch.setattr(session._runtime, "call", fail_once)
+    for number, token in enumerate(tokens):
+        honest.decode(token)
+        if number == CHUNK - 1:
+            with pytest.raises(RunError, match="no memory"):
+                session.decode(token)
+            assert session.offsets.tolist() == [CHUNK, CHUNK]
+        else:
+            session.decode(token)
+            assert_same(session.read_state(), honest.read_state())
+    assert failed == ["commit"]
