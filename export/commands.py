@@ -16,6 +16,7 @@ from nsm.export import doctor as doctor_module
 from nsm.export.build import add_target
 from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, number, parity_row, size
 from nsm.export.sequences import read_sequences
+from nsm.files import replacing
 from nsm.runtimes import bench as bench_module
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact, open_bundle
@@ -283,7 +284,7 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
                     )
                 progress(index + 1, len(sequences))
     if output is not None:
-        with output.open("wb") as file:
+        with replacing(output) as file:
             np.savez(file, allow_pickle=False, **dict(results))
     if as_json:
         click.echo(json.dumps({"target": session.target, "output": output and str(output), "sequences": summaries}))

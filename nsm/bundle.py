@@ -28,6 +28,7 @@ from nsm.errors import (
     OutputExistsError,
     ParityError,
 )
+from nsm.files import replacing
 from nsm.spec import StepSpec
 from nsm.trace import Arrays, Trace, load_arrays
 
@@ -268,9 +269,8 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
 
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     """Write JSON beside `path` and rename it, so that a reader sees the old text or the new one."""
-    temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    with replacing(path) as file:
+        file.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
 
 
 def file_record(directory: Path, relative: str) -> FileRecord:

@@ -15,13 +15,14 @@ FOLDERS = {"nsm": "nsm", "export": "nsm.export", "runtimes": "nsm.runtimes"}
 
 # What a room may import of the project, besides itself. One way: errors -> decode -> spec -> trace -> bundle, then the
 # torch models on one side and the runtimes on the other, and export above all.
-VOCABULARY = ("nsm.errors", "nsm.decode", "nsm.spec", "nsm.trace", "nsm.bundle")
+VOCABULARY = ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec", "nsm.trace", "nsm.bundle")
 ALLOWED = {
     "nsm.errors": (),
     "nsm.decode": ("nsm.errors",),
+    "nsm.files": ("nsm.errors",),
     "nsm.spec": ("nsm.errors", "nsm.decode"),
     "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.spec"),
-    "nsm.bundle": ("nsm.errors", "nsm.decode", "nsm.spec", "nsm.trace"),
+    "nsm.bundle": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec", "nsm.trace"),
     "models": (*VOCABULARY, "models"),
     "nsm.runtimes": (*VOCABULARY, "nsm.runtimes"),
     "nsm.export": (*VOCABULARY, "models", "nsm.runtimes", "nsm.export"),

@@ -7,7 +7,6 @@ import importlib
 import json
 import os
 import pickle
-import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nsm.errors import CheckpointError, InputError
+from nsm.files import replacing
 from nsm.models.step import StepModel
 
 FORMAT = "nsm-checkpoint"
@@ -86,19 +86,8 @@ def save(
         "golden": [item for index, item in enumerate(sequences) if index in golden_ids],
         "calibration": [item for index, item in enumerate(sequences) if index not in golden_ids],
     }
-    target = Path(path)
-    try:
-        handle, temporary = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    except OSError as error:
-        raise InputError(f"The checkpoint {target} cannot be written: {error}.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save(content, file)
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, target)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(Path(path)) as file:
+        torch.save(content, file)
 
 
 def load(path: str | os.PathLike[str]) -> StepModel:

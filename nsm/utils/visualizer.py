@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, MissingDependencyError
+from nsm.files import replacing
 from nsm.trace import Trace
 from nsm.utils.recorders import read_trace, record_model
 from nsm.utils.recording import Recording
@@ -173,16 +173,6 @@ def _finished(figure: Figure, save_path: str | os.PathLike[str] | None) -> Figur
     known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
         raise InputError(f"{path} has no ending that tells the format of the picture. Use one of: {', '.join(known)}.")
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InputError(f"The picture {path} cannot be written: {error}. Make the folder first.") from error
-    try:
-        with os.fdopen(handle, "wb") as file:
-            figure.savefig(file, format=path.suffix[1:].lower())
-        Path(temporary).chmod(0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file:
+        figure.savefig(file, format=path.suffix[1:].lower())
     return figure
