@@ -252,6 +252,12 @@ def plot(rows: list[Row], target: str, path: Path) -> None:
     figure.savefig(path, dpi=130)
 
 
+def write_facts(output: Path, target: str, rows: list[Row], memory: Mapping[str, Mapping[str, float]]) -> None:
+    """Everything that was measured, as OUTPUT.json."""
+    facts = {"target": target, "rows": [asdict(row) for row in rows], "memory": memory}
+    output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
 @click.command()
 @click.option("--target", default="openvino", show_default=True, help="openvino or onnxruntime.")
 @click.option("--contexts", default=",".join(map(str, CONTEXTS)), show_default=True, help="Of the transformers.")
@@ -279,6 +285,9 @@ def main(
             del made
         rows = rows_of(bundles, target, rounds, calls)
         show(rows, target)
+        if output is not None:
+            plot(rows, target, output.with_suffix(".png"))
+            write_facts(output, target, rows, {})
         memory = {}
         if tokens:
             last = [name for name in bundles if "d=384 L=4" in name][-1]
@@ -290,10 +299,8 @@ def main(
                     f"from step 1000 on a range of {found['range_mb']:.2f} MB, "
                     f"second half minus first {found['slope_mb']:+.3f} MB"
                 )
-    if output is not None:
-        facts = {"target": target, "rows": [asdict(row) for row in rows], "memory": memory}
-        output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
-        plot(rows, target, output.with_suffix(".png"))
+            if output is not None:
+                write_facts(output, target, rows, memory)
 
 
 if __name__ == "__main__":

@@ -158,27 +158,28 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     bundle = Bundle(path)
     bundle.verify()
     artifact = bundle.artifact(None if target is None else find_target(target).name)
-    with terminal.stage("Measuring the machine"):
-        machine = roofline_module.measure_machine(find_target(artifact.target), threads)
-    results = []
-    with open_artifact(bundle, artifact, threads=threads) as session:
-        for entry, call in roofline_module.calls_of(session).items():
-            work = roofline_module.work_of(bundle.locate(f"graphs/{entry}.onnx"))
-            with terminal.stage(f"Measuring {entry}"):
-                session.reset()
-                took = roofline_module.measure_call(call)
-            least = work.least_seconds(machine)
-            results.append(
-                {
-                    "entry": entry,
-                    "gflop": work.flops / 1e9,
-                    "mb": work.nbytes / 1e6,
-                    "roofline_us": least * 1e6,
-                    "measured_us": took * 1e6,
-                    "share": least / took,
-                }
-            )
-    facts = {"gflop_per_second": machine.flops_per_second / 1e9, "gb_per_second": machine.bytes_per_second / 1e9}
+    with (
+        roofline_module.products(find_target(artifact.target), threads) as machine,
+        open_artifact(bundle, artifact, threads=threads) as session,
+        terminal.stage("Measuring in turns") as progress,
+    ):
+        calls = roofline_module.calls_of(session)
+        work = {entry: roofline_module.work_of(bundle.locate(f"graphs/{entry}.onnx")) for entry in calls}
+        reached = roofline_module.measure_reached(work, calls, machine, session.reset, progress=progress)
+    results = [
+        {
+            "entry": entry,
+            "gflop": work[entry].flops / 1e9,
+            "mb": work[entry].nbytes / 1e6,
+            "roofline_us": item.least * 1e6,
+            "measured_us": item.took * 1e6,
+            "share": item.share,
+            "share_quartiles": [item.low, item.high],
+        }
+        for entry, item in reached.items()
+    ]
+    here = next(iter(reached.values())).machine
+    facts = {"gflop_per_second": here.flops_per_second / 1e9, "gb_per_second": here.bytes_per_second / 1e9}
     if as_json:
         click.echo(json.dumps({"target": artifact.target, "machine": facts, "results": results}))
         return
@@ -188,16 +189,17 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     )
     rows = [
         [
-            str(r["entry"]),
-            f"{r['gflop']:.3f}",
-            f"{r['mb']:.1f}",
-            f"{r['roofline_us']:.0f}",
-            f"{r['measured_us']:.0f}",
-            f"{r['share']:.0%}",
+            entry,
+            f"{work[entry].flops / 1e9:.3f}",
+            f"{work[entry].nbytes / 1e6:.1f}",
+            f"{item.least * 1e6:.0f}",
+            f"{item.took * 1e6:.0f}",
+            f"{item.share:.0%}",
+            f"{item.low:.0%}-{item.high:.0%}",
         ]
-        for r in results
+        for entry, item in reached.items()
     ]
-    terminal.table(("entry", "GFLOP", "MB", "roofline us", "measured us", "reached"), rows)
+    terminal.table(("entry", "GFLOP", "MB", "roofline us", "measured us", "reached", "quartiles"), rows)
 
 
 def build(path: Path, target: str, device: str | None, as_json: bool) -> None:

@@ -7,9 +7,10 @@ and writes of inputs, outputs and states: a lower bound that no amount of interm
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from onnx import TensorProto, helper
 
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export.build import Request
+from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import Target
 from nsm.spec import EntrySpec, StepSpec, TensorSpec
@@ -99,13 +101,66 @@ def work_of(graph: Path) -> Work:
     return Work(tuple(operations))
 
 
-def measure_machine(target: Target, threads: int | None = None) -> Machine:
-    """Time a large product and a large matrix-vector product on a target."""
+@dataclass(frozen=True)
+class Reached:
+    """How an entry does, over rounds in which it took turns with the products that measure the machine.
+
+    Seconds and machine are medians; `share` is the median over rounds of what the roofline allowed then over what the
+    entry took then, `low` and `high` its quartiles.
+    """
+
+    machine: Machine
+    least: float
+    took: float
+    share: float
+    low: float
+    high: float
+
+
+@contextlib.contextmanager
+def products(target: Target, threads: int | None = None) -> Iterator[Callable[[], Machine]]:
+    """A large product and a large matrix-vector product on a target: what is given times both, a few calls each.
+
+    Raises:
+        UnsupportedError: the target does not run on a CPU.
+    """
     side = _PEAK_SIDE
-    peak = _time_product(target, side, side, 4 * side, threads)
     columns = _STREAM_BYTES // 4 // side
-    stream = _time_product(target, 1, side, columns, threads)
-    return Machine(2.0 * side * side * 4 * side / peak, 4.0 * side * columns / stream)
+    with _product(target, side, side, 4 * side, threads) as large, _product(target, 1, side, columns, threads) as wide:
+        yield lambda: Machine(
+            2.0 * side * side * 4 * side / measure_call(large, rounds=1, calls=3),
+            4.0 * side * columns / measure_call(wide, rounds=1, calls=5),
+        )
+
+
+def measure_reached(
+    work: Mapping[str, Work],
+    calls: Mapping[str, Callable[[], object]],
+    machine: Callable[[], Machine],
+    reset: Callable[[], object],
+    rounds: int = 9,
+    progress: Progress | None = None,
+) -> dict[str, Reached]:
+    """Let the machine's products and the entries take turns, an entry from the beginning of a stream; by entry."""
+    machines, times = [], np.zeros((len(calls), rounds))
+    for number in range(rounds):
+        machines.append(machine())
+        for index, call in enumerate(calls.values()):
+            reset()
+            times[index, number] = measure_call(call, rounds=1)
+        if progress is not None:
+            progress(number + 1, rounds)
+    typical = Machine(
+        float(np.median([item.flops_per_second for item in machines])),
+        float(np.median([item.bytes_per_second for item in machines])),
+    )
+    found = {}
+    for entry, took in zip(calls, times, strict=True):
+        shares = [work[entry].least_seconds(item) / time for item, time in zip(machines, took, strict=True)]
+        low, share, high = (float(value) for value in np.quantile(shares, (0.25, 0.5, 0.75)))
+        least = work[entry].least_seconds(typical)
+        found[entry] = Reached(typical, least, float(np.median(took)), share, low, high)
+    return found
 
 
 def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -> float:
@@ -135,8 +190,11 @@ def _token_inputs(spec: StepSpec) -> dict[str, TensorSpec]:
     return {entry.name: entry.inputs[0] for entry in spec.entries if entry.inputs}
 
 
-def _time_product(target: Target, rows: int, depth: int, columns: int, threads: int | None) -> float:
-    """Seconds of x[rows, depth] @ constant[depth, columns] on a target."""
+@contextlib.contextmanager
+def _product(
+    target: Target, rows: int, depth: int, columns: int, threads: int | None
+) -> Iterator[Callable[[], object]]:
+    """x[rows, depth] @ constant[depth, columns] on a target, to be called."""
     if target.name == "tensorrt":
         raise UnsupportedError("The roofline is measured on targets that run on a CPU.")
     weight = np.random.default_rng(0).standard_normal((depth, columns), np.float32)
@@ -176,6 +234,7 @@ def _time_product(target: Target, rows: int, depth: int, columns: int, threads: 
         runtime = target.runtime_module().load({"step": path}, spec, target.devices[0], threads)
         session = Session(runtime, spec, {}, "", target.name)
         tokens = np.ones((1, rows, depth), np.float32)
-        seconds = measure_call(lambda: session.step(tokens), rounds=5, calls=5)
-        session.close()
-    return seconds
+        try:
+            yield lambda: session.step(tokens)
+        finally:
+            session.close()

@@ -42,7 +42,7 @@ def compact(model: Model, sequences: Sequence[ArrayLike] | None = None) -> Model
         InputError: an adaptive model without sequences.
     """
     layers = nsm_layers(model)
-    if any(layer.hierarchy for layer in layers):
+    if any(layer.consolidation.hierarchy for layer in layers):
         raise ConfigError("A hierarchy has banks of fixed sizes; compact takes models without one.")
     kept = [torch.nonzero(used).flatten() for used in used_slots(model, sequences)]
     kept = [_at_least(index, layer) for index, layer in zip(kept, layers, strict=True)]

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from nsm.adaptation import Adaptation
 from nsm.attention import Heads, HybridAttention
+from nsm.consolidation import Consolidation
 from nsm.errors import ConfigError
-from nsm.layout import chunks, clear_lanes, count_tokens, keep_open, merge_chunks, select_lanes, to_bank, to_states
+from nsm.layout import (
+    chunks,
+    clear_lanes,
+    count_tokens,
+    keep_open,
+    merge_chunks,
+    select_lanes,
+    slots_of,
+    to_bank,
+    to_states,
+)
 from nsm.manager import StateManager
 from nsm.memory import ExternalMemory, Memory
 from nsm.mixing import LocalMixing
-from nsm.propagator import GATE_TYPES, GateType, StatePropagator
+from nsm.propagator import GateType
 from nsm.router import Routing, TokenToStateRouter
 from nsm.spec import StateSpec
 
@@ -73,9 +84,8 @@ class NSMLayer(nn.Module):
         consolidate_every: the propagator runs every so many chunks; 0 means never.
         communication: whether active slots attend to each other when they are consolidated.
         feed_forward: width of the feed-forward part as a multiple of d.
-        hierarchy: periods in chunks of slower banks. The slots are split evenly into one group per time scale; tokens
-            write to the first, and every so many chunks a slower group is written from the next faster one. Tokens
-            read all of them (Koutnik et al. 2014 run parts of a recurrent network at such periods).
+        hierarchy: periods in chunks of slower banks. Tokens write to the slots of the fastest time scale and read all
+            of them; see `Consolidation`.
         adaptation: prune and allocate slots while running.
         memory_rows: rows of an external memory, 0 for none.
 
@@ -113,29 +123,15 @@ class NSMLayer(nn.Module):
             raise ConfigError(f"chunk_size must be at least 2; given {chunk_size}.")
         if routing_heads < 1:
             raise ConfigError(f"routing_heads must be at least 1; given {routing_heads}.")
-        if conv_width < 2 or feed_forward <= 0 or consolidate_every < 0 or memory_rows < 0:
+        if conv_width < 2 or feed_forward <= 0 or memory_rows < 0:
             raise ConfigError(
-                "conv_width must be >= 2, feed_forward > 0, consolidate_every and memory_rows >= 0; given "
-                f"{conv_width}, {feed_forward}, {consolidate_every}, {memory_rows}."
-            )
-        if communication and not consolidate_every:
-            raise ConfigError(
-                "Slots communicate when they are consolidated: communication needs consolidate_every >= 1."
-            )
-        if gate_type not in GATE_TYPES:
-            raise ConfigError(f"gate_type must be one of {', '.join(GATE_TYPES)}; given {gate_type!r}.")
-        levels = 1 + len(hierarchy)
-        if any(period < 2 for period in hierarchy) or list(hierarchy) != sorted(set(hierarchy)) or num_states % levels:
-            raise ConfigError(
-                "hierarchy gives the periods of the slower banks, ascending, each >= 2, and num_states is shared out "
-                f"evenly among 1 + len(hierarchy) banks; given hierarchy={tuple(hierarchy)}, num_states={num_states}."
+                "conv_width must be >= 2, feed_forward > 0, memory_rows >= 0; given "
+                f"{conv_width}, {feed_forward}, {memory_rows}."
             )
         if hierarchy and adaptation is not None:
             raise ConfigError("A hierarchy has banks of fixed sizes: leave either hierarchy or adaptation out.")
         self.chunk_size = chunk_size
         self.causal = causal
-        self.consolidate_every = consolidate_every
-        self.hierarchy = tuple(hierarchy)
         self.adaptation = adaptation
         self.norm = nn.LayerNorm(token_dim)
         self.mixing = LocalMixing(token_dim, conv_width)
@@ -146,18 +142,21 @@ class NSMLayer(nn.Module):
         hidden = max(1, round(feed_forward * token_dim))
         self.forward_norm = nn.LayerNorm(token_dim)
         self.feed_forward = nn.Sequential(nn.Linear(token_dim, hidden), nn.GELU(), nn.Linear(hidden, token_dim))
-        self.level_size = num_states // levels
+        self.consolidation = Consolidation(
+            state_dim,
+            num_states,
+            self.heads,
+            every=consolidate_every,
+            hierarchy=hierarchy,
+            gate_type=gate_type,
+            communication=communication,
+        )
+        # Tokens write to the slots of the fastest time scale.
+        self.written_slots = self.consolidation.level_size
         self.router = TokenToStateRouter(
-            token_dim, state_dim, self.level_size, self.heads, routing=routing, top_k=top_k
+            token_dim, state_dim, self.written_slots, self.heads, routing=routing, top_k=top_k
         )
         self.manager = StateManager(state_dim, num_states, initial_states, prune_threshold)
-        if consolidate_every:
-            self.bank_norm = nn.Parameter(torch.ones(2 * self.heads, 1, state_dim // (2 * self.heads)))
-            self.propagator = StatePropagator(state_dim, gate_type, communication, self.heads, 2 * self.heads)
-        self.has_cell = bool(consolidate_every) and gate_type == "lstm"
-        self.lift = nn.ModuleList(
-            TokenToStateRouter(state_dim, state_dim, self.level_size, self.heads) for _ in hierarchy
-        )
         self.memory = ExternalMemory(token_dim, memory_rows, token_dim, num_heads) if memory_rows else None
 
     # -- declaration ---------------------------------------------------------------------------------------------
@@ -170,12 +169,12 @@ class NSMLayer(nn.Module):
     @property
     def periods(self) -> tuple[int, ...]:
         """The periods, in chunks, of everything that does not happen at every commit."""
-        return tuple(p for p in (self.consolidate_every, *self.hierarchy) if p > 1)
+        return self.consolidation.periods
 
     @property
     def routing_shape(self) -> tuple[int, int]:
-        """R and S1: bank heads, and the slots that tokens write to."""
-        return self.heads, self.level_size
+        """R and S1: bank heads, and the slots that tokens write to, those of the fastest time scale."""
+        return self.heads, self.written_slots
 
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
         """The layer's states, named `{prefix}.{role}`."""
@@ -187,9 +186,9 @@ class NSMLayer(nn.Module):
             ("mask", (batch, slots), "bool", True),
             ("tail", (batch, width, d), "float32", False),
             ("open_write", (*bank[:3], chunk, bank[-1]), "float32", False),
-            ("open_weight", (batch, self.heads, chunk, self.level_size), "float32", False),
+            ("open_weight", (batch, self.heads, chunk, self.written_slots), "float32", False),
         ]
-        if self.has_cell:
+        if self.consolidation.has_cell:
             shapes.append(("cell", bank, "float32", True))
         if self.adaptation is not None:
             shapes.append(("importance", (batch, slots), "float32", True))
@@ -399,17 +398,19 @@ class NSMLayer(nn.Module):
 
     def _routed_mask(self, state: LayerState) -> Tensor:
         """The slots that tokens write to: all, or those of the fastest time scale; [B, S1]."""
-        return state["mask"][:, : self.level_size] if self.hierarchy else state["mask"]
+        return state["mask"][:, : self.written_slots] if self.consolidation.hierarchy else state["mask"]
 
     def _written(self, state: LayerState, weights: Tensor, values: Tensor) -> LayerState:
         """The state with what a chunk writes in the bank, and nothing more."""
         keep, update = self.router.transition(weights, values)
         # What lies in a masked slot, finite however large, goes no further than this.
-        keep = torch.where(_slots(self._routed_mask(state)), keep, 0.0)
+        keep = torch.where(slots_of(self._routed_mask(state)), keep, 0.0)
         bank = state["bank"]
-        if self.hierarchy:
-            slower = torch.where(_slots(state["mask"][:, self.level_size :]), bank[..., self.level_size :, :], 0.0)
-            bank = torch.cat([keep * bank[..., : self.level_size, :] + update, slower], -2)
+        if self.consolidation.hierarchy:
+            slower = torch.where(
+                slots_of(state["mask"][:, self.written_slots :]), bank[..., self.written_slots :, :], 0.0
+            )
+            bank = torch.cat([keep * bank[..., : self.written_slots, :] + update, slower], -2)
         else:
             bank = keep * bank + update
         return {**state, "bank": bank}
@@ -434,17 +435,15 @@ class NSMLayer(nn.Module):
         """
         result = self._written(state, weights, values)
         mask = state["mask"]
-        if self.consolidate_every:
-            self._consolidate(result, mask, turn)
-        for level, period in enumerate(self.hierarchy):
-            self._lift(result, level, cast("TokenToStateRouter", self.lift[level]), _due(turn, period))
+        bank, cell = self.consolidation(result["bank"], result.get("cell"), mask, turn)
+        result |= {"bank": bank} if cell is None else {"bank": bank, "cell": cell}
         if self.adaptation is not None:
             decided = self.adaptation.decide(mask, state["importance"], weights)
             result["mask"], result["importance"], allocated = decided
             fresh = to_bank(self.manager.bank.unsqueeze(0), self.heads)
-            for role in ("bank", "cell") if self.has_cell else ("bank",):
-                kept = torch.where(_slots(result["mask"]), result[role], 0.0)
-                result[role] = torch.where(_slots(allocated), fresh, kept)
+            for role in ("bank", "cell") if self.consolidation.has_cell else ("bank",):
+                kept = torch.where(slots_of(result["mask"]), result[role], 0.0)
+                result[role] = torch.where(slots_of(allocated), fresh, kept)
         if self.memory is not None and mixed is not None:
             result |= dict(zip(_MEMORY, self.memory.write(mixed, counts, _memory_of(state)), strict=True))
         if full is None:
@@ -454,59 +453,9 @@ class NSMLayer(nn.Module):
             for role, value in result.items()
         }
 
-    def _consolidate(self, result: LayerState, mask: Tensor, turn: Tensor | None) -> None:
-        """Run the propagator on the bank (and cell) of `result`: each time scale when its own period is over."""
-        bank = result["bank"]
-        blocks = bank.flatten(1, 2)
-        new = blocks * torch.rsqrt(torch.square(blocks).mean(-1, keepdim=True) + 1e-6) * self.bank_norm
-        cell = torch.where(_slots(mask), result["cell"], 0.0).flatten(1, 2) if self.has_cell else None
-        next_bank, next_cell = self.propagator.transition(blocks, new, cell)
-        next_bank = next_bank.reshape(bank.shape)
-        if self.propagator.enable_communication:
-            next_bank = to_bank(self.propagator.communicate(to_states(next_bank), mask), self.heads)
-        # Gates have biases: an empty slot stays empty.
-        changes = mask
-        due = _due(turn, self.consolidate_every)
-        if due is not None:
-            changes = changes & due[:, None]
-        if self.hierarchy and turn is not None:
-            slower = [(turn % period == 0)[:, None].expand(-1, self.level_size) for period in self.hierarchy]
-            changes = changes & torch.cat([torch.ones_like(slower[0]), *slower], 1)
-        result["bank"] = torch.where(_slots(changes), next_bank, bank)
-        if next_cell is not None and self.has_cell:
-            result["cell"] = torch.where(_slots(changes), next_cell.reshape(bank.shape), result["cell"])
-
-    def _lift(self, result: LayerState, level: int, router: TokenToStateRouter, due: Tensor | None) -> None:
-        """Write the slots of one time scale, like tokens, into those of the next slower one."""
-        size, bank = self.level_size, result["bank"]
-        low, high = level * size, (level + 1) * size
-        faster, slower = bank[..., low:high, :], bank[..., high : high + size, :]
-        states, mask = to_states(faster), result["mask"]
-        scores, gate = router.scores(states)
-        weights = router.weights(scores, mask[:, high : high + size]) * gate
-        weights = torch.where(mask[:, None, low:high, None], weights, 0.0)
-        if due is not None:
-            weights = torch.where(due[:, None, None, None], weights, 0.0)
-        keep, update = router.transition(weights, to_bank(router.value(states), self.heads))
-        keep = torch.where(_slots(mask[:, high : high + size]), keep, 0.0)
-        written = keep * slower + update
-        result["bank"] = torch.cat([bank[..., :high, :], written, bank[..., high + size :, :]], -2)
-
     def _feed_forward(self, tokens: Tensor) -> Tensor:
         fed: Tensor = tokens + self.feed_forward(self.forward_norm(tokens))
         return fed
-
-
-def _slots(mask: Tensor) -> Tensor:
-    """A mask of slots [B, S], to select in a bank [B, 2, R, S, f]."""
-    return mask[:, None, None, :, None]
-
-
-def _due(turn: Tensor | None, period: int) -> Tensor | None:
-    """The lanes [B] on which something of this period happens in this turn; None for all."""
-    if period == 1 or turn is None:
-        return None
-    return turn % period == 0
 
 
 def _memory_of(state: LayerState) -> Memory:

@@ -36,6 +36,11 @@ def to_states(bank: Tensor) -> Tensor:
     return states
 
 
+def slots_of(mask: Tensor) -> Tensor:
+    """A mask of slots [B, S], to select in a bank [B, 2, R, S, f]."""
+    return mask[:, None, None, :, None]
+
+
 def chunks(part: Tensor, count: int) -> Sequence[Tensor]:
     """[B * n, ...] -> n tensors [B, ...]."""
     return [part] if count == 1 else part.reshape(-1, count, *part.shape[1:]).unbind(1)

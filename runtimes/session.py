@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
-import json
 from collections.abc import Callable, Mapping
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
+from nsm.errors import InputError, NonFiniteError, StreamError
 from nsm.runtimes.base import Runtime
+from nsm.runtimes.checks import as_array, check_values, checked_input, checked_state
+from nsm.runtimes.snapshots import Snapshot, pack, unpack
 from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 # A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
 _DECODES_PER_STEP = 4
-_SNAPSHOT_MAGIC = b"nsm-snapshot 2\n"
 
 
 class Session:
@@ -49,7 +46,7 @@ class Session:
         self.fingerprint = fingerprint
         self.effective_precision = runtime.effective_precision
         self._runtime = runtime
-        self._initial = {s.name: _checked_state(initial, s.name, s.shape).copy() for s in spec.states}
+        self._initial = {s.name: checked_state(initial, s.name, s.shape).copy() for s in spec.states}
         # Where a model has no chunks, a lane may stop and go on anywhere.
         self._chunked = OFFSET in spec.state_names
         self._offset = np.zeros(spec.batch, np.int64)
@@ -152,7 +149,7 @@ class Session:
         length = given.shape[1]
         counts = np.full(self.batch, length)
         if valid is not None:
-            counts = _checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
+            counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
         if not self.spec.has("decode"):
             self._check_at_beginning(counts)
         results = {
@@ -183,7 +180,7 @@ class Session:
             The outputs by name, [B, T, ...] (without the lane axis where the sequence had none).
         """
         spec = self.spec.entry("step").inputs[0]
-        tokens = _array("The sequence given to run", sequence)
+        tokens = as_array("The sequence given to run", sequence)
         single = tokens.ndim == len(spec.shape) - 1 and self.batch == 1
         results = self.feed(self._checked_sequence("run", tokens[None] if single else tokens))
         return {name: value[0] for name, value in results.items()} if single else results
@@ -203,7 +200,7 @@ class Session:
         unknown = sorted(set(arrays) - set(self.spec.state_names))
         if unknown:
             raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
-        checked = {s.name: _checked_state(arrays, s.name, s.shape) for s in self.spec.states}
+        checked = {s.name: checked_state(arrays, s.name, s.shape) for s in self.spec.states}
         self._state = self._runtime.load_state(checked)
         self._offset[:] = checked.get(OFFSET, 0)
 
@@ -219,14 +216,7 @@ class Session:
         if lane is not None:
             index = self._lane(lane)
             arrays = {s.name: arrays[s.name][s.lane_index(index)] for s in self.spec.states}
-        for name, value in arrays.items():
-            if value.dtype.kind == "f" and not np.isfinite(value).all():
-                raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
-        buffer = io.BytesIO()
-        header = {"fingerprint": self.fingerprint, "lanes": None if lane is not None else self.batch}
-        np.savez(buffer, allow_pickle=False, header=np.array(json.dumps(header)), **_keyed(arrays))
-        payload = buffer.getvalue()
-        return _SNAPSHOT_MAGIC + hashlib.sha256(payload).digest() + payload
+        return pack(Snapshot(self.fingerprint, None if lane is not None else self.batch, arrays))
 
     def restore(self, snapshot: bytes, lane: int | None = None) -> None:
         """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
@@ -234,21 +224,11 @@ class Session:
         Raises:
             SnapshotError: damaged, of another model, or of other lanes. Nothing has happened to the state.
         """
-        header, arrays = _parse_snapshot(snapshot)
-        if header["fingerprint"] != self.fingerprint:
-            raise SnapshotError(
-                f"The snapshot is of another model (fingerprint {header['fingerprint'][:12]}..., this is "
-                f"{self.fingerprint[:12]}...). Restore it in a session of the model it was taken from."
-            )
-        lanes = None if lane is not None else self.batch
-        if header["lanes"] != lanes:
-            held = "one lane" if header["lanes"] is None else f"all {header['lanes']} lanes"
-            wanted = "one lane" if lanes is None else f"all {lanes} lanes"
-            raise SnapshotError(f"The snapshot holds {held}, the call restores {wanted}. Give `lane` for one lane.")
-        for state in self.spec.states:
-            shape = state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
-            if arrays.get(state.name, np.empty(0)).shape != shape:
-                raise SnapshotError(f"The snapshot does not hold {state.name} of shape {list(shape)}.")
+        shapes = {
+            state.name: state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
+            for state in self.spec.states
+        }
+        arrays = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
         if lane is not None:
             index = self._lane(lane)
             whole = self.read_state()
@@ -300,11 +280,11 @@ class Session:
     ) -> tuple[dict[str, Array], Array]:
         """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
         spec = entry.inputs[0]
-        inputs = {spec.name: _checked_input(spec, tokens)}
+        inputs = {spec.name: checked_input(spec, tokens)}
         counts = np.full(self.batch, spec.shape[1])
         counted = entry.input(VALID)
         if counted is not None:
-            counts = counts if valid is None else _checked_input(counted, valid)
+            counts = counts if valid is None else checked_input(counted, valid)
             inputs[VALID] = counts
         elif valid is not None and np.any(np.asarray(valid) != spec.shape[1]):
             raise InputError(
@@ -374,7 +354,7 @@ class Session:
         """A sequence [B, T, ...] of the model's kind, checked as a whole before any of it is fed."""
         spec = self.spec.entry("step").inputs[0]
         wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
-        tokens = _array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
+        tokens = as_array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
         if tokens.ndim != len(spec.shape) or tokens.shape[0] != self.batch or tokens.shape[2:] != spec.shape[2:]:
             raise InputError(f"{call} takes a sequence of shape [{', '.join(wanted)}]; given {list(tokens.shape)}.")
         if tokens.shape[1] == 0:
@@ -388,7 +368,7 @@ class Session:
                 f"This model takes whole calls of {spec.shape[1]} tokens only; given {tokens.shape[1]} tokens. "
                 f"Give a multiple of {spec.shape[1]}."
             )
-        _check_values(spec, tokens)
+        check_values(spec, tokens)
         return tokens
 
 
@@ -400,53 +380,3 @@ def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:
             f"The {what} holds NaN or infinite numbers on lanes {bad}. Reset them to go on; "
             "if it happens again, check the weights and the inputs."
         )
-
-
-def _checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
-    array = _array(spec.name, value)
-    if array.shape != spec.shape:
-        raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
-    _check_values(spec, array)
-    return array.astype(spec.numpy_dtype, copy=False)
-
-
-def _check_values(spec: TensorSpec, array: Array) -> None:
-    kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
-    if spec.minimum is not None and spec.maximum is not None:
-        low, high = int(array.min()), int(array.max())
-        if not spec.minimum <= low <= high <= spec.maximum:
-            raise InputError(f"{spec.name} must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
-
-
-def _array(name: str, value: ArrayLike) -> Array:
-    try:
-        return np.asarray(value)
-    except ValueError as error:  # rows of different lengths
-        raise InputError(f"{name} is not an array: {error}") from error
-
-
-def _checked_state(arrays: Mapping[str, ArrayLike], name: str, shape: tuple[int, ...]) -> Array:
-    if name not in arrays:
-        raise InputError(f"The state {name} is missing; given are {sorted(arrays)}.")
-    array = np.asarray(arrays[name])
-    if array.shape != shape:
-        raise InputError(f"The state {name} has the shape {list(shape)}; given {list(array.shape)}.")
-    return array
-
-
-def _keyed(arrays: Mapping[str, Array]) -> dict[str, Array]:
-    return {f"state/{name}": value for name, value in arrays.items()}
-
-
-def _parse_snapshot(snapshot: bytes) -> tuple[dict[str, Any], Arrays]:
-    body = snapshot[len(_SNAPSHOT_MAGIC) :]
-    if not snapshot.startswith(_SNAPSHOT_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
-        raise SnapshotError(
-            "These bytes are not a snapshot of this version, or they are damaged: the hash does not fit. "
-            "Expected is what Session.snapshot() returned."
-        )
-    with np.load(io.BytesIO(body[32:]), allow_pickle=False) as archive:
-        arrays = {name.removeprefix("state/"): archive[name] for name in archive.files if name.startswith("state/")}
-        return json.loads(str(archive["header"])), arrays

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,16 @@ import nsm
 from nsm.bundle import Bundle
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export import roofline
-from nsm.export.roofline import Machine, Work, calls_of, measure_call, measure_machine, work_of
+from nsm.export.roofline import (
+    Machine,
+    Reached,
+    Work,
+    calls_of,
+    measure_call,
+    measure_reached,
+    products,
+    work_of,
+)
 from nsm.runtimes.targets import find_target
 from tests.conftest import CHUNK
 from tests.export.helpers import invoke, refused, succeeded, the_json
@@ -156,23 +167,41 @@ def test_a_call_takes_the_median_of_its_rounds(monkeypatch: pytest.MonkeyPatch) 
 def test_a_machine_is_measured_on_the_target(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(roofline, "_PEAK_SIDE", 16)
     monkeypatch.setattr(roofline, "_STREAM_BYTES", 16 * 4 * 64)
-    asked: list[tuple[int, int, int]] = []
-    timed = roofline._time_product
+    results: list[Any] = []
 
-    def watched(target: Any, rows: int, depth: int, columns: int, threads: int | None) -> float:
-        asked.append((rows, depth, columns))
-        assert timed(target, rows, depth, columns, threads) > 0
+    def timed(call: Any, **_: Any) -> float:
+        results.append(call())
         return 2.0
 
-    monkeypatch.setattr(roofline, "_time_product", watched)
-    assert measure_machine(find_target(name), threads=1) == Machine(2 * 16 * 16 * 64 / 2.0, 4 * 16 * 64 / 2.0)
-    assert asked == [(16, 16, 64), (1, 16, 64)]
+    monkeypatch.setattr(roofline, "measure_call", timed)
+    with products(find_target(name), threads=1) as machine:
+        assert machine() == Machine(2 * 16 * 16 * 64 / 2.0, 4 * 16 * 64 / 2.0)
+    assert [result["outputs"].shape for result in results] == [(1, 16, 1), (1, 1, 1)]
 
 
 def test_tensorrt_has_no_roofline_here(bundle: Bundle) -> None:
-    with pytest.raises(UnsupportedError, match="targets that run on a CPU"):
-        measure_machine(find_target("tensorrt"))
+    with pytest.raises(UnsupportedError, match="targets that run on a CPU"), products(find_target("tensorrt")):
+        pass
     refused(invoke("roofline", bundle.path, "--target", "tensorrt"), 3, "targets that run on a CPU")
+
+
+def test_shares_are_paired_with_the_machine_of_their_round(monkeypatch: pytest.MonkeyPatch) -> None:
+    # In the second round everything is four times slower, in the third only the entry is: the median share stays.
+    machines = iter([Machine(1.0, 8.0), Machine(1.0, 2.0), Machine(1.0, 8.0)])
+    took = iter([2.0, 8.0, 8.0])
+    monkeypatch.setattr(roofline, "measure_call", lambda call, rounds: next(took))
+    work = {"step": Work((("read", 0.0, 8.0),))}
+    done: list[tuple[int, int]] = []
+    found = measure_reached(
+        work,
+        {"step": lambda: None},
+        lambda: next(machines),
+        lambda: done.append((0, 0)),
+        rounds=3,
+        progress=lambda *at: done.append(at),
+    )
+    assert found == {"step": Reached(Machine(1.0, 8.0), least=1.0, took=8.0, share=0.5, low=0.3125, high=0.5)}
+    assert done == [(0, 0), (1, 3), (0, 0), (2, 3), (0, 0), (3, 3)]
 
 
 def test_what_is_timed_are_the_entries_that_take_tokens(wide_byte_bundle: Path) -> None:
@@ -193,11 +222,12 @@ def fixed_machine(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int | None
     """A machine of 1 GFLOP/s and 2 GB/s; what it was asked for is in the list."""
     asked: list[tuple[str, int | None]] = []
 
-    def measured(target: Any, threads: int | None = None) -> Machine:
+    @contextlib.contextmanager
+    def measured(target: Any, threads: int | None = None) -> Iterator[Callable[[], Machine]]:
         asked.append((target.name, threads))
-        return Machine(1e9, 2e9)
+        yield lambda: Machine(1e9, 2e9)
 
-    monkeypatch.setattr(roofline, "measure_machine", measured)
+    monkeypatch.setattr(roofline, "products", measured)
     return asked
 
 
@@ -214,6 +244,8 @@ def test_the_command_says_how_much_is_reached(byte_bundle: Path, fixed_machine: 
         assert entry["roofline_us"] == pytest.approx(work.least_seconds(Machine(1e9, 2e9)) * 1e6)
         assert entry["measured_us"] > 0
         assert entry["share"] == pytest.approx(entry["roofline_us"] / entry["measured_us"])
+        low, high = entry["share_quartiles"]
+        assert 0 < low <= entry["share"] <= high
 
 
 @pytest.mark.usefixtures("fixed_machine")
@@ -222,7 +254,7 @@ def test_the_command_prints_a_line_for_each_entry(byte_bundle: Path) -> None:
     assert "onnxruntime here: 1 GFLOP/s on a large product, 2 GB/s reading a large matrix." in shown
     lines = [line.split() for line in shown.splitlines() if line.strip()]
     assert [line[0] for line in lines[1:]] == ["entry", "step", "decode"]
-    assert all(line[-1].endswith("%") for line in lines[2:])
+    assert all(line[5].endswith("%") and "-" in line[6] for line in lines[2:])
 
 
 def test_a_bundle_that_is_not_there_is_refused(tmp_path: Path) -> None:

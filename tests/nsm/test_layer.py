@@ -127,12 +127,12 @@ class Stream:
             self.inputs.append(layer.norm(token))
             self.mixed.append(self.mix(len(self.inputs) - 1))
         mixed = self.mixed[first:]
-        fast = self.mask[: layer.level_size]
+        fast = self.mask[: layer.written_slots]
         weights = [routed(layer.router, token, fast) for token in mixed]
         bank = self.bank
         for token, weight in zip(mixed, weights, strict=True):
-            fastest = written(bank[: layer.level_size], weight, layer.router.value.weight @ token)
-            bank = torch.cat([fastest, bank[layer.level_size :]])
+            fastest = written(bank[: layer.written_slots], weight, layer.router.value.weight @ token)
+            bank = torch.cat([fastest, bank[layer.written_slots :]])
         outputs = []
         for place, token in enumerate(chunk, first):
             last = place if layer.causal else first + len(chunk) - 1
@@ -192,9 +192,11 @@ class Stream:
         """weights [R, C, S1]."""
         layer = self.layer
         self.chunks += 1
-        if layer.consolidate_every and self.chunks % layer.consolidate_every == 0:
+        if layer.consolidation.every and self.chunks % layer.consolidation.every == 0:
             self.consolidate()
-        for level, (period, router) in enumerate(zip(layer.hierarchy, layer.lift, strict=True)):
+        for level, (period, router) in enumerate(
+            zip(layer.consolidation.hierarchy, layer.consolidation.lift, strict=True)
+        ):
             if self.chunks % period == 0:
                 assert isinstance(router, TokenToStateRouter)
                 self.lift(level, router)
@@ -211,15 +213,15 @@ class Stream:
 
     def consolidate(self) -> None:
         """The gates block by block (a half of a bank head), slot by slot, among the active slots only."""
-        propagator, width = self.layer.propagator, self.bank.shape[1] // (2 * self.layer.heads)
+        propagator, width = self.layer.consolidation.propagator, self.bank.shape[1] // (2 * self.layer.heads)
         bank, cell = self.bank.clone(), self.cell.clone()
-        periods = (1, *self.layer.hierarchy)
-        due = [self.chunks % periods[slot // self.layer.level_size] == 0 for slot in range(len(self.mask))]
+        periods = (1, *self.layer.consolidation.hierarchy)
+        due = [self.chunks % periods[slot // self.layer.written_slots] == 0 for slot in range(len(self.mask))]
         for slot in (slot for slot, active in enumerate(self.mask) if active and due[slot]):
             for block in range(2 * self.layer.heads):
                 here = slice(block * width, (block + 1) * width)
                 prev = self.bank[slot, here]
-                new = prev / (prev.square().mean() + 1e-6).sqrt() * self.layer.bank_norm[block, 0]
+                new = prev / (prev.square().mean() + 1e-6).sqrt() * self.layer.consolidation.bank_norm[block, 0]
 
                 def gates(which: BlockLinear, x: Tensor, block: int = block) -> list[Tensor]:
                     return list((x @ which.weight[block] + which.bias[block, 0]).split(width))
@@ -244,7 +246,7 @@ class Stream:
 
     def lift(self, level: int, router: TokenToStateRouter) -> None:
         """The active slots of one time scale are written, one after the other, into the next slower one."""
-        size = self.layer.level_size
+        size = self.layer.written_slots
         slower = slice((level + 1) * size, (level + 2) * size)
         result = self.bank[slower]
         for slot in range(level * size, (level + 1) * size):
@@ -270,7 +272,7 @@ def scan(layer: NSMLayer, tokens: Tensor, chunks: int) -> tuple[Tensor, LayerSta
         piece = tokens[:, start : start + chunks * CHUNK]
         valid = torch.full((lanes,), min(length - start, piece.shape[1]))
         output, state, routing = layer.scan(piece, state, clock(layer, start, lanes), valid)
-        assert routing.shape == (lanes, piece.shape[1] // CHUNK, layer.heads, CHUNK, layer.level_size)
+        assert routing.shape == (lanes, piece.shape[1] // CHUNK, layer.heads, CHUNK, layer.written_slots)
         outputs.append(output)
     return torch.cat(outputs, 1)[:, :length], state
 
@@ -283,7 +285,7 @@ def check(layer: NSMLayer, tokens: Tensor, outputs: Tensor, state: LayerState) -
         found = {role: value[lane] for role, value in state.items()}
         assert_close(to_states(state["bank"])[lane], stream.bank, rtol=1e-6, atol=1e-7)
         assert found["mask"].tolist() == stream.mask
-        if layer.has_cell:
+        if layer.consolidation.has_cell:
             assert_close(to_states(state["cell"])[lane], stream.cell, rtol=1e-6, atol=1e-7)
         if layer.adaptation is not None:
             assert found["importance"].tolist() == pytest.approx(stream.importance, abs=1e-7)
@@ -295,7 +297,7 @@ def check(layer: NSMLayer, tokens: Tensor, outputs: Tensor, state: LayerState) -
         values = [to_states(found["open_write"].unsqueeze(0))[0, place] for place in range(CHUNK)]
         for place, mixed in enumerate(opened):
             assert_close(values[place], layer.router.value.weight @ mixed, rtol=1e-9, atol=1e-12)
-            weight = routed(layer.router, mixed, stream.mask[: layer.level_size])
+            weight = routed(layer.router, mixed, stream.mask[: layer.written_slots])
             assert_close(found["open_weight"][:, place], weight, rtol=1e-6, atol=1e-9)
         assert not any(bool(value.any()) for value in values[len(opened) :])
 
@@ -315,7 +317,7 @@ def test_decode_and_commit_are_the_loop_over_single_tokens(name: str) -> None:
     for place in range(LENGTH):
         now = clock(layer, place, 2)
         output, state, routing = layer.decode(tokens[:, place : place + 1], state, now)
-        assert routing.shape == (2, layer.heads, 1, layer.level_size)
+        assert routing.shape == (2, layer.heads, 1, layer.written_slots)
         outputs.append(output)
         full = torch.full((2,), place % CHUNK == CHUNK - 1)
         state = layer.commit(state, full, now)

@@ -225,7 +225,7 @@ def test_forward_changes_nothing_in_the_layer(layer: NSMLayer) -> None:
 def test_any_even_state_dim(state_dim: int) -> None:
     layer = make_layer(state_dim=state_dim, routing_heads=4)
     assert (state_dim // 2) % layer.heads == 0
-    assert layer.router.num_heads == layer.propagator.num_blocks // 2 == layer.heads
+    assert layer.router.num_heads == layer.consolidation.propagator.num_blocks // 2 == layer.heads
     assert layer(random_tokens(1, 5))[1].shape == (1, SLOTS, state_dim)
 
 
@@ -234,10 +234,10 @@ def test_any_even_state_dim(state_dim: int) -> None:
     [
         ({"chunk_size": 1}, "chunk_size must be at least 2; given 1"),
         ({"chunk_size": 8, "window": 7}, "reaches back at least chunk_size tokens.*given window=7, chunk_size=8"),
-        ({"conv_width": 1}, "conv_width must be >= 2, .*given 1, 4.0, 1, 0"),
-        ({"feed_forward": 0}, "feed_forward > 0, .*given 4, 0, 1, 0"),
-        ({"consolidate_every": -1}, "consolidate_every and memory_rows >= 0; given 4, 4.0, -1, 0"),
-        ({"memory_rows": -1}, "memory_rows >= 0; given 4, 4.0, 1, -1"),
+        ({"conv_width": 1}, "conv_width must be >= 2, .*given 1, 4.0, 0"),
+        ({"feed_forward": 0}, "feed_forward > 0, .*given 4, 0, 0"),
+        ({"consolidate_every": -1}, "consolidate_every must be >= 0; given -1"),
+        ({"memory_rows": -1}, "memory_rows >= 0; given 4, 4.0, -1"),
         ({"memory_rows": 1}, "A memory needs at least 2 rows"),
         ({"num_heads": 5}, "num_heads must divide token_dim=6; given 5"),
         ({"gate_type": "rnn"}, "gate_type must be one of gru, lstm, mingru; given 'rnn'"),

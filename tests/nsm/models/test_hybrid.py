@@ -39,7 +39,7 @@ def test_attention_below_and_state_machines_above() -> None:
     assert below.attention.window == 9
     assert above.attention.local.window == 4
     assert tuple(above.manager.bank.shape) == (4, 16)
-    assert above.propagator.gate_type == "mingru"
+    assert above.consolidation.propagator.gate_type == "mingru"
     assert below.feed_forward[0].out_features == above.feed_forward[0].out_features == 16
     assert model.carried_rows == 8
     assert model.output_dim == 20

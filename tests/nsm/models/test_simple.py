@@ -177,7 +177,7 @@ def test_sizes_below_one_are_refused_by_name(arguments: dict[str, Any], name: st
         ({"chunk_size": 1}, "chunk_size must be at least 2"),
         ({"window": 3}, "reaches back at least chunk_size tokens"),
         ({"gate_type": "rnn"}, "gate_type must be one of gru, lstm, mingru; given 'rnn'"),
-        ({"consolidate_every": -1}, "consolidate_every and memory_rows >= 0"),
+        ({"consolidate_every": -1}, "consolidate_every must be >= 0"),
         ({"routing_heads": 0}, "routing_heads must be at least 1; given 0"),
         ({"initial_states": 5}, "initial_states must be between 1 and max_states=4; given 5"),
         ({"prune_threshold": 2.0}, "prune_threshold is an importance"),

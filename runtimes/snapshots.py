@@ -1,0 +1,86 @@
+"""Snapshots: the state of one lane or of all, as bytes that can be kept and go on elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from nsm.errors import NonFiniteError, SnapshotError
+from nsm.trace import Arrays
+
+_MAGIC = b"nsm-snapshot 2\n"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """What a snapshot holds.
+
+    fingerprint: of the model.
+    lanes: B where it is of all lanes, None where it is of one, whose arrays have no lane axis then.
+    arrays: the states by name.
+    """
+
+    fingerprint: str
+    lanes: int | None
+    arrays: Arrays
+
+
+def pack(snapshot: Snapshot) -> bytes:
+    """The bytes, with a hash of themselves.
+
+    Raises:
+        NonFiniteError: a state holds NaN or infinity, so there is nothing worth keeping.
+    """
+    for name, value in snapshot.arrays.items():
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
+    buffer = io.BytesIO()
+    header = np.array(json.dumps({"fingerprint": snapshot.fingerprint, "lanes": snapshot.lanes}))
+    states = {f"state/{name}": value for name, value in snapshot.arrays.items()}
+    np.savez(buffer, allow_pickle=False, header=header, **states)
+    payload = buffer.getvalue()
+    return _MAGIC + hashlib.sha256(payload).digest() + payload
+
+
+def unpack(data: bytes, fingerprint: str, lanes: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+    """The states of a snapshot, by name, if it fits.
+
+    Args:
+        data: what `pack` made.
+        fingerprint, lanes, shapes: of the model, as `Snapshot` has them.
+
+    Raises:
+        SnapshotError: damaged, of another model, or of other lanes.
+    """
+    snapshot = _parse(data)
+    if snapshot.fingerprint != fingerprint:
+        raise SnapshotError(
+            f"The snapshot is of another model (fingerprint {snapshot.fingerprint[:12]}..., this is "
+            f"{fingerprint[:12]}...). Restore it in a session of the model it was taken from."
+        )
+    if snapshot.lanes != lanes:
+        held = "one lane" if snapshot.lanes is None else f"all {snapshot.lanes} lanes"
+        wanted = "one lane" if lanes is None else f"all {lanes} lanes"
+        raise SnapshotError(f"The snapshot holds {held}, the call restores {wanted}. Give `lane` for one lane.")
+    for name, shape in shapes.items():
+        if snapshot.arrays.get(name, np.empty(0)).shape != shape:
+            raise SnapshotError(f"The snapshot does not hold {name} of shape {list(shape)}.")
+    return snapshot.arrays
+
+
+def _parse(data: bytes) -> Snapshot:
+    body = data[len(_MAGIC) :]
+    if not data.startswith(_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
+        raise SnapshotError(
+            "These bytes are not a snapshot of this version, or they are damaged: the hash does not fit. "
+            "Expected is what Session.snapshot() returned."
+        )
+    with np.load(io.BytesIO(body[32:]), allow_pickle=False) as archive:
+        arrays = {name.removeprefix("state/"): archive[name] for name in archive.files if name.startswith("state/")}
+        header = json.loads(str(archive["header"]))
+    return Snapshot(header["fingerprint"], header["lanes"], arrays)
