@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py runtimes/*.py)
-CODE := nsm export runtimes tests examples
+SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py runtimes/*.py quantization/*.py)
+CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check format test-long recall compare design clean

@@ -28,7 +28,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-import nsm
 from nsm.bundle import Bundle
 from nsm.models import AdaptiveNSM, SimpleNSM, StepModel
 
@@ -116,24 +115,22 @@ def main(rounds: int, calls: int, output: Path | None) -> None:
         for index, (name, changes) in enumerate(track(CHOICES.items(), "exporting")):
             bundles[name] = compare.make_bundle(build(changes), "openvino", Path(folder) / f"{index}.nsm")
         bundles["slots that adapt"] = compare.make_bundle(adaptive(), "openvino", Path(folder) / "adaptive.nsm")
-        sessions = {name: nsm.open(path, target="openvino") for name, path in bundles.items()}
-        times = compare.measure(sessions, rounds, calls)
-        base = times["as compared"]
-        for name, session in sessions.items():
-            ratios = np.median(times[name] / base, 1)
-            logits, bank = bf16_errors(bundles[name])
+        times = compare.pairs_of(bundles, "openvino", rounds, calls)
+        for name, path in bundles.items():
+            ratios = np.median(times[name][1] / times[name][0], 1) if name in times else np.ones(2)
+            logits, bank = bf16_errors(path)
+            manifest = Bundle(path).manifest
             rows.append(
                 {
                     "choice": name,
-                    "parameters": Bundle(bundles[name]).manifest.model["parameters"],
-                    "state_kb": session.spec.state_nbytes / 1e3,
+                    "parameters": manifest.model["parameters"],
+                    "state_kb": manifest.spec.state_nbytes / 1e3,
                     "step": ratios[0],
                     "decode": ratios[1],
                     "bf16_logits": logits,
                     "bf16_bank": bank,
                 }
             )
-            session.close()
     table = Table(header_style="bold", box=None)
     for column in ("choice", "parameters", "state kB", "step", "decode", "bf16 logits", "bf16 bank"):
         table.add_column(column, justify="left" if column == "choice" else "right", no_wrap=True)

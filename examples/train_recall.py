@@ -56,7 +56,7 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="recall.pt", show_default=True)
-@click.option("--steps", default=1200, show_default=True, help="Updates of the weights.")
+@click.option("--steps", default=2000, show_default=True, help="Updates of the weights.")
 @click.option("--pairs", type=click.IntRange(1, KEYS), default=PAIRS, show_default=True)
 @click.option("--states", default=16, show_default=True, help="Slots of a bank.")
 @click.option("--width", default=64, show_default=True, help="d_model.")

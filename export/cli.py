@@ -196,28 +196,92 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all in the bundle]")
 @click.option("--steps", type=int, metavar="N", help="Compare only the first N steps.  [default: all recorded]")
+@click.option("--bisect", "bisected", is_flag=True, help="Name the operation or the state that is at fault.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with the pictures to FILE.")
 @_shared
-def parity(bundle: Path, target: str | None, steps: int | None, as_json: bool) -> None:
+def parity(
+    bundle: Path, target: str | None, steps: int | None, bisected: bool, html: Path | None, as_json: bool
+) -> None:
     """Replay the golden trace of BUNDLE on its targets and compare. Needs no torch.
+
+    \b
+    nsm parity model.nsm                              all targets that run here
+    nsm parity model.nsm -t openvino --bisect         and which operation or state is at fault
+    nsm parity model.nsm --html parity.html           and a page to look at
+
+    --bisect steps the target from the reference's states. If that is over budget, it names the first operation whose
+    result differs although what it takes agrees; if only the free run is, the state whose replacement by the
+    reference's helps most. It needs onnx and onnxruntime; a TensorRT engine cannot be bisected.
 
     Exits with 5 if a target is over budget, or if none could be compared.
     """
-    from nsm.export import commands
+    from nsm.export import parity_command
 
-    commands.parity(bundle, target, steps, as_json)
+    parity_command.parity(bundle, target, steps, as_json, bisected, html)
 
 
-@main.command(short_help="Measure a step on every target.")
+@main.command(short_help="Measure a bundle, or all that can be made of a model.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all that run here]")
-@click.option("--steps", type=int, default=500, show_default=True, metavar="N", help="Timed calls per target.")
-@click.option("--threads", type=int, metavar="N", help="Threads of the backend.  [default: its own choice]")
+@click.option(
+    "-t",
+    "--target",
+    "--targets",
+    "targets",
+    multiple=True,
+    metavar="T",
+    help=_TARGET_HELP + " Repeatable.  [default: all that run here]",
+)
+@click.option(
+    "--against", metavar="OTHER", help="Compare with another bundle, or with PyTorch: BUNDLE2, eager or compile."
+)
+@click.option(
+    "--model", type=click.Path(path_type=Path), help="The checkpoint of the bundle, for --against eager or compile."
+)
+@click.option("--all", "everything", is_flag=True, help="Build and measure every target and precision of MODEL.pt.")
+@click.option("--steps", type=int, default=500, show_default=True, metavar="N", help="Timed calls of each.")
+@click.option("--threads", type=int, metavar="N", help="Threads of the backend and torch.  [default: their own choice]")
 @_shared
-def bench(bundle: Path, target: str | None, steps: int, threads: int | None, as_json: bool) -> None:
-    """Measure a step of BUNDLE on its targets, in alternating blocks, on its recorded inputs."""
-    from nsm.export import commands
+def bench(
+    bundle: Path,
+    targets: tuple[str, ...],
+    against: str | None,
+    model: Path | None,
+    everything: bool,
+    steps: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Measure a step of BUNDLE on its targets, on its recorded inputs: latency, single tokens, memory.
 
-    commands.bench(bundle, target, steps, threads, as_json)
+    All that is measured takes turns, so that whatever else the machine does reaches all alike. A speed is the median
+    over rounds of a ratio within the round, with its 95 % interval: where that holds 1, no difference was found.
+
+    \b
+    nsm bench model.nsm                                      its targets, side by side
+    nsm bench model.nsm -t openvino --threads 1              one of them, on one core
+    nsm bench small.nsm --against model.nsm                  two bundles, target by target
+    nsm bench model.nsm --against eager --model model.pt     PyTorch; or compile, for torch.compile
+    nsm bench --all model.pt                                 every target and precision, built and measured
+
+    The table of --all gives for each precision its size, its speed against the same target's fp32, and its error. What
+    cannot be built is a line that says why. Give --steps 2000 for narrower intervals.
+    """
+    from nsm.errors import InputError
+
+    if everything:
+        if against is not None or model is not None:
+            raise InputError(
+                "--all compares each precision with the target's fp32; --against and --model belong to measuring a "
+                "bundle. Give one or the other."
+            )
+        _require_torch()
+        from nsm.export import bench_all
+
+        bench_all.bench_all(bundle, targets, steps, threads, as_json)
+        return
+    from nsm.export import bench_command
+
+    bench_command.bench_bundle(bundle, targets, steps, threads, against, model, as_json)
 
 
 @main.command(short_help="Compare a step with what its arithmetic allows.")

@@ -11,143 +11,17 @@ import click
 import numpy as np
 
 from nsm.bundle import Bundle
-from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, OutputExistsError, ParityError
+from nsm.errors import InputError, OutputExistsError
 from nsm.export import doctor as doctor_module
 from nsm.export.build import add_target
-from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, number, parity_row, size
+from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, parity_row, size
 from nsm.export.sequences import read_sequences
 from nsm.files import replacing
-from nsm.runtimes import bench as bench_module
-from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact, open_bundle
-from nsm.runtimes.parity import compare
-from nsm.runtimes.report import ParityReport
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
 from nsm.spec import VALID
 from nsm.trace import Array
-
-
-def parity(path: Path, target: str | None, steps: int | None, as_json: bool) -> None:
-    """Replay the golden trace; see `nsm parity --help`."""
-    terminal = Terminal(quiet=as_json)
-    bundle = Bundle(path)
-    bundle.verify()
-    trace = bundle.trace()
-    if steps is not None:
-        if not 1 <= steps <= trace.steps:
-            raise InputError(f"--steps must be between 1 and the {trace.steps} that were recorded; given {steps}.")
-        trace = trace.first(steps)
-    names = [find_target(target).name] if target else [item.target for item in bundle.manifest.artifacts]
-    results: list[dict[str, Any]] = []
-    reports: list[ParityReport] = []
-    for name in names:
-        artifact = bundle.artifact(name)
-        try:
-            with terminal.stage(f"Checking {name}") as progress, open_artifact(bundle, artifact) as session:
-                reports.append(compare(trace, session, find_budget(artifact.precision), progress))
-            results.append(reports[-1].to_json())
-        except (DeviceUnavailableError, MissingDependencyError) as error:
-            results.append({"target": name, "precision": artifact.precision, "status": "not_run", "reason": str(error)})
-    passed = bool(reports) and all(report.passed for report in reports)
-    if as_json:
-        click.echo(json.dumps({"passed": passed, "results": results}))
-    terminal.say()
-    rows = [
-        parity_row(
-            {"device": bundle.artifact(r["target"]).device, "parity": r, **r}, bundle.artifact(r["target"]).nbytes
-        )
-        for r in results
-    ]
-    terminal.table(PARITY_COLUMNS, rows)
-    for report in reports:
-        _explain(terminal, report)
-    for result in results:
-        if result["status"] == "not_run":
-            terminal.say(f"{result['target']}: not run. {result['reason']}")
-    for report in reports:
-        report.require()
-    if not reports:
-        raise ParityError("Nothing could be compared on this machine.")
-
-
-def _explain(terminal: Terminal, report: ParityReport) -> None:
-    drift = report.drift
-    terminal.say(
-        f"\n{report.target}: {report.streams} streams of {report.steps} steps ({report.source}); worst tensor one-step "
-        f"{report.one_step.tensor}, free-run {report.free_run.tensor}; rounding of fp32 itself "
-        f"{number(report.reference_floor)}"
-    )
-    terminal.say(
-        f"  bank error p99 {number(report.state_error_p99)}, KL mean {number(report.kl_mean)}, "
-        f"flips {report.unexcused_flips} + {report.excused_flips} excused, masks differing {report.mask_mismatches}, "
-        + (f"drift exponent {drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "drift exponent -")
-    )
-    if report.first_divergence is not None:
-        first = report.first_divergence
-        terminal.say(
-            f"  first over budget: stream {first.stream}, step {first.step}, {first.tensor} ({number(first.error)})"
-        )
-
-
-def bench(path: Path, target: str | None, steps: int, threads: int | None, as_json: bool) -> None:
-    """Measure; see `nsm bench --help`."""
-    terminal = Terminal(quiet=as_json)
-    bundle = Bundle(path)
-    bundle.verify()
-    if threads is not None and threads < 1:
-        raise InputError(f"--threads is at least 1; given {threads}.")
-    names = [find_target(target).name] if target else [item.target for item in bundle.manifest.artifacts]
-    sessions: list[Session] = []
-    for name in names:
-        try:
-            sessions.append(open_artifact(bundle, bundle.artifact(name), threads=threads))
-        except (DeviceUnavailableError, MissingDependencyError) as error:
-            if target:
-                raise
-            terminal.remark(f"{name}: not measured. {error}")
-    if not sessions:
-        raise DeviceUnavailableError("None of the bundle's targets runs on this machine.")
-    with terminal.stage("Measuring") as progress:
-        latencies = bench_module.bench(sessions, steps, _lanes(bundle), progress)
-    results: list[dict[str, Any]] = [
-        {
-            "target": session.target,
-            "precision": bundle.artifact(session.target).precision,
-            "effective_precision": session.effective_precision,
-            "steps": steps,
-            "batch": session.batch,
-            "tokens_per_call": session.spec.entry("step").inputs[0].shape[1],
-            "latency_us": {"p50": latency.p50_us, "p99": latency.p99_us},
-            "tokens_per_second": latency.tokens_per_second,
-            "peak_rss_mb": bench_module.peak_rss_mb(),
-            "artifact_mb": bundle.artifact(session.target).nbytes / 1e6,
-        }
-        for session, latency in zip(sessions, latencies, strict=True)
-    ]
-    for session in sessions:
-        session.close()
-    if as_json:
-        click.echo(json.dumps({"results": results}))
-        return
-    rows = [
-        [
-            result["target"],
-            result["precision"],
-            f"{latency.p50_us:.0f}",
-            f"{latency.p99_us:.0f}",
-            f"{latency.tokens_per_second:,.0f}",
-            f"{latencies[0].p50_us / latency.p50_us:.2f}x",
-            size(result["artifact_mb"] * 1e6),
-        ]
-        for result, latency in zip(results, latencies, strict=True)
-    ]
-    terminal.say()
-    columns = ("target", "precision", "p50 us", "p99 us", "tokens/s", "speed", "size")
-    terminal.table(
-        columns, rows, f"{steps} calls of {results[0]['tokens_per_call']} tokens on {lanes_of(results[0]['batch'])}"
-    )
-    terminal.say(f"\nPeak memory of this process: {bench_module.peak_rss_mb():.0f} MB")
 
 
 def roofline(path: Path, target: str | None, threads: int | None, as_json: bool) -> None:
@@ -315,15 +189,6 @@ def _recorded(bundle: Bundle) -> list[Array]:
     inputs.pop(VALID, None)
     (tokens,) = inputs.values()
     return [stream.reshape(-1, *stream.shape[2:]) for stream in tokens]
-
-
-def _lanes(bundle: Bundle) -> Array:
-    """Recorded inputs for every lane: [T, B, K, ...]."""
-    inputs = dict(bundle.trace().inputs)
-    inputs.pop(VALID, None)
-    (tokens,) = inputs.values()
-    lanes = np.resize(np.arange(len(tokens)), bundle.manifest.spec.batch)
-    return np.ascontiguousarray(np.swapaxes(tokens[lanes], 0, 1))
 
 
 def _range(item: Any) -> str:

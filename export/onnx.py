@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import itertools
 import json
 import logging
 import warnings
@@ -24,6 +26,7 @@ from nsm.trace import Arrays
 OPSET = 20
 WEIGHTS = "weights.bin"
 STATES_KEY = "nsm.states"
+_SCOPES = "pkg.torch.onnx.name_scopes"
 _DTYPES = {"int64": torch.int64, "float32": torch.float32}
 
 
@@ -111,6 +114,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
         raise BuildError(f"The ONNX exporter returned no program for {entry.name}.")
     optimise(program.model)
     proto = program.model_proto
+    _name_nodes(proto)
     _strip(proto)
     proto.producer_name = "nsm"
     table = proto.metadata_props.add()
@@ -146,6 +150,27 @@ def initial_arrays(model: StepModel, batch: int) -> Arrays:
     """The initial state as arrays, by name, lanes included."""
     state: State = model.initial_state(batch)
     return {name: np.ascontiguousarray(value.detach().numpy()) for name, value in state.items()}
+
+
+def _name_nodes(proto: onnx.ModelProto) -> None:
+    """Name every node after the module it comes from: `layers.0.feed_forward.2/MatMul`.
+
+    What no module's `forward` computed takes the name of the layer that came last.
+    """
+    names: set[str] = set()
+    layer = ""
+    for node in proto.graph.node:
+        metadata = {item.key: item.value for item in node.metadata_props}
+        scopes = ast.literal_eval(metadata.get(_SCOPES, "[]"))
+        modules = [scope.removeprefix("model.") for scope in scopes if scope.startswith("model.")]
+        if modules and modules[0].startswith("layers."):
+            layer = ".".join(modules[0].split(".")[:2])
+        stem = f"{modules[-1] if modules else layer or 'model'}/{node.op_type}"
+        numbers = itertools.count(2)
+        node.name = stem
+        while node.name in names:
+            node.name = f"{stem}.{next(numbers)}"
+        names.add(node.name)
 
 
 def _strip(proto: onnx.ModelProto) -> None:

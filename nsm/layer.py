@@ -12,6 +12,7 @@ from nsm.adaptation import Adaptation
 from nsm.attention import Heads, HybridAttention
 from nsm.consolidation import Consolidation
 from nsm.errors import ConfigError
+from nsm.joined import JoinedProduct
 from nsm.layout import (
     chunks,
     clear_lanes,
@@ -156,6 +157,7 @@ class NSMLayer(nn.Module):
         self.router = TokenToStateRouter(
             token_dim, state_dim, self.written_slots, self.heads, routing=routing, top_k=top_k
         )
+        self.projection = JoinedProduct()
         self.manager = StateManager(state_dim, num_states, initial_states, prune_threshold)
         self.memory = ExternalMemory(token_dim, memory_rows, token_dim, num_heads) if memory_rows else None
 
@@ -390,8 +392,7 @@ class NSMLayer(nn.Module):
         """One product for queries, keys, values and what is written: [N, T, d] -> the parts."""
         count, length, dim = mixed.shape
         attention, router = self.attention, self.router
-        joint = torch.cat([attention.local.qkv.weight, attention.read_query.weight, router.value.weight])
-        made = mixed @ joint.t()
+        made = self.projection(mixed, attention.local.qkv.weight, attention.read_query.weight, router.value.weight)
         bank = made[..., 3 * dim :].reshape(count, length, 3, self.heads, -1).permute(0, 2, 3, 1, 4)
         scores, gate = router.scores(mixed)
         return _Projected(mixed, attention.local.heads(made[..., : 3 * dim]), bank[:, 0], bank[:, 1:], scores, gate)

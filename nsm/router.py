@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError
+from nsm.joined import JoinedProduct
 from nsm.layout import to_bank, to_states
 from nsm.sparse import entmax15, sparsemax, top_k
 
@@ -77,6 +78,7 @@ class TokenToStateRouter(nn.Module):
         self.top_k = top_k
         self.score = nn.Linear(token_dim, self.num_heads * num_states, bias=False)
         self.gate = nn.Linear(token_dim, self.num_heads)
+        self.product = JoinedProduct()
         self.value = nn.Linear(token_dim, state_dim, bias=False)
         # Slots must differ from the first update on, or every token is smeared over all of them and recall is
         # learned late or never: torch's own initial weights are a quarter of these.
@@ -85,8 +87,8 @@ class TokenToStateRouter(nn.Module):
     def scores(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """From tokens [B, T, d]: scores [B, R, T, S], before any mask, and token gates [B, R, T, 1]."""
         batch, length, _ = tokens.shape
-        joint = torch.cat([self.score.weight, self.gate.weight])
-        scores, gate = torch.split(tokens @ joint.t(), [self.num_heads * self.num_states, self.num_heads], -1)
+        product = self.product(tokens, self.score.weight, self.gate.weight)
+        scores, gate = torch.split(product, [self.num_heads * self.num_states, self.num_heads], -1)
         gate = MAX_WRITE * torch.sigmoid(gate + self.gate.bias)
         return (
             scores.reshape(batch, length, self.num_heads, self.num_states).transpose(1, 2),
@@ -124,7 +126,9 @@ class TokenToStateRouter(nn.Module):
         # Row t sums what comes after token t; the last row sums everything.
         later = torch.ones(length + 1, length, dtype=weights.dtype, device=weights.device).triu(1)
         later = torch.cat([later[:length], torch.ones_like(later[:1])])
-        remaining = torch.exp(later @ torch.log1p(-weights))
+        # log(1 - w), without the difference 1 - w, which half precision would round to 1 for a small w.
+        log_kept = -2.0 * torch.atanh(weights / (2.0 - weights))
+        remaining = torch.exp(later @ log_kept)
         suffix = (weights * remaining[:, :, :length]).transpose(-1, -2)
         keep = remaining[:, :, length:].transpose(-1, -2)
         return keep.unsqueeze(1), suffix.unsqueeze(1) @ values

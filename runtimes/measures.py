@@ -54,3 +54,23 @@ def quantile(values: Array, q: float) -> float:
     """A quantile that is one of the values (the next higher), so an infinite one does not turn into NaN."""
     known = values[~np.isnan(values)]
     return float(np.quantile(known, q, method="higher")) if known.size else float("nan")
+
+
+def mean(values: Array) -> float:
+    """The mean of the known values; NaN where there is none."""
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if known.size else float("nan")
+
+
+def probed_error(given: Array, wanted: Array) -> tuple[float, float]:
+    """Norm of the difference, and norm of what was wanted, of intermediate results.
+
+    Entries where both hold the same fill value (infinite, or beyond 1e30: the scores of what is masked) count in
+    neither. The difference is infinite where only one of them is finite, or one is NaN.
+    """
+    with np.errstate(invalid="ignore", over="ignore"):
+        filled = ((np.abs(wanted) > 1e30) | np.isinf(wanted)) & (given == wanted)
+        difference = np.where(filled, 0.0, given.astype(np.float64) - wanted)
+        size = float(np.linalg.norm(difference))
+        scale = float(np.linalg.norm(np.where(filled, 0.0, wanted.astype(np.float64))))
+    return (size if np.isfinite(size) else float("inf")), (scale if np.isfinite(scale) else float("inf"))

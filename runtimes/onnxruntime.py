@@ -38,6 +38,9 @@ def load(
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
+    # Every entry has threads of its own, which otherwise go on spinning after a call and take the processor from the
+    # next call of another entry.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
         options.intra_op_num_threads = threads
     level = ort.GraphOptimizationLevel

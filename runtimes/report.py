@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from nsm.errors import ParityError
 from nsm.runtimes.budgets import Budget
 from nsm.runtimes.drift import Drift
+from nsm.trace import Array
+
+BRANCHES_PER_1000 = 1.0
+"""More excused decisions than this fail a model in fp32."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +25,49 @@ class Quantiles:
     p99: float
     max: float
     tensor: str
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 99th percentile and largest of some errors."""
+
+    p50: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class AgeError:
+    """Free-run error of the active slots that are `start` to `end` steps old, both inclusive."""
+
+    start: int
+    end: int
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a page draws; too large for the JSON of a report. NaN stands where nothing was compared.
+
+    Args:
+        free_run_p50, free_run_p99: [T], of the first output over the streams, by step.
+        sampled: [n], the steps at which states were compared.
+        states: by state name, [n]: the largest free-run error over the streams.
+        one_step: by state name, [n]: the same of the one-step error.
+        margins: [tokens], the reference's margin of the argmax, in units of the rms of its outputs.
+        flips: [tokens] bool, where the target has another argmax.
+        excused_margin: a flip at a margin up to this is excused; same unit.
+    """
+
+    free_run_p50: Array
+    free_run_p99: Array
+    sampled: Array
+    states: Mapping[str, Array]
+    one_step: Mapping[str, Array]
+    margins: Array
+    flips: Array
+    excused_margin: float
 
 
 @dataclass(frozen=True)
@@ -39,8 +86,11 @@ class ParityReport:
 
     Errors are relative; `split` is that of calls in pieces, None where the artifact has one entry only; `state_error`
     is per active slot of the banks (per tensor in models without one), over the free run; KL is in nats.
+    `free_run_mean` is the mean over streams and steps of the free-run error of the first output.
+    `state_error_by_layer` and `state_error_by_age` split the error of the banks' active slots; see `nsm.runtimes.ages`.
     `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin. `mask_mismatches`
-    counts entries of masks and counters that differ.
+    counts entries of masks and counters that differ without excuse, `branches` the decisions that went the other way
+    and were excused, `branches_per_1000_steps` how many these are in 1000 calls; see `nsm.runtimes.branches`.
     """
 
     target: str
@@ -53,18 +103,24 @@ class ParityReport:
     free_run: Quantiles
     split: Quantiles | None
     per_tensor: Mapping[str, Mapping[str, float]]
+    free_run_mean: float
     drift: Drift | None
     state_error_p99: float
     state_error_max: float
+    state_error_by_layer: Mapping[str, Spread]
+    state_error_by_age: tuple[AgeError, ...]
     argmax_agreement: float
     excused_flips: int
     unexcused_flips: int
     kl_mean: float
     kl_p999: float
     mask_mismatches: int
+    branches: int
+    branches_per_1000_steps: float
     first_divergence: Divergence | None
     reference_floor: float
     budget: Budget
+    curves: Curves = field(repr=False, compare=False)
     failures: tuple[str, ...] = field(default=())
 
     @property
@@ -92,15 +148,23 @@ class ParityReport:
                 "one_step": asdict(self.one_step),
                 "free_run": asdict(self.free_run),
                 "split": None if self.split is None else asdict(self.split),
+                "free_run_mean": self.free_run_mean,
                 "gain": _ratio(self.free_run.p50, self.one_step.p50),
                 "drift_exponent": None if drift is None else drift.exponent,
                 "drift_interval": None if drift is None else [drift.low, drift.high],
                 "state_error": {"p99": self.state_error_p99, "max": self.state_error_max},
+                "state_error_by_layer": {name: asdict(item) for name, item in self.state_error_by_layer.items()},
+                "state_error_by_age": [
+                    {"from": item.start, "to": item.end, "p50": item.p50, "p99": item.p99}
+                    for item in self.state_error_by_age
+                ],
                 "argmax_agreement": self.argmax_agreement,
                 "excused_flips": self.excused_flips,
                 "unexcused_flips": self.unexcused_flips,
                 "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
                 "mask_mismatches": self.mask_mismatches,
+                "branches": self.branches,
+                "branches_per_1000_steps": self.branches_per_1000_steps,
                 "first_divergence": None if self.first_divergence is None else asdict(self.first_divergence),
                 "reference_floor": self.reference_floor,
                 "per_tensor": {name: dict(values) for name, values in self.per_tensor.items()},
@@ -108,6 +172,71 @@ class ParityReport:
             }
         )
         return data
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What is at fault.
+
+    Args:
+        kind: "operation", "state", or "none" where nothing is over budget.
+        name: the tensor: of the portable graph for an operation, else an output or a state.
+        error: its one-step error (p99), for a state the free-run error (p99) of the worst tensor.
+        budget: the limit of that error.
+        explanation: a sentence or two for people.
+        op, node: type and name of the operation that gives the tensor, None where none can be named.
+        replaced: by state name, the free-run error (p99 of the worst tensor) with that state replaced.
+        all_replaced: the same with all of them replaced: what accumulates between two samples remains.
+    """
+
+    kind: Literal["operation", "state", "none"]
+    name: str
+    error: float
+    budget: float
+    explanation: str
+    op: str | None = None
+    node: str | None = None
+    replaced: Mapping[str, float] = field(default_factory=dict)
+    all_replaced: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; numbers that are not finite become null."""
+        data: dict[str, Any] = _finite({**self.__dict__, "replaced": dict(self.replaced)})
+        return data
+
+
+def over_budget(report: ParityReport, tokens: int) -> list[str]:
+    """What of a report is over its budget, a sentence each; `tokens` is how many argmaxes were compared."""
+    budget = report.budget
+    allowed_agreement = 1.0 - report.unexcused_flips / tokens
+    checks = [
+        (f"one-step error p99 of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
+        (f"free-run error p99 of {report.free_run.tensor}", report.free_run.p99, budget.free_run_p99),
+        *(
+            [(f"error p99 of {report.split.tensor} in split calls", report.split.p99, budget.free_run_p99)]
+            if report.split is not None
+            else []
+        ),
+        ("KL mean", report.kl_mean, budget.kl_mean),
+        ("KL p99.9", report.kl_p999, budget.kl_p999),
+    ]
+    # `not <=` instead of `>`: NaN is over every budget.
+    failures = [f"{name} is {value:.3g}, the budget {limit:.3g}" for name, value, limit in checks if not value <= limit]
+    if not allowed_agreement >= budget.agreement:
+        failures.append(
+            f"{report.unexcused_flips} of {tokens} tokens have another argmax without excuse "
+            f"(agreement {allowed_agreement:.4%}, the budget {budget.agreement:.2%})"
+        )
+    if report.mask_mismatches:
+        failures.append(f"{report.mask_mismatches} entries of masks or counters differ")
+    if budget.precision == "fp32" and not report.branches_per_1000_steps <= BRANCHES_PER_1000:
+        failures.append(
+            f"{report.branches} decisions went the other way, {report.branches_per_1000_steps:.3g} in 1000 steps, of "
+            f"which {BRANCHES_PER_1000:g} is allowed (it takes a trace of 1000 steps in all to allow one)"
+        )
+    if report.effective_precision != report.precision:
+        failures.append(f"the backend computes in {report.effective_precision} instead of {report.precision}")
+    return failures
 
 
 def _ratio(a: float, b: float) -> float | None:

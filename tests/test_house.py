@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = {"nsm": "nsm", "export": "nsm.export", "runtimes": "nsm.runtimes"}
+FOLDERS = {"nsm": "nsm", "export": "nsm.export", "quantization": "nsm.quantization", "runtimes": "nsm.runtimes"}
 
 # What a room may import of the project, besides itself. One way: errors -> decode -> spec -> trace -> bundle, then the
 # torch models on one side and the runtimes on the other, and export above all.
@@ -25,12 +25,27 @@ ALLOWED = {
     "nsm.bundle": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec", "nsm.trace"),
     "models": (*VOCABULARY, "models"),
     "nsm.runtimes": (*VOCABULARY, "nsm.runtimes"),
-    "nsm.export": (*VOCABULARY, "models", "nsm.runtimes", "nsm.export"),
+    "nsm.quantization": (*VOCABULARY, "nsm.runtimes", "nsm.quantization"),
+    "nsm.export": (*VOCABULARY, "models", "nsm.runtimes", "nsm.quantization", "nsm.export"),
 }
 # The rooms of export that need torch; the others must do without.
-WITH_TORCH = {"nsm.export.onnx", "nsm.export.record", "nsm.export.pipeline", "nsm.export.savings"}
+WITH_TORCH = {
+    "nsm.export.bench_all",
+    "nsm.export.onnx",
+    "nsm.export.pipeline",
+    "nsm.export.record",
+    "nsm.export.savings",
+    "nsm.export.torch_stream",
+}
 # Those that need the packages of ONNX; others may import them inside functions only.
-WITH_ONNX = {"nsm.export.passes", "nsm.export.roofline", "nsm.export.weights"}
+WITH_ONNX = {
+    "nsm.export.passes",
+    "nsm.export.roofline",
+    "nsm.export.weights",
+    "nsm.quantization.calibration",
+    "nsm.quantization.forms",
+    "nsm.quantization.products",
+}
 
 
 def _modules() -> dict[str, Path]:
@@ -46,7 +61,7 @@ MODULES = _modules()
 
 
 def _room(module: str) -> str:
-    for name in ("nsm.runtimes", "nsm.export", *VOCABULARY):
+    for name in ("nsm.runtimes", "nsm.quantization", "nsm.export", *VOCABULARY):
         if module == name or module.startswith(name + "."):
             return name
     return "models"

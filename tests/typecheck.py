@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-ROOMS = ("nsm", "export", "runtimes")
+ROOMS = ("nsm", "export", "quantization", "runtimes")
 
 
 def main() -> int:

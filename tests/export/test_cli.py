@@ -27,7 +27,10 @@ from tests.export.helpers import (
     [
         ("export", ("verified bundle from MODEL", "--target", "--require-parity", "--dry-run", "5 parity failed")),
         ("parity", ("Replay the golden trace of BUNDLE", "Needs no torch", "--steps")),
-        ("bench", ("Measure a step of BUNDLE", "--threads")),
+        (
+            "bench",
+            ("Measure a step of BUNDLE", "--threads", "nsm bench --all model.pt", "--against eager --model model.pt"),
+        ),
         ("roofline", ("Measure what BUNDLE's target reaches", "--threads")),
         ("build", ("Build a target from the ONNX in BUNDLE", "Needs no torch", "--device")),
         ("inspect", ("inputs, outputs, states, sizes, precision and provenance",)),

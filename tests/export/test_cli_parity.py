@@ -1,10 +1,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nsm.bundle import Artifact, Bundle
+from nsm.export import parity_command
+from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.parity import compare
+from nsm.runtimes.report import ParityReport
+from nsm.runtimes.session import Session
 from tests.export.helpers import (
     invoke,
     refused,
@@ -23,11 +31,16 @@ RESULT_KEYS = {
     "free_run",
     "split",
     "drift_exponent",
+    "free_run_mean",
     "state_error",
+    "state_error_by_layer",
+    "state_error_by_age",
     "argmax_agreement",
     "unexcused_flips",
     "kl",
     "mask_mismatches",
+    "branches",
+    "branches_per_1000_steps",
     "first_divergence",
     "budget",
 }
@@ -51,6 +64,13 @@ def test_parity_prints_one_json_object(exported: Path, no_gpu: None) -> None:
         assert {"p50", "p99", "max"} <= set(item["split"])
         assert set(item["state_error"]) == {"p99", "max"}
         assert set(item["kl"]) == {"mean", "p999"}
+        assert set(item["state_error_by_layer"]) == {"0.bank", "1.bank"}
+        assert set(item["state_error_by_layer"]["0.bank"]) == {"p50", "p99", "max"}
+        assert item["state_error_by_age"][0]["from"] == 1
+        assert set(item["state_error_by_age"][0]) == {"from", "to", "p50", "p99"}
+        assert 0 < item["free_run_mean"] < item["free_run"]["max"]
+        assert (item["branches"], item["branches_per_1000_steps"]) == (0, 0.0)
+        assert "bisect" not in item
         assert (item["status"], item["streams"], item["steps"]) == ("passed", 8, 64)
         assert 0 < item["free_run"]["p99"] < item["budget"]["free_run_p99"]
 
@@ -120,3 +140,108 @@ def test_parity_without_a_backend_says_what_installs_it(exported: Path, hide: Ca
     text = succeeded(invoke("parity", exported, "--steps", "2"))
     assert "openvino: not run." in text
     assert 'pip install "nsm-toolkit[openvino]"' in text
+
+
+# -- bisecting ----------------------------------------------------------------------------------------------------
+
+
+def test_bisecting_what_is_right_says_so(exported: Path, no_gpu: None) -> None:
+    result = invoke("parity", exported, "--bisect", "--steps", "8")
+    text = succeeded(result)
+    assert text.count("bisected: Nothing is over budget") == 3
+    assert "Bisecting openvino" in result.stderr
+
+
+def test_bisecting_what_is_wrong_names_it_and_still_ends_with_5(bundle_copy: Path) -> None:
+    spoil(bundle_copy)
+    result = invoke("parity", bundle_copy, "-t", "ort", "--steps", "4", "--bisect", "--json")
+    assert result.exit_code == 5
+    (item,) = the_json(result)["results"]
+    found = item["bisect"]
+    assert {"kind", "name", "op", "error"} <= set(found)
+    assert found["kind"] == "operation"
+    assert found["error"] > item["budget"]["one_step_p99"]
+    assert "The portable graph itself" in found["explanation"]
+
+
+@pytest.mark.parametrize("target", ["tensorrt", "trt"])
+def test_an_engine_cannot_be_bisected(exported: Path, target: str) -> None:
+    refused(
+        invoke("parity", exported, "-t", target, "--bisect"), 3, "shows no intermediate results", "--target onnxruntime"
+    )
+
+
+def test_an_engine_beside_others_is_left_out(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_gpu(bundle: Bundle, artifact: Artifact) -> Session:
+        """What an engine would do, done by ONNX Runtime."""
+        session = open_artifact(bundle, bundle.artifact("onnxruntime"))
+        session.target = artifact.target
+        return session
+
+    monkeypatch.setattr(parity_command, "open_artifact", with_gpu)
+    result = invoke("parity", exported, "--bisect", "--steps", "2")
+    succeeded(result)
+    assert "tensorrt: not bisected" in result.stderr
+    assert result.stdout.count("bisected:") == 3
+
+
+def test_bisecting_needs_onnx_only_to_name_an_operation(bundle_copy: Path, hide: Callable[..., None]) -> None:
+    hide("onnx")
+    succeeded(invoke("parity", bundle_copy, "-t", "ort", "--steps", "2", "--bisect"))
+    spoil(bundle_copy)
+    refused(invoke("parity", bundle_copy, "-t", "ort", "--steps", "2", "--bisect"), 3, "needs the package onnx")
+
+
+# -- the page -----------------------------------------------------------------------------------------------------
+
+
+def test_the_page_shows_every_target(exported: Path, no_gpu: None, tmp_path: Path) -> None:
+    page = tmp_path / "parity.html"
+    text = succeeded(invoke("parity", exported, "--html", page))
+    assert f"Wrote {page}: open it in a browser." in text
+    written = page.read_text(encoding="utf-8")
+    for name in ("onnx", "onnxruntime", "openvino"):
+        assert f"✓ {name} passed" in written
+    assert "? tensorrt not run" in written
+    assert "There is no usable NVIDIA GPU" in written
+    assert "Parity of model.nsm" in written
+
+
+def test_a_failure_gets_its_page_too(bundle_copy: Path, tmp_path: Path) -> None:
+    spoil(bundle_copy)
+    page = tmp_path / "parity.html"
+    page.write_text("an older one")
+    result = invoke("parity", bundle_copy, "-t", "ort", "--steps", "4", "--html", page, "--bisect", "--json")
+    assert result.exit_code == 5
+    assert the_json(result)["passed"] is False
+    written = page.read_text(encoding="utf-8")
+    assert "✗ onnxruntime failed" in written
+    assert "<b>Bisected:</b> The portable graph itself" in written
+
+
+def test_a_page_without_a_folder_is_refused_before_any_work(exported: Path, tmp_path: Path) -> None:
+    result = invoke("parity", exported, "--html", tmp_path / "none" / "parity.html")
+    refused(result, 2, "The folder", "of --html does not exist. Make it first.")
+    assert "Checking" not in result.stderr
+
+
+def test_the_decisions_of_an_adaptive_model_are_checked_with_its_thresholds(
+    exported: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[object] = []
+
+    def watched(*arguments: Any) -> ParityReport:
+        seen.append(arguments[-1])
+        return compare(*arguments)
+
+    monkeypatch.setattr(parity_command, "compare", watched)
+    monkeypatch.setattr(parity_command, "thresholds_of", lambda config: (config["d_model"], 0.35))
+    succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
+    assert seen == [(16, 0.35)]
+
+
+def test_excused_decisions_are_printed(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parity_command, "compare", lambda *arguments: replace(compare(*arguments), branches=2))
+    assert "decisions excused 2" in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
+    monkeypatch.undo()
+    assert "decisions excused" not in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))

@@ -1,0 +1,220 @@
+"""Calibration on rollouts: the ranges of activations on states that really occur.
+
+The fp32 graph is rolled over the user's sequences. At calls spread over the age of the streams, from the first after a
+reset on, the inputs of every product are looked at, on the state that the stream has then. Random states are not
+offered: their ranges look right for one step, and the stream drifts.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+
+from nsm.errors import InputError, NonFiniteError, UnsupportedError
+from nsm.quantization.forms import LEVELS
+from nsm.quantization.products import Product, products_of
+from nsm.runtimes.parity import Progress
+from nsm.runtimes.session import Session
+from nsm.spec import VALID, StepSpec
+from nsm.trace import Array, Arrays
+
+AGES = 12
+"""Calls of a stream that are looked at, log-spaced from the first to the last."""
+MAX_STEPS = 256
+"""Calls of a stream at most."""
+_KEPT = 4096
+"""Numbers of an activation that are kept of a call, besides the largest."""
+_EXPLODING = 30.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What was seen.
+
+    scales: of each product's activations, by the product's key: what 1 of an int8 stands for.
+    streams, calls: sequences that were rolled, and calls that were looked at.
+    ages: of the calls, in calls since the reset.
+    occupancy: least and largest share of active slots in the calls, None for models without masks.
+    """
+
+    scales: Mapping[str, float]
+    streams: int
+    calls: int
+    ages: tuple[int, ...]
+    occupancy: tuple[float, float] | None
+
+
+def calibrate(
+    graph: Path, session: Session, sequences: Sequence[Array], progress: Progress | None = None
+) -> Calibration:
+    """Roll a session over sequences and look at the products of its graph `step`.
+
+    Args:
+        graph: the fp32 `step.onnx`.
+        session: over the same graph.
+        sequences: [T] ids or [T, input_dim] vectors each; shorter than a call is too short.
+        progress: called after every call.
+
+    Raises:
+        InputError: no sequence is as long as a call.
+        NonFiniteError: the fp32 model itself gives NaN or infinity.
+        UnsupportedError: the states explode, so that no range holds for long.
+    """
+    ranges: dict[str, Range] = {}
+    ages: set[int] = set()
+    shares: list[float] = []
+    calls, streams = 0, 0
+    for call in rollouts(session, sequences, progress):
+        if not ranges:
+            watched = Watched(graph)
+            ranges = {product.key: Range() for product in watched.products}
+        for key, values in watched(call.feeds).items():
+            ranges[key].add(values)
+        ages.add(call.age)
+        shares += call.occupancy
+        calls += 1
+        streams = max(streams, call.streams)
+    if not calls:
+        length = session.spec.entry("step").inputs[0].shape[1]
+        raise InputError(f"Calibration needs sequences of at least one call, {length} tokens; none is as long.")
+    scales = {key: found.scale() for key, found in ranges.items()}
+    occupancy = (min(shares), max(shares)) if shares else None
+    return Calibration(scales, streams, calls, tuple(sorted(ages)), occupancy)
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call to look at: what the graph is fed, states included, and where the streams stand."""
+
+    feeds: Arrays
+    age: int
+    occupancy: list[float]
+    streams: int
+
+
+def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | None = None) -> Iterator[Call]:
+    """Calls spread over the age of streams, each with the state that its streams have there."""
+    entry = session.spec.entry("step")
+    length = entry.inputs[0].shape[1]
+    long = [sequence[: len(sequence) // length * length] for sequence in sequences if len(sequence) >= length]
+    groups = [long[start : start + session.batch] for start in range(0, len(long), session.batch)]
+    done, seen = 0, 0
+    total = sum(min(MAX_STEPS, min(map(len, group)) // length) for group in groups)
+    for group in groups:
+        lanes = [group[lane % len(group)] for lane in range(session.batch)]
+        seen += len(group)
+        steps = min(MAX_STEPS, min(map(len, group)) // length)
+        wanted = {int(step) - 1 for step in np.geomspace(1, steps, AGES).round()}
+        session.reset()
+        norms = []
+        for step in range(steps):
+            tokens = np.stack([lane[step * length : (step + 1) * length] for lane in lanes])
+            if step in wanted:
+                state = session.read_state()
+                norms.append(_size(state))
+                yield Call(_feeds(session.spec, tokens, state), step, _occupancy(state, len(group)), seen)
+            session.step(tokens)
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        _check_bounded(norms, steps)
+
+
+class Watched:
+    """The graph `step`, with the inputs of its products as outputs: feeds -> values by the product's key."""
+
+    def __init__(self, graph: Path) -> None:
+        model = onnx.load(str(graph))
+        self.products: list[Product] = products_of(model)
+        if not self.products:
+            raise UnsupportedError(f"{graph} has no product with constant weights, so there is nothing to quantise.")
+        outputs = list(dict.fromkeys(product.activation for product in self.products))
+        del model.graph.output[:]
+        model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "watched.onnx"
+            onnx.save(model, str(path), save_as_external_data=True, location="weights.bin")
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._outputs = outputs
+        self._inputs = {value.name for value in self._session.get_inputs()}
+
+    def __call__(self, feeds: Arrays) -> Arrays:
+        given = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
+        values = dict(zip(self._outputs, given, strict=True))
+        return {product.key: values[product.activation] for product in self.products}
+
+
+class Range:
+    """The range of one activation."""
+
+    def __init__(self) -> None:
+        self._largest = 0.0
+        self._kept: list[Array] = []
+        self._generator = np.random.default_rng(0)
+
+    def add(self, values: Array) -> None:
+        """Look at the values of a call.
+
+        Raises:
+            NonFiniteError: one is NaN or infinite.
+        """
+        flat = np.abs(values.ravel())
+        if not np.isfinite(flat).all():
+            raise NonFiniteError(
+                "The fp32 model gives NaN or infinite activations on the calibration sequences. Check the weights and "
+                "the sequences."
+            )
+        self._largest = max(self._largest, float(flat.max(initial=0.0)))
+        self._kept.append(flat if len(flat) <= _KEPT else self._generator.choice(flat, _KEPT, replace=False))
+
+    def scale(self) -> float:
+        """The scale with the least mean squared error on what was seen; 1 for an activation that is always zero."""
+        if not self._largest:
+            return 1.0
+        values = np.concatenate(self._kept)
+        best, least = self._largest / LEVELS, np.inf
+        for share in np.linspace(0.3, 1.0, 71):
+            scale = share * self._largest / LEVELS
+            levels = np.minimum(np.rint(values / scale), LEVELS)
+            error = float(np.mean(np.square(values - scale * levels)))
+            if error < least:
+                best, least = scale, error
+        return float(best)
+
+
+def _feeds(spec: StepSpec, tokens: Array, state: Arrays) -> Arrays:
+    entry = spec.entry("step")
+    feeds = {entry.inputs[0].name: tokens.astype(entry.inputs[0].numpy_dtype)}
+    counted = entry.input(VALID)
+    if counted is not None:
+        feeds[VALID] = np.full(counted.shape, tokens.shape[1], counted.numpy_dtype)
+    return feeds | {item.past: state[item.name] for item in spec.states_of(entry.reads)}
+
+
+def _occupancy(state: Arrays, streams: int) -> list[float]:
+    masks = [value[:streams] for name, value in state.items() if name.endswith(".mask")]
+    return [float(lane.mean()) for mask in masks for lane in mask]
+
+
+def _size(state: Arrays) -> float:
+    """Largest root mean square of a floating-point state."""
+    sizes = [np.sqrt(np.mean(np.square(v, dtype=np.float64))) for v in state.values() if v.dtype.kind == "f" and v.size]
+    return float(max(sizes, default=0.0))
+
+
+def _check_bounded(sizes: Sequence[float], steps: int) -> None:
+    settled = sizes[len(sizes) // 2 :]
+    if len(settled) > 1 and settled[-1] > _EXPLODING * max(settled[0], 1e-6):
+        raise UnsupportedError(
+            f"The model's states explode: their root mean square grows from {settled[0]:.3g} to {settled[-1]:.3g} "
+            f"within {steps} calls of the fp32 model. No range holds for such a stream, so it is not quantised. Train "
+            "on longer streams, or keep fp32."
+        )

@@ -1,0 +1,202 @@
+"""The forms in which a graph computes its products in low precision: functions from one ONNX graph to another.
+
+All are symmetric: a number q stands for scale * q, with no zero point. TensorRT takes nothing else, and OpenVINO
+loses less that way. Matrices have a scale for each column. Biases and everything between the products stay float.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+from nsm.quantization.products import Product
+from nsm.trace import Array
+
+LEVELS = 127
+"""Largest number that an int8 stands for; -128 is left out, so that the range is symmetric."""
+
+
+def quantised_weight(numbers: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix [D, N] as int8 [D, N] and a scale for each column, [N]."""
+    scale = np.abs(numbers).max(0) / LEVELS
+    scale = np.where(scale > 0, scale, 1.0).astype(np.float32)  # a column of zeros
+    return np.clip(np.rint(numbers / scale), -LEVELS, LEVELS).astype(np.int8), scale
+
+
+def weights_only(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
+    """Int8 in memory, float in the product: x @ dequantised(W)."""
+    return _Rewriter(model, products).run(lambda rewriter, product: rewriter.dequantised_weight(product))
+
+
+def static(model: onnx.ModelProto, products: Sequence[Product], scales: Mapping[str, float]) -> onnx.ModelProto:
+    """Backends run it as an int8 product: dequantised(quantised(x)) @ dequantised(W).
+
+    Args:
+        model: the graph.
+        products: those to quantise.
+        scales: of the activations, by the key of the product.
+    """
+
+    def rewrite(rewriter: _Rewriter, product: Product) -> None:
+        rewriter.dequantised_weight(product)
+        rewriter.quantised_activation(product, scales[product.key])
+
+    return _Rewriter(model, products).run(rewrite)
+
+
+def dynamic(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
+    """An integer product whose activations get their scale at each call: ONNX Runtime's fast form on a CPU.
+
+    One scale for all lanes and tokens of a call.
+    """
+    return _Rewriter(model, products).run(lambda rewriter, product: rewriter.integer_product(product))
+
+
+def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 128) -> onnx.ModelProto:
+    """Weights in int8 with a scale for every `block` rows of a column, by ONNX Runtime's own operator.
+
+    Its kernel quantises the activations too, token by token and block by block.
+    """
+    rewriter = _Rewriter(model, products)
+    rewriter.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return rewriter.run(lambda self, product: self.blocked_product(product, block))
+
+
+def half(model: onnx.ModelProto, products: Sequence[Product], kind: int = TensorProto.FLOAT16) -> onnx.ModelProto:
+    """Products in half precision, each between two casts; state, norms, softmax and sums stay fp32."""
+    return _Rewriter(model, products).run(lambda rewriter, product: rewriter.half_product(product, kind))
+
+
+class _Rewriter:
+    """Rewrites products one by one in a copy of a graph; what several share is made once."""
+
+    def __init__(self, model: onnx.ModelProto, products: Sequence[Product]) -> None:
+        self.model = copy.deepcopy(model)
+        self.products = {product.node: product for product in products}
+        self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
+        self.added: dict[str, TensorProto] = {}
+        self.made: dict[tuple[str, ...], str] = {}
+        self.here: list[onnx.NodeProto] = []
+
+    def run(self, rewrite: Callable[[_Rewriter, Product], None]) -> onnx.ModelProto:
+        graph, nodes = self.model.graph, []
+        for node in self.model.graph.node:
+            if node.name not in self.products:
+                nodes.append(node)
+                continue
+            self.node, self.here = node, []
+            rewrite(self, self.products[node.name])
+            nodes += self.here if self.here and self.here[-1].output[0] == node.output[0] else [*self.here, node]
+        used = {name for node in nodes for name in node.input}
+        kept = [tensor for tensor in (*graph.initializer, *self.added.values()) if tensor.name in used]
+        del graph.node[:], graph.initializer[:]
+        graph.node.extend(nodes)
+        graph.initializer.extend(kept)
+        del graph.value_info[:]  # of values that may have gone, or have another type now
+        return self.model
+
+    # -- forms of one product ------------------------------------------------------------------------------------
+
+    def dequantised_weight(self, product: Product) -> None:
+        if (name := self.made.get(("dequantised", product.weight))) is None:
+            weight, scale = self._int8(product)
+            name = f"{product.weight}.dequantised"
+            self._node("DequantizeLinear", [weight, scale], name, axis=1)
+            self.made["dequantised", product.weight] = name
+        self.node.input[1] = name
+
+    def quantised_activation(self, product: Product, scale: float) -> None:
+        key = ("quantised", product.activation, str(scale))
+        if key not in self.made:
+            stem = f"{product.node}.activation"
+            constants = [
+                self._constant(f"{stem}.scale", np.float32(scale)),
+                self._constant(f"{stem}.zero", np.int8(0)),
+            ]
+            self._node("QuantizeLinear", [product.activation, *constants], f"{stem}.quantised")
+            self._node("DequantizeLinear", [f"{stem}.quantised", *constants], f"{stem}.dequantised")
+            self.made[key] = f"{stem}.dequantised"
+        self.node.input[0] = self.made[key]
+
+    def integer_product(self, product: Product) -> None:
+        weight, scale = self._int8(product)
+        key = ("dynamic", product.activation)
+        stem = self.made.get(key, f"{product.node}.activation")
+        if key not in self.made:
+            outputs = [f"{stem}.quantised", f"{stem}.scale", f"{stem}.zero"]
+            self.here.append(
+                helper.make_node(
+                    "DynamicQuantizeLinear", [product.activation], outputs, f"{stem}/DynamicQuantizeLinear"
+                )
+            )
+            self.made[key] = stem
+        zero = self._constant("weight.zero", np.int8(0))
+        inputs = [f"{stem}.quantised", weight, f"{stem}.zero", zero]
+        self._node("MatMulInteger", inputs, f"{product.node}.integer")
+        self._node("Cast", [f"{product.node}.integer"], f"{product.node}.float", to=TensorProto.FLOAT)
+        self._node("Mul", [f"{stem}.scale", scale], f"{product.node}.scale")
+        self._node("Mul", [f"{product.node}.float", f"{product.node}.scale"], self.node.output[0])
+
+    def blocked_product(self, product: Product, block: int) -> None:
+        numbers = numpy_helper.to_array(self.constants[product.weight])
+        depth, columns = numbers.shape
+        count = -(-depth // block)
+        padded = np.zeros((columns, count * block), np.float32)
+        padded[:, :depth] = numbers.T
+        parts = padded.reshape(columns, count, block)
+        scale = np.abs(parts).max(-1) / LEVELS
+        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+        levels = np.clip(np.rint(parts / scale[..., None]), -LEVELS, LEVELS) + 128  # stored without a sign
+        weight = self._constant(f"{product.weight}.blocks", levels.astype(np.uint8))
+        scales = self._constant(f"{product.weight}.scales", scale.reshape(-1))
+        self._node(
+            "MatMulNBits",
+            [product.activation, weight, scales],
+            self.node.output[0],
+            domain="com.microsoft",
+            K=depth,
+            N=columns,
+            bits=8,
+            block_size=block,
+            accuracy_level=4,
+        )
+
+    def half_product(self, product: Product, kind: int) -> None:
+        key = ("half", product.activation)
+        if key not in self.made:
+            self.made[key] = f"{product.node}.activation.half"
+            self._node("Cast", [product.activation], self.made[key], to=kind)
+        weight = f"{product.weight}.half"
+        if weight not in self.added:
+            numbers = numpy_helper.to_array(self.constants[product.weight])
+            if kind == TensorProto.FLOAT16:
+                self.added[weight] = numpy_helper.from_array(numbers.astype(np.float16), weight)
+            else:
+                self.added[weight] = helper.make_tensor(weight, kind, numbers.shape, numbers.ravel())
+        self._node("MatMul", [self.made[key], weight], f"{product.node}.half")
+        self._node("Cast", [f"{product.node}.half"], self.node.output[0], to=TensorProto.FLOAT)
+
+    # -- parts ---------------------------------------------------------------------------------------------------
+
+    def _int8(self, product: Product) -> tuple[str, str]:
+        """Names of the matrix in int8 and of its scales."""
+        numbers, scale = quantised_weight(numpy_helper.to_array(self.constants[product.weight]))
+        return (
+            self._constant(f"{product.weight}.int8", numbers),
+            self._constant(f"{product.weight}.scale", scale),
+        )
+
+    def _constant(self, name: str, value: Array | np.generic) -> str:
+        if name not in self.added:
+            self.added[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def _node(self, kind: str, inputs: list[str], output: str, domain: str = "", **attributes: int) -> None:
+        node = helper.make_node(kind, inputs, [output], f"{output}/{kind}", domain=domain)
+        node.attribute.extend(helper.make_attribute(name, value) for name, value in attributes.items())
+        self.here.append(node)

@@ -1,0 +1,86 @@
+"""Which form a precision takes on each target, and what stays float. A table, so that it can be read and changed."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Literal
+
+from nsm.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from nsm.quantization.products import Product
+
+Form = Literal["float", "static", "dynamic", "blocked", "weights", "half", "brain"]
+"""What becomes of the products; see `nsm.quantization.forms`. "float": nothing, the backend computes in it itself."""
+
+SMALLEST = 16_384
+"""Numbers of a matrix below which quantising costs more time than it saves."""
+
+# Scores decide which slot is written and read: a rounded one changes what a stream remembers. They are products of
+# their own, small ones, so that keeping them costs next to nothing.
+_ALWAYS_FLOAT = ("*.router.product/*", "*.lift.*")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """The form of a precision on a target.
+
+    Args:
+        form: of the products.
+        keep: patterns of the names of products that stay float.
+        note: what a user should know.
+    """
+
+    form: Form
+    keep: tuple[str, ...] = _ALWAYS_FLOAT
+    note: str = ""
+
+    def chosen(self, products: Sequence[Product]) -> tuple[list[Product], dict[str, str]]:
+        """The products to quantise, and the others by name with the reason."""
+        kept = {}
+        for product in products:
+            if any(fnmatch.fnmatch(product.node, pattern) for pattern in self.keep):
+                kept[product.node] = "it decides about slots"
+            elif product.size < SMALLEST:
+                kept[product.node] = f"its {product.shape[0]} x {product.shape[1]} numbers are too few to gain"
+        return [product for product in products if product.node not in kept], kept
+
+
+POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
+    {
+        ("openvino", "int8"): Policy("static"),
+        ("openvino", "int8-weights"): Policy(
+            "weights", note="OpenVINO quantises the activations of these products too, token by token, where it gains"
+        ),
+        ("openvino", "bf16"): Policy("float"),
+        ("onnxruntime", "int8"): Policy(
+            "dynamic",
+            note="one activation scale for all lanes and tokens of a call: lanes agree within the budget only",
+        ),
+        ("onnxruntime", "int8-weights"): Policy("blocked", note="uses the operator MatMulNBits of ONNX Runtime"),
+        ("tensorrt", "int8"): Policy("static"),
+        ("tensorrt", "int8-weights"): Policy("weights"),
+        ("tensorrt", "fp16"): Policy("half"),
+        ("tensorrt", "bf16"): Policy("brain"),
+    }
+)
+
+
+def find_policy(target: str, precision: str) -> Policy | None:
+    """The policy of a precision on a target; None for fp32.
+
+    Raises:
+        UnsupportedError: the target does not compute in that precision.
+    """
+    if precision == "fp32":
+        return None
+    policy = POLICIES.get((target, precision))
+    if policy is None:
+        known = [name for where, name in POLICIES if where == target]
+        raise UnsupportedError(
+            f"The target {target} is not built in {precision}. It is built in: {', '.join(['fp32', *known])}."
+        )
+    return policy

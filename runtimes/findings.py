@@ -1,0 +1,286 @@
+"""Findings: what a comparison has measured so far, and the report that is made of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+
+from nsm.runtimes.ages import errors_by_age, slot_ages
+from nsm.runtimes.branches import Decisions, decided_masks
+from nsm.runtimes.budgets import Budget
+from nsm.runtimes.drift import drift_exponent
+from nsm.runtimes.measures import kl_divergence, mean, quantile, relative_error, rms_norm, slot_errors
+from nsm.runtimes.report import AgeError, Curves, Divergence, ParityReport, Quantiles, Spread, over_budget
+from nsm.runtimes.session import Session
+from nsm.spec import VALID, StepSpec
+from nsm.trace import Array, Arrays, Trace
+
+
+class _Answer(NamedTuple):
+    """Of one stream's step, by token: KL, whether the argmax differs, and the reference's margin; [tokens] each."""
+
+    stream: int
+    step: int
+    kl: Array
+    flips: Array
+    margins: Array
+
+
+class _Slots(NamedTuple):
+    """Ages and free-run errors of the active slots of one bank, at one sampled step of one stream; [slots] each."""
+
+    bank: str
+    ages: Array
+    errors: Array
+
+
+class _Answers(NamedTuple):
+    """All tokens of the first output that were compared; [tokens] each. At least one: where there is none, a flip."""
+
+    kl: Array
+    flips: Array
+    margins: Array
+    scale: float  # rms of the reference's outputs
+    excused_margin: float
+
+
+class Findings:
+    """Errors by kind ("one_step", "free_run", "split") and tensor, as [stream, step] arrays that start as NaN.
+
+    Args:
+        trace: of the reference.
+        spec: of the model.
+        budget: of the artifact's precision.
+        thresholds: of the model's decisions; see `nsm.runtimes.branches`.
+    """
+
+    def __init__(self, trace: Trace, spec: StepSpec, budget: Budget, thresholds: Sequence[float] = ()) -> None:
+        self.trace = trace
+        self.budget = budget
+        self.failures: list[str] = []
+        self.logits = spec.entry("step").outputs[0].name
+        self._decisions = Decisions(trace, decided_masks(spec), thresholds, budget.free_run_p99)
+        kinds = ("one_step", "free_run", "split") if spec.has("decode") else ("one_step", "free_run")
+        self._inexact = [s.name for s in spec.states if s.numpy_dtype.kind == "f"]
+        self._exact = [
+            s.name for s in spec.states if s.name not in self._inexact and s.name not in self._decisions.masks
+        ]
+        self._floors = {name: 0.01 * rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
+        shape = (trace.streams, trace.steps)
+        self._errors = {
+            # Calls in pieces give what `decode` gives: the first output, and none for debugging.
+            kind: {n: np.full(shape, np.nan) for n in ([self.logits] if kind == "split" else trace.outputs)}
+            | {n: np.full(shape, np.nan) for n in self._inexact}
+            for kind in kinds
+        }
+        masks = {name: name.removesuffix(".bank") + ".mask" for name in spec.state_names if name.endswith(".bank")}
+        self._masks = {bank: mask for bank, mask in masks.items() if mask in spec.state_names}
+        self._ages = {
+            bank: slot_ages(trace.before[mask], trace.after[mask], trace.sampled) for bank, mask in self._masks.items()
+        }
+        self._slots: list[_Slots] = []
+        self._answers: list[_Answer] = []
+        self._mismatches = 0
+        self._changed = False
+        self._branches = 0
+        self._steps_run = 0
+        # Where a stream is no longer the reference's because of an excused decision, and need not be compared.
+        self._dropped = {kind: np.zeros(shape, bool) for kind in kinds}
+        self._agreed = {kind: np.zeros(trace.streams, np.int64) for kind in kinds}
+        self._strayed = {kind: np.zeros(trace.streams, bool) for kind in kinds}
+
+    # -- collecting ----------------------------------------------------------------------------------------------
+
+    def add_outputs(self, kind: str, streams: Array, step: int, outputs: Arrays) -> None:
+        """Compare what a call answered; lane i ran `streams[i]`, further lanes are not looked at."""
+        trace = self.trace
+        for lane, stream in enumerate(streams.tolist()):
+            if self._dropped[kind][stream, step]:
+                continue
+            self._steps_run += stream < trace.state_streams
+            kept = self._kept(stream, step)
+            for name in outputs:
+                wanted = trace.outputs[name][stream, step][kept].astype(np.float64)
+                given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
+                self._errors[kind][name][stream, step] = relative_error(given, wanted, self._floors[name])
+                if kind == "free_run" and name == self.logits and wanted.size:
+                    ordered = np.sort(wanted, -1)
+                    margins = ordered[..., -1] - ordered[..., -2:-1].max(-1, initial=-np.inf)
+                    flips = wanted.argmax(-1) != given.argmax(-1)
+                    self._answers.append(_Answer(stream, step, kl_divergence(wanted, given), flips, margins))
+
+    def add_states(self, kind: str, streams: Array, index: int, states: Arrays) -> None:
+        """Compare the states after the sampled step `index`."""
+        trace, step = self.trace, int(self.trace.sampled[index])
+        for lane, stream in enumerate(streams[streams < trace.state_streams].tolist()):
+            given = {name: states[name][lane] for name in trace.after}
+            for name in self._exact:
+                self._mismatches += int((trace.after[name][stream, index] != given[name]).sum())
+            if not self._same_decisions(kind, stream, index, given):
+                continue
+            for name in self._inexact:
+                wanted = trace.after[name][stream, index]
+                self._errors[kind][name][stream, step] = relative_error(given[name], wanted, self._floors[name])
+                self._changed |= bool((given[name] != trace.before[name][stream, index]).any())
+                if kind == "free_run" and name in self._masks:
+                    self._add_slots(name, stream, index, given[name])
+
+    def _same_decisions(self, kind: str, stream: int, index: int, given: Arrays) -> bool:
+        """Whether the states of the stream are to be compared: not after a decision that was excused."""
+        step = int(self.trace.sampled[index])
+        if self._dropped[kind][stream, step]:
+            return False
+        differing = self._decisions.differing(stream, index, given)
+        if not differing:
+            self._agreed[kind][stream] = step + 1
+            return True
+        # A single step starts from the reference's state; in the other runs a stream that has left does not come back.
+        alone = kind == "one_step"
+        if (alone or not self._strayed[kind][stream]) and self._decisions.excused(stream, index, differing):
+            self._branches += 1
+            first, end = (step, step + 1) if alone else (self._agreed[kind][stream], None)
+            self._dropped[kind][stream, first:end] = True
+            return False
+        self._strayed[kind][stream] = True
+        self._mismatches += sum(int(slots.sum()) for slots in differing.values())
+        return True
+
+    def _add_slots(self, name: str, stream: int, index: int, given: Array) -> None:
+        active = self.trace.after[self._masks[name]][stream, index]
+        banks = (given, self.trace.after[name][stream, index])
+        slots = (np.moveaxis(bank, -2, 0)[active].reshape(active.sum(), -1) for bank in banks)
+        self._slots.append(_Slots(name, self._ages[name][stream, index][active], slot_errors(*slots)))
+
+    def _kept(self, stream: int, step: int) -> Array:
+        """Which of the recorded positions hold a token that counts."""
+        positions = self.trace.positions
+        valid = self.trace.inputs.get(VALID)
+        return np.ones(len(positions), bool) if valid is None else positions < valid[stream, step]
+
+    # -- reporting -----------------------------------------------------------------------------------------------
+
+    @property
+    def mismatches(self) -> int:
+        """Entries of masks and counters that differ without excuse."""
+        return self._mismatches
+
+    def errors(self, kind: str) -> Arrays:
+        """By tensor, [N, T]: the relative errors, NaN where nothing was compared."""
+        return {name: np.where(self._dropped[kind], np.nan, value) for name, value in self._errors[kind].items()}
+
+    def worst(self, kind: str) -> Quantiles:
+        """The tensor with the largest 99th percentile."""
+        errors = self.errors(kind)
+        tensor = max(errors, key=lambda name: np.nan_to_num(quantile(errors[name], 0.99), nan=-1.0))
+        return Quantiles(*_quantiles(errors[tensor]), tensor)
+
+    def report(self, session: Session) -> ParityReport:
+        """What was found, and what of it is over budget."""
+        trace, answers = self.trace, self._joined()
+        errors = {kind: self.errors(kind) for kind in self._errors}
+        logits = errors["free_run"][self.logits]
+        slots = np.concatenate([item.errors for item in self._slots]) if self._slots else self._state_errors()
+        excused = answers.flips & (answers.margins <= answers.excused_margin)
+        report = ParityReport(
+            target=session.target,
+            precision=self.budget.precision,
+            effective_precision=session.effective_precision,
+            source=trace.source,
+            streams=trace.streams,
+            steps=trace.steps,
+            one_step=self.worst("one_step"),
+            free_run=self.worst("free_run"),
+            split=self.worst("split") if "split" in errors else None,
+            per_tensor={
+                name: {f"{kind}_p99": quantile(part[name], 0.99) for kind, part in errors.items() if name in part}
+                for name in errors["free_run"]
+            },
+            free_run_mean=mean(logits),
+            drift=drift_exponent(logits[~self._dropped["free_run"].any(1)]),
+            state_error_p99=quantile(slots, 0.99),
+            state_error_max=quantile(slots, 1.0),
+            state_error_by_layer=self._by_layer(),
+            state_error_by_age=self._by_age(),
+            argmax_agreement=1.0 - float(answers.flips.mean()),
+            excused_flips=int(excused.sum()),
+            unexcused_flips=int((answers.flips & ~excused).sum()),
+            kl_mean=float(answers.kl.mean()),
+            kl_p999=quantile(answers.kl, 0.999),
+            mask_mismatches=self._mismatches,
+            branches=self._branches,
+            branches_per_1000_steps=1000 * self._branches / max(self._steps_run, 1),
+            first_divergence=self._first_divergence(),
+            reference_floor=trace.floor,
+            budget=self.budget,
+            curves=self._curves(answers),
+        )
+        failures = [*self.failures, *self._vacuous(), *over_budget(report, len(answers.flips))]
+        return replace(report, failures=tuple(failures))
+
+    def _joined(self) -> _Answers:
+        kept = [item for item in self._answers if not self._dropped["free_run"][item.stream, item.step]]
+        scale = max(float(np.sqrt(np.mean(np.square(v, dtype=np.float64)))) for v in self.trace.outputs.values())
+        # The bound comes from the budget: one from the measured error would excuse every flip.
+        bound = 2 * self.budget.free_run_p99 * scale
+        if not kept:
+            return _Answers(np.full(1, np.nan), np.ones(1, bool), np.zeros(1), scale, bound)
+        kl, flips, margins = (
+            np.concatenate(part) for part in zip(*((i.kl, i.flips, i.margins) for i in kept), strict=True)
+        )
+        return _Answers(kl, flips, margins, scale, bound)
+
+    def _by_layer(self) -> Mapping[str, Spread]:
+        parts = {name: [item.errors for item in self._slots if item.bank == name] for name in self._masks}
+        return {name: Spread(*_quantiles(np.concatenate(errors))) for name, errors in parts.items() if errors}
+
+    def _by_age(self) -> tuple[AgeError, ...]:
+        return errors_by_age([item.ages for item in self._slots], [item.errors for item in self._slots])
+
+    def _state_errors(self) -> Array:
+        values = [self.errors("free_run")[name] for name in self._inexact]
+        return np.stack(values) if values else np.full(1, np.nan)
+
+    def _vacuous(self) -> list[str]:
+        """What was not compared although it should have been."""
+        reasons = []
+        for kind in self._errors:
+            for name, errors in self.errors(kind).items():
+                if np.isnan(errors).all():
+                    reasons.append(f"{name} was never compared ({kind})")
+        if self._inexact and not self._changed:
+            reasons.append("no state ever changed")
+        return reasons
+
+    def _first_divergence(self) -> Divergence | None:
+        candidates = [
+            Divergence(int(stream), int(step), name, float(errors[stream, step]))
+            for name, errors in self.errors("free_run").items()
+            for stream, step in np.argwhere(errors > self.budget.free_run_p99)
+        ]
+        return min(candidates, key=lambda item: (item.step, item.stream), default=None)
+
+    def _curves(self, answers: _Answers) -> Curves:
+        free_run, one_step = self.errors("free_run"), self.errors("one_step")
+        by_step = free_run[self.logits].T
+        scale = answers.scale or 1.0
+        return Curves(
+            free_run_p50=np.array([quantile(values, 0.5) for values in by_step]),
+            free_run_p99=np.array([quantile(values, 0.99) for values in by_step]),
+            sampled=self.trace.sampled,
+            states={name: self._largest(free_run[name]) for name in self._inexact},
+            one_step={name: self._largest(one_step[name]) for name in self._inexact},
+            margins=answers.margins / scale,
+            flips=answers.flips,
+            excused_margin=answers.excused_margin / scale,
+        )
+
+    def _largest(self, errors: Array) -> Array:
+        """[n], over the streams, at the sampled steps."""
+        return np.array([quantile(values, 1.0) for values in errors.T[self.trace.sampled]])
+
+
+def _quantiles(values: Array) -> tuple[float, float, float]:
+    return quantile(values, 0.5), quantile(values, 0.99), quantile(values, 1.0)
