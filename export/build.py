@@ -8,18 +8,20 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsm.bundle import GRAPHS, PARITY, Artifact, Bundle, file_record, staged_copy, write_json, write_manifest
-from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError, UnsupportedError
+from nsm.bundle import GRAPHS, PARITY, Artifact, Bundle, file_record, write_json
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
+from nsm.quantization.policy import find_policy
+from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress, compare
 from nsm.runtimes.report import ParityReport
-from nsm.runtimes.targets import Target, find_target
+from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Trace
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
-"""What `--precision` knows. fp32 is what this version builds."""
+"""What `--precision` knows; `nsm.quantization.policy` says which target is built in which."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +29,25 @@ class Request:
     """What a builder is asked for.
 
     Args:
-        directory: the bundle's directory; the graphs lie in its folder `graphs`.
+        directory: the bundle's directory.
         folder: the target's own folder in it, made by the builder if it writes files.
         spec: of the model.
         device: one of the target's devices; None leaves it to the builder.
+        low: where the graphs in low precision lie; None for the bundle's own.
     """
 
     directory: Path
     folder: Path
     spec: StepSpec
     device: str | None
+    low: Path | None = None
+
+    @property
+    def graphs(self) -> Path:
+        return self.low or self.directory / GRAPHS
 
     def graph(self, entry: str) -> Path:
-        return self.directory / "graphs" / f"{entry}.onnx"
+        return self.graphs / f"{entry}.onnx"
 
 
 @dataclass(frozen=True)
@@ -56,18 +64,15 @@ def check_request(targets: list[Target], precision: str, device: str | None) -> 
 
     Raises:
         InputError: unknown precision or device, or none of the targets.
-        UnsupportedError: a precision this version does not build.
+        UnsupportedError: a precision that one of the targets is not built in.
         MissingDependencyError: a target's package is not installed.
     """
     if not targets:
         raise InputError("No target was given. Name one with --target, for instance: --target openvino")
     if precision not in PRECISIONS:
         raise InputError(f"There is no precision {precision!r}. Precisions: {', '.join(PRECISIONS)}.")
-    if precision != "fp32":
-        raise UnsupportedError(
-            f"This version builds fp32 only; given {precision}. An artifact in lower precision needs calibration and a "
-            "budget of its own, which are not there yet."
-        )
+    for target in targets:
+        find_policy(target.name, precision)
     if device is not None and not any(_knows(target, device) for target in targets):
         known = "; ".join(f"{target.name}: {', '.join(target.devices)}" for target in targets)
         raise InputError(f"None of the targets has a device {device!r}. Devices of {known}.")
@@ -79,7 +84,15 @@ def _knows(target: Target, device: str) -> bool:
     return device.lower() in target.devices
 
 
-def build_target(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
+def build_target(
+    directory: Path,
+    spec: StepSpec,
+    target: Target,
+    device: str | None,
+    precision: str = "fp32",
+    low: Path | None = None,
+    folder: Path | None = None,
+) -> Artifact:
     """Build one target's files in the bundle directory; its parity is not yet known.
 
     Args:
@@ -87,20 +100,23 @@ def build_target(directory: Path, spec: StepSpec, target: Target, device: str | 
         spec: of the model.
         target: what to build.
         device: for which device, where the target knows it; None leaves it to the builder.
+        precision: of the artifact.
+        low: where the graphs in that precision lie (default: the bundle's own are built).
+        folder: where the files go (default: the target's own folder in the bundle).
 
     Raises:
         BuildError: the converter or builder failed; its log is kept and named.
     """
-    if target.folder != GRAPHS:
+    folder = folder or directory / target.folder
+    if folder not in (directory / GRAPHS, low):
         # A builder writes new files: those of a bundle that is being replaced may be links to files in use.
-        shutil.rmtree(directory / target.folder, ignore_errors=True)
+        shutil.rmtree(folder, ignore_errors=True)
     asked = device.lower() if device is not None and _knows(target, device) else None
-    request = Request(directory, directory / target.folder, spec, asked)
-    built: Built = target.builder_module().build(request)
+    built: Built = target.builder_module().build(Request(directory, folder, spec, asked, low))
     return Artifact(
         target=target.name,
         device=built.device,
-        precision="fp32",
+        precision=precision,
         effective_precision="unknown",  # until a session reads it back
         files=tuple(file_record(directory, name) for name in built.files),
         parity={"status": "not_run", "reason": "it was not compared yet"},
@@ -121,7 +137,8 @@ def check_artifact(
     except (DeviceUnavailableError, MissingDependencyError) as error:
         return replace(artifact, parity={"status": "not_run", "reason": str(error)}), None
     with session:
-        report = compare(trace, session, find_budget(artifact.precision), progress)
+        thresholds = thresholds_of(bundle.manifest.model.get("config", {}))
+        report = compare(trace, session, find_budget(artifact.precision), progress, thresholds)
         checked = replace(artifact, effective_precision=session.effective_precision, parity=summary(report))
     return checked, report
 
@@ -136,6 +153,7 @@ def summary(report: ParityReport) -> dict[str, Any]:
         "steps",
         "one_step",
         "free_run",
+        "free_run_mean",
         "split",
         "argmax_agreement",
         "unexcused_flips",
@@ -153,27 +171,6 @@ def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_
             f"--require-parity: {', '.join(item.target for item in missing)} could not be compared. "
             + missing[0].parity["reason"]
         )
-
-
-def add_target(path: Path, name: str, device: str | None = None, progress: Progress | None = None) -> Artifact:
-    """Build a target from a bundle's ONNX into the bundle, on the machine that will run it. An artifact for the
-    same target is replaced; until the new one is complete and checked, the bundle stays as it is.
-
-    Raises:
-        BuildError, ParityError, and the errors of `check_request` and `Bundle`.
-    """
-    target = find_target(name)
-    check_request([target], "fp32", device)
-    Bundle(path).verify()
-    with staged_copy(path) as stage:
-        bundle = Bundle(stage)
-        artifact = build_target(stage, bundle.manifest.spec, target, device)
-        artifact, report = check_artifact(bundle, artifact, bundle.trace(), progress)
-        kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
-        write_parity(stage, [] if report is None else [report], merge=True)
-        write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
-        require_all([artifact], [] if report is None else [report], False)
-    return artifact
 
 
 def write_parity(directory: Path, reports: list[ParityReport], merge: bool = False) -> None:

@@ -61,6 +61,20 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
+    """The options that say what low precision may cost."""
+    share = click.option(
+        "--max-float-share",
+        type=float,
+        default=0.3,
+        show_default=True,
+        metavar="X",
+        help="Largest share of the weights that may be put back to float to stay within budget.",
+    )
+    slower = click.option("--allow-slower", is_flag=True, help="Keep low precision that is not faster than fp32 here.")
+    return share(slower(command))
+
+
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -83,7 +97,12 @@ def main() -> None:
     "-t", "--target", "targets", multiple=True, required=True, metavar="T", help=_TARGET_HELP + " Repeatable."
 )
 @click.option(
-    "-p", "--precision", default="fp32", show_default=True, metavar="P", help="fp32; others are not built yet."
+    "-p",
+    "--precision",
+    default="fp32",
+    show_default=True,
+    metavar="P",
+    help="fp32, fp16, bf16, int8 or int8-weights; see docs/precision.md.",
 )
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: MODEL's name .nsm]"
@@ -102,7 +121,10 @@ def main() -> None:
     help="Sequences to check on: .npy, .npz or .txt.  [default: those in MODEL]",
 )
 @click.option("--num-samples", type=int, default=8, show_default=True, metavar="N", help="Streams to check on.")
-@click.option("--golden-steps", type=int, default=64, show_default=True, metavar="N", help="Calls per stream to check.")
+@click.option(
+    "--golden-steps", type=int, metavar="N", help="Calls per stream to check.  [default: 64; 200 in low precision]"
+)
+@_low_precision
 @click.option(
     "--debug-outputs", is_flag=True, help="Add outputs to look inside: routing.{layer}, [B, K, heads, slots]."
 )
@@ -122,7 +144,7 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     nsm-export model.pt -t onnxruntime -t openvino -t tensorrt --device sm86 -o model.nsm
 
     Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
-    NAME.nsm.failed), 6 damaged bundle.
+    NAME.nsm.failed), 6 damaged bundle, 7 not faster than fp32.
     """
     from nsm.export.console import PARITY_COLUMNS, Terminal, parity_row
 
@@ -303,15 +325,26 @@ def roofline(bundle: Path, target: str | None, threads: int | None, as_json: boo
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", required=True, metavar="T", help=_TARGET_HELP)
 @click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
+@click.option("-p", "--precision", default="fp32", show_default=True, metavar="P", help="As of nsm-export.")
+@_low_precision
 @_shared
-def build(bundle: Path, target: str, device: str | None, as_json: bool) -> None:
+def build(
+    bundle: Path,
+    target: str,
+    device: str | None,
+    precision: str,
+    max_float_share: float,
+    allow_slower: bool,
+    as_json: bool,
+) -> None:
     """Build a target from the ONNX in BUNDLE, on the machine that will run it. Needs no torch.
 
     The artifact is checked on the golden trace and added to the bundle; one for the same target is replaced.
     """
     from nsm.export import commands
+    from nsm.export.guard import Limits
 
-    commands.build(bundle, target, device, as_json)
+    commands.build(bundle, target, device, precision, Limits(max_float_share, allow_slower), as_json)
 
 
 @main.command(short_help="Show what is in a bundle, after verifying its files.")

@@ -13,8 +13,9 @@ import numpy as np
 from nsm.bundle import Bundle
 from nsm.errors import InputError, OutputExistsError
 from nsm.export import doctor as doctor_module
-from nsm.export.build import add_target
+from nsm.export.adding import add_target
 from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, parity_row, size
+from nsm.export.guard import Limits
 from nsm.export.sequences import read_sequences
 from nsm.files import replacing
 from nsm.runtimes.opening import open_artifact, open_bundle
@@ -76,11 +77,11 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     terminal.table(("entry", "GFLOP", "MB", "roofline us", "measured us", "reached", "quartiles"), rows)
 
 
-def build(path: Path, target: str, device: str | None, as_json: bool) -> None:
+def build(path: Path, target: str, device: str | None, precision: str, limits: Limits, as_json: bool) -> None:
     """Build a target into a bundle; see `nsm build --help`."""
     terminal = Terminal(quiet=as_json)
     with terminal.stage(f"Building {find_target(target).name}") as progress:
-        artifact = add_target(path, target, device, progress)
+        artifact = add_target(path, target, device, progress, precision, limits)
     if as_json:
         click.echo(json.dumps({"bundle": str(path), "artifacts": [asdict(artifact)]}))
         return

@@ -6,6 +6,6 @@ from nsm.export.build import Built, Request
 
 
 def build(request: Request) -> Built:
-    """Nothing is converted; the artifact is the bundle's graphs with their weights."""
-    files = sorted(path for path in (request.directory / "graphs").iterdir() if path.is_file())
+    """Nothing is converted; the artifact is the graphs with their weights."""
+    files = sorted(path for path in request.graphs.iterdir() if path.is_file())
     return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), "cpu")

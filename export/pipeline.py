@@ -16,7 +16,8 @@ import numpy as np
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, check_output, staged, write_manifest
 from nsm.compaction import compact
 from nsm.errors import InputError, UnsupportedError
-from nsm.export.build import build_target, check_artifact, check_request, require_all, write_parity
+from nsm.export.build import build_target, check_request, require_all, write_parity
+from nsm.export.guard import Limits, build_checked
 from nsm.export.onnx import OPSET, export_onnx, initial_arrays
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
@@ -24,6 +25,9 @@ from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import Checkpoint, fingerprint, load_checkpoint
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
+from nsm.quantization.policy import find_policy
+from nsm.quantization.recipe import Calibration
+from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
@@ -42,6 +46,9 @@ _PACKAGES = (
 )
 
 
+_GOLDEN_STEPS, _DRIFT_STEPS = 64, 200
+
+
 @dataclass(frozen=True)
 class ExportOptions:
     """What an export is asked for; the names are those of the command line.
@@ -52,8 +59,9 @@ class ExportOptions:
         chunk: tokens per call, a multiple of the model's chunk (default: one chunk).
         data: sequences to check on instead of those in the checkpoint.
         num_samples: streams of the golden trace.
-        golden_steps: its steps.
+        golden_steps: its steps (default: 64, and 200 in low precision, which may drift).
         debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
+        max_float_share, allow_slower: see `nsm.export.guard.Limits`.
         compact: whether slots that are never used are removed first; see `nsm.compaction`.
     """
 
@@ -66,12 +74,19 @@ class ExportOptions:
     device: str | None = None
     data: Path | None = None
     num_samples: int = 8
-    golden_steps: int = 64
+    golden_steps: int | None = None
     debug_outputs: bool = False
     compact: bool = False
+    max_float_share: float = 0.3
+    allow_slower: bool = False
     require_parity: bool = False
     force: bool = False
     command: str = ""
+
+    @property
+    def steps(self) -> int:
+        """Steps of the golden trace."""
+        return self.golden_steps or (_GOLDEN_STEPS if self.precision == "fp32" else _DRIFT_STEPS)
 
 
 class Stages(Protocol):
@@ -87,13 +102,17 @@ class _Silent:
 
 @dataclass(frozen=True)
 class Plan:
-    """An export with everything checked that can be checked without work; `compacted` is what `--compact` made."""
+    """An export with everything checked that can be checked without work.
+
+    `sequences` judge; `calibration` are others, for int8 that needs them. `compacted` is what `--compact` made.
+    """
 
     options: ExportOptions
     checkpoint: Checkpoint
     sequences: list[Array]
     source: Source
     output: Path
+    calibration: list[Array]
     compacted: Checkpoint | None = None
 
 
@@ -106,16 +125,21 @@ def plan(model: Path, options: ExportOptions) -> Plan:
     """
     targets = [find_target(name) for name in dict.fromkeys(find_target(name).name for name in options.targets)]
     check_request(targets, options.precision, options.device)
-    if options.batch < 1 or options.num_samples < 1 or options.golden_steps < 1:
+    if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
+    if not 0.0 <= options.max_float_share <= 1.0:
+        raise InputError(f"--max-float-share lies in 0 .. 1; given {options.max_float_share}.")
     checkpoint = load_checkpoint(model)
     checkpoint.model.spec(options.batch, options.chunk, options.debug_outputs)
     sequences, source = _sequences(checkpoint, options)
     checked_sequences(checkpoint.model, sequences)
+    policies = [find_policy(target.name, options.precision) for target in targets]
+    static = any(policy is not None and policy.form == "static" for policy in policies)
+    calibration = _calibration(checkpoint, options) if static else []
     output = options.output or Path(f"{model.stem}.nsm")
     check_output(output, options.force)
     compacted = compacted_checkpoint(checkpoint, sequences if source == "recorded" else []) if options.compact else None
-    return Plan(options, checkpoint, sequences, source, output, compacted)
+    return Plan(options, checkpoint, sequences, source, output, calibration, compacted)
 
 
 def compacted_checkpoint(checkpoint: Checkpoint, sequences: list[Array]) -> Checkpoint:
@@ -153,7 +177,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
             trace = record(
                 reference,
                 planned.sequences,
-                options.golden_steps,
+                options.steps,
                 options.chunk,
                 planned.source,
                 progress,
@@ -165,21 +189,47 @@ def run(planned: Plan, stages: Stages) -> Bundle:
             export_onnx(reference, spec, stage / GRAPHS, options.opset)
             initial: dict[str, Any] = dict(initial_arrays(reference, options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)
-        artifacts: list[Artifact] = []
-        for name in targets:
-            with stages.stage(f"Building {name}"):
-                artifacts.append(build_target(stage, spec, find_target(name), options.device))
-        manifest = _manifest(planned, spec, artifacts)
+        manifest = _manifest(planned, spec, [])
         write_manifest(stage, manifest)
+        bundle = Bundle(stage)
+        calibration = _calibrated(bundle, planned, stages)
+        limits = Limits(options.max_float_share, options.allow_slower)
+        artifacts: list[Artifact] = []
         reports: list[ParityReport] = []
-        for index, artifact in enumerate(artifacts):
-            with stages.stage(f"Checking {artifact.target}") as progress:
-                artifacts[index], report = check_artifact(Bundle(stage), artifact, trace, progress)
+        for name in targets:
+            with stages.stage(f"Building {name}") as progress:
+                artifact, report = build_checked(
+                    bundle,
+                    find_target(name),
+                    options.device,
+                    options.precision,
+                    calibration,
+                    limits,
+                    trace,
+                    progress,
+                )
+            artifacts.append(artifact)
             reports += [] if report is None else [report]
         write_parity(stage, reports)
         write_manifest(stage, replace(manifest, artifacts=tuple(artifacts)))
         require_all(artifacts, reports, options.require_parity)
     return Bundle(planned.output)
+
+
+def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | None:
+    """Calibrate on the fp32 graph of a bundle, and keep what was found in it; None where nothing needs it."""
+    if not planned.calibration:
+        return None
+    from nsm.quantization.calibration import calibrate
+
+    with stages.stage("Calibrating") as progress:
+        target = find_target("onnxruntime")
+        exact = build_target(bundle.path, bundle.manifest.spec, target, None)
+        with open_artifact(bundle, exact) as session:
+            graph = bundle.path / GRAPHS / "step.onnx"
+            calibration = calibrate(graph, session, planned.calibration, progress)
+    calibration.save(bundle.path)
+    return calibration
 
 
 def _manifest(planned: Plan, spec: StepSpec, artifacts: list[Artifact]) -> Manifest:
@@ -217,5 +267,31 @@ def _sequences(checkpoint: Checkpoint, options: ExportOptions) -> tuple[list[Arr
         return read_sequences(options.data, options.num_samples), "recorded"
     if checkpoint.golden:
         return checkpoint.golden[: options.num_samples], "recorded"
-    length = options.golden_steps * (options.chunk or checkpoint.model.chunk_size)
+    length = options.steps * (options.chunk or checkpoint.model.chunk_size)
     return synthetic(checkpoint.model, options.num_samples, length), "synthetic"
+
+
+def _calibration(checkpoint: Checkpoint, options: ExportOptions) -> list[Array]:
+    """Sequences to calibrate on: those in the checkpoint, or those of `--data` that do not judge.
+
+    Raises:
+        InputError: there are none, or the model does not take them.
+    """
+    if options.data is not None:
+        count = 2 * options.num_samples if options.data.suffix.lower() == ".txt" else None
+        found = read_sequences(options.data, count)[options.num_samples :]
+    else:
+        found = checkpoint.calibration
+    if not found:
+        where = (
+            f"{options.data} holds no more than the {options.num_samples}"
+            if options.data
+            else "MODEL holds none but those"
+        )
+        raise InputError(
+            "int8 activations are calibrated on real sequences, others than those that judge the result; "
+            f"{where} that judge. Give more with --data, save some with nsm.save(model, path, samples=...), lower "
+            "--num-samples, or take --precision int8-weights, which needs none. Made-up ones are not offered: their "
+            "ranges look right for one step, and the stream drifts."
+        )
+    return checked_sequences(checkpoint.model, found)

@@ -231,7 +231,7 @@ def _product(
         request = Request(directory, directory / target.folder, spec, None)
         target.builder_module().build(request)
         path = directory / target.folder / f"step{target.suffix}"
-        runtime = target.runtime_module().load({"step": path}, spec, target.devices[0], threads)
+        runtime = target.runtime_module().load({"step": path}, spec, target.devices[0], threads, "fp32")
         session = Session(runtime, spec, {}, "", target.name)
         tokens = np.ones((1, rows, depth), np.float32)
         try:

@@ -80,7 +80,7 @@ def _open(model: StepModel, spec: StepSpec, directory: Path, name: str) -> Sessi
     target = find_target(name)
     target.builder_module().build(Request(directory, directory / target.folder, spec, None))
     files = {entry.name: directory / target.folder / f"{entry.name}{target.suffix}" for entry in spec.entries}
-    runtime = target.runtime_module().load(files, spec, target.devices[0], None)
+    runtime = target.runtime_module().load(files, spec, target.devices[0], None, "fp32")
     return Session(runtime, spec, initial_arrays(model, spec.batch), "", target.name)
 
 

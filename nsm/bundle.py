@@ -38,6 +38,7 @@ GRAPHS = "graphs"
 STATE_INIT = "state_init.npz"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
+CALIBRATION = "calibration.json"
 FAILED_SUFFIX = ".failed"
 
 
@@ -55,7 +56,8 @@ class Artifact:
     """What one target runs.
 
     `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
-    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people.
+    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people. `quantization`, of an artifact in
+    low precision, holds the `form` of its products, the `float` ones by name with the reason, and `speed` against fp32.
     """
 
     target: str
@@ -65,6 +67,7 @@ class Artifact:
     files: tuple[FileRecord, ...]
     parity: Mapping[str, Any]
     notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.parity.get("status") not in ("passed", "failed", "not_run"):
@@ -196,6 +199,12 @@ class Bundle:
         """The golden trace. Verified."""
         return Trace.load(self._shared(GOLDEN))
 
+    def json(self, name: str) -> Any:
+        """The content of a shared JSON file, None where the bundle has no such file. Verified."""
+        if all(record.path != name for record in self.manifest.files):
+            return None
+        return json.loads(self._shared(name).read_text(encoding="utf-8"))
+
     def _shared(self, name: str) -> Path:
         records = tuple(record for record in self.manifest.files if record.path == name)
         if not records:
@@ -259,7 +268,7 @@ def staged_copy(bundle: Path) -> Iterator[Path]:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     """Write `manifest.json`, atomically; its list of shared files is filled in from what lies in the directory."""
-    names = [name for name in (STATE_INIT, GOLDEN, PARITY) if (directory / name).is_file()]
+    names = [name for name in (STATE_INIT, GOLDEN, PARITY, CALIBRATION) if (directory / name).is_file()]
     graphs = sorted(
         path.relative_to(directory).as_posix() for path in (directory / GRAPHS).rglob("*") if path.is_file()
     )

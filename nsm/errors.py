@@ -8,6 +8,7 @@ that the command line ends with when the error reaches it.
 | 4    | the build, or the artifact while it ran, failed    |
 | 5    | parity failed                                      |
 | 6    | a bundle is damaged or from another version        |
+| 7    | the low precision is not faster than fp32 there    |
 
 A message says what was given, what was expected, and what to do.
 """
@@ -87,6 +88,12 @@ class ParityError(NsmError):
     """The artifact is not the reference model within its budget."""
 
     exit_code = 5
+
+
+class SlowerError(NsmError):
+    """The artifact in low precision is not faster than the same target's in fp32."""
+
+    exit_code = 7
 
 
 class BundleError(NsmError):

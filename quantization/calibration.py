@@ -8,7 +8,7 @@ offered: their ranges look right for one step, and the stream drifts.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import onnxruntime as ort
 from nsm.errors import InputError, NonFiniteError, UnsupportedError
 from nsm.quantization.forms import LEVELS
 from nsm.quantization.products import Product, products_of
+from nsm.quantization.recipe import Calibration
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
@@ -31,23 +32,6 @@ MAX_STEPS = 256
 _KEPT = 4096
 """Numbers of an activation that are kept of a call, besides the largest."""
 _EXPLODING = 30.0
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """What was seen.
-
-    scales: of each product's activations, by the product's key: what 1 of an int8 stands for.
-    streams, calls: sequences that were rolled, and calls that were looked at.
-    ages: of the calls, in calls since the reset.
-    occupancy: least and largest share of active slots in the calls, None for models without masks.
-    """
-
-    scales: Mapping[str, float]
-    streams: int
-    calls: int
-    ages: tuple[int, ...]
-    occupancy: tuple[float, float] | None
 
 
 def calibrate(
@@ -99,10 +83,14 @@ class Call:
 
 
 def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | None = None) -> Iterator[Call]:
-    """Calls spread over the age of streams, each with the state that its streams have there."""
+    """Calls spread over the age of streams, each with the state that its streams have there.
+
+    Lanes end together, so sequences of like lengths are rolled together.
+    """
     entry = session.spec.entry("step")
     length = entry.inputs[0].shape[1]
     long = [sequence[: len(sequence) // length * length] for sequence in sequences if len(sequence) >= length]
+    long.sort(key=len, reverse=True)
     groups = [long[start : start + session.batch] for start in range(0, len(long), session.batch)]
     done, seen = 0, 0
     total = sum(min(MAX_STEPS, min(map(len, group)) // length) for group in groups)
@@ -119,7 +107,11 @@ def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | 
                 state = session.read_state()
                 norms.append(_size(state))
                 yield Call(_feeds(session.spec, tokens, state), step, _occupancy(state, len(group)), seen)
-            session.step(tokens)
+            try:
+                session.step(tokens)
+            except NonFiniteError:
+                _check_bounded(norms, step)  # says more than that a number became infinite
+                raise
             done += 1
             if progress is not None:
                 progress(done, total)
@@ -127,7 +119,10 @@ def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | 
 
 
 class Watched:
-    """The graph `step`, with the inputs of its products as outputs: feeds -> values by the product's key."""
+    """The graph `step`, with the inputs of its products as outputs: feeds -> values by the product's key.
+
+    A matrix that several products share, as those of a call of several chunks do, has the inputs of all of them.
+    """
 
     def __init__(self, graph: Path) -> None:
         model = onnx.load(str(graph))
@@ -149,7 +144,10 @@ class Watched:
     def __call__(self, feeds: Arrays) -> Arrays:
         given = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
         values = dict(zip(self._outputs, given, strict=True))
-        return {product.key: values[product.activation] for product in self.products}
+        shared: dict[str, list[Array]] = {}
+        for product in self.products:
+            shared.setdefault(product.key, []).append(values[product.activation].ravel())
+        return {key: np.concatenate(parts) for key, parts in shared.items()}
 
 
 class Range:

@@ -23,8 +23,7 @@ LEVELS = 127
 
 def quantised_weight(numbers: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
     """A matrix [D, N] as int8 [D, N] and a scale for each column, [N]."""
-    scale = np.abs(numbers).max(0) / LEVELS
-    scale = np.where(scale > 0, scale, 1.0).astype(np.float32)  # a column of zeros
+    scale = _scales(np.abs(numbers).max(0))
     return np.clip(np.rint(numbers / scale), -LEVELS, LEVELS).astype(np.int8), scale
 
 
@@ -70,6 +69,18 @@ def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 12
 def half(model: onnx.ModelProto, products: Sequence[Product], kind: int = TensorProto.FLOAT16) -> onnx.ModelProto:
     """Products in half precision, each between two casts; state, norms, softmax and sums stay fp32."""
     return _Rewriter(model, products).run(lambda rewriter, product: rewriter.half_product(product, kind))
+
+
+def _scales(largest: Array) -> NDArray[np.float32]:
+    """Of groups whose largest numbers are these; 1 for a group of zeros, or of numbers too small to be divided."""
+    scale = (largest / LEVELS).astype(np.float32)
+    return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1.0))
+
+
+def _brain(numbers: Array) -> NDArray[np.uint16]:
+    """The bits of the nearest bf16, which numpy does not know: the upper half of a float32, ties to even."""
+    bits = np.ascontiguousarray(numbers, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
 
 
 class _Rewriter:
@@ -149,8 +160,7 @@ class _Rewriter:
         padded = np.zeros((columns, count * block), np.float32)
         padded[:, :depth] = numbers.T
         parts = padded.reshape(columns, count, block)
-        scale = np.abs(parts).max(-1) / LEVELS
-        scale = np.where(scale > 0, scale, 1.0).astype(np.float32)
+        scale = _scales(np.abs(parts).max(-1))
         levels = np.clip(np.rint(parts / scale[..., None]), -LEVELS, LEVELS) + 128  # stored without a sign
         weight = self._constant(f"{product.weight}.blocks", levels.astype(np.uint8))
         scales = self._constant(f"{product.weight}.scales", scale.reshape(-1))
@@ -174,10 +184,9 @@ class _Rewriter:
         weight = f"{product.weight}.half"
         if weight not in self.added:
             numbers = numpy_helper.to_array(self.constants[product.weight])
-            if kind == TensorProto.FLOAT16:
-                self.added[weight] = numpy_helper.from_array(numbers.astype(np.float16), weight)
-            else:
-                self.added[weight] = helper.make_tensor(weight, kind, numbers.shape, numbers.ravel())
+            halves = numbers.astype(np.float16) if kind == TensorProto.FLOAT16 else _brain(numbers)
+            # As raw bytes: OpenVINO misreads bf16 that is stored number by number.
+            self.added[weight] = helper.make_tensor(weight, kind, numbers.shape, halves.tobytes(), raw=True)
         self._node("MatMul", [self.made[key], weight], f"{product.node}.half")
         self._node("Cast", [f"{product.node}.half"], self.node.output[0], to=TensorProto.FLOAT)
 

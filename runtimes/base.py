@@ -112,5 +112,5 @@ class Runtime(Protocol):
         ...
 
 
-Loader = Callable[[Mapping[str, Path], StepSpec, str, int | None], Runtime]
-"""(file of each entry, spec, device, threads) -> Runtime; every backend module has one, named `load`."""
+Loader = Callable[[Mapping[str, Path], StepSpec, str, int | None, str], Runtime]
+"""(file of each entry, spec, device, threads, precision) -> Runtime; every backend module has one, named `load`."""

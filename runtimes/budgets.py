@@ -30,7 +30,20 @@ class Budget:
 
 # fp32: rounding of a few 1e-7 per operation, summed over a chunk's products and up to ten layers, stays under 1e-5
 # in one step; a non-expansive state may add up to ten steps' worth of it. KL is about half the squared logit error.
-BUDGETS: Mapping[str, Budget] = MappingProxyType({"fp32": Budget("fp32", 1e-5, 1e-4, 1.0, 1e-8, 1e-6)})
+# Half precision rounds by 5e-4 (fp16) or 4e-3 (bf16) in each product, int8 by a 254th of the range; the KL follows from
+# the logit error. The state stays fp32 in all of them, so a stream forgets these errors instead of adding them up.
+BUDGETS: Mapping[str, Budget] = MappingProxyType(
+    {
+        budget.precision: budget
+        for budget in (
+            Budget("fp32", 1e-5, 1e-4, 1.0, 1e-8, 1e-6),
+            Budget("fp16", 2e-3, 1e-2, 0.999, 1e-4, 1e-3),
+            Budget("bf16", 1.5e-2, 5e-2, 0.99, 1e-3, 1e-2),
+            Budget("int8-weights", 1e-2, 3e-2, 0.99, 1e-3, 1e-2),
+            Budget("int8", 3e-2, 1e-1, 0.97, 1e-2, 1e-1),
+        )
+    }
+)
 
 
 def find_budget(precision: str) -> Budget:

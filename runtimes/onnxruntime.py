@@ -15,6 +15,8 @@ from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
+# The operator that computes the products of a precision: it is in the graph, or the precision is not what was asked.
+_OPERATORS = {"int8": b"MatMulInteger", "int8-weights": b"MatMulNBits"}
 
 
 def load(
@@ -22,6 +24,7 @@ def load(
     spec: StepSpec,
     device: str,  # noqa: ARG001
     threads: int | None,
+    precision: str = "fp32",
     optimise: bool = True,
 ) -> Runtime:
     """Open the graphs of a bundle.
@@ -31,6 +34,7 @@ def load(
         spec: of the model.
         device: "cpu", the only one in the table of targets.
         threads: threads within an operation (default: ONNX Runtime's choice, the physical cores).
+        precision: of the artifact.
         optimise: False runs the graph as it is written.
 
     Raises:
@@ -62,10 +66,12 @@ def load(
     session = opened(files[first])
     # The CPU provider computes in the graph's own dtypes; there is no other property to read back.
     types = {value.type for value in session.get_outputs()}
-    effective = sorted(precision for kind, precision in _PRECISIONS.items() if kind in types)
+    effective = "+".join(sorted(name for kind, name in _PRECISIONS.items() if kind in types))
+    if precision in _OPERATORS and _OPERATORS[precision] in files[first].read_bytes():
+        effective = precision
     entries: dict[str, Opener] = {first: lambda: _binder(session)}
     entries |= {name: functools.partial(later, files[name]) for name in others}
-    return BufferedRuntime(spec, entries, "+".join(effective))
+    return BufferedRuntime(spec, entries, effective)
 
 
 def _binder(session: ort.InferenceSession) -> Bind:

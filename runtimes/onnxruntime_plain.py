@@ -10,6 +10,8 @@ from nsm.runtimes.base import Runtime
 from nsm.spec import StepSpec
 
 
-def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:
+def load(
+    files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, precision: str = "fp32"
+) -> Runtime:
     """See `nsm.runtimes.onnxruntime.load`."""
-    return onnxruntime.load(files, spec, device, threads, optimise=False)
+    return onnxruntime.load(files, spec, device, threads, precision, optimise=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath
 
 from nsm.bundle import Artifact, Bundle
 from nsm.errors import BundleDamagedError, InputError
@@ -52,12 +53,15 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
         )
     load: Loader = target.runtime_module().load
     spec = bundle.manifest.spec
-    recorded = {record.path for record in artifact.files}
+    recorded = [record.path for record in artifact.files]
     files = {}
     for entry in spec.entries:
-        path = f"{target.folder}/{entry.name}{target.suffix}"
+        name = f"{entry.name}{target.suffix}"
+        path = next((path for path in recorded if PurePosixPath(path).name == name), None)
+        if path is None:
+            raise BundleDamagedError(
+                f"{bundle.path}: the manifest lists no {name} for {target.name}. Export the bundle again."
+            )
         files[entry.name] = bundle.locate(path)
-        if path not in recorded:
-            raise BundleDamagedError(f"{bundle.path}: the manifest does not list {path}. Export the bundle again.")
-    runtime = load(files, spec, (device or artifact.device).lower(), threads)
+    runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
     return Session(runtime, spec, bundle.state_init(), bundle.manifest.fingerprint, target.name)

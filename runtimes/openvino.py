@@ -20,11 +20,14 @@ from nsm.trace import Arrays
 WEIGHTS = "weights.bin"
 
 # What OpenVINO calls its element types, and what we call the precision.
+_INT8 = ("int8", "int8-weights")
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
 
-def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:
-    """Compile the IR of a bundle, computing in fp32.
+def load(
+    files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, precision: str = "fp32"
+) -> Runtime:
+    """Compile the IR of a bundle, computing in fp32 wherever the graph does not say otherwise.
 
     OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise: the hint is set here, and
     read back into `effective_precision`.
@@ -34,12 +37,13 @@ def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | 
         spec: of the model.
         device: "cpu", the only one in the table of targets.
         threads: inference threads (default: OpenVINO's choice).
+        precision: of the artifact; with "bf16" OpenVINO computes in it throughout.
 
     Raises:
         BuildError: OpenVINO refuses the file.
     """
     config: dict[Any, Any] = {
-        props.hint.inference_precision(): ov.Type.f32,
+        props.hint.inference_precision(): ov.Type.bf16 if precision == "bf16" else ov.Type.f32,
         props.hint.performance_mode(): props.hint.PerformanceMode.LATENCY,
     }
     if threads is not None:
@@ -63,7 +67,19 @@ def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | 
     read_back = opened.get_property(props.hint.inference_precision()).get_type_name()
     entries: dict[str, Opener] = {first: lambda: _binder(opened)}
     entries |= {name: functools.partial(later, files[name]) for name in others}
-    return BufferedRuntime(spec, entries, _PRECISIONS.get(read_back, read_back))
+    effective = _PRECISIONS.get(read_back, read_back)
+    if precision in _INT8 and _products_in_int8(opened):
+        effective = precision
+    return BufferedRuntime(spec, entries, effective)
+
+
+def _products_in_int8(compiled: ov.CompiledModel) -> bool:
+    """Whether the compiled graph has products that run in int8."""
+    facts = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
+    return any(
+        fact["layerType"].astype(str) == "FullyConnected" and fact["runtimePrecision"].astype(str) in ("i8", "u8")
+        for fact in facts
+    )
 
 
 def _binder(compiled: ov.CompiledModel) -> Bind:

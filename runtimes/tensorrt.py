@@ -23,7 +23,13 @@ from nsm.spec import StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 
-def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None) -> Runtime:  # noqa: ARG001
+def load(
+    files: Mapping[str, Path],
+    spec: StepSpec,
+    device: str,
+    threads: int | None,  # noqa: ARG001
+    precision: str = "fp32",
+) -> Runtime:
     """Deserialise the engines of a bundle on the current GPU.
 
     Args:
@@ -31,6 +37,7 @@ def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | 
         spec: of the model.
         device: what the engine was built for; TensorRT itself refuses one that does not fit the GPU.
         threads: has no meaning on a GPU.
+        precision: of the artifact; the engines are strongly typed and built without TF32, so they compute in it.
 
     Raises:
         DeviceUnavailableError: no usable GPU in this machine, or one the engine was not built for.
@@ -49,7 +56,7 @@ def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | 
         raise DeviceUnavailableError(
             f"There is no usable NVIDIA GPU in this machine ({status.name}), so the engine was not run here."
         )
-    return TensorRt(importlib.import_module(package), cuda, files, spec, device)
+    return TensorRt(importlib.import_module(package), cuda, files, spec, device, precision)
 
 
 class TensorRt:
@@ -58,9 +65,16 @@ class TensorRt:
     State stays on the device between calls; a step copies its inputs there and its outputs back.
     """
 
-    effective_precision = "fp32"  # strongly typed and built without TF32: what the graph says
-
-    def __init__(self, trt: Any, cuda: Any, files: Mapping[str, Path], spec: StepSpec, device: str) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        cuda: Any,
+        files: Mapping[str, Path],
+        spec: StepSpec,
+        device: str,
+        precision: str = "fp32",
+    ) -> None:
+        self.effective_precision = precision  # strongly typed and built without TF32: what the graph says
         self._cuda = cuda
         self._spec = spec
         self._pointers: list[int] = []

@@ -27,7 +27,8 @@ from nsm.errors import (
     UnsupportedError,
 )
 from nsm.export import build
-from nsm.export.build import PRECISIONS, add_target, check_request, require_all
+from nsm.export.adding import add_target
+from nsm.export.build import PRECISIONS, check_request, require_all
 from nsm.runtimes.targets import TARGETS, find_target
 
 
@@ -267,7 +268,7 @@ def test_targets_are_built_where_torch_cannot_be_imported(bundle_copy: Path) -> 
 import sys
 sys.modules["torch"] = None
 from pathlib import Path
-from nsm.export.build import add_target
+from nsm.export.adding import add_target
 for target in ("openvino", "tensorrt", "onnxruntime"):
     print(target, add_target(Path(sys.argv[1]), target).parity["status"])
 """

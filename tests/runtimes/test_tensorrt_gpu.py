@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import nsm
-from nsm.export.build import add_target
+from nsm.export.adding import add_target
 
 pytestmark = pytest.mark.gpu
 

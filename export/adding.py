@@ -1,0 +1,47 @@
+"""`nsm build`: another target for a bundle that is there, from its ONNX. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from nsm.bundle import Artifact, Bundle, staged_copy, write_manifest
+from nsm.export.build import check_request, require_all, write_parity
+from nsm.export.guard import Limits, build_checked
+from nsm.quantization.policy import find_policy
+from nsm.quantization.recipe import read_calibration
+from nsm.runtimes.parity import Progress
+from nsm.runtimes.targets import find_target
+
+
+def add_target(
+    path: Path,
+    name: str,
+    device: str | None = None,
+    progress: Progress | None = None,
+    precision: str = "fp32",
+    limits: Limits | None = None,
+) -> Artifact:
+    """Build a target from a bundle's ONNX into the bundle, on the machine that will run it. An artifact for the
+    same target is replaced; until the new one is complete and checked, the bundle stays as it is.
+
+    Raises:
+        InputError: the bundle holds no calibration, and the precision needs one.
+        BuildError, ParityError, SlowerError, and the errors of `check_request` and `Bundle`.
+    """
+    target = find_target(name)
+    check_request([target], precision, device)
+    bundle = Bundle(path)
+    bundle.verify()
+    policy = find_policy(target.name, precision)
+    calibration = read_calibration(bundle) if policy is not None and policy.form == "static" else None
+    with staged_copy(path) as stage:
+        bundle = Bundle(stage)
+        artifact, report = build_checked(
+            bundle, target, device, precision, calibration, limits or Limits(), bundle.trace(), progress
+        )
+        kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
+        write_parity(stage, [] if report is None else [report], merge=True)
+        write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
+        require_all([artifact], [] if report is None else [report], False)
+    return artifact

@@ -1,0 +1,203 @@
+"""Building an artifact and holding it to its budget: parity over whole streams and, in low precision, speed.
+
+In low precision two more things can go wrong. The error may be over budget: then the products whose rounding makes a
+stream drift most are put back to float, one after the other, as far as `max_float_share` allows. And it may not be
+faster than fp32: then there is no reason to have it, and the export says so.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nsm.bundle import GRAPHS, Artifact, Bundle
+from nsm.errors import SlowerError
+from nsm.export.build import build_target, check_artifact
+from nsm.quantization.policy import Policy, find_policy
+from nsm.quantization.recipe import Calibration
+from nsm.runtimes.bench import Latency, bench, paired_ratio
+from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.parity import Progress
+from nsm.runtimes.report import ParityReport
+from nsm.runtimes.targets import Target
+from nsm.spec import VALID
+from nsm.trace import Array, Trace
+
+SPEED_STEPS = 250
+"""Calls of each that the speed is measured with: ten rounds, for an interval."""
+SENSITIVITY_STEPS = 48
+"""Calls of a stream over which a single product's drift is measured."""
+_LOW, _BASE = ".low", ".fp32"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What low precision may cost.
+
+    Args:
+        max_float_share: largest share of the weights that may be put back to float.
+        allow_slower: whether an artifact that is not faster than fp32 is kept.
+    """
+
+    max_float_share: float = 0.3
+    allow_slower: bool = False
+
+
+def build_checked(
+    bundle: Bundle,
+    target: Target,
+    device: str | None,
+    precision: str,
+    calibration: Calibration | None,
+    limits: Limits,
+    trace: Trace,
+    progress: Progress | None = None,
+) -> tuple[Artifact, ParityReport | None]:
+    """Build a target in the directory of a bundle, compare it with the trace, and measure its speed.
+
+    Returns:
+        The artifact; the report of its parity, passed or not, None where it cannot run here.
+
+    Raises:
+        BuildError: the converter or builder failed.
+        UnsupportedError: there is nothing to compute in low precision.
+        SlowerError: it is not faster than the same target in fp32.
+    """
+    policy = find_policy(target.name, precision)
+    if policy is None:
+        return check_artifact(bundle, build_target(bundle.path, bundle.manifest.spec, target, device), trace, progress)
+    maker = _Maker(bundle, target, device, precision, policy, calibration)
+    try:
+        artifact, report = maker.within_budget(trace, limits, progress)
+        if report is not None and report.passed:
+            speed = maker.speed(artifact, trace)
+            artifact = replace(artifact, quantization={**artifact.quantization, "speed": speed})
+            if speed["step"]["median"] < 1.0 and not limits.allow_slower:
+                step = speed["step"]
+                raise SlowerError(
+                    f"{target.name} in {precision} is not faster here than in fp32: {step['median']:.2f}x as fast "
+                    f"[{step['low']:.2f}, {step['high']:.2f}]. Keep fp32, try another precision, or give "
+                    "--allow-slower if size is what counts."
+                )
+    finally:
+        maker.clean()
+    return artifact, report
+
+
+class _Maker:
+    """Builds one target of a bundle in one low precision, with some products put back to float."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: Target,
+        device: str | None,
+        precision: str,
+        policy: Policy,
+        calibration: Calibration | None,
+    ) -> None:
+        self.bundle, self.target, self.device = bundle, target, device
+        self.precision, self.policy, self.calibration = precision, policy, calibration
+        self.lowered = None
+        if policy.form != "float":
+            from nsm.export.low_precision import products_of_step
+
+            self.lowered = products_of_step(bundle.path, policy)
+
+    def build(self, put_back: Mapping[str, str], folder: str | None = None) -> Artifact:
+        """The artifact with these products, by key with the reason, in float."""
+        directory, spec = self.bundle.path, self.bundle.manifest.spec
+        # A target that runs the graphs themselves keeps them in a folder of its own.
+        place = directory / (folder or (self.target.name if self.target.folder == GRAPHS else self.target.folder))
+        if self.lowered is None:
+            artifact = build_target(directory, spec, self.target, self.device, self.precision, folder=place)
+            return replace(artifact, quantization={"form": self.policy.form, "float": {}}, notes=self._notes(artifact))
+        from nsm.export.low_precision import write_graphs
+
+        low = place if self.target.folder == GRAPHS else directory / _LOW
+        write_graphs(directory, low, spec, self.policy, self.calibration, put_back)
+        artifact = build_target(directory, spec, self.target, self.device, self.precision, low, place)
+        names = {product.key: product.node for product in self.lowered.low}
+        kept = {**self.lowered.kept, **{names[key]: reason for key, reason in put_back.items()}}
+        facts: dict[str, Any] = {
+            "form": self.policy.form,
+            "low": [product.node for product in self.lowered.low if product.key not in put_back],
+            "float": kept,
+        }
+        if self.policy.form == "static" and self.calibration is not None:
+            facts["calibration"] = self.calibration.summary()
+        return replace(artifact, quantization=facts, notes=self._notes(artifact))
+
+    def within_budget(
+        self, trace: Trace, limits: Limits, progress: Progress | None
+    ) -> tuple[Artifact, ParityReport | None]:
+        """The artifact with as few products put back as its budget asks for, or with as many as is allowed."""
+        put_back: dict[str, str] = {}
+        ranked: list[tuple[str, float]] | None = None
+        while True:
+            artifact, report = check_artifact(self.bundle, self.build(put_back), trace, progress)
+            if report is None or report.passed or self.lowered is None:
+                return artifact, report
+            ranked = self._by_drift(trace) if ranked is None else ranked
+            left = [
+                (key, drift)
+                for key, drift in ranked
+                if key not in put_back and self.lowered.float_share({*put_back, key}) <= limits.max_float_share
+            ]
+            if not left:
+                return replace(artifact, notes=(*artifact.notes, self._culprits(ranked))), report
+            key, drift = left[0]
+            put_back[key] = f"alone it makes the stream drift by {drift:.2g}"
+
+    def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Any]:
+        """How many times as fast as the same target in fp32, `step` and `decode`, in the same process and in turn."""
+        directory, spec = self.bundle.path, self.bundle.manifest.spec
+        folder = directory / (GRAPHS if self.target.folder == GRAPHS else _BASE)
+        base = build_target(directory, spec, self.target, self.device, folder=folder)
+        with open_artifact(self.bundle, base) as exact, open_artifact(self.bundle, artifact) as low:
+            before, after = bench([exact, low], SPEED_STEPS, _calls(trace, spec.batch))
+        found = {"step": _ratio(before, after)}
+        if before.decode is not None and after.decode is not None:
+            found["decode"] = _ratio(before.decode, after.decode)
+        return found
+
+    def clean(self) -> None:
+        """Remove what was only needed on the way."""
+        for name in (_LOW, _BASE):
+            shutil.rmtree(self.bundle.path / name, ignore_errors=True)
+
+    def _by_drift(self, trace: Trace) -> list[tuple[str, float]]:
+        """The products by the drift that each makes alone, largest first."""
+        assert self.lowered is not None
+        short = trace.first(min(trace.steps, SENSITIVITY_STEPS))
+        found = []
+        for product in self.lowered.low:
+            others = {other.key: "" for other in self.lowered.low if other.key != product.key}
+            _, report = check_artifact(self.bundle, self.build(others), short)
+            found.append((product.key, np.inf if report is None else report.free_run_mean))
+        return sorted(found, key=lambda item: -item[1])
+
+    def _culprits(self, ranked: list[tuple[str, float]]) -> str:
+        assert self.lowered is not None
+        names = {product.key: product.node for product in self.lowered.low}
+        worst = ", ".join(f"{names[key]} ({drift:.2g})" for key, drift in ranked[:3])
+        return f"over budget; most of the drift comes from {worst}"
+
+    def _notes(self, artifact: Artifact) -> tuple[str, ...]:
+        return (*artifact.notes, self.policy.note) if self.policy.note else artifact.notes
+
+
+def _ratio(before: Latency, after: Latency) -> dict[str, float]:
+    ratio = paired_ratio(before.rounds_us, after.rounds_us)
+    return {"median": ratio.median, "low": ratio.low, "high": ratio.high}
+
+
+def _calls(trace: Trace, batch: int) -> Array:
+    """Real inputs for the benchmark, [T, B, K, ...]."""
+    (tokens,) = (value for name, value in trace.inputs.items() if name != VALID)
+    lanes = tokens[np.resize(np.arange(len(tokens)), batch)]
+    return np.moveaxis(lanes, 0, 1)

@@ -1,0 +1,90 @@
+"""The graphs of a bundle in low precision, as a policy says."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+
+from nsm.bundle import GRAPHS
+from nsm.errors import UnsupportedError
+from nsm.export.weights import save_shared
+from nsm.quantization import forms
+from nsm.quantization.policy import Policy
+from nsm.quantization.products import Product, products_of
+from nsm.quantization.recipe import Calibration
+from nsm.spec import StepSpec
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What was made of the products of `step`: those in low precision, and the others by name with the reason."""
+
+    low: tuple[Product, ...]
+    kept: dict[str, str]
+
+    def float_share(self, keys: Collection[str] = ()) -> float:
+        """Share of the numbers in weights that the policy would quantise and that these products, by key, keep."""
+        whole = sum(product.size for product in self.low)
+        return sum(product.size for product in self.low if product.key in keys) / whole
+
+
+def products_of_step(directory: Path, policy: Policy) -> Lowered:
+    """What a policy makes of the products of a bundle's `step`.
+
+    Raises:
+        UnsupportedError: it leaves none to compute in low precision.
+    """
+    found = products_of(onnx.load(str(directory / GRAPHS / "step.onnx")))
+    low, kept = policy.chosen(found)
+    if not low:
+        raise UnsupportedError(
+            "The model has no product with constant weights that is large enough to gain from low precision. Keep fp32."
+        )
+    return Lowered(tuple(low), kept)
+
+
+def write_graphs(
+    directory: Path,
+    folder: Path,
+    spec: StepSpec,
+    policy: Policy,
+    calibration: Calibration | None,
+    put_back: Collection[str] = (),
+) -> None:
+    """Write every entry of a bundle into `folder` in low precision, over one file of weights.
+
+    Args:
+        directory: of the bundle.
+        folder: made anew.
+        spec: of the model.
+        policy: with a form other than "float".
+        calibration: for the form "static".
+        put_back: keys of products that stay float although the policy chooses them.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    graphs = {}
+    for entry in spec.entries:
+        model = onnx.load(str(directory / GRAPHS / f"{entry.name}.onnx"))
+        chosen = [product for product in policy.chosen(products_of(model))[0] if product.key not in put_back]
+        graphs[entry.name] = _lowered(model, chosen, policy, calibration)
+    save_shared(graphs, folder, "weights.bin")
+
+
+def _lowered(
+    model: onnx.ModelProto, products: list[Product], policy: Policy, calibration: Calibration | None
+) -> onnx.ModelProto:
+    if policy.form == "static":
+        assert calibration is not None
+        return forms.static(model, products, calibration.scales)
+    if policy.form == "half":
+        return forms.half(model, products, onnx.TensorProto.FLOAT16)
+    if policy.form == "brain":
+        return forms.half(model, products, onnx.TensorProto.BFLOAT16)
+    return {"weights": forms.weights_only, "dynamic": forms.dynamic, "blocked": forms.blocked}[policy.form](
+        model, products
+    )

@@ -1,0 +1,291 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+import nsm
+from nsm.bundle import Bundle
+from nsm.errors import InputError, NonFiniteError, UnsupportedError
+from nsm.quantization.calibration import AGES, MAX_STEPS, Range, Watched, calibrate, rollouts
+from nsm.quantization.products import products_of, weight_key
+from nsm.trace import Array
+from tests.conftest import CHUNK, make_sequences
+from tests.quantization.graphs import make_graph, product_node
+from tests.quantization.toy import DEPTH, IN, LENGTH, OUT, SLOTS, WIDTH, Toy, make_toy
+
+FIRST, LAST = weight_key(IN), weight_key(OUT)
+
+
+def ones(calls: int, more: int = 0) -> Array:
+    """A sequence of so many calls of the toy: every number of the bank grows by 2 or 6 a call."""
+    return np.ones((calls * LENGTH + more, DEPTH), np.float32)
+
+
+def vectors(calls: int, seed: int = 0) -> Array:
+    return np.random.default_rng(seed).standard_normal((calls * LENGTH, DEPTH)).astype(np.float32)
+
+
+@pytest.fixture
+def toy(tmp_path: Path) -> Toy:
+    return make_toy(tmp_path)
+
+
+# -- a range ---------------------------------------------------------------------------------------------------------
+
+
+def squared_error(values: Array, scale: float) -> float:
+    """Mean, of an int8 with that scale, by the definition of QuantizeLinear but for -128."""
+    levels = np.clip(np.rint(values / scale), -127, 127)
+    return float(np.mean((values - scale * levels) ** 2))
+
+
+def draw(kind: str, size: int) -> Array:
+    random = np.random.default_rng(3)
+    drawn = {
+        "uniform": random.uniform(-2, 3, size),
+        "normal": 1e-3 * random.standard_normal(size),
+        "long tails": random.laplace(0, 50, size),
+        "one outlier": np.append(random.standard_normal(size - 1), 20.0),
+    }
+    return np.asarray(drawn[kind], np.float32)
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "long tails", "one outlier"])
+def test_a_scale_is_near_the_best_there_is(kind: str) -> None:
+    values = draw(kind, 3000)
+    found = Range()
+    for part in np.array_split(values, 7):  # calls of any size
+        found.add(part.reshape(1, -1))
+    largest = float(np.abs(values).max())
+    best = min(squared_error(values, share * largest / 127) for share in np.linspace(0.05, 1.1, 1051))
+    worst = squared_error(values, 3 * largest / 127)
+    assert squared_error(values, found.scale()) <= 1.1 * best + 1e-3 * worst
+    assert found.scale() <= largest / 127 * (1 + 1e-6)
+
+
+def test_a_scale_clips_where_that_is_better() -> None:
+    """Of N numbers spread evenly over 0 .. 1 and a 2: c makes c^2 / (12 * 127^2) + (2 - c)^2 / N least."""
+    found, calls, size = Range(), 16, 4096
+    for call in range(calls):
+        values = np.linspace(0, 1, size, dtype=np.float32)
+        values[0] = 2.0 if call == 5 else 0.0
+        found.add(values)
+    best = 2 * 12 * 127**2 / (12 * 127**2 + calls * size)
+    assert best < 1.6
+    assert found.scale() == pytest.approx(best / 127, rel=0.05)
+
+
+def test_of_many_numbers_some_will_do_but_the_largest_counts() -> None:
+    found, values = Range(), draw("uniform", 200_000)
+    found.add(values)
+    assert found.scale() == pytest.approx(np.abs(values).max() / 127, rel=0.05)
+
+
+def test_an_activation_that_is_always_zero_has_a_scale_of_one() -> None:
+    found = Range()
+    found.add(np.zeros((2, 5), np.float32))
+    assert found.scale() == 1.0
+    assert Range().scale() == 1.0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_number_that_is_none_is_refused(bad: float) -> None:
+    with pytest.raises(NonFiniteError, match=r"gives NaN or infinite activations on the calibration sequences\. Check"):
+        Range().add(np.array([1.0, bad], np.float32))
+
+
+# -- what is looked at -----------------------------------------------------------------------------------------------
+
+
+def test_ages_begin_at_the_reset_and_spread_to_the_last_call(toy: Toy) -> None:
+    calls = list(rollouts(toy.open(), [vectors(200), vectors(200, 1)]))
+    ages = [call.age for call in calls]
+    assert ages[0] == 0
+    assert ages[-1] == 199
+    assert AGES - 3 <= len(ages) <= AGES  # close to the reset several fall on one call
+    steps = np.diff(ages)
+    assert np.all(steps >= 1)
+    assert np.all(steps[3:] >= steps[2:-1])  # wider and wider
+    assert not calls[0].feeds["past_state.0.bank"].any()
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3])
+def test_of_a_short_stream_every_call_is_looked_at(toy: Toy, calls: int) -> None:
+    assert [call.age for call in rollouts(toy.open(), [vectors(calls)])] == list(range(calls))
+
+
+def test_a_long_stream_is_cut(toy: Toy) -> None:
+    done: list[tuple[int, int]] = []
+    ages = [call.age for call in rollouts(toy.open(), [vectors(300)], lambda *at: done.append(at))]
+    assert ages[-1] == MAX_STEPS - 1
+    assert done == [(step + 1, MAX_STEPS) for step in range(MAX_STEPS)]
+
+
+def test_a_call_holds_the_tokens_and_the_state_of_its_streams(toy: Toy) -> None:
+    sequences = [vectors(20), vectors(20, 1)]
+    for call in rollouts(toy.open(), sequences):
+        bank = np.zeros((2, WIDTH))
+        for step in range(call.age):
+            tokens = np.stack([sequence[step * LENGTH : (step + 1) * LENGTH] for sequence in sequences])
+            bank = 0.5 * bank + (tokens @ IN).sum(1)
+        np.testing.assert_allclose(call.feeds["past_state.0.bank"], bank, rtol=1e-5, atol=1e-6)
+        wanted = [sequence[call.age * LENGTH : (call.age + 1) * LENGTH] for sequence in sequences]
+        np.testing.assert_array_equal(call.feeds["tokens"], wanted)
+        assert set(call.feeds) == {"tokens", "past_state.0.bank", "past_state.0.mask"}
+
+
+def test_a_call_of_a_bundle_is_what_a_session_has_there(exported: Path) -> None:
+    """A second session is stepped by hand, and the feeds give what it answers."""
+    sequences = make_sequences(2, 20 * CHUNK)
+    spec = Bundle(exported).manifest.spec
+    entry = spec.entry("step")
+    with nsm.open(exported, target="onnxruntime") as rolled, nsm.open(exported, target="onnxruntime") as other:
+        rolled.step(sequences[:, :CHUNK])  # what was before is forgotten
+        calls, age = 0, 0
+        for call in rollouts(rolled, list(sequences)):
+            for _ in range(call.age - age):
+                other.step(sequences[:, age * CHUNK : (age + 1) * CHUNK])
+                age += 1
+            state = other.read_state()
+            wanted = {item.past: state[item.name] for item in spec.states_of(entry.reads)}
+            wanted |= {"tokens": sequences[:, age * CHUNK : (age + 1) * CHUNK], "valid": np.full(2, CHUNK)}
+            assert set(call.feeds) == set(wanted)
+            for name, value in wanted.items():
+                np.testing.assert_array_equal(call.feeds[name], value, err_msg=name)
+                assert call.feeds[name].dtype == value.dtype
+            calls += 1
+        assert calls >= AGES - 2
+        assert age == 19
+
+
+def test_occupancy_is_of_the_lanes_that_have_streams(toy: Toy) -> None:
+    calls = list(rollouts(toy.open(), [vectors(40)]))
+    assert [call.occupancy for call in calls] == [[min(call.age, SLOTS) / SLOTS] for call in calls]
+    assert all(len(call.occupancy) == 2 for call in rollouts(toy.open(), [vectors(4), vectors(4)]))
+
+
+# -- sequences -------------------------------------------------------------------------------------------------------
+
+
+def test_sequences_of_like_lengths_are_rolled_together(toy: Toy) -> None:
+    sequences = [ones(1), ones(30, more=1), ones(2), ones(31), vectors(0)]
+    calls = list(rollouts(toy.open(), sequences))
+    assert max(call.age for call in calls) == 29
+    assert [call.age for call in calls if call.streams == 4] == [0]  # the second pair
+    assert calls[-1].streams == 4
+
+
+def test_more_lanes_than_sequences_are_filled_with_copies(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, lanes=3)
+    calls = list(rollouts(toy.open(), [vectors(5), vectors(5, 1)]))
+    assert all(call.streams == 2 for call in calls)
+    for call in calls:
+        tokens = call.feeds["tokens"]
+        np.testing.assert_array_equal(tokens[2], tokens[0])
+        assert not np.array_equal(tokens[1], tokens[0])
+        assert len(call.occupancy) == 2
+
+
+@pytest.mark.parametrize("sequences", [[], [ones(0, more=1)], [ones(0, more=1), ones(0)]])
+def test_sequences_that_are_too_short_are_refused_with_the_length(toy: Toy, sequences: list[Array]) -> None:
+    with pytest.raises(InputError, match=r"needs sequences of at least one call, 2 tokens; none is as long"):
+        calibrate(toy.graph, toy.open(), sequences)
+
+
+# -- a calibration ---------------------------------------------------------------------------------------------------
+
+
+def test_a_calibration_says_what_was_seen(toy: Toy) -> None:
+    found = calibrate(toy.graph, toy.open(), [vectors(20), vectors(20, 1), vectors(3, 2)])
+    assert (found.streams, found.ages[0], found.ages[-1]) == (3, 0, 19)
+    assert found.calls == len(found.ages) + 3  # the short one was looked at on its own, at ages that were there
+    assert found.occupancy == (0.0, 1.0)
+    assert set(found.scales) == {FIRST, LAST}
+
+
+def test_a_model_without_masks_has_no_occupancy(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, masks=False)
+    assert calibrate(toy.graph, toy.open(), [ones(3)]).occupancy is None
+
+
+def test_the_scales_are_of_the_states_of_the_stream_and_not_of_random_ones(tmp_path: Path) -> None:
+    """A bank that forgets little has grown to 6 * 40 when the stream ends; a random one says 3."""
+    toy = make_toy(tmp_path, keep=1.0)
+    found = calibrate(toy.graph, toy.open(), [ones(40), ones(40)])
+    assert found.scales[FIRST] == pytest.approx(1 / 127, rel=1e-3)
+    assert found.scales[LAST] == pytest.approx(240 / 127, rel=0.1)
+    watched, random = Watched(toy.graph), Range()
+    generator = np.random.default_rng(0)
+    for _ in range(found.calls):
+        bank = generator.standard_normal((2, WIDTH)).astype(np.float32)
+        feeds = {
+            "tokens": ones(1)[None].repeat(2, 0),
+            "past_state.0.bank": bank,
+            "past_state.0.mask": np.ones(20, bool),
+        }
+        feeds["past_state.0.mask"] = feeds["past_state.0.mask"].reshape(2, SLOTS)
+        random.add(watched(feeds)[LAST])
+    assert found.scales[LAST] > 20 * random.scale()
+
+
+def test_a_bundle_has_a_scale_for_every_product_of_every_entry(exported: Path) -> None:
+    with nsm.open(exported, target="onnxruntime") as session:
+        found = calibrate(exported / "graphs" / "step.onnx", session, list(make_sequences(3, 20 * CHUNK)))
+    for entry in ("step", "decode", "commit"):
+        products = products_of(onnx.load(str(exported / "graphs" / f"{entry}.onnx")))
+        assert {product.key for product in products} <= set(found.scales)
+    assert all(0 < scale < 1 for scale in found.scales.values())
+    assert (found.streams, found.occupancy) == (3, (1.0, 1.0))
+
+
+def test_a_matrix_of_several_products_has_the_range_of_all_their_activations(tmp_path: Path) -> None:
+    """As in a call of several chunks: the last activation is a small one."""
+    weight = np.eye(2, dtype=np.float32)
+    nodes = [product_node("one", "x", "w", "y"), product_node("two", "z", "w", "u")]
+    shapes = {name: [1, 2] for name in "xzyu"}
+    model = make_graph(
+        nodes, {name: shapes[name] for name in "xz"}, {name: shapes[name] for name in "yu"}, {"w": weight}
+    )
+    onnx.save(model, str(tmp_path / "step.onnx"))
+    watched = Watched(tmp_path / "step.onnx")
+    values = watched({"x": np.array([[9.0, -8.0]], np.float32), "z": np.array([[1.0, 2.0]], np.float32)})
+    assert {key: sorted(value.tolist()) for key, value in values.items()} == {weight_key(weight): [-8, 1, 2, 9]}
+
+
+# -- what is refused -------------------------------------------------------------------------------------------------
+
+
+def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, first=np.full_like(IN, np.nan))
+    with pytest.raises(NonFiniteError, match="fp32 model gives NaN"):
+        calibrate(toy.graph, toy.open(), [ones(5)])
+
+
+@pytest.mark.parametrize("calls", [30, 250])  # after 128 it has overflowed
+def test_states_that_explode_are_refused(tmp_path: Path, calls: int) -> None:
+    toy = make_toy(tmp_path, keep=2.0)
+    with pytest.raises(UnsupportedError, match=r"states explode: .* grows from .* to .* not quantised\. Train on"):
+        calibrate(toy.graph, toy.open(), [ones(calls)])
+
+
+def test_a_stream_that_breaks_at_once_is_not_said_to_explode(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, keep=1.0)
+    sequence = ones(200)
+    sequence[110:120] = 3e38
+    with pytest.raises(NonFiniteError, match="NaN or infinite"):
+        calibrate(toy.graph, toy.open(), [sequence])
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.999, 1.0])
+def test_states_that_settle_or_grow_slowly_are_fine(tmp_path: Path, keep: float) -> None:
+    toy = make_toy(tmp_path, keep=keep)
+    assert calibrate(toy.graph, toy.open(), [ones(MAX_STEPS)]).ages[-1] == MAX_STEPS - 1
+
+
+def test_a_graph_without_products_is_refused(tmp_path: Path) -> None:
+    toy = make_toy(tmp_path, products=False)
+    with pytest.raises(UnsupportedError, match=r"step\.onnx has no product with constant weights, so there is nothing"):
+        calibrate(toy.graph, toy.open(), [ones(2)])

@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nsm.errors import UnsupportedError
+from nsm.export.build import PRECISIONS
+from nsm.quantization.policy import POLICIES, SMALLEST, Form, Policy, find_policy
+from nsm.quantization.products import Product
+from nsm.runtimes.targets import TARGETS
+
+ROUTER = "layers.0.router.product/MatMul"
+LIFT = "layers.3.consolidation.lift.1.value/MatMul.2"
+
+
+def product(node: str, depth: int = 512, width: int = 512) -> Product:
+    return Product(node, "x", "w", (depth, width), node)
+
+
+# -- the table -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("target", "precision"), POLICIES)
+def test_every_row_names_a_target_and_a_precision(target: str, precision: str) -> None:
+    assert target in TARGETS
+    assert precision in PRECISIONS
+    assert precision != "fp32"
+    assert POLICIES[target, precision].form in get_args(Form)
+    assert find_policy(target, precision) is POLICIES[target, precision]
+
+
+def test_every_precision_is_built_on_some_target() -> None:
+    assert {precision for _, precision in POLICIES} == {*PRECISIONS} - {"fp32"}
+
+
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=map(" ".join, POLICIES))
+def test_every_policy_keeps_what_decides_about_slots(policy: Policy) -> None:
+    chosen, kept = policy.chosen([product(ROUTER), product(LIFT), product("layers.0.projection/MatMul")])
+    assert [item.node for item in chosen] == ["layers.0.projection/MatMul"]
+    assert set(kept) == {ROUTER, LIFT}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_fp32_needs_no_policy(target: str) -> None:
+    assert find_policy(target, "fp32") is None
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "known"),
+    [
+        ("openvino", "fp16", "fp32, int8, int8-weights, bf16"),
+        ("onnx", "int8", "fp32"),
+        ("tensorrt", "int4", "fp32, int8, int8-weights, fp16, bf16"),
+    ],
+)
+def test_what_is_not_there_is_refused_with_what_there_is(target: str, precision: str, known: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        find_policy(target, precision)
+    assert str(caught.value) == f"The target {target} is not built in {precision}. It is built in: {known}."
+
+
+# -- the choice ------------------------------------------------------------------------------------------------------
+
+
+def test_routers_and_lifts_and_small_matrices_stay_with_the_reason() -> None:
+    products = [
+        product("layers.0.projection/MatMul", 128, 128),
+        product(ROUTER),
+        product("layers.0.memory.out/MatMul", 128, 127),
+        product(LIFT),
+        product(f"layers.1.{ROUTER}", 2, 2),
+        product("head.1/MatMul"),
+    ]
+    chosen, kept = Policy("static").chosen(products)
+    assert chosen == [products[0], products[5]]
+    assert products[0].size == SMALLEST
+    assert kept == {
+        ROUTER: "it decides about slots",
+        "layers.0.memory.out/MatMul": "its 128 x 127 numbers are too few to gain",
+        LIFT: "it decides about slots",
+        f"layers.1.{ROUTER}": "it decides about slots",
+    }
+
+
+def test_a_name_that_only_looks_like_a_router_is_chosen() -> None:
+    names = ["layers.0.router_product/MatMul", "layers.0.router.products/MatMul", "layers.0.lifted/MatMul"]
+    chosen, kept = Policy("static").chosen([product(name) for name in names])
+    assert ([item.node for item in chosen], kept) == (names, {})
+
+
+def test_other_patterns_take_the_place_of_these() -> None:
+    chosen, kept = Policy("half", keep=("head.*",)).chosen([product(ROUTER), product("head.1/MatMul")])
+    assert ([item.node for item in chosen], list(kept)) == ([ROUTER], ["head.1/MatMul"])
+
+
+MODULES = ("router.product", "lift.0.value", "lift.1.product", "projection", "feed_forward.0", "attention.fuse")
+NODES = st.builds("layers.{}.{}/MatMul.{}".format, st.integers(0, 9), st.sampled_from(MODULES), st.integers(2, 9))
+PRODUCTS = st.lists(
+    st.builds(product, NODES, st.integers(1, 300), st.integers(1, 300)), unique_by=lambda item: item.node
+)
+
+
+@given(PRODUCTS, st.sampled_from(sorted(POLICIES)))
+def test_every_product_is_either_chosen_or_kept(products: list[Product], row: tuple[str, str]) -> None:
+    chosen, kept = POLICIES[row].chosen(products)
+    names = [item.node for item in chosen]
+    assert not set(names) & set(kept)
+    assert sorted([*names, *kept]) == sorted(item.node for item in products)
+    assert chosen == [item for item in products if item.node in names]  # in their order
+    assert all(reason for reason in kept.values())
+    for item in products:
+        decides = ".router.product/" in item.node or ".lift." in item.node
+        assert (item.node in kept) == (decides or item.size < SMALLEST)
