@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from nsm.bundle import Artifact, Bundle, staged_copy, write_manifest
+from nsm.bundle import GRAPHS, Artifact, Bundle, staged_copy, write_manifest
 from nsm.export.build import check_request, require_all, write_parity
 from nsm.export.guard import Limits, build_checked
 from nsm.quantization.policy import find_policy
@@ -41,7 +42,18 @@ def add_target(
             bundle, target, device, precision, calibration, limits or Limits(), bundle.trace(), progress
         )
         kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
+        _remove_unused(stage, bundle.manifest.artifacts, (*kept, artifact))
         write_parity(stage, [] if report is None else [report], merge=True)
         write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
         require_all([artifact], [] if report is None else [report], False)
     return artifact
+
+
+def _remove_unused(stage: Path, before: Iterable[Artifact], after: Iterable[Artifact]) -> None:
+    """Remove the files of artifacts that none has any more; the portable graphs stay."""
+    gone = {record.path for item in before for record in item.files}
+    gone -= {record.path for item in after for record in item.files}
+    for path in sorted(stage / name for name in gone if PurePosixPath(name).parts[0] != GRAPHS):
+        path.unlink(missing_ok=True)
+        if path.parent.is_dir() and not any(path.parent.iterdir()):
+            path.parent.rmdir()

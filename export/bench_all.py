@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -175,9 +175,7 @@ def _targets_here(terminal: Terminal) -> list[str]:
 def _built(model: Path, target: str, precision: str, folder: Path, progress: Progress) -> Combination:
     """Export one combination to a bundle of its own, or say why not."""
     output = folder / f"{target}-{precision}.nsm"
-    known = {field.name for field in fields(pipeline.ExportOptions)}
-    allowed: dict[str, Any] = {"allow_slower": True} if "allow_slower" in known else {}
-    options = pipeline.ExportOptions([target], precision=precision, output=output, **allowed)
+    options = pipeline.ExportOptions([target], precision=precision, output=output, allow_slower=True)
     try:
         bundle = pipeline.export(model, options, _Within(progress))
     except NsmError as error:

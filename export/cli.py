@@ -6,25 +6,17 @@ Torch is imported by `export` alone, so the other commands work on a machine tha
 from __future__ import annotations
 
 import functools
-import json
 import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from nsm.errors import BuildError, NsmError, ParityError
-
-if TYPE_CHECKING:
-    from nsm.bundle import Bundle
-    from nsm.export.console import Terminal
-    from nsm.export.pipeline import Plan
-    from nsm.export.savings import Savings
+from nsm.errors import BuildError, NsmError
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov) or tensorrt (trt)."
 
@@ -146,72 +138,10 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
     NAME.nsm.failed), 6 damaged bundle, 7 not faster than fp32.
     """
-    from nsm.export.console import PARITY_COLUMNS, Terminal, parity_row
+    from nsm.export import export_command
 
-    _require_torch()
-    from nsm.bundle import FAILED_SUFFIX, Bundle
-    from nsm.export import pipeline
-
-    terminal = Terminal(quiet=as_json)
     command = shlex.join(["nsm-export", *sys.argv[2 if sys.argv[1:2] == ["export"] else 1 :]])
-    planned = pipeline.plan(model, pipeline.ExportOptions(command=command, **options))
-    if planned.source == "synthetic":
-        terminal.remark(
-            "The checkpoint holds no sequences, so parity is checked on made-up tokens (synthetic). "
-            "Give real ones with --data, or with nsm.save(model, path, samples=...).",
-            "yellow",
-        )
-    if dry_run:
-        facts = {"output": str(planned.output), "source": planned.source, "streams": len(planned.sequences)}
-        if as_json:
-            click.echo(json.dumps({"dry_run": True, "bundle": None, "artifacts": [], **facts}))
-        terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
-        return
-    try:
-        bundle = pipeline.run(planned, terminal)
-    except ParityError:
-        if as_json:
-            kept = Bundle(planned.output.with_name(planned.output.name + FAILED_SUFFIX))
-            found = kept.manifest.to_json()["artifacts"]
-            click.echo(json.dumps({"bundle": None, "kept_as": str(kept.path), "artifacts": found}))
-        raise
-    artifacts = bundle.manifest.to_json()["artifacts"]
-    saved = _measure_savings(terminal, planned, bundle) if planned.compacted is not None else None
-    if as_json:
-        found = {} if saved is None else {"compact": asdict(saved)}
-        click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts, **found}))
-        return
-    terminal.say()
-    if saved is not None:
-        columns = [
-            ("slots", *saved.slots, "{:,}"),
-            ("parameters", *saved.parameters, "{:,}"),
-            ("state of a lane, bytes", *saved.state_bytes, "{:,}"),
-            ("FLOPs of a step", *saved.flops, "{:,.0f}"),
-        ]
-        if saved.step_us is not None:
-            columns.append((f"us of a step, {saved.target}", *saved.step_us, "{:,.0f}"))
-        lines = [[what, f.format(old), f.format(new), f"{1 - new / old:.0%}"] for what, old, new, f in columns]
-        terminal.table(("compact", "before", "after", "saved"), lines)
-        terminal.say()
-    rows = [
-        parity_row(item, artifact.nbytes) for item, artifact in zip(artifacts, bundle.manifest.artifacts, strict=True)
-    ]
-    terminal.table(PARITY_COLUMNS, rows)
-    for artifact in bundle.manifest.artifacts:
-        if artifact.parity["status"] == "not_run":
-            checked = "the engine's inputs, outputs and states were checked against the model's"
-            terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
-            terminal.say(f"Instead, {checked}; {'; '.join(artifact.notes)}.")
-            terminal.say(
-                "On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}"
-            )
-    shown = next((a.target for a in bundle.manifest.artifacts if a.parity["status"] == "passed"), None)
-    terminal.say(f"\nWrote {bundle.path}. Next:")
-    terminal.say(f"  nsm inspect {bundle.path}")
-    if shown:
-        terminal.say(f"  nsm bench {bundle.path} --target {shown}")
-        terminal.say(f"  python -c \"import nsm; session = nsm.open('{bundle.path}', target='{shown}')\"")
+    export_command.export(model, as_json, dry_run, {**options, "command": command})
 
 
 @main.command(short_help="Verify a bundle again by replaying its golden trace.")
@@ -296,7 +226,9 @@ def bench(
                 "--all compares each precision with the target's fp32; --against and --model belong to measuring a "
                 "bundle. Give one or the other."
             )
-        _require_torch()
+        from nsm.export.export_command import require_torch
+
+        require_torch()
         from nsm.export import bench_all
 
         bench_all.bench_all(bundle, targets, steps, threads, as_json)
@@ -428,24 +360,3 @@ def export_main() -> None:
     """Entry point of `nsm-export`: the command `nsm export` by itself."""
     export.context_settings = _HELP
     export.main(prog_name="nsm-export")
-
-
-def _measure_savings(terminal: Terminal, planned: Plan, bundle: Bundle) -> Savings:
-    from nsm.export.savings import measure_savings
-
-    with terminal.stage("Measuring what was saved"):
-        return measure_savings(planned, bundle)
-
-
-def _require_torch() -> None:
-    import importlib.util
-
-    from nsm.errors import MissingDependencyError
-
-    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            'Install with: pip install "nsm-toolkit[export]". '
-            "(For a bundle that exists already, nsm build makes further targets without torch.)"
-        )

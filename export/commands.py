@@ -14,7 +14,7 @@ from nsm.bundle import Bundle
 from nsm.errors import InputError, OutputExistsError
 from nsm.export import doctor as doctor_module
 from nsm.export.adding import add_target
-from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, parity_row, size
+from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, low_precision_lines, parity_row, size
 from nsm.export.guard import Limits
 from nsm.export.sequences import read_sequences
 from nsm.files import replacing
@@ -127,6 +127,8 @@ def inspect(path: Path, as_json: bool) -> None:
     for artifact in manifest.artifacts:
         for note in artifact.notes:
             terminal.say(f"{artifact.target}: {note}")
+        for line in low_precision_lines(artifact):
+            terminal.say(line)
 
 
 def doctor(as_json: bool) -> None:

@@ -11,6 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from nsm.bundle import Artifact
 from nsm.runtimes.parity import Progress as Step
 
 _TABLE_WIDTH = 140
@@ -102,3 +103,23 @@ def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
 
 
 PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step", "free-run", "argmax")
+
+
+def low_precision_lines(artifact: Artifact) -> list[str]:
+    """What is to say of an artifact in low precision: its speed, and what stays float and why; nothing of fp32."""
+    facts = artifact.quantization
+    if not facts:
+        return []
+    lines = [""]
+    speed = facts.get("speed")
+    if speed:
+        parts = [
+            f"{entry} {ratio['median']:.2f}x as fast as in fp32 [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            for entry, ratio in speed.items()
+        ]
+        lines.append(f"{artifact.target} {artifact.precision}: {', '.join(parts)}")
+    reasons: dict[str, list[str]] = {}
+    for name, reason in facts["float"].items():
+        reasons.setdefault(reason, []).append(name)
+    lines += [f"  float, because {reason}: {', '.join(names)}" for reason, names in reasons.items()]
+    return lines

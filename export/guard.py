@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from nsm.bundle import GRAPHS, Artifact, Bundle
-from nsm.errors import SlowerError
+from nsm.errors import InputError, SlowerError
 from nsm.export.build import build_target, check_artifact
 from nsm.quantization.policy import Policy, find_policy
 from nsm.quantization.recipe import Calibration
@@ -31,7 +31,7 @@ SPEED_STEPS = 250
 """Calls of each that the speed is measured with: ten rounds, for an interval."""
 SENSITIVITY_STEPS = 48
 """Calls of a stream over which a single product's drift is measured."""
-_LOW, _BASE = ".low", ".fp32"
+_LOW, _BASE, _TRIAL = ".low", ".fp32", ".trial"
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,10 @@ class Limits:
 
     max_float_share: float = 0.3
     allow_slower: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_float_share <= 1.0:
+            raise InputError(f"--max-float-share lies in 0 .. 1; given {self.max_float_share}.")
 
 
 def build_checked(
@@ -70,7 +74,7 @@ def build_checked(
     policy = find_policy(target.name, precision)
     if policy is None:
         return check_artifact(bundle, build_target(bundle.path, bundle.manifest.spec, target, device), trace, progress)
-    maker = _Maker(bundle, target, device, precision, policy, calibration)
+    maker = Maker(bundle, target, device, precision, policy, calibration)
     try:
         artifact, report = maker.within_budget(trace, limits, progress)
         if report is not None and report.passed:
@@ -88,7 +92,7 @@ def build_checked(
     return artifact, report
 
 
-class _Maker:
+class Maker:
     """Builds one target of a bundle in one low precision, with some products put back to float."""
 
     def __init__(
@@ -142,6 +146,8 @@ class _Maker:
             artifact, report = check_artifact(self.bundle, self.build(put_back), trace, progress)
             if report is None or report.passed or self.lowered is None:
                 return artifact, report
+            if report.effective_precision != self.precision:  # which more in float does not mend
+                return artifact, report
             ranked = self._by_drift(trace) if ranked is None else ranked
             left = [
                 (key, drift)
@@ -167,7 +173,7 @@ class _Maker:
 
     def clean(self) -> None:
         """Remove what was only needed on the way."""
-        for name in (_LOW, _BASE):
+        for name in (_LOW, _BASE, _TRIAL):
             shutil.rmtree(self.bundle.path / name, ignore_errors=True)
 
     def _by_drift(self, trace: Trace) -> list[tuple[str, float]]:
@@ -177,8 +183,10 @@ class _Maker:
         found = []
         for product in self.lowered.low:
             others = {other.key: "" for other in self.lowered.low if other.key != product.key}
-            _, report = check_artifact(self.bundle, self.build(others), short)
-            found.append((product.key, np.inf if report is None else report.free_run_mean))
+            # In a folder of its own: the artifact that is over budget stays what it is.
+            _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
+            drift = np.nan if report is None else report.free_run_mean
+            found.append((product.key, drift if np.isfinite(drift) else np.inf))
         return sorted(found, key=lambda item: -item[1])
 
     def _culprits(self, ranked: list[tuple[str, float]]) -> str:

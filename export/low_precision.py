@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx
 
-from nsm.bundle import GRAPHS
-from nsm.errors import UnsupportedError
-from nsm.export.weights import save_shared
+from nsm.bundle import CALIBRATION, GRAPHS
+from nsm.errors import BundleDamagedError, UnsupportedError
+from nsm.export.weights import load_shared, save_shared
 from nsm.quantization import forms
 from nsm.quantization.policy import Policy
 from nsm.quantization.products import Product, products_of
@@ -38,7 +38,7 @@ def products_of_step(directory: Path, policy: Policy) -> Lowered:
     Raises:
         UnsupportedError: it leaves none to compute in low precision.
     """
-    found = products_of(onnx.load(str(directory / GRAPHS / "step.onnx")))
+    found = products_of(load_shared(directory / GRAPHS / "step.onnx"))
     low, kept = policy.chosen(found)
     if not low:
         raise UnsupportedError(
@@ -64,12 +64,15 @@ def write_graphs(
         policy: with a form other than "float".
         calibration: for the form "static".
         put_back: keys of products that stay float although the policy chooses them.
+
+    Raises:
+        BundleDamagedError: the calibration is of other products.
     """
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     graphs = {}
     for entry in spec.entries:
-        model = onnx.load(str(directory / GRAPHS / f"{entry.name}.onnx"))
+        model = load_shared(directory / GRAPHS / f"{entry.name}.onnx")
         chosen = [product for product in policy.chosen(products_of(model))[0] if product.key not in put_back]
         graphs[entry.name] = _lowered(model, chosen, policy, calibration)
     save_shared(graphs, folder, "weights.bin")
@@ -80,6 +83,11 @@ def _lowered(
 ) -> onnx.ModelProto:
     if policy.form == "static":
         assert calibration is not None
+        missing = [product.node for product in products if product.key not in calibration.scales]
+        if missing:
+            raise BundleDamagedError(
+                f"{CALIBRATION} has no scale for {missing[0]}: it was found on another model. Export the bundle again."
+            )
         return forms.static(model, products, calibration.scales)
     if policy.form == "half":
         return forms.half(model, products, onnx.TensorProto.FLOAT16)

@@ -86,7 +86,9 @@ class ExportOptions:
     @property
     def steps(self) -> int:
         """Steps of the golden trace."""
-        return self.golden_steps or (_GOLDEN_STEPS if self.precision == "fp32" else _DRIFT_STEPS)
+        if self.golden_steps is not None:
+            return self.golden_steps
+        return _GOLDEN_STEPS if self.precision == "fp32" else _DRIFT_STEPS
 
 
 class Stages(Protocol):
@@ -127,14 +129,13 @@ def plan(model: Path, options: ExportOptions) -> Plan:
     check_request(targets, options.precision, options.device)
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
-    if not 0.0 <= options.max_float_share <= 1.0:
-        raise InputError(f"--max-float-share lies in 0 .. 1; given {options.max_float_share}.")
+    Limits(options.max_float_share)  # refuses what is no share
     checkpoint = load_checkpoint(model)
     checkpoint.model.spec(options.batch, options.chunk, options.debug_outputs)
-    sequences, source = _sequences(checkpoint, options)
-    checked_sequences(checkpoint.model, sequences)
     policies = [find_policy(target.name, options.precision) for target in targets]
     static = any(policy is not None and policy.form == "static" for policy in policies)
+    sequences, source = _sequences(checkpoint, options, static)
+    checked_sequences(checkpoint.model, sequences)
     calibration = _calibration(checkpoint, options) if static else []
     output = options.output or Path(f"{model.stem}.nsm")
     check_output(output, options.force)
@@ -262,9 +263,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sequences(checkpoint: Checkpoint, options: ExportOptions) -> tuple[list[Array], Source]:
+def _sequences(checkpoint: Checkpoint, options: ExportOptions, static: bool) -> tuple[list[Array], Source]:
+    """Sequences that judge; with `static` a text is cut in two, and they are of its first half."""
     if options.data is not None:
-        return read_sequences(options.data, options.num_samples), "recorded"
+        parts = 2 * options.num_samples if static else options.num_samples
+        return read_sequences(options.data, parts)[: options.num_samples], "recorded"
     if checkpoint.golden:
         return checkpoint.golden[: options.num_samples], "recorded"
     length = options.steps * (options.chunk or checkpoint.model.chunk_size)
@@ -275,13 +278,16 @@ def _calibration(checkpoint: Checkpoint, options: ExportOptions) -> list[Array]:
     """Sequences to calibrate on: those in the checkpoint, or those of `--data` that do not judge.
 
     Raises:
-        InputError: there are none, or the model does not take them.
+        InputError: there are none that are long enough, or the model does not take them.
     """
     if options.data is not None:
         count = 2 * options.num_samples if options.data.suffix.lower() == ".txt" else None
-        found = read_sequences(options.data, count)[options.num_samples :]
+        # All are checked, so that a message counts as the file does.
+        found = checked_sequences(checkpoint.model, read_sequences(options.data, count))[options.num_samples :]
     else:
-        found = checkpoint.calibration
+        found = checked_sequences(checkpoint.model, checkpoint.calibration)
+    length = options.chunk or checkpoint.model.chunk_size
+    found = [sequence for sequence in found if len(sequence) >= length]
     if not found:
         where = (
             f"{options.data} holds no more than the {options.num_samples}"
@@ -289,9 +295,9 @@ def _calibration(checkpoint: Checkpoint, options: ExportOptions) -> list[Array]:
             else "MODEL holds none but those"
         )
         raise InputError(
-            "int8 activations are calibrated on real sequences, others than those that judge the result; "
-            f"{where} that judge. Give more with --data, save some with nsm.save(model, path, samples=...), lower "
-            "--num-samples, or take --precision int8-weights, which needs none. Made-up ones are not offered: their "
-            "ranges look right for one step, and the stream drifts."
+            f"int8 activations are calibrated on real sequences of at least one call, {length} tokens, others than "
+            f"those that judge the result; {where} that judge. Give more with --data, save some with "
+            "nsm.save(model, path, samples=...), lower --num-samples, or take --precision int8-weights, which needs "
+            "none. Made-up ones are not offered: their ranges look right for one step, and the stream drifts."
         )
-    return checked_sequences(checkpoint.model, found)
+    return found

@@ -153,6 +153,8 @@ def checked_sequences(model: StepModel, sequences: Sequence[ArrayLike]) -> list[
                 f"Sequence {index}: The model takes sequences of {wanted}; given {array.dtype}{list(array.shape)}."
             )
         array = array.astype(spec.dtype)
+        if not np.isfinite(array).all():
+            raise InputError(f"Sequence {index} holds NaN or infinity. Take it out, or mend what wrote it.")
         try:
             model.check_tokens(torch.from_numpy(array[None]))
         except InputError as error:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import onnx
+from onnx.external_data_helper import uses_external_data
 
 # Smaller tensors stay inside the graph, where a reader sees them.
 MIN_BYTES = 1024
@@ -45,6 +46,23 @@ def save_shared(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights:
         paths.append(directory / f"{name}.onnx")
         onnx.save(graph, str(paths[-1]))
     return paths
+
+
+def load_shared(path: Path) -> onnx.ModelProto:
+    """A graph that `save_shared` wrote, with its tensors.
+
+    `onnx.load` refuses weights with more than one hard link, and those of a bundle being replaced have two.
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            place = {item.key: item.value for item in tensor.external_data}
+            with (path.parent / Path(place["location"]).name).open("rb") as file:
+                file.seek(int(place["offset"]))
+                tensor.raw_data = file.read(int(place["length"]))
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
+    return model
 
 
 def _refer(tensor: onnx.TensorProto, weights: str, offset: int, length: int) -> None:

@@ -42,7 +42,7 @@ class Adaptation:
     """
 
     prune_threshold: float = 0.1
-    allocate_threshold: float = 0.35
+    allocate_threshold: float = 0.45
     novelty_threshold: float = 0.9
 
     def __post_init__(self) -> None:

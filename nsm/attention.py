@@ -261,8 +261,8 @@ class HybridAttention(nn.Module):
         """
         address, content = bank[:, 0], bank[:, 1]
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
-        # By head, although it is the same for all: OpenVINO's fused attention in bf16 is wrong with a vector here.
-        scores = scores + nn.functional.logsigmoid(importance).expand(query.shape[1], 1, -1)
+        # In this order: OpenVINO's fused attention in bf16 is wrong where a vector is added on the right.
+        scores = nn.functional.logsigmoid(importance) + scores
         scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
         return join_heads(scores.softmax(-1) @ content)
 

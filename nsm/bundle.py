@@ -203,7 +203,10 @@ class Bundle:
         """The content of a shared JSON file, None where the bundle has no such file. Verified."""
         if all(record.path != name for record in self.manifest.files):
             return None
-        return json.loads(self._shared(name).read_text(encoding="utf-8"))
+        try:
+            return json.loads(self._shared(name).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise BundleDamagedError(f"{self.path / name} is not JSON ({error}). Export the bundle again.") from error
 
     def _shared(self, name: str) -> Path:
         records = tuple(record for record in self.manifest.files if record.path == name)

@@ -56,7 +56,7 @@ def dynamic(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelPr
     return _Rewriter(model, products).run(lambda rewriter, product: rewriter.integer_product(product))
 
 
-def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 128) -> onnx.ModelProto:
+def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 32) -> onnx.ModelProto:
     """Weights in int8 with a scale for every `block` rows of a column, by ONNX Runtime's own operator.
 
     Its kernel quantises the activations too, token by token and block by block.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from nsm.bundle import CALIBRATION, Bundle, write_json
 from nsm.decode import decode
-from nsm.errors import InputError
+from nsm.errors import ConfigError, InputError
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,11 @@ class Calibration:
     calls: int
     ages: tuple[int, ...]
     occupancy: tuple[float, float] | None
+
+    def __post_init__(self) -> None:
+        for key, scale in self.scales.items():
+            if not (math.isfinite(scale) and scale > 0):
+                raise ConfigError(f"A scale is a number above 0; that of {key} is {scale}.")
 
     def save(self, directory: Path) -> None:
         """Write it into the directory of a bundle."""

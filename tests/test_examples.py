@@ -56,7 +56,29 @@ def test_the_readme_shows_the_plain_example_as_it_is() -> None:
     assert f"```python\n{body}\n```" in (ROOT / "README.md").read_text()
 
 
+def test_calibrating_on_rollouts_is_compared_with_random_states(tmp_path: Path) -> None:
+    model = str(ROOT / "tests" / "data" / "recall.pt")
+    shown = _run(tmp_path, str(EXAMPLES / "calibration.py"), model, "--steps", "12")
+    lines = [line.strip() for line in shown.splitlines()]
+    (real,) = (line for line in lines if line.startswith("rollouts"))
+    (made_up,) = (line for line in lines if line.startswith("random states"))
+    assert 0 < float(real.split()[1]) < 0.2
+    assert real.split()[1:] != made_up.split()[2:]
+
+
+def test_the_compared_model_is_saved_with_sequences(tmp_path: Path) -> None:
+    _run(tmp_path, str(EXAMPLES / "compared_model.py"), "--output", "compared.pt")
+    _run(tmp_path, "-m", "nsm.export", "compared.pt", "-t", "openvino", "-p", "int8", "--dry-run")
+
+
+def test_openvinos_own_cache_gives_the_same_answers(tmp_path: Path) -> None:
+    # The script compares outputs before it measures.
+    shown = _run(tmp_path, str(EXAMPLES / "stateful_cache.py"), "--contexts", "512", "--rounds", "1")
+    assert re.search(r"512 +\d+ +\d+ +[\d.]+x", shown)
+
+
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
+    run_here |= {"calibration", "compared_model", "stateful_cache"}
     run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere

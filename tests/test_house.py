@@ -39,6 +39,7 @@ WITH_TORCH = {
 }
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {
+    "nsm.export.low_precision",
     "nsm.export.passes",
     "nsm.export.roofline",
     "nsm.export.weights",

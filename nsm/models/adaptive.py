@@ -45,7 +45,7 @@ class AdaptiveNSM(StreamModel):
         max_states: int | Sequence[int] = 64,
         initial_states: int | None = 16,
         prune_threshold: float = 0.1,
-        allocate_threshold: float = 0.35,
+        allocate_threshold: float = 0.45,
         novelty_threshold: float = 0.9,
         output_dim: int | None = None,
         d_model: int | None = None,

@@ -14,10 +14,12 @@ import pytest
 import torch
 
 import nsm
-from nsm.export import pipeline
+from nsm.bundle import Bundle
+from nsm.export import guard, pipeline
+from nsm.export.adding import add_target
 from nsm.export.pipeline import ExportOptions, export
 from nsm.models.simple import SimpleNSM
-from tests.conftest import make_model
+from tests.conftest import make_model, make_sequences
 from tests.export.helpers import scale_weights
 
 
@@ -113,3 +115,94 @@ def wide_byte_bundle(byte_bundle: Path) -> Path:
         ["onnxruntime"], output=byte_bundle.with_name("wide.nsm"), batch=3, num_samples=2, golden_steps=4
     )
     return export(byte_bundle.with_suffix(".pt"), options).path
+
+
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Low precision whose speed is measured with as few calls as can be: any will do."""
+    monkeypatch.setattr(guard, "SPEED_STEPS", 10)
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint with sequences, of a model with matrices that are large enough for low precision."""
+    path = tmp_path_factory.mktemp("wide") / "wide.pt"
+    nsm.save(make_model(d_model=64, num_layers=1), path, samples=make_sequences(12, 240))
+    return path
+
+
+@pytest.fixture(scope="session")
+def int8_bundle(wide: Path) -> Path:
+    """Two lanes of it in int8, for OpenVINO and ONNX Runtime, with its calibration. Do not change it."""
+    options = ExportOptions(
+        ["openvino", "onnxruntime"],
+        precision="int8",
+        output=wide.with_suffix(".nsm"),
+        batch=2,
+        num_samples=3,
+        golden_steps=24,
+        allow_slower=True,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(guard, "SPEED_STEPS", 10)
+        return export(wide, options).path
+
+
+@pytest.fixture
+def int8_copy(int8_bundle: Path, tmp_path: Path) -> Path:
+    """A bundle of its own for tests that change one."""
+    return Path(shutil.copytree(int8_bundle, tmp_path / "int8.nsm"))
+
+
+@pytest.fixture
+def ready_wide(int8_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare the ONNX exporter: two lanes of `wide` get the graphs that were exported before."""
+
+    def copied(_model: SimpleNSM, _spec: object, directory: Path, _opset: int) -> None:
+        shutil.copytree(int8_bundle / "graphs", directory, dirs_exist_ok=True)
+
+    monkeypatch.setattr(pipeline, "export_onnx", copied)
+
+
+@pytest.fixture(scope="session")
+def built(int8_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Bundle]:
+    """The same model for a target in a precision, built once. Do not change it."""
+    made = {("openvino", "int8"): int8_bundle, ("onnxruntime", "int8"): int8_bundle}
+
+    def once(target: str, precision: str) -> Bundle:
+        if (target, precision) not in made:
+            path = tmp_path_factory.mktemp("built") / "model.nsm"
+            shutil.copytree(int8_bundle, path)
+            device = "sm86" if target == "tensorrt" else None
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(guard, "SPEED_STEPS", 10)
+                add_target(path, target, device, precision=precision, limits=guard.Limits(0.7, allow_slower=True))
+            made[target, precision] = path
+        return Bundle(made[target, precision])
+
+    return once
+
+
+@pytest.fixture(scope="session")
+def rough(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle in fp32 whose `ROUGH` product cannot be rounded: a row that is large, but is multiplied by zero, sets
+    the scale of every column. Do not change it."""
+    model = make_model(d_model=64, num_layers=1)
+    feed_forward = model.layers[0].feed_forward
+    assert isinstance(feed_forward, torch.nn.Sequential)
+    first, _, second = feed_forward
+    assert isinstance(first, torch.nn.Linear)
+    assert isinstance(second, torch.nn.Linear)
+    with torch.no_grad():
+        second.weight *= 4.0
+        first.weight[3] = first.bias[3] = 0.0
+        second.weight[:, 3] = 1000.0
+    folder = tmp_path_factory.mktemp("rough")
+    nsm.save(model, folder / "rough.pt", samples=make_sequences(4, 240))
+    options = ExportOptions(["onnxruntime"], output=folder / "rough.nsm", batch=2, num_samples=2, golden_steps=24)
+    return export(folder / "rough.pt", options).path
+
+
+@pytest.fixture
+def rough_copy(rough: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(rough, tmp_path / "rough.nsm"))

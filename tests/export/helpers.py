@@ -16,6 +16,8 @@ from click.testing import CliRunner, Result
 from nsm.bundle import Bundle, file_record, write_manifest
 from nsm.export.cli import main
 
+# The product that the fixture `rough` spoils.
+ROUGH = "layers.0.feed_forward.2/MatMul"
 COMMANDS = ("export", "parity", "bench", "build", "inspect", "doctor", "roofline", "run")
 PROGRAMS = Path(sys.executable).parent
 

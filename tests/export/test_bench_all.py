@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,8 @@ import pytest
 
 import nsm
 from nsm.bundle import FAILED_SUFFIX, Bundle, write_manifest
-from nsm.errors import BuildError, InputError, NsmError, ParityError, UnsupportedError
-from nsm.export import bench_all, bench_command, pipeline
+from nsm.errors import BuildError, InputError, NsmError, ParityError, SlowerError, UnsupportedError
+from nsm.export import bench_all, bench_command, guard, pipeline
 from nsm.export.build import PRECISIONS
 from nsm.export.pipeline import ExportOptions, Stages
 from nsm.runtimes.bench import Latency, Steppable
@@ -23,17 +23,11 @@ from tests.conftest import make_model
 from tests.export.helpers import invoke, refused, succeeded, the_json
 
 
-class FasterAsFloatError(NsmError):
-    """As an export raises where a low precision is slower."""
-
-    exit_code = 7
-
-
 class OddError(NsmError):
     """One that nobody has thought of."""
 
 
-TOO_SLOW = FasterAsFloatError("int8 takes 1.20x as long as fp32. Give --allow-slower.")
+TOO_SLOW = SlowerError("int8 takes 1.20x as long as fp32. Give --allow-slower.")
 NO_BF16 = UnsupportedError("This CPU has no bf16. Take a newer one.")
 Outcome = NsmError | str | None
 
@@ -185,18 +179,11 @@ def test_an_export_that_refuses_what_is_slower_is_a_line_too(checkpoint: Path, e
     assert " ".join(found["bf16"][9:]) == "refused: Give calibration data"
 
 
-def test_what_is_slower_is_measured_too_where_an_export_can_be_told_so(
-    checkpoint: Path, exports: Exports, times: Times, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    @dataclass(frozen=True)
-    class Options(ExportOptions):
-        allow_slower: bool = False
-
-    monkeypatch.setattr(pipeline, "ExportOptions", Options)
+def test_what_is_slower_is_built_and_measured_too(checkpoint: Path, exports: Exports, times: Times) -> None:
     asked = exports(**REFUSED)
     times(1000)
     succeeded(invoke("bench", "--all", checkpoint, "-t", "ort"))
-    assert [getattr(item, "allow_slower", None) for item in asked] == [True] * len(PRECISIONS)
+    assert [item.allow_slower for item in asked] == [True] * len(PRECISIONS)
 
 
 def test_a_long_reason_is_cut_in_the_table_only(checkpoint: Path, exports: Exports, times: Times) -> None:
@@ -288,4 +275,24 @@ def test_a_model_is_built_and_measured_for_real(checkpoint: Path) -> None:
     assert (first["status"], first["effective_precision"], first["parity"]["status"]) == ("ok", "fp32", "passed")
     assert first["latency_us"]["p50"] > 0
     assert first["peak_rss_mb"] > 20
-    assert all(item["status"] == "ok" or item["reason"] or item["ratio"]["high"] < 1 for item in rows)
+    assert [item["status"] for item in rows[1:]] == ["not supported"] * 4, "its matrices are too small to quantise"
+
+
+def test_every_precision_of_a_target_is_measured_for_real(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "SPEED_STEPS", 10)
+    monkeypatch.setattr(pipeline, "_GOLDEN_STEPS", 8)
+    monkeypatch.setattr(pipeline, "_DRIFT_STEPS", 8)
+    monkeypatch.setattr(bench_command, "fresh_peak_mb", lambda *_: 123.4)
+    options = ("--target", "openvino", "--steps", "10", "--threads", "1", "--json")
+    rows = {item["precision"]: item for item in the_json(invoke("bench", "--all", wide, *options))["results"]}
+    assert list(rows) == list(PRECISIONS)
+    assert rows["fp16"]["status"] == "not supported"
+    assert rows["int8-weights"]["effective_precision"] == "int8-weights"
+    for name in ("fp32", "bf16", "int8"):
+        row = rows[name]
+        assert row["status"] in ("ok", "slower than fp32"), row["reason"]
+        assert row["effective_precision"] == name
+        assert row["latency_us"]["p50"] > 0
+        assert row["parity"]["status"] == "passed"
+        assert (row["ratio"] is None) == (name == "fp32")
+    assert rows["int8"]["artifact_mb"] < rows["fp32"]["artifact_mb"]

@@ -26,7 +26,7 @@ from nsm.errors import (
     ParityError,
     UnsupportedError,
 )
-from nsm.export import build
+from nsm.export import adding, build
 from nsm.export.adding import add_target
 from nsm.export.build import PRECISIONS, check_request, require_all
 from nsm.runtimes.targets import TARGETS, find_target
@@ -85,9 +85,15 @@ def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
 
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp32"])
-def test_a_precision_that_is_not_built_yet_is_unsupported(precision: str) -> None:
-    with pytest.raises(UnsupportedError, match=f"builds fp32 only; given {precision}"):
+def test_a_precision_that_a_target_does_not_have_is_unsupported(precision: str) -> None:
+    with pytest.raises(UnsupportedError, match=rf"onnx is not built in {precision}\. It is built in: fp32\."):
         check_request([find_target("onnx")], precision, None)
+
+
+def test_one_target_without_the_precision_is_enough_to_refuse() -> None:
+    targets = [find_target("openvino"), find_target("onnxruntime")]
+    with pytest.raises(UnsupportedError, match=r"onnxruntime is not built in bf16.*: fp32, int8, int8-weights\."):
+        check_request(targets, "bf16", None)
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
@@ -187,7 +193,7 @@ def test_a_full_disk_late_in_a_build_leaves_the_bundle_as_it_was(
     def full(*_args: Any, **_options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(build, "write_parity", full)
+    monkeypatch.setattr(adding, "write_parity", full)
     with pytest.raises(OSError, match="No space left"):
         add_target(bundle_copy, target, "sm86" if target == "tensorrt" else None)
     assert changed(before, bundle_copy) == set()

@@ -73,7 +73,7 @@ def test_export_ends_with_what_was_found_and_what_comes_next(
     ):
         assert following in text
     assert "synthetic" in " ".join(result.stderr.split())
-    assert "Checking onnx" in result.stderr
+    assert "Building onnx" in result.stderr
 
 
 def test_export_json_of_a_synthetic_trace_says_so(
@@ -115,7 +115,9 @@ def test_the_example_in_the_help_is_a_good_request(checkpoint: Path, tmp_path: P
     [
         (["-t", "coreml"], 2, ["There is no target 'coreml'", "tensorrt (trt)"]),
         (["-t", "ort", "-p", "fp8"], 2, ["There is no precision 'fp8'", "fp32, fp16"]),
-        (["-t", "ort", "-p", "int8"], 3, ["builds fp32 only; given int8"]),
+        (["-t", "onnx", "-p", "int8"], 3, ["onnx is not built in int8. It is built in: fp32."]),
+        (["-t", "ort", "-t", "ov", "-p", "bf16"], 3, ["onnxruntime is not built in bf16", "fp32, int8, int8-weights"]),
+        (["-t", "ort", "--max-float-share", "-0.1"], 2, ["--max-float-share lies in 0 .. 1; given -0.1"]),
         (["-t", "trt", "--device", "sm12"], 2, ["has a device 'sm12'", "sm86"]),
         (["-t", "ort", "--device", "cuda"], 2, ["has a device 'cuda'", "cpu"]),
         (["-t", "ort", "--chunk", "12"], 2, ["multiple of the model's chunk of 8 tokens; given 12", "Take 16."]),

@@ -18,7 +18,7 @@ import torch
 import nsm
 from nsm.bundle import PARITY, Artifact, Bundle
 from nsm.errors import BuildError, CheckpointError, InputError, OutputExistsError, ParityError, UnsupportedError
-from nsm.export import pipeline
+from nsm.export import guard, pipeline
 from nsm.export.build import build_target
 from nsm.export.pipeline import ExportOptions, export, plan, versions
 from nsm.models.checkpoint import load_checkpoint
@@ -176,8 +176,8 @@ def test_every_stage_is_shown_and_runs_up_to_its_total(
             yield step
 
     export(checkpoint, short(tmp_path / "m.nsm"), Recorder())
-    assert list(seen) == ["Recording the reference", "Exporting ONNX", "Building onnxruntime", "Checking onnxruntime"]
-    for name in ("Recording the reference", "Checking onnxruntime"):
+    assert list(seen) == ["Recording the reference", "Exporting ONNX", "Building onnxruntime"]
+    for name in ("Recording the reference", "Building onnxruntime"):
         assert seen[name][0] == seen[name][1] > 0
 
 
@@ -213,7 +213,10 @@ def test_counts_below_one_are_refused(checkpoint: Path, tmp_path: Path, changes:
         ({"targets": ()}, InputError, "No target was given"),
         ({"targets": ("onnx", "coreml")}, InputError, r"no target 'coreml'. Targets: onnx, onnxruntime \(ort\)"),
         ({"precision": "fp8"}, InputError, "no precision 'fp8'"),
-        ({"precision": "int8"}, UnsupportedError, "builds fp32 only; given int8"),
+        ({"targets": ("onnx",), "precision": "int8"}, UnsupportedError, r"not built in int8\. It is built in: fp32\."),
+        ({"precision": "fp16"}, UnsupportedError, "It is built in: fp32, int8, int8-weights"),
+        ({"max_float_share": 1.1}, InputError, r"--max-float-share lies in 0 \.\. 1; given 1\.1"),
+        ({"max_float_share": float("nan")}, InputError, r"--max-float-share lies in 0 \.\. 1; given nan"),
         ({"device": "sm1"}, InputError, "has a device 'sm1'"),
         ({"chunk": 12}, InputError, "multiple of the model's chunk of 8 tokens; given 12. Take 16"),
         ({"chunk": 3}, InputError, "given 3. Take 8"),
@@ -319,7 +322,7 @@ def test_one_wrong_target_fails_the_bundle(
             scale_weights(directory / "openvino" / "weights.bin", 1.001)
         return artifact
 
-    monkeypatch.setattr(pipeline, "build_target", build_spoilt)
+    monkeypatch.setattr(guard, "build_target", build_spoilt)
     with pytest.raises(ParityError, match="Parity failed on openvino fp32"):
         export(checkpoint, short(tmp_path / "m.nsm", "onnxruntime", "openvino"))
     assert names(tmp_path) == ["m.nsm.failed"]
@@ -354,7 +357,15 @@ def _interrupt(*_args: Any, **_options: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "place", ["record", "build_target", "write_parity", "write_manifest", "np.savez", "require_all"]
+    "place",
+    [
+        "pipeline.record",
+        "guard.build_target",
+        "pipeline.write_parity",
+        "pipeline.write_manifest",
+        "pipeline.np.savez",
+        "pipeline.require_all",
+    ],
 )
 @pytest.mark.parametrize(("fail", "error"), [(_crash, RuntimeError), (_full, OSError), (_interrupt, KeyboardInterrupt)])
 def test_what_breaks_in_the_middle_leaves_nothing(
@@ -366,7 +377,7 @@ def test_what_breaks_in_the_middle_leaves_nothing(
     fail: Callable[..., None],
     error: type[BaseException],
 ) -> None:
-    monkeypatch.setattr(f"nsm.export.pipeline.{place}", fail)
+    monkeypatch.setattr(f"nsm.export.{place}", fail)
     with pytest.raises(error):
         export(checkpoint, short(tmp_path / "m.nsm", num_samples=1, golden_steps=1))
     assert names(tmp_path) == []

@@ -13,7 +13,7 @@ import torch
 import nsm
 from nsm.baselines import RecurrentLM
 from nsm.bundle import Bundle
-from nsm.export import cli, pipeline
+from nsm.export import export_command, pipeline
 from nsm.export.pipeline import ExportOptions, plan
 from nsm.export.savings import Savings
 from nsm.models.adaptive import AdaptiveNSM
@@ -99,7 +99,7 @@ def test_people_get_a_table(
 ) -> None:
     saved = Savings("onnxruntime", (48, 6), (20_000, 15_000), (4000, 1000), (5e6, 4e6), (250.0, 200.0))
     monkeypatch.setattr(pipeline, "run", lambda *_: compacted[0])
-    monkeypatch.setattr(cli, "_measure_savings", lambda *_: saved)
+    monkeypatch.setattr(export_command, "_measure_savings", lambda *_: saved)
     shown = succeeded(invoke("export", masked, "-t", "ort", "-o", tmp_path / "new.nsm", "--compact"))
     lines = [line.split() for line in shown.splitlines()]
     assert ["compact", "before", "after", "saved"] in lines

@@ -70,6 +70,7 @@ def fill(stage: Path, command: str = "nsm-export model.pt") -> Manifest:
                 "fp32",
                 tuple(file_record(stage, name) for name in OWN),
                 {"status": "failed", "one_step": {"p99": 0.5}},
+                quantization={"form": "static", "float": {"head": "small"}, "speed": {"step": {"median": 1.5}}},
             ),
         ),
         files=(),
@@ -258,6 +259,25 @@ def test_arrays_are_verified_when_they_are_read(made: Path, name: str, read: Cal
     edit(made, lambda data: data.update(files=[item for item in data["files"] if item["path"] != name]))
     with pytest.raises(BundleDamagedError, match=rf"the manifest does not list {name}"):
         read(Bundle(made))
+
+
+def test_json_is_verified_when_it_is_read(made: Path) -> None:
+    bundle = Bundle(made)
+    assert bundle.json("parity.json") == {"passed": True, "results": []}
+    assert bundle.json("calibration.json") is None
+    (made / "calibration.json").write_text("{}")
+    assert bundle.json("calibration.json") is None, "it is not recorded"
+    (made / "parity.json").write_text("{}")
+    with pytest.raises(BundleDamagedError, match=r"parity\.json has 2 bytes"):
+        bundle.json("parity.json")
+
+
+@pytest.mark.parametrize("text", [b"rubbish", b"\xff\xfe", b"[" * 200_000], ids=["text", "bytes", "deep"])
+def test_what_is_recorded_but_no_json_is_damage(made: Path, text: bytes) -> None:
+    (made / "parity.json").write_bytes(text)
+    write_manifest(made, Bundle(made).manifest)
+    with pytest.raises(BundleDamagedError, match=r"parity\.json is not JSON"):
+        Bundle(made).json("parity.json")
 
 
 # -- manifests that are none --------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ CODES = {
     "RunError": 4,
     "NonFiniteError": 4,
     "ParityError": 5,
+    "SlowerError": 7,
     "BundleError": 6,
     "BundleDamagedError": 6,
     "BundleVersionError": 6,

@@ -176,6 +176,7 @@ def test_sequences_of_like_lengths_are_rolled_together(toy: Toy) -> None:
     assert max(call.age for call in calls) == 29
     assert [call.age for call in calls if call.streams == 4] == [0]  # the second pair
     assert calls[-1].streams == 4
+    assert all(call.feeds["past_state.0.bank"].any() == (call.age > 0) for call in calls)  # each pair from a reset
 
 
 def test_more_lanes_than_sequences_are_filled_with_copies(tmp_path: Path) -> None:

@@ -50,10 +50,11 @@ MATRICES = hnp.arrays(
 
 
 @given(MATRICES)
-@example(np.full((2, 1), 2.0**-146, np.float32))
+@example(np.full((2, 1), 300 * 2.0**-149, np.float32))  # its scale has hardly a digit
 def test_a_weight_is_off_by_half_a_scale_at_most(weight: Array) -> None:
     levels, scale = quantised_weight(weight)
-    assert (levels.dtype, scale.dtype) == (np.int8, np.float32)
+    assert levels.dtype == np.int8
+    assert scale.dtype == np.float32
     assert (levels.shape, scale.shape) == (weight.shape, weight.shape[1:])
     assert np.all(scale > 0)
     assert levels.min() >= -127
@@ -181,10 +182,16 @@ def test_blocked_stays_within_half_a_level_of_the_activations_of_a_block() -> No
 
 def test_blocked_pads_a_depth_that_is_no_multiple_of_the_block() -> None:
     model = four_products(weights())
-    held = constants(blocked(model, chosen(model)))
-    assert (held["A.blocks"].shape, held["A.blocks"].dtype) == ((WIDTH, 2, BLOCK), np.uint8)
+    low = blocked(model, chosen(model))
+    held = constants(low)
+    assert held["A.blocks"].shape == (WIDTH, 2, BLOCK)
+    assert held["A.blocks"].dtype == np.uint8
     assert np.all(held["A.blocks"][:, 1, DEPTH - BLOCK :] == 128)  # zero, without a sign
     assert held["A.scales"].shape == (WIDTH * 2,)
+    (node, *_) = (node for node in low.graph.node if node.op_type == "MatMulNBits")
+    attributes = {item.name: item.i for item in node.attribute}
+    # The accuracy level is what asks for the fast kernel, over activations in int8.
+    assert attributes == {"K": DEPTH, "N": WIDTH, "bits": 8, "block_size": BLOCK, "accuracy_level": 4}
 
 
 @pytest.mark.parametrize("kind", [TensorProto.FLOAT16, TensorProto.BFLOAT16])

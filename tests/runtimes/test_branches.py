@@ -203,5 +203,5 @@ def test_masks_that_a_model_does_not_decide_about_are_exact() -> None:
 
 def test_the_thresholds_are_those_of_the_config() -> None:
     model = AdaptiveNSM(vocab_size=5, state_dim=16, max_states=4, initial_states=2)
-    assert thresholds_of(model.config) == (0.1, 0.35)
+    assert thresholds_of(model.config) == (0.1, 0.45)
     assert thresholds_of({"vocab_size": 5}) == ()

@@ -1,7 +1,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,11 @@ from nsm.errors import (
     MissingDependencyError,
     StreamError,
 )
+from nsm.runtimes import onnxruntime
+from nsm.runtimes.base import Runtime
 from nsm.runtimes.opening import open_artifact, open_bundle
 from nsm.runtimes.session import Session
+from nsm.spec import StepSpec
 from tests.runtimes.fake import assert_same
 
 
@@ -122,7 +126,7 @@ def test_a_file_that_is_run_but_was_not_recorded_is_refused(bundle_copy: Path) -
             artifact["files"] = [item for item in artifact["files"] if not item["path"].endswith("step.onnx")]
 
     edit(bundle_copy, forget)
-    with pytest.raises(BundleError, match=r"graphs/step\.onnx"):
+    with pytest.raises(BundleError, match=r"the manifest lists no step\.onnx for onnx\. Export the bundle again"):
         open_bundle(bundle_copy, "onnx")
 
 
@@ -162,6 +166,22 @@ def test_a_backend_that_is_not_installed_names_its_extra(
 def test_an_artifact_is_opened_by_itself(bundle: Bundle) -> None:
     with open_artifact(bundle, bundle.artifact("openvino"), threads=1) as session:
         assert (session.target, session.effective_precision) == ("openvino", "fp32")
+
+
+def test_a_backend_is_told_the_precision_of_the_artifact(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it computes in is for it to say."""
+    told: list[str] = []
+    real = onnxruntime.load
+
+    def load(files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, precision: str) -> Runtime:
+        told.append(precision)
+        return real(files, spec, device, threads, precision)
+
+    monkeypatch.setattr(onnxruntime, "load", load)
+    for precision in ("fp32", "int8"):
+        with open_artifact(bundle, replace(bundle.artifact("onnxruntime"), precision=precision)) as session:
+            assert session.effective_precision == "fp32"
+    assert told == ["fp32", "int8"]
 
 
 def test_two_sessions_of_one_bundle_are_two_streams(bundle: Bundle, target: str) -> None:

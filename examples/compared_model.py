@@ -1,0 +1,33 @@
+"""Save the NSM that compare.py measures, untrained, with real text to calibrate and check on.
+
+python examples/compared_model.py --output compared.pt
+nsm bench --all compared.pt
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+import compare
+import text
+import torch
+
+import nsm
+from nsm.models import SimpleNSM
+
+SEQUENCES, LENGTH = 24, 3360
+
+
+@click.command()
+@click.option("--output", type=click.Path(path_type=Path), default="compared.pt", show_default=True)
+@click.option("--data", type=click.Path(path_type=Path), help="A text file.  [default: Python's library]")
+def main(output: Path, data: Path | None) -> None:
+    """Write the checkpoint."""
+    torch.manual_seed(0)
+    corpus = text.corpus(data)[0][: SEQUENCES * LENGTH]
+    nsm.save(SimpleNSM(**compare.NSM).eval(), output, samples=list(corpus.reshape(SEQUENCES, LENGTH)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""`nsm-export`: from a checkpoint to a bundle, and what a person is told about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from nsm.bundle import FAILED_SUFFIX, Bundle
+from nsm.errors import MissingDependencyError, ParityError
+from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
+
+if TYPE_CHECKING:
+    from nsm.export.pipeline import Plan
+    from nsm.export.savings import Savings
+
+
+def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -> None:
+    """Export MODEL; see `nsm-export --help`. The options are those of `ExportOptions`."""
+    require_torch()
+    from nsm.export import pipeline
+
+    terminal = Terminal(quiet=as_json)
+    planned = pipeline.plan(model, pipeline.ExportOptions(**options))
+    if planned.source == "synthetic":
+        terminal.remark(
+            "The checkpoint holds no sequences, so parity is checked on made-up tokens (synthetic). "
+            "Give real ones with --data, or with nsm.save(model, path, samples=...).",
+            "yellow",
+        )
+    if dry_run:
+        facts = {"output": str(planned.output), "source": planned.source, "streams": len(planned.sequences)}
+        if as_json:
+            click.echo(json.dumps({"dry_run": True, "bundle": None, "artifacts": [], **facts}))
+        terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
+        return
+    try:
+        bundle = pipeline.run(planned, terminal)
+    except ParityError:
+        if as_json:
+            kept = Bundle(planned.output.with_name(planned.output.name + FAILED_SUFFIX))
+            found = kept.manifest.to_json()["artifacts"]
+            click.echo(json.dumps({"bundle": None, "kept_as": str(kept.path), "artifacts": found}))
+        raise
+    artifacts = bundle.manifest.to_json()["artifacts"]
+    saved = _measure_savings(terminal, planned, bundle) if planned.compacted is not None else None
+    if as_json:
+        found = {} if saved is None else {"compact": asdict(saved)}
+        click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts, **found}))
+        return
+    terminal.say()
+    if saved is not None:
+        _show_savings(terminal, saved)
+    _show_artifacts(terminal, bundle)
+    shown = next((a.target for a in bundle.manifest.artifacts if a.parity["status"] == "passed"), None)
+    terminal.say(f"\nWrote {bundle.path}. Next:")
+    terminal.say(f"  nsm inspect {bundle.path}")
+    if shown:
+        terminal.say(f"  nsm bench {bundle.path} --target {shown}")
+        terminal.say(f"  python -c \"import nsm; session = nsm.open('{bundle.path}', target='{shown}')\"")
+
+
+def _show_savings(terminal: Terminal, saved: Savings) -> None:
+    columns = [
+        ("slots", *saved.slots, "{:,}"),
+        ("parameters", *saved.parameters, "{:,}"),
+        ("state of a lane, bytes", *saved.state_bytes, "{:,}"),
+        ("FLOPs of a step", *saved.flops, "{:,.0f}"),
+    ]
+    if saved.step_us is not None:
+        columns.append((f"us of a step, {saved.target}", *saved.step_us, "{:,.0f}"))
+    lines = [[what, f.format(old), f.format(new), f"{1 - new / old:.0%}"] for what, old, new, f in columns]
+    terminal.table(("compact", "before", "after", "saved"), lines)
+    terminal.say()
+
+
+def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
+    found = bundle.manifest.to_json()["artifacts"]
+    rows = [parity_row(item, artifact.nbytes) for item, artifact in zip(found, bundle.manifest.artifacts, strict=True)]
+    terminal.table(PARITY_COLUMNS, rows)
+    for artifact in bundle.manifest.artifacts:
+        if artifact.parity["status"] == "not_run":
+            checked = "the engine's inputs, outputs and states were checked against the model's"
+            terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
+            terminal.say(f"Instead, {checked}; {'; '.join(artifact.notes)}.")
+            terminal.say(
+                "On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}"
+            )
+    for artifact in bundle.manifest.artifacts:
+        for line in low_precision_lines(artifact):
+            terminal.say(line)
+
+
+def _measure_savings(terminal: Terminal, planned: Plan, bundle: Bundle) -> Savings:
+    from nsm.export.savings import measure_savings
+
+    with terminal.stage("Measuring what was saved"):
+        return measure_savings(planned, bundle)
+
+
+def require_torch() -> None:
+    """Raise `MissingDependencyError` where what exporting needs is not installed."""
+    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            'Install with: pip install "nsm-toolkit[export]". '
+            "(For a bundle that exists already, nsm build makes further targets without torch.)"
+        )

@@ -1,0 +1,244 @@
+"""What keeps low precision honest: products put back to float, the speed against fp32, and nothing left behind."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+
+from nsm.bundle import PARITY, Artifact, Bundle
+from nsm.errors import ParityError, SlowerError, UnsupportedError
+from nsm.export import guard
+from nsm.export.adding import add_target
+from nsm.export.build import check_artifact
+from nsm.export.guard import Limits, Maker
+from nsm.export.pipeline import ExportOptions, export
+from nsm.quantization.policy import find_policy
+from nsm.runtimes import onnxruntime
+from nsm.runtimes.bench import Latency, Steppable
+from nsm.runtimes.report import ParityReport
+from nsm.runtimes.targets import find_target
+from nsm.trace import Array, Trace
+from tests.export.helpers import ROUGH, invoke, names, refused, succeeded, the_json
+
+OTHERS = ["layers.0.projection/MatMul", "layers.0.feed_forward.0/MatMul"]
+pytestmark = pytest.mark.usefixtures("few_steps")
+
+
+@pytest.fixture
+def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
+    """Let fp32 and low precision take so many microseconds."""
+
+    def with_times(before: float, after: float) -> None:
+        def fake(sessions: Sequence[Steppable], steps: int, tokens: Array) -> list[Latency]:
+            assert (len(sessions), steps) == (2, 10)
+            assert tokens.shape[1:] == (2, 8)
+            found = [Latency(t, t, t, t, 1.0, (t, t, 2 * t)) for t in (before, after)]
+            return [replace(latency, decode=replace(latency, rounds_us=(3.0, 3.0))) for latency in found]
+
+        monkeypatch.setattr(guard, "bench", fake)
+
+    return with_times
+
+
+@pytest.fixture
+def checks(monkeypatch: pytest.MonkeyPatch) -> list[Artifact]:
+    """The artifacts that were compared."""
+    seen: list[Artifact] = []
+
+    def counted(bundle: Bundle, artifact: Artifact, *more: Any) -> tuple[Artifact, ParityReport | None]:
+        seen.append(artifact)
+        return check_artifact(bundle, artifact, *more)
+
+    monkeypatch.setattr(guard, "check_artifact", counted)
+    return seen
+
+
+def operators(path: Path, product: str) -> set[str]:
+    """Types of the nodes that a product of a graph has become."""
+    graph = onnx.load(str(path), load_external_data=False).graph
+    return {node.op_type for node in graph.node if node.name.startswith(product)}
+
+
+# -- products put back -----------------------------------------------------------------------------------------------
+
+
+def test_the_product_that_cannot_be_rounded_is_put_back_and_no_other(rough_copy: Path) -> None:
+    artifact = add_target(rough_copy, "ort", precision="int8", limits=Limits(0.4, allow_slower=True))
+    assert artifact.parity["status"] == "passed"
+    facts = artifact.quantization
+    assert sorted(facts["low"]) == sorted(OTHERS)
+    assert facts["float"][ROUGH].startswith("alone it makes the stream drift by 0.")
+    assert not [name for name in OTHERS if name in facts["float"]]
+    for entry in ("step", "decode"):
+        graph = rough_copy / "onnxruntime" / f"{entry}.onnx"
+        assert "MatMulInteger" not in operators(graph, ROUGH)
+        assert all("MatMulInteger" in operators(graph, name) for name in OTHERS)
+    bundle = Bundle(rough_copy)
+    bundle.verify()
+    assert bundle.artifact("onnxruntime") == artifact
+
+
+@pytest.mark.parametrize("share", [0.25, 0.0])
+def test_no_more_is_put_back_than_is_allowed_and_the_culprit_is_named(
+    rough_copy: Path, checks: list[Artifact], share: float
+) -> None:
+    """It is more than a quarter of the weights."""
+    before = (rough_copy / "manifest.json").read_bytes()
+    with pytest.raises(ParityError, match=r"Parity failed on onnxruntime int8: .* the budget"):
+        add_target(rough_copy, "ort", precision="int8", limits=Limits(share))
+    assert len(checks) == 4, "once as a whole, and each of the three alone"
+    assert (rough_copy / "manifest.json").read_bytes() == before
+    failed = Bundle(rough_copy.with_name("rough.nsm.failed"))
+    failed.verify()
+    artifact = failed.artifact("onnxruntime")
+    assert artifact.parity["status"] == "failed"
+    (note,) = (note for note in artifact.notes if "over budget" in note)
+    assert note.startswith(f"over budget; most of the drift comes from {ROUGH} (")
+    assert sorted(artifact.quantization["low"]) == sorted([ROUGH, *OTHERS])
+    assert all(
+        "MatMulInteger" in operators(failed.path / "onnxruntime" / "step.onnx", name) for name in (ROUGH, *OTHERS)
+    )
+    assert not [name for name in names(failed.path) if name.startswith(".")]
+    assert json.loads((failed.path / PARITY).read_text())["passed"] is False
+
+
+def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
+    build = ("build", rough_copy, "-t", "ort", "-p", "int8", "--allow-slower")
+    refused(invoke(*build, "--max-float-share", "0.25"), 5, "Parity failed on onnxruntime int8")
+    (artifact,) = the_json(invoke(*build, "--json"))["artifacts"]
+    assert ROUGH in artifact["quantization"]["float"]
+
+
+def test_a_drift_that_is_not_a_number_is_the_largest(rough: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = Bundle(rough)
+    policy = find_policy("onnxruntime", "int8")
+    assert policy is not None
+    maker = Maker(bundle, find_target("onnxruntime"), None, "int8", policy, None)
+    assert maker.lowered is not None
+    keys = [product.key for product in maker.lowered.low]
+    drifts = iter([0.1, float("nan"), 0.2])
+
+    class Report:
+        def __init__(self) -> None:
+            self.free_run_mean = next(drifts)
+
+    monkeypatch.setattr(Maker, "build", lambda *_: bundle.artifact("onnxruntime"))
+    monkeypatch.setattr(guard, "check_artifact", lambda *_: (None, Report()))
+    assert maker._by_drift(bundle.trace()) == [(keys[1], np.inf), (keys[2], 0.2), (keys[0], 0.1)]
+
+
+# -- what float does not mend ----------------------------------------------------------------------------------------
+
+
+def test_a_backend_that_computes_in_another_precision_fails_without_a_search(
+    rough_copy: Path, checks: list[Artifact], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnxruntime, "_OPERATORS", {})
+    with pytest.raises(ParityError, match="the backend computes in fp32 instead of int8"):
+        add_target(rough_copy, "ort", precision="int8", limits=Limits(1.0))
+    assert len(checks) == 1
+
+
+def test_a_model_without_large_matrices_is_unsupported(
+    checkpoint: Path, bundle_copy: Path, tmp_path: Path, ready_graph: Callable[[float], None]
+) -> None:
+    before = sorted(names(tmp_path))
+    message = r"no product with constant weights that is large enough to gain from low precision\. Keep fp32"
+    with pytest.raises(UnsupportedError, match=message):
+        add_target(bundle_copy, "ort", precision="int8")
+    options = ExportOptions(
+        ["openvino"], precision="int8", output=tmp_path / "m.nsm", batch=2, num_samples=1, golden_steps=2
+    )
+    with pytest.raises(UnsupportedError, match=message):
+        export(checkpoint, options)
+    assert names(tmp_path) == before
+
+
+def test_what_cannot_run_here_is_neither_ranked_nor_measured(
+    rough_copy: Path, checks: list[Artifact], no_gpu: None
+) -> None:
+    artifact = add_target(rough_copy, "trt", "sm86", precision="int8-weights")
+    assert artifact.parity["status"] == "not_run"
+    assert len(checks) == 1
+    assert set(artifact.quantization) == {"form", "low", "float"}
+    assert set(artifact.quantization["low"]) == {ROUGH, *OTHERS}
+
+
+# -- speed -----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(
+    int8_copy: Path, tmp_path: Path, times: Callable[[float, float], None]
+) -> None:
+    times(100.0, 125.0)
+    before = (int8_copy / "manifest.json").read_bytes()
+    message = (
+        r"onnxruntime in int8 is not faster here than in fp32: 0\.80x as fast \[0\.80, 0\.80\]\. Keep fp32.*--allow"
+    )
+    with pytest.raises(SlowerError, match=message):
+        add_target(int8_copy, "ort", precision="int8")
+    assert (int8_copy / "manifest.json").read_bytes() == before
+    Bundle(int8_copy).verify()
+    assert names(tmp_path) == ["int8.nsm"]
+    refused(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--json"), 7, "not faster here than in fp32")
+    assert names(tmp_path) == ["int8.nsm"]
+
+
+def test_an_export_that_is_slower_ends_with_7_and_leaves_nothing(
+    wide: Path, tmp_path: Path, times: Callable[[float, float], None], ready_wide: None
+) -> None:
+    times(100.0, 101.0)
+    sizes = ("--batch", "2", "--num-samples", "1", "--golden-steps", "4")
+    arguments = ("export", wide, "-t", "ort", "-p", "int8", *sizes, "-o", tmp_path / "m.nsm")
+    refused(invoke(*arguments), 7, "0.99x as fast")
+    assert names(tmp_path) == []
+    (artifact,) = the_json(invoke(*arguments, "--allow-slower", "--json"))["artifacts"]
+    assert artifact["quantization"]["speed"]["step"]["median"] == pytest.approx(100 / 101)
+
+
+def test_slower_is_kept_where_that_is_allowed(int8_copy: Path, times: Callable[[float, float], None]) -> None:
+    times(100.0, 400.0)
+    text = succeeded(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--allow-slower"))
+    assert "Added to" in text
+    speed = Bundle(int8_copy).artifact("onnxruntime").quantization["speed"]
+    assert speed == {
+        "step": {"median": 0.25, "low": 0.25, "high": 0.25},
+        "decode": {"median": 1.0, "low": 1.0, "high": 1.0},
+    }
+
+
+def test_faster_needs_no_leave(int8_copy: Path, times: Callable[[float, float], None]) -> None:
+    times(200.0, 100.0)
+    artifact = add_target(int8_copy, "ort", precision="int8")
+    assert artifact.quantization["speed"]["step"]["median"] == 2.0
+
+
+def test_the_speed_is_of_real_tokens_on_every_lane() -> None:
+    tokens = np.arange(3 * 5 * 8).reshape(3, 5, 8)
+    empty = np.empty(0, np.int64)
+    trace = Trace({"tokens": tokens}, {}, empty, empty, {}, {}, "", "recorded", 0.0)
+    calls = guard._calls(trace, 4)
+    assert calls.shape == (5, 4, 8)
+    for lane, stream in enumerate([0, 1, 2, 0]):
+        np.testing.assert_array_equal(calls[:, lane], tokens[stream])
+
+
+@pytest.mark.parametrize("place", ["bench", "check_artifact", "build_target"])
+def test_a_crash_leaves_nothing_behind(
+    int8_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def crash(*_args: Any, **_options: Any) -> None:
+        raise RuntimeError("a crash in the middle")
+
+    monkeypatch.setattr(guard, place, crash)
+    with pytest.raises(RuntimeError, match="a crash"):
+        add_target(int8_copy, "ov", precision="int8")
+    assert names(tmp_path) == ["int8.nsm"]
+    Bundle(int8_copy).verify()
