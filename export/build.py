@@ -20,6 +20,9 @@ from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Trace
 
+CULPRITS = "most of the drift comes from"
+"""How the note begins that names the products at fault, of an artifact in low precision that failed."""
+
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
 """What `--precision` knows; `nsm.quantization.policy` says which target is built in which."""
 
@@ -164,7 +167,10 @@ def summary(report: ParityReport) -> dict[str, Any]:
 def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_parity: bool) -> None:
     """Raise `ParityError` if a comparison failed, or was not made although it was required."""
     for report in reports:
-        report.require()
+        if not report.passed:
+            culprits = [note for item in artifacts if item.target == report.target for note in item.notes]
+            culprits = [note for note in culprits if note.startswith(CULPRITS)]
+            raise ParityError(" ".join([report.verdict(), *(f"{note[0].upper()}{note[1:]}." for note in culprits)]))
     missing = [item for item in artifacts if item.parity["status"] == "not_run"]
     if require_parity and missing:
         raise ParityError(

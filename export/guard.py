@@ -16,7 +16,7 @@ import numpy as np
 
 from nsm.bundle import GRAPHS, Artifact, Bundle
 from nsm.errors import InputError, SlowerError
-from nsm.export.build import build_target, check_artifact
+from nsm.export.build import CULPRITS, build_target, check_artifact
 from nsm.quantization.policy import Policy, find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.bench import Latency, bench, paired_ratio
@@ -193,7 +193,7 @@ class Maker:
         assert self.lowered is not None
         names = {product.key: product.node for product in self.lowered.low}
         worst = ", ".join(f"{names[key]} ({drift:.2g})" for key, drift in ranked[:3])
-        return f"over budget; most of the drift comes from {worst}"
+        return f"{CULPRITS} {worst}"
 
     def _notes(self, artifact: Artifact) -> tuple[str, ...]:
         return (*artifact.notes, self.policy.note) if self.policy.note else artifact.notes

@@ -130,7 +130,13 @@ class ParityReport:
     def require(self) -> None:
         """Raise `ParityError` unless the comparison passed."""
         if not self.passed:
-            raise ParityError(f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + ".")
+            raise ParityError(self.verdict())
+
+    def verdict(self) -> str:
+        """One sentence."""
+        if self.passed:
+            return f"Parity passed on {self.target} {self.precision}."
+        return f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + "."
 
     def to_json(self) -> dict[str, Any]:
         """The report under the keys that other tools rely on; numbers that are not finite become null."""
