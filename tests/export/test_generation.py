@@ -19,7 +19,7 @@ from tests.runtimes.fake import FakeRuntime, fake_initial, fake_spec
 
 LONG = 5 * CHUNK + 3
 # Shorter than a chunk, a chunk, several of them, and letters of several bytes.
-PROMPTS = ("a", "ROMEO: I", "The quick brown fox jumps over", "Zürich, 東京")
+PROMPTS = ("a", "ROMEO: I", "It was a dark and stormy night;", "Zürich, 東京")
 
 
 def written(bundle: Path, prompt: str, *options: str) -> dict[str, Any]:
