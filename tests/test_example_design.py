@@ -36,6 +36,7 @@ def design(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
         sys.modules.pop(name, None)
 
 
+@pytest.mark.slow
 def test_every_choice_makes_a_model(design: ModuleType) -> None:
     sizes = {
         name: sum(p.numel() for p in design.build(changes).parameters()) for name, changes in design.CHOICES.items()

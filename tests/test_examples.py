@@ -56,6 +56,7 @@ def test_the_readme_shows_the_plain_example_as_it_is() -> None:
     assert f"```python\n{body}\n```" in (ROOT / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_calibrating_on_rollouts_is_compared_with_random_states(tmp_path: Path) -> None:
     model = str(ROOT / "tests" / "data" / "recall.pt")
     shown = _run(tmp_path, str(EXAMPLES / "calibration.py"), model, "--steps", "12")
@@ -71,6 +72,7 @@ def test_the_compared_model_is_saved_with_sequences(tmp_path: Path) -> None:
     _run(tmp_path, "-m", "nsm.export", "compared.pt", "-t", "openvino", "-p", "int8", "--dry-run")
 
 
+@pytest.mark.slow
 def test_openvinos_own_cache_gives_the_same_answers(tmp_path: Path) -> None:
     # The script compares outputs before it measures.
     shown = _run(tmp_path, str(EXAMPLES / "stateful_cache.py"), "--contexts", "512", "--rounds", "1")

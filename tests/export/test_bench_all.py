@@ -278,6 +278,7 @@ def test_a_model_is_built_and_measured_for_real(checkpoint: Path) -> None:
     assert [item["status"] for item in rows[1:]] == ["not supported"] * 4, "its matrices are too small to quantise"
 
 
+@pytest.mark.slow
 def test_every_precision_of_a_target_is_measured_for_real(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "SPEED_STEPS", 10)
     monkeypatch.setattr(pipeline, "_GOLDEN_STEPS", 8)

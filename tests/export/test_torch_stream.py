@@ -69,6 +69,7 @@ def test_threads_are_put_back(count: int | None, used: int) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")
 def test_the_compiled_model_answers_the_same(exported: Path, model: SimpleNSM) -> None:
     bundle = Bundle(exported)
