@@ -7,6 +7,7 @@ faster than fp32: then there is no reason to have it, and the export says so.
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from nsm.bundle import GRAPHS, Artifact, Bundle
-from nsm.errors import InputError, SlowerError
+from nsm.errors import InputError, MissingDependencyError, SlowerError
 from nsm.export.build import CULPRITS, build_target, check_artifact
 from nsm.quantization.policy import Policy, find_policy
 from nsm.quantization.recipe import Calibration
@@ -69,6 +70,7 @@ def build_checked(
     Raises:
         BuildError: the converter or builder failed.
         UnsupportedError: there is nothing to compute in low precision.
+        MissingDependencyError: onnx is not installed.
         SlowerError: it is not faster than the same target in fp32.
     """
     policy = find_policy(target.name, precision)
@@ -108,6 +110,11 @@ class Maker:
         self.precision, self.policy, self.calibration = precision, policy, calibration
         self.lowered = None
         if policy.form != "float":
+            if importlib.util.find_spec("onnx") is None:
+                raise MissingDependencyError(
+                    f"{precision} rewrites the bundle's graphs, which needs the package onnx; it is not installed. "
+                    'Install it with: pip install "nsm-toolkit[quantize]"'
+                )
             from nsm.export.low_precision import products_of_step
 
             self.lowered = products_of_step(bundle.path, policy)

@@ -298,6 +298,6 @@ def _calibration(checkpoint: Checkpoint, options: ExportOptions) -> list[Array]:
             f"int8 activations are calibrated on real sequences of at least one call, {length} tokens, others than "
             f"those that judge the result; {where} that judge. Give more with --data, save some with "
             "nsm.save(model, path, samples=...), lower --num-samples, or take --precision int8-weights, which needs "
-            "none. Made-up ones are not offered: their ranges look right for one step, and the stream drifts."
+            "none. Made-up ones are not offered: their ranges may be far from those of your streams."
         )
     return found

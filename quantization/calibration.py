@@ -2,7 +2,8 @@
 
 The fp32 graph is rolled over the user's sequences. At calls spread over the age of the streams, from the first after a
 reset on, the inputs of every product are looked at, on the state that the stream has then. Random states are not
-offered: their ranges look right for one step, and the stream drifts.
+offered: where a state enters a product as it is, their ranges are far off. (Where it is normalised first, as in the
+NSM, they make no difference; examples/calibration.py measures it.)
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
         ("openvino", "bf16"): Policy("float"),
         ("onnxruntime", "int8"): Policy(
             "dynamic",
-            note="one activation scale for all lanes and tokens of a call: lanes agree within the budget only",
+            note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
         ),
         ("onnxruntime", "int8-weights"): Policy("blocked", note="uses the operator MatMulNBits of ONNX Runtime"),
         ("tensorrt", "int8"): Policy("static"),

@@ -176,6 +176,11 @@ def test_int8_is_built_from_the_calibration_of_the_bundle(int8_copy: Path) -> No
     assert (int8_copy / CALIBRATION).is_file()
 
 
+def test_without_onnx_the_extra_is_named(bundle_copy: Path, hide: Callable[..., None]) -> None:
+    hide("onnx")
+    refused(invoke("build", bundle_copy, "-t", "ov", "-p", "int8-weights"), 3, 'pip install "nsm-toolkit[quantize]"')
+
+
 def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) -> None:
     before = (bundle_copy / MANIFEST).read_bytes()
     build = ("build", bundle_copy, "-p", "int8", "-t")
