@@ -30,7 +30,6 @@ from nsm.export.bench_command import (
 )
 from nsm.export.build import PRECISIONS
 from nsm.export.console import Terminal, number, size
-from nsm.models.checkpoint import load_checkpoint
 from nsm.runtimes.bench import bench
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import TARGETS, find_target
@@ -122,9 +121,9 @@ def bench_all(model: Path, targets: Sequence[str], steps: int, threads: int | No
             f"--all takes a checkpoint, a .pt written by nsm.save; {model} is a folder. For a bundle: nsm bench {model}"
         )
     terminal = Terminal(quiet=as_json)
-    if not load_checkpoint(model).golden:
+    if not pipeline.open_source(model).golden:
         terminal.remark(
-            "The checkpoint holds no sequences, so errors are those on made-up tokens (synthetic). "
+            "The model came without sequences, so errors are those on made-up tokens (synthetic). "
             "Give real ones with nsm.save(model, path, samples=...).",
             "yellow",
         )

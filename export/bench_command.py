@@ -294,16 +294,16 @@ def _open_pytorch(
     terminal: Terminal,
     stack: ExitStack,
 ) -> Entrant:
-    from nsm.export import torch_stream
+    from nsm.export import torch_runtime
 
     with terminal.stage("Compiling with torch" if kind == "compile" else "Loading into torch"):
-        reference = torch_stream.load_matching(model, bundle)
-        stack.enter_context(torch_stream.torch_threads(threads))
-        spec = bundle.manifest.spec
+        reference = torch_runtime.load_matching(model, bundle)
+        stack.enter_context(torch_runtime.torch_threads(threads))
+        spec, identity = bundle.manifest.spec, bundle.manifest.fingerprint
         stream = (
-            torch_stream.compiled_stream(reference, spec, tokens)
+            torch_runtime.compiled_session(reference, spec, identity, tokens)
             if kind == "compile"
-            else torch_stream.TorchStream(reference, spec)
+            else torch_runtime.model_session(reference, spec, identity)
         )
     return Entrant(kind, kind, "fp32", "fp32", stream)
 

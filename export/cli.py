@@ -226,9 +226,6 @@ def bench(
                 "--all compares each precision with the target's fp32; --against and --model belong to measuring a "
                 "bundle. Give one or the other."
             )
-        from nsm.export.export_command import require_torch
-
-        require_torch()
         from nsm.export import bench_all
 
         bench_all.bench_all(bundle, targets, steps, threads, as_json)

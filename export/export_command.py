@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsm.bundle import FAILED_SUFFIX, Bundle
-from nsm.errors import MissingDependencyError, ParityError
+from nsm.errors import ParityError
+from nsm.export import pipeline
 from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
 
 if TYPE_CHECKING:
@@ -21,19 +21,18 @@ if TYPE_CHECKING:
 
 def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -> None:
     """Export MODEL; see `nsm-export --help`. The options are those of `ExportOptions`."""
-    require_torch()
-    from nsm.export import pipeline
-
     terminal = Terminal(quiet=as_json)
     planned = pipeline.plan(model, pipeline.ExportOptions(**options))
-    if planned.source == "synthetic":
+    for remark in planned.source.remarks:
+        terminal.remark(remark)
+    if planned.origin == "synthetic":
         terminal.remark(
-            "The checkpoint holds no sequences, so parity is checked on made-up tokens (synthetic). "
+            "The model came without sequences, so parity is checked on made-up tokens (synthetic). "
             "Give real ones with --data, or with nsm.save(model, path, samples=...).",
             "yellow",
         )
     if dry_run:
-        facts = {"output": str(planned.output), "source": planned.source, "streams": len(planned.sequences)}
+        facts = {"output": str(planned.output), "source": planned.origin, "streams": len(planned.sequences)}
         if as_json:
             click.echo(json.dumps({"dry_run": True, "bundle": None, "artifacts": [], **facts}))
         terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
@@ -47,7 +46,7 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
             click.echo(json.dumps({"bundle": None, "kept_as": str(kept.path), "artifacts": found}))
         raise
     artifacts = bundle.manifest.to_json()["artifacts"]
-    saved = _measure_savings(terminal, planned, bundle) if planned.compacted is not None else None
+    saved = _measure_savings(terminal, planned, bundle) if planned.larger is not None else None
     if as_json:
         found = {} if saved is None else {"compact": asdict(saved)}
         click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts, **found}))
@@ -100,14 +99,3 @@ def _measure_savings(terminal: Terminal, planned: Plan, bundle: Bundle) -> Savin
 
     with terminal.stage("Measuring what was saved"):
         return measure_savings(planned, bundle)
-
-
-def require_torch() -> None:
-    """Raise `MissingDependencyError` where what exporting needs is not installed."""
-    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
-    if missing:
-        raise MissingDependencyError(
-            f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            'Install with: pip install "nsm-toolkit[export]". '
-            "(For a bundle that exists already, nsm build makes further targets without torch.)"
-        )

@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from nsm.bundle import STATE_INIT
 from nsm.errors import BuildError
 from nsm.export.passes import optimise
+from nsm.export.source import OPSET
 from nsm.export.weights import save_shared
 from nsm.models.step import State, StepModel
 from nsm.spec import VALID, EntrySpec, StepSpec
 from nsm.trace import Arrays
 
-OPSET = 20
 WEIGHTS = "weights.bin"
 STATES_KEY = "nsm.states"
 _SCOPES = "pkg.torch.onnx.name_scopes"

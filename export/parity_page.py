@@ -208,8 +208,9 @@ def _stream_chart(report: ParityReport) -> str:
         Line("p50 over streams", steps, curves.free_run_p50, "one"),
         Line("p99 over streams", steps, curves.free_run_p99, "two"),
         Line("budget (p99)", ends, np.full(2, report.budget.free_run_p99), "budget"),
-        Line("rounding of fp32 itself", ends, np.full(2, report.reference_floor), "floor"),
     ]
+    if report.reference_floor is not None:
+        lines.append(Line("rounding of fp32 itself", ends, np.full(2, report.reference_floor), "floor"))
     if report.drift is not None:
         fitted = steps[report.steps // 4 :]
         level = float(np.median(curves.free_run_p50[report.steps // 2 :]))

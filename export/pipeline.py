@@ -1,9 +1,10 @@
-"""The main path: a checkpoint becomes a verified bundle. This is the one place where torch and the backends meet."""
+"""The main path: a model becomes a verified bundle."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -14,17 +15,12 @@ from typing import Any, Protocol
 import numpy as np
 
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, check_output, staged, write_manifest
-from nsm.compaction import compact
-from nsm.errors import InputError, UnsupportedError
+from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.export.build import build_target, check_request, require_all, write_parity
 from nsm.export.guard import Limits, build_checked
-from nsm.export.onnx import OPSET, export_onnx, initial_arrays
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
-from nsm.models.adaptive import AdaptiveNSM
-from nsm.models.checkpoint import Checkpoint, fingerprint, load_checkpoint
-from nsm.models.hybrid import HybridModel
-from nsm.models.simple import SimpleNSM
+from nsm.export.source import OPSET, Source
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -32,7 +28,7 @@ from nsm.runtimes.parity import Progress
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
 from nsm.spec import StepSpec
-from nsm.trace import Array, Source
+from nsm.trace import Array, Origin
 
 _PACKAGES = (
     "torch",
@@ -106,16 +102,30 @@ class _Silent:
 class Plan:
     """An export with everything checked that can be checked without work.
 
-    `sequences` judge; `calibration` are others, for int8 that needs them. `compacted` is what `--compact` made.
+    `sequences` judge; `calibration` are others, for int8 that needs them. `origin` says whether the former are real.
+    `larger` is what `source` was before `--compact`.
     """
 
     options: ExportOptions
-    checkpoint: Checkpoint
-    sequences: list[Array]
     source: Source
+    sequences: list[Array]
+    origin: Origin
     output: Path
     calibration: list[Array]
-    compacted: Checkpoint | None = None
+    larger: Source | None = None
+
+
+def open_source(model: Path) -> Source:
+    """The model in a file.
+
+    Raises:
+        CheckpointError: it is none that can be used.
+    """
+    require_torch()
+    from nsm.export.torch_source import TorchSource
+    from nsm.models.checkpoint import load_checkpoint
+
+    return TorchSource(load_checkpoint(model))
 
 
 def plan(model: Path, options: ExportOptions) -> Plan:
@@ -130,31 +140,33 @@ def plan(model: Path, options: ExportOptions) -> Plan:
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
     Limits(options.max_float_share)  # refuses what is no share
-    checkpoint = load_checkpoint(model)
-    checkpoint.model.spec(options.batch, options.chunk, options.debug_outputs)
+    source = open_source(model)
+    source.spec(options.batch, options.chunk, options.debug_outputs)
     policies = [find_policy(target.name, options.precision) for target in targets]
     static = any(policy is not None and policy.form == "static" for policy in policies)
-    sequences, source = _sequences(checkpoint, options, static)
-    checked_sequences(checkpoint.model, sequences)
-    calibration = _calibration(checkpoint, options) if static else []
+    sequences, origin = _sequences(source, options, static)
+    checked_sequences(source, sequences)
+    calibration = _calibration(source, options) if static else []
     output = options.output or Path(f"{model.stem}.nsm")
     check_output(output, options.force)
-    compacted = compacted_checkpoint(checkpoint, sequences if source == "recorded" else []) if options.compact else None
-    return Plan(options, checkpoint, sequences, source, output, calibration, compacted)
+    if not options.compact:
+        return Plan(options, source, sequences, origin, output, calibration)
+    smaller = compacted(source, sequences if origin == "recorded" else [])
+    return Plan(options, smaller, sequences, origin, output, calibration, source)
 
 
-def compacted_checkpoint(checkpoint: Checkpoint, sequences: list[Array]) -> Checkpoint:
-    """The checkpoint with the slots removed that neither these sequences nor its own for calibration ever use.
+def compacted(source: Source, sequences: list[Array]) -> Source:
+    """The model without the slots that neither these sequences nor its own for calibration ever use.
 
     Raises:
         UnsupportedError: a model without banks.
         ConfigError, InputError: as `nsm.compaction.compact`.
     """
-    model = checkpoint.model
-    if not isinstance(model, SimpleNSM | AdaptiveNSM | HybridModel):
-        raise UnsupportedError(f"--compact removes slots of a bank; a {type(model).__name__} has none.")
-    smaller = compact(model, [*checkpoint.calibration, *sequences])
-    return replace(checkpoint, model=smaller, fingerprint=fingerprint(smaller))
+    from nsm.export.torch_source import TorchSource
+
+    if not isinstance(source, TorchSource):
+        raise UnsupportedError(f"--compact removes slots of a bank; a model of the kind {source.kind} has none.")
+    return source.compacted(sequences)
 
 
 def export(model: Path, options: ExportOptions, stages: Stages | None = None) -> Bundle:
@@ -169,26 +181,25 @@ def export(model: Path, options: ExportOptions, stages: Stages | None = None) ->
 
 def run(planned: Plan, stages: Stages) -> Bundle:
     """Carry out a plan."""
-    options, checkpoint = planned.options, planned.compacted or planned.checkpoint
-    reference = checkpoint.model
-    spec = reference.spec(options.batch, options.chunk, options.debug_outputs)
+    options, source = planned.options, planned.source
+    spec = source.spec(options.batch, options.chunk, options.debug_outputs)
     targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
     with staged(planned.output, options.force) as stage:
         with stages.stage("Recording the reference") as progress:
             trace = record(
-                reference,
+                source,
                 planned.sequences,
                 options.steps,
                 options.chunk,
-                planned.source,
+                planned.origin,
                 progress,
                 options.debug_outputs,
             )
             trace.save(stage / GOLDEN)
         with stages.stage("Exporting ONNX"):
             (stage / GRAPHS).mkdir()
-            export_onnx(reference, spec, stage / GRAPHS, options.opset)
-            initial: dict[str, Any] = dict(initial_arrays(reference, options.batch))
+            source.write_graphs(spec, stage / GRAPHS, options.opset)
+            initial: dict[str, Any] = dict(source.initial_arrays(options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)
         manifest = _manifest(planned, spec, [])
         write_manifest(stage, manifest)
@@ -234,22 +245,28 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
 
 
 def _manifest(planned: Plan, spec: StepSpec, artifacts: list[Artifact]) -> Manifest:
-    checkpoint = planned.compacted or planned.checkpoint
-    model = checkpoint.model
+    source = planned.source
     return Manifest(
         spec=spec,
-        fingerprint=checkpoint.fingerprint,
-        model={
-            "class": type(model).__name__,
-            "config": model.config,
-            "parameters": sum(p.numel() for p in model.parameters()),
-        },
+        fingerprint=source.fingerprint,
+        model={"class": source.kind, "config": source.config, "parameters": source.parameters},
         artifacts=tuple(artifacts),
         files=(),
         versions=versions(),
         command=planned.options.command,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     )
+
+
+def require_torch() -> None:
+    """Raise `MissingDependencyError` where what exporting a checkpoint needs is not installed."""
+    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise MissingDependencyError(
+            f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
+            'Install with: pip install "nsm-toolkit[export]". '
+            "(For a bundle that exists already, nsm build makes further targets without torch.)"
+        )
 
 
 def versions() -> dict[str, str]:
@@ -263,19 +280,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sequences(checkpoint: Checkpoint, options: ExportOptions, static: bool) -> tuple[list[Array], Source]:
+def _sequences(source: Source, options: ExportOptions, static: bool) -> tuple[list[Array], Origin]:
     """Sequences that judge; with `static` a text is cut in two, and they are of its first half."""
     if options.data is not None:
         parts = 2 * options.num_samples if static else options.num_samples
         return read_sequences(options.data, parts)[: options.num_samples], "recorded"
-    if checkpoint.golden:
-        return checkpoint.golden[: options.num_samples], "recorded"
-    length = options.steps * (options.chunk or checkpoint.model.chunk_size)
-    return synthetic(checkpoint.model, options.num_samples, length), "synthetic"
+    if source.golden:
+        return source.golden[: options.num_samples], "recorded"
+    length = options.steps * (options.chunk or source.chunk_size)
+    return synthetic(source, options.num_samples, length), "synthetic"
 
 
-def _calibration(checkpoint: Checkpoint, options: ExportOptions) -> list[Array]:
-    """Sequences to calibrate on: those in the checkpoint, or those of `--data` that do not judge.
+def _calibration(source: Source, options: ExportOptions) -> list[Array]:
+    """Sequences to calibrate on: those that came with the model, or those of `--data` that do not judge.
 
     Raises:
         InputError: there are none that are long enough, or the model does not take them.
@@ -283,10 +300,10 @@ def _calibration(checkpoint: Checkpoint, options: ExportOptions) -> list[Array]:
     if options.data is not None:
         count = 2 * options.num_samples if options.data.suffix.lower() == ".txt" else None
         # All are checked, so that a message counts as the file does.
-        found = checked_sequences(checkpoint.model, read_sequences(options.data, count))[options.num_samples :]
+        found = checked_sequences(source, read_sequences(options.data, count))[options.num_samples :]
     else:
-        found = checked_sequences(checkpoint.model, checkpoint.calibration)
-    length = options.chunk or checkpoint.model.chunk_size
+        found = checked_sequences(source, source.calibration)
+    length = options.chunk or source.chunk_size
     found = [sequence for sequence in found if len(sequence) >= length]
     if not found:
         where = (

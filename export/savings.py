@@ -11,10 +11,10 @@ import numpy as np
 from nsm.bundle import GRAPHS, Bundle
 from nsm.compaction import nsm_layers
 from nsm.export.build import Request
-from nsm.export.onnx import export_onnx, initial_arrays
 from nsm.export.pipeline import Plan
 from nsm.export.roofline import calls_of, measure_call, work_of
-from nsm.models.step import StepModel
+from nsm.export.source import Source
+from nsm.export.torch_source import TorchSource
 from nsm.models.stream import StreamModel
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.session import Session
@@ -44,44 +44,44 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
 
     The larger model is exported again; where an artifact of the bundle runs here, so is the larger one's, in turn.
     """
-    assert planned.compacted is not None
-    models = [planned.checkpoint.model, planned.compacted.model]
-    streams = [model for model in models if isinstance(model, StreamModel)]
+    old, new = planned.larger, planned.source
+    assert isinstance(old, TorchSource)
+    assert isinstance(new, TorchSource)
+    streams = [source.model for source in (old, new) if isinstance(source.model, StreamModel)]
     after = bundle.manifest.spec
     chunk = after.entry("step").inputs[0].shape[1]
-    before = models[0].spec(after.batch, chunk, planned.options.debug_outputs)
+    before = old.spec(after.batch, chunk, planned.options.debug_outputs)
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / GRAPHS).mkdir()
-        export_onnx(models[0], before, directory / GRAPHS, planned.options.opset)
+        old.write_graphs(before, directory / GRAPHS, planned.options.opset)
         flops = [work_of(path / GRAPHS / "step.onnx").flops for path in (directory, bundle.path)]
         artifact = next((item for item in bundle.manifest.artifacts if item.parity["status"] == "passed"), None)
         times = None
         if artifact is not None:
             with (
-                _open(models[0], before, directory, artifact.target) as old,
-                open_bundle(bundle, artifact.target) as new,
+                _open(old, before, directory, artifact.target) as first,
+                open_bundle(bundle, artifact.target) as second,
             ):
-                times = _times(old, new)
+                times = _times(first, second)
     slots = [sum(layer.manager.max_states for layer in nsm_layers(model)) for model in streams]
-    parameters = [sum(p.numel() for p in model.parameters()) for model in models]
     return Savings(
         None if artifact is None else artifact.target,
         (slots[0], slots[1]),
-        (parameters[0], parameters[1]),
+        (old.parameters, new.parameters),
         (before.state_nbytes // before.batch, after.state_nbytes // after.batch),
         (flops[0], flops[1]),
         times,
     )
 
 
-def _open(model: StepModel, spec: StepSpec, directory: Path, name: str) -> Session:
+def _open(source: Source, spec: StepSpec, directory: Path, name: str) -> Session:
     """A session over the graphs in a directory, built for a target there."""
     target = find_target(name)
     target.builder_module().build(Request(directory, directory / target.folder, spec, None))
     files = {entry.name: directory / target.folder / f"{entry.name}{target.suffix}" for entry in spec.entries}
     runtime = target.runtime_module().load(files, spec, target.devices[0], None, "fp32")
-    return Session(runtime, spec, initial_arrays(model, spec.batch), "", target.name)
+    return Session(runtime, spec, source.initial_arrays(spec.batch), "", target.name)
 
 
 def _times(old: Session, new: Session) -> tuple[float, float]:

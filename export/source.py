@@ -10,6 +10,9 @@ from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
+OPSET = 20
+"""ONNX operator set of the graphs, unless another is asked for."""
+
 
 class Source(Protocol):
     """A model in its normal form, whatever it looks like itself.
@@ -26,6 +29,7 @@ class Source(Protocol):
         chunk_size: C; a call of `step` takes a multiple of it.
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
         remarks: what a person should know before the model is used, a sentence each.
+        lanes: the only number of lanes it can be had for; None where any will do.
     """
 
     @property
@@ -46,6 +50,8 @@ class Source(Protocol):
     def calibration(self) -> list[Array]: ...
     @property
     def remarks(self) -> tuple[str, ...]: ...
+    @property
+    def lanes(self) -> int | None: ...
 
     def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
         """The declaration of the entries, for so many lanes and tokens a call of `step`.
@@ -53,6 +59,10 @@ class Source(Protocol):
         Raises:
             InputError, UnsupportedError: the model cannot be had in that form.
         """
+        ...
+
+    def check_sequence(self, sequence: Array) -> None:
+        """Raise `InputError` for a sequence [T, *token] of the right dtype that the model still does not take."""
         ...
 
     def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:

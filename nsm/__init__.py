@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nsm.attention import HybridAttention as HybridAttention
     from nsm.compaction import compact as compact
+    from nsm.export.torch_runtime import reference as reference
     from nsm.layer import NSMLayer as NSMLayer
     from nsm.manager import StateManager as StateManager
     from nsm.models.adaptive import AdaptiveNSM as AdaptiveNSM
@@ -48,6 +49,7 @@ _NAMES: dict[str, tuple[str, str, str]] = {
     "from_preset": ("nsm.models.presets", "from_preset", "torch"),
     "load": ("nsm.models.checkpoint", "load", "torch"),
     "open": ("nsm.runtimes.opening", "open_bundle", ""),
+    "reference": ("nsm.export.torch_runtime", "reference", "torch"),
     "save": ("nsm.models.checkpoint", "save", "torch"),
 }
 
@@ -66,6 +68,7 @@ __all__ = [
     "from_preset",
     "load",
     "open",
+    "reference",
     "save",
 ]
 

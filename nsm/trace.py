@@ -15,7 +15,7 @@ from nsm.errors import BundleDamagedError
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
-Source = Literal["recorded", "synthetic"]
+Origin = Literal["recorded", "synthetic"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Trace:
         fingerprint: of the model that was recorded.
         source: whether the sequences are real ("recorded") or made up ("synthetic").
         floor: what the reference's own fp32 rounding does to it: the largest free-run error of its outputs
-            against the same model in fp64.
+            against the same model in fp64; None where it cannot be had in fp64.
     """
 
     inputs: Mapping[str, Array]
@@ -42,8 +42,8 @@ class Trace:
     before: Mapping[str, Array]
     after: Mapping[str, Array]
     fingerprint: str
-    source: Source
-    floor: float
+    source: Origin
+    floor: float | None
 
     @property
     def streams(self) -> int:
@@ -103,7 +103,7 @@ class Trace:
                 sampled=arrays["sampled"],
                 fingerprint=meta["fingerprint"],
                 source=meta["source"],
-                floor=float(meta["floor"]),
+                floor=None if meta["floor"] is None else float(meta["floor"]),
                 **groups,
             )
         except (KeyError, ValueError, TypeError) as error:

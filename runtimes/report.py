@@ -118,7 +118,7 @@ class ParityReport:
     branches: int
     branches_per_1000_steps: float
     first_divergence: Divergence | None
-    reference_floor: float
+    reference_floor: float | None
     budget: Budget
     curves: Curves = field(repr=False, compare=False)
     failures: tuple[str, ...] = field(default=())

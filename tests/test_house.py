@@ -30,12 +30,10 @@ ALLOWED = {
 }
 # The rooms of export that need torch; the others must do without.
 WITH_TORCH = {
-    "nsm.export.bench_all",
     "nsm.export.onnx",
-    "nsm.export.pipeline",
-    "nsm.export.record",
     "nsm.export.savings",
-    "nsm.export.torch_stream",
+    "nsm.export.torch_runtime",
+    "nsm.export.torch_source",
 }
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {

@@ -15,7 +15,7 @@ import torch
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.export import guard, pipeline
+from nsm.export import guard, pipeline, torch_source
 from nsm.export.adding import add_target
 from nsm.export.pipeline import ExportOptions, export
 from nsm.models.simple import SimpleNSM
@@ -56,7 +56,7 @@ def ready_graph(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[fl
             shutil.copytree(exported / "graphs", directory, dirs_exist_ok=True)
             scale_weights(directory / "weights.bin", factor)
 
-        monkeypatch.setattr(pipeline, "export_onnx", copied)
+        monkeypatch.setattr(torch_source, "export_onnx", copied)
 
     with_factor(1.0)
     return with_factor
@@ -70,7 +70,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was done before the request was refused")
 
     monkeypatch.setattr(pipeline, "record", worked)
-    monkeypatch.setattr(pipeline, "export_onnx", worked)
+    monkeypatch.setattr(torch_source, "export_onnx", worked)
 
 
 @pytest.fixture
@@ -161,7 +161,7 @@ def ready_wide(int8_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def copied(_model: SimpleNSM, _spec: object, directory: Path, _opset: int) -> None:
         shutil.copytree(int8_bundle / "graphs", directory, dirs_exist_ok=True)
 
-    monkeypatch.setattr(pipeline, "export_onnx", copied)
+    monkeypatch.setattr(torch_source, "export_onnx", copied)
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ import torch
 import nsm
 from nsm.bundle import PARITY, Artifact, Bundle
 from nsm.errors import BuildError, CheckpointError, InputError, OutputExistsError, ParityError, UnsupportedError
-from nsm.export import guard, pipeline
+from nsm.export import guard, pipeline, torch_source
 from nsm.export.build import build_target
 from nsm.export.pipeline import ExportOptions, export, plan, versions
 from nsm.models.checkpoint import load_checkpoint
@@ -50,7 +50,7 @@ def ready_graph(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[Ch
             shutil.copytree(exported / "graphs", directory, dirs_exist_ok=True)
             change(directory)
 
-        monkeypatch.setattr(pipeline, "export_onnx", copied)
+        monkeypatch.setattr(torch_source, "export_onnx", copied)
 
     with_change(lambda _directory: None)
     return with_change
@@ -197,7 +197,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
         raise AssertionError("work was done before the request was refused")
 
     monkeypatch.setattr(pipeline, "record", worked)
-    monkeypatch.setattr(pipeline, "export_onnx", worked)
+    monkeypatch.setattr(torch_source, "export_onnx", worked)
 
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"num_samples": 0}, {"golden_steps": 0}, {"batch": -2}])

@@ -10,6 +10,7 @@ import torch
 
 from nsm.errors import InputError, NonFiniteError
 from nsm.export.record import MAX_SAMPLED, MIN_TRACE_BYTES, record, synthetic
+from nsm.export.torch_source import TorchSource
 from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
 from nsm.trace import Array, Trace
@@ -52,7 +53,7 @@ def assert_is_stepping_by_hand(model: SimpleNSM, trace: Trace) -> None:
 def test_the_trace_is_what_stepping_by_hand_gives(model: SimpleNSM, chunks: int) -> None:
     count = chunks * model.chunk_size
     ids = make_ids(3, 20 * count)
-    trace = record(model, list(ids), steps=20, tokens_per_call=count)
+    trace = record(TorchSource.of(model), list(ids), steps=20, tokens_per_call=count)
     assert (trace.streams, trace.steps, trace.state_streams) == (3, 20, 3)
     np.testing.assert_array_equal(trace.inputs["tokens"], ids.reshape(3, 20, count))
     assert set(trace.inputs) == {"tokens"}, "every token counts"
@@ -66,7 +67,7 @@ def test_the_trace_is_what_stepping_by_hand_gives(model: SimpleNSM, chunks: int)
 def test_a_stream_of_vectors_is_recorded_too(model_factory: Factory) -> None:
     model = model_factory(vocab_size=None, input_dim=3, gate_type="lstm", consolidate_every=2)
     vectors = np.random.default_rng(0).standard_normal((2, 40, 3))  # float64 is taken as float32
-    trace = record(model, list(vectors), steps=5)
+    trace = record(TorchSource.of(model), list(vectors), steps=5)
     assert trace.inputs["tokens"].shape == (2, 5, 8, 3)
     assert trace.inputs["tokens"].dtype == np.float32
     assert_is_stepping_by_hand(model, trace)
@@ -74,14 +75,14 @@ def test_a_stream_of_vectors_is_recorded_too(model_factory: Factory) -> None:
 
 def test_the_trace_says_whose_it_is_and_what_it_was_recorded_on(model: SimpleNSM) -> None:
     ids = list(make_ids(1, 16))
-    assert record(model, ids, steps=2).source == "recorded"
-    trace = record(model, ids, steps=2, source="synthetic")
+    assert record(TorchSource.of(model), ids, steps=2).source == "recorded"
+    trace = record(TorchSource.of(model), ids, steps=2, origin="synthetic")
     assert trace.source == "synthetic"
     assert trace.fingerprint == fingerprint(model)
 
 
 def test_samples_are_log_spaced_from_the_first_step_to_the_last(model: SimpleNSM) -> None:
-    sampled = record(model, list(make_ids(1, 64)), steps=200).sampled
+    sampled = record(TorchSource.of(model), list(make_ids(1, 64)), steps=200).sampled
     assert sampled[0] == 0
     assert sampled[-1] == 199
     assert 10 <= len(sampled) <= MAX_SAMPLED
@@ -92,20 +93,21 @@ def test_samples_are_log_spaced_from_the_first_step_to_the_last(model: SimpleNSM
 
 @pytest.mark.parametrize(("steps", "wanted"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2])])
 def test_few_steps_are_all_sampled(model: SimpleNSM, steps: int, wanted: list[int]) -> None:
-    trace = record(model, list(make_ids(1, 64)), steps=steps)
+    trace = record(TorchSource.of(model), list(make_ids(1, 64)), steps=steps)
     assert trace.sampled.tolist() == wanted
     assert trace.steps == steps
 
 
 def test_short_sequences_are_repeated(model: SimpleNSM) -> None:
-    trace = record(model, [np.arange(3), np.arange(11)], steps=4)
+    trace = record(TorchSource.of(model), [np.arange(3), np.arange(11)], steps=4)
     tokens = trace.inputs["tokens"].reshape(2, -1)
     np.testing.assert_array_equal(tokens[0], np.resize(np.arange(3), 32))
     np.testing.assert_array_equal(tokens[1], np.resize(np.arange(11), 32))
 
 
 def test_the_floor_is_the_rounding_of_fp32(model: SimpleNSM) -> None:
-    trace = record(model, list(make_ids(2, 160)), steps=20)
+    trace = record(TorchSource.of(model), list(make_ids(2, 160)), steps=20)
+    assert trace.floor is not None
     assert 1e-9 < trace.floor < 1e-5
 
 
@@ -114,12 +116,14 @@ def test_the_floor_is_zero_where_the_outputs_are(model_factory: Factory) -> None
     model = model_factory()
     for value in model.head.parameters():
         value.zero_()
-    assert record(model, list(make_ids(1, 32)), steps=3).floor == 0.0
+    assert record(TorchSource.of(model), list(make_ids(1, 32)), steps=3).floor == 0.0
 
 
 def test_progress_runs_up_to_its_total(model: SimpleNSM) -> None:
     seen: list[tuple[int, int]] = []
-    record(model, list(make_ids(1, 32)), steps=3, progress=lambda done, total: seen.append((done, total)))
+    record(
+        TorchSource.of(model), list(make_ids(1, 32)), steps=3, progress=lambda done, total: seen.append((done, total))
+    )
     assert [done for done, _ in seen] == list(range(1, seen[-1][1] + 1))
     assert {total for _, total in seen} == {seen[-1][0]}
 
@@ -127,7 +131,7 @@ def test_progress_runs_up_to_its_total(model: SimpleNSM) -> None:
 def test_the_model_given_is_left_as_it_was(model_factory: Factory) -> None:
     model = model_factory().train()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    trace = record(model, list(make_ids(1, 32)), steps=3)
+    trace = record(TorchSource.of(model), list(make_ids(1, 32)), steps=3)
     assert model.training
     after = model.state_dict()
     assert all(
@@ -137,7 +141,7 @@ def test_the_model_given_is_left_as_it_was(model_factory: Factory) -> None:
 
 
 def test_a_saved_trace_is_read_back(model: SimpleNSM, tmp_path: Path) -> None:
-    trace = record(model, list(make_ids(2, 64)), steps=6)
+    trace = record(TorchSource.of(model), list(make_ids(2, 64)), steps=6)
     trace.save(tmp_path / "golden.npz")
     read = Trace.load(tmp_path / "golden.npz")
     assert (read.fingerprint, read.source, read.floor) == (trace.fingerprint, trace.source, trace.floor)
@@ -153,7 +157,7 @@ def weight_bytes(model: SimpleNSM) -> int:
 
 def test_a_large_vocabulary_keeps_fewer_tokens_of_a_call(model_factory: Factory) -> None:
     model = model_factory(vocab_size=4000, output_dim=None)
-    trace = record(model, list(make_ids(2, 128, high=4000)), steps=32)
+    trace = record(TorchSource.of(model), list(make_ids(2, 128, high=4000)), steps=32)
     full = 2 * 32 * model.chunk_size * 4000 * 4
     limit = max(MIN_TRACE_BYTES, weight_bytes(model))
     assert full > limit
@@ -169,7 +173,7 @@ def test_one_position_a_call_is_kept_even_over_the_limit(model_factory: Factory)
     one_position = 8 * 64 * 6000 * 4
     limit = max(MIN_TRACE_BYTES, weight_bytes(model))
     assert one_position > limit
-    trace = record(model, list(make_ids(8, 128, high=6000)), steps=64)
+    trace = record(TorchSource.of(model), list(make_ids(8, 128, high=6000)), steps=64)
     assert trace.streams == 8
     assert list(trace.positions) == [1]
     assert trace.outputs["outputs"].nbytes == one_position
@@ -179,7 +183,7 @@ def test_one_position_a_call_is_kept_even_over_the_limit(model_factory: Factory)
 def test_large_states_are_kept_for_fewer_streams_and_then_fewer_steps(model_factory: Factory) -> None:
     for states, streams in ((64, 32), (500, 2)):
         model = model_factory(num_states=states, d_model=64, num_layers=1)
-        trace = record(model, list(make_ids(streams, 40)), steps=24)
+        trace = record(TorchSource.of(model), list(make_ids(streams, 40)), steps=24)
         full = 2 * MAX_SAMPLED * model.spec(streams).state_nbytes
         limit = max(MIN_TRACE_BYTES, weight_bytes(model))
         assert full > limit
@@ -199,13 +203,13 @@ def test_large_states_are_kept_for_fewer_streams_and_then_fewer_steps(model_fact
 @pytest.mark.parametrize(("count", "steps"), [(0, 5), (1, 0), (2, -3)])
 def test_nothing_to_record_is_refused(model: SimpleNSM, count: int, steps: int) -> None:
     with pytest.raises(InputError, match=f"at least one sequence and one step; given {count} and {steps}"):
-        record(model, list(make_ids(count, 16)), steps=steps)
+        record(TorchSource.of(model), list(make_ids(count, 16)), steps=steps)
 
 
 @pytest.mark.parametrize("sequence", [np.empty(0, np.int64), np.array(3)])
 def test_a_sequence_without_tokens_is_refused(model: SimpleNSM, sequence: Array) -> None:
     with pytest.raises(InputError, match=r"at least one token; given shape|The model takes sequences of"):
-        record(model, [sequence], steps=2)
+        record(TorchSource.of(model), [sequence], steps=2)
 
 
 @pytest.mark.parametrize(
@@ -219,30 +223,30 @@ def test_a_sequence_without_tokens_is_refused(model: SimpleNSM, sequence: Array)
 )
 def test_sequences_the_model_does_not_take_are_refused(model: SimpleNSM, sequence: Array) -> None:
     with pytest.raises(InputError, match=r"The model takes sequences of int64 \['T'\]; given"):
-        record(model, [sequence], steps=2)
+        record(TorchSource.of(model), [sequence], steps=2)
 
 
 @pytest.mark.parametrize("sequence", [np.zeros((16, 4), np.float32), np.zeros(16, np.float32), np.zeros((16, 3), int)])
 def test_vectors_of_another_kind_are_refused(model_factory: Factory, sequence: Array) -> None:
     model = model_factory(vocab_size=None, input_dim=3)
     with pytest.raises(InputError, match=r"The model takes sequences of float32 \['T', 3\]; given"):
-        record(model, [sequence], steps=2)
+        record(TorchSource.of(model), [sequence], steps=2)
 
 
 def test_one_bad_sequence_among_good_ones_is_refused(model: SimpleNSM) -> None:
     with pytest.raises(InputError, match=r"given .*float64\[16\]"):
-        record(model, [np.zeros(16, np.int64), np.zeros(16, np.float64)], steps=2)
+        record(TorchSource.of(model), [np.zeros(16, np.int64), np.zeros(16, np.float64)], steps=2)
 
 
 @pytest.mark.parametrize("token", [20, -1])
 def test_ids_outside_the_vocabulary_are_refused(model: SimpleNSM, token: int) -> None:
     with pytest.raises(InputError, match=r"Token ids must lie in 0 \.\. 19"):
-        record(model, [np.array([0, 1, token])], steps=2)
+        record(TorchSource.of(model), [np.array([0, 1, token])], steps=2)
 
 
 def test_a_wrong_number_of_tokens_per_call_is_refused(model: SimpleNSM) -> None:
     with pytest.raises(InputError, match=r"multiple of the model's chunk of 8 tokens; given 12\. Take 16"):
-        record(model, list(make_ids(1, 16)), steps=2, tokens_per_call=12)
+        record(TorchSource.of(model), list(make_ids(1, 16)), steps=2, tokens_per_call=12)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -250,24 +254,24 @@ def test_a_wrong_number_of_tokens_per_call_is_refused(model: SimpleNSM) -> None:
 def test_a_reference_that_is_not_finite_is_refused(model_factory: Factory, value: float) -> None:
     model = model_factory()
     next(model.embed.parameters())[7] = value
-    with pytest.raises(NonFiniteError, match="The PyTorch reference itself produces NaN or infinity"):
-        record(model, [np.arange(20)], steps=4)
+    with pytest.raises(NonFiniteError, match=r"The reference itself produces NaN or infinity .* on lanes \[0\]"):
+        record(TorchSource.of(model), [np.arange(20)], steps=4)
 
 
 # -- made-up sequences -----------------------------------------------------------------------------------------------
 
 
 def test_made_up_ids_cover_the_vocabulary_and_can_be_made_again(model: SimpleNSM) -> None:
-    made = synthetic(model, 3, 400)
+    made = synthetic(TorchSource.of(model), 3, 400)
     assert [item.shape for item in made] == [(400,)] * 3
     assert set(np.concatenate(made).tolist()) == set(range(20))
     assert not np.array_equal(made[0], made[1])
-    np.testing.assert_array_equal(made, synthetic(model, 3, 400))
-    assert not np.array_equal(made, synthetic(model, 3, 400, seed=1))
+    np.testing.assert_array_equal(made, synthetic(TorchSource.of(model), 3, 400))
+    assert not np.array_equal(made, synthetic(TorchSource.of(model), 3, 400, seed=1))
 
 
 def test_made_up_vectors_are_standard_normal(model_factory: Factory) -> None:
-    made: list[Any] = synthetic(model_factory(vocab_size=None, input_dim=3), 2, 1000)
+    made: list[Any] = synthetic(TorchSource.of(model_factory(vocab_size=None, input_dim=3)), 2, 1000)
     assert [(item.shape, item.dtype) for item in made] == [((1000, 3), np.float32)] * 2
     assert abs(float(made[0].mean())) < 0.1
     assert abs(float(made[0].std()) - 1) < 0.1

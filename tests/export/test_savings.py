@@ -115,12 +115,12 @@ def test_an_adaptive_model_keeps_what_its_own_sequences_use(tmp_path: Path) -> N
     )
     nsm.save(model, tmp_path / "model.pt", samples=make_sequences(4, 10 * CHUNK))
     planned = plan(tmp_path / "model.pt", ExportOptions(["onnx"], compact=True, output=tmp_path / "model.nsm"))
-    assert planned.compacted is not None
-    checkpoint = planned.checkpoint
-    expected = nsm.compact(model.eval(), [*checkpoint.calibration, *checkpoint.golden])
-    assert planned.compacted.fingerprint == fingerprint(expected)
-    assert all(4 <= count < 32 for count in planned.compacted.model.config["max_states"])
-    assert plan(tmp_path / "model.pt", replace(planned.options, compact=False)).compacted is None
+    assert planned.larger is not None
+    assert planned.larger.fingerprint == fingerprint(model)
+    expected = nsm.compact(model.eval(), [*planned.larger.calibration, *planned.larger.golden])
+    assert planned.source.fingerprint == fingerprint(expected)
+    assert all(4 <= count < 32 for count in planned.source.config["max_states"])
+    assert plan(tmp_path / "model.pt", replace(planned.options, compact=False)).larger is None
     nsm.save(model, tmp_path / "bare.pt")
     result = invoke("export", tmp_path / "bare.pt", "-t", "onnx", "-o", tmp_path / "bare.nsm", "--compact")
     refused(result, 2, "give sequences, or save some with the model")

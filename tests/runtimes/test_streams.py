@@ -24,6 +24,7 @@ from nsm.export import openvino
 from nsm.export.build import Request
 from nsm.export.onnx import export_onnx, initial_arrays
 from nsm.export.record import record, synthetic
+from nsm.export.torch_source import TorchSource
 from nsm.models import AdaptiveNSM, HybridModel, SimpleNSM, StepModel, fingerprint
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.parity import compare
@@ -139,7 +140,7 @@ def _stir(model: nn.Module) -> None:
 
 
 def make_tokens(model: StepModel, lanes: int, length: int, seed: int) -> Array:
-    return np.stack(synthetic(model, lanes, length, seed))
+    return np.stack(synthetic(TorchSource.of(model), lanes, length, seed))
 
 
 @torch.no_grad()
@@ -325,7 +326,8 @@ def test_the_cache_of_a_transformer_is_written_in_place(exporter: Exporter) -> N
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_model_without_chunks_passes_the_comparison(target: str, opener: Opener) -> None:
     exported, session = opener(PLAIN, target)
-    trace = record(exported.model, synthetic(exported.model, 4, 80), steps=20, source="synthetic")
+    source = TorchSource.of(exported.model)
+    trace = record(source, synthetic(source, 4, 80), steps=20, origin="synthetic")
     report = compare(trace, session, find_budget("fp32"))
     report.require()
     assert report.split is not None

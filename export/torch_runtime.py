@@ -1,0 +1,184 @@
+"""PyTorch as one more runtime: a model, eager or compiled, under a `Session` like any artifact. Needs torch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from nsm.bundle import Bundle
+from nsm.errors import InputError, RunError, StreamError, UnsupportedError
+from nsm.models.checkpoint import fingerprint, load_checkpoint
+from nsm.models.step import State as Tensors
+from nsm.models.step import StepModel
+from nsm.runtimes.base import State
+from nsm.runtimes.session import Session
+from nsm.spec import StepSpec
+from nsm.trace import Array, Arrays
+
+TARGET = "pytorch"
+
+_Call = Callable[[dict[str, torch.Tensor], Tensors], tuple[dict[str, torch.Tensor], Tensors]]
+
+
+class TorchRuntime:
+    """Runs the entries of a model through `StepModel.call`, in inference mode and in the dtype of its weights.
+
+    Args:
+        model: in eval mode, on the CPU.
+        spec: of the model, with the lanes and tokens a call that are wanted.
+        compiled: whether the entries go through torch.compile, which works at their first calls.
+    """
+
+    def __init__(self, model: StepModel, spec: StepSpec, compiled: bool = False) -> None:
+        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self.effective_precision = "fp64" if self._dtype == torch.float64 else "fp32"
+        self._calls = {entry.name: _call_of(model, entry.name, compiled) for entry in spec.entries}
+        self._outputs = {entry.name: [item.name for item in entry.outputs] for entry in spec.entries}
+        self._tensors: Tensors = {}
+        self._live: State | None = None
+
+    def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._tensors = _dense({name: self._tensor(value) for name, value in arrays.items()})
+        return self._handle()
+
+    def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        state.check(self)
+        if entry not in self._calls:
+            raise StreamError("The session is closed. Open the model again.")
+        given = {name: self._tensor(value) for name, value in inputs.items()}
+        try:
+            with torch.inference_mode():
+                outputs, self._tensors = self._calls[entry](given, self._tensors)
+        except Exception as error:  # whatever a module raises
+            raise RunError(f"PyTorch failed while it ran {entry}: {error}") from error
+        return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handle()
+
+    def read_state(self, state: State) -> Arrays:
+        state.check(self)
+        return {name: value.detach().numpy().copy() for name, value in self._tensors.items()}
+
+    def finite(self, state: State) -> bool:
+        state.check(self)
+        return all(bool(torch.isfinite(value).all()) for value in self._tensors.values() if value.is_floating_point())
+
+    def close(self) -> None:
+        self._calls.clear()
+
+    def _tensor(self, value: Array) -> torch.Tensor:
+        tensor = torch.from_numpy(np.array(value))
+        return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
+
+    def _handle(self) -> State:
+        if self._live is not None:
+            self._live.live = False
+        self._live = State(self)
+        return self._live
+
+
+def model_session(model: StepModel, spec: StepSpec, identity: str, compiled: bool = False) -> Session:
+    """A session over a model in eval mode; `identity` is its fingerprint."""
+    with torch.no_grad():
+        initial = {name: value.numpy() for name, value in model.initial_state(spec.batch).items()}
+    return Session(TorchRuntime(model, spec, compiled), spec, initial, identity, TARGET)
+
+
+def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_per_call: int | None = None) -> Session:
+    """A session over the PyTorch model itself: what artifacts are compared with, and one more place to go on.
+
+    A snapshot taken from an artifact of the model can be restored here, and the other way round.
+
+    Args:
+        model: a model, or a checkpoint written by `nsm.save`.
+        batch: lanes.
+        tokens_per_call: K of a `step`, a multiple of the model's chunk (default: one chunk).
+
+    Raises:
+        CheckpointError: see `nsm.load`.
+        InputError: the model does not take so many tokens a call.
+    """
+    if isinstance(model, StepModel):
+        found, identity = model, fingerprint(model)
+    else:
+        checkpoint = load_checkpoint(model)
+        found, identity = checkpoint.model, checkpoint.fingerprint
+    return model_session(found.eval(), found.spec(batch, tokens_per_call), identity)
+
+
+def compiled_session(model: StepModel, spec: StepSpec, identity: str, tokens: Array) -> Session:
+    """A session over a model all of whose entries went through torch.compile.
+
+    Args:
+        model: in eval mode, on the CPU.
+        spec: of the model.
+        identity: its fingerprint.
+        tokens: [T, B, K, ...], real inputs to compile with.
+
+    Raises:
+        UnsupportedError: torch.compile failed, for instance because there is no C++ compiler, or it could compile
+            the model in parts only.
+    """
+    try:
+        session = model_session(model, spec, identity, compiled=True)
+        for index in range(2):
+            session.step(tokens[index % len(tokens)])
+        if spec.has("decode"):
+            session.reset()
+            single = np.ascontiguousarray(tokens[0][:, :1])
+            for _ in range(spec.chunk_size + 1):
+                session.decode(single)
+    except Exception as error:  # whatever the compiler's many parts raise
+        cause = error.__cause__ or error
+        lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
+        raise UnsupportedError(
+            f"torch.compile cannot compile this model here ({type(cause).__name__}: {' '.join(lines[:2])}). "
+            "It needs a C++ compiler (g++), and a model it takes as a whole. PyTorch as it is: --against eager"
+        ) from error
+    session.reset()
+    return session
+
+
+def load_matching(path: Path, bundle: Bundle) -> StepModel:
+    """The model of a checkpoint, if it is the one that the bundle was made from.
+
+    Raises:
+        CheckpointError: see `load_checkpoint`.
+        InputError: it is another model.
+    """
+    checkpoint = load_checkpoint(path)
+    if checkpoint.fingerprint != bundle.manifest.fingerprint:
+        raise InputError(
+            f"{path} is not the model in {bundle.path}: its fingerprint is {checkpoint.fingerprint[:12]}, the bundle's "
+            f"{bundle.manifest.fingerprint[:12]}. Give the checkpoint that the bundle was exported from, or export "
+            "this one (without --compact, which makes another model)."
+        )
+    return checkpoint.model
+
+
+@contextlib.contextmanager
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch use so many threads while the block runs (default: its own choice)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if count is None else count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _call_of(model: StepModel, entry: str, compiled: bool) -> _Call:
+    def call(inputs: dict[str, torch.Tensor], state: Tensors) -> tuple[dict[str, torch.Tensor], Tensors]:
+        outputs, after = model.call(entry, inputs, state)
+        return outputs, _dense(after)
+
+    # Whole graphs or an error: torch would else go on without compiling, and its time would be taken for compiled.
+    return torch.compile(call, dynamic=False, fullgraph=True) if compiled else call
+
+
+def _dense(state: Tensors) -> Tensors:
+    """The state in the layout that every call finds, since torch compiles anew for each."""
+    return {name: value.contiguous() for name, value in state.items()}
