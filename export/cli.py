@@ -190,6 +190,7 @@ def parity(
     "--model", type=click.Path(path_type=Path), help="The checkpoint of the bundle, for --against eager or compile."
 )
 @click.option("--all", "everything", is_flag=True, help="Build and measure every target and precision of MODEL.pt.")
+@click.option("--overhead", "wrapper", is_flag=True, help="Measure what a session adds to the backend's bare call.")
 @click.option("--steps", type=int, default=500, show_default=True, metavar="N", help="Timed calls of each.")
 @click.option("--threads", type=int, metavar="N", help="Threads of the backend and torch.  [default: their own choice]")
 @_shared
@@ -199,6 +200,7 @@ def bench(
     against: str | None,
     model: Path | None,
     everything: bool,
+    wrapper: bool,
     steps: int,
     threads: int | None,
     as_json: bool,
@@ -214,12 +216,20 @@ def bench(
     nsm bench small.nsm --against model.nsm                  two bundles, target by target
     nsm bench model.nsm --against eager --model model.pt     PyTorch; or compile, for torch.compile
     nsm bench --all model.pt                                 every target and precision, built and measured
+    nsm bench model.nsm --overhead                           what a session adds to the backend's bare call
 
     The table of --all gives for each precision its size, its speed against the same target's fp32, and its error. What
     cannot be built is a line that says why. Give --steps 2000 for narrower intervals.
     """
     from nsm.errors import InputError
 
+    if wrapper:
+        if everything or against is not None or model is not None:
+            raise InputError("--overhead measures a bundle by itself. Leave out --all, --against and --model.")
+        from nsm.export.overhead_command import measure_overhead
+
+        measure_overhead(bundle, targets, threads, as_json)
+        return
     if everything:
         if against is not None or model is not None:
             raise InputError(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -28,28 +28,33 @@ class State:
 
 
 class Sides:
-    """Which of its two buffers, 0 or 1, each state lies in; a call turns those over that its entry writes."""
+    """Which of its two buffers, 0 or 1, each state lies in; a call turns those over that its entry writes.
+
+    `bits` has a bit for each state, in the order of the spec.
+    """
 
     def __init__(self, spec: StepSpec) -> None:
-        self._sides = dict.fromkeys(spec.state_names, 0)
-        self._turned = {
-            entry.name: [state.name for state in spec.states_of(entry.writes) if state.append_axis is None]
-            for entry in spec.entries
-        }
+        self.bits = 0
+        self._bit = {name: 1 << index for index, name in enumerate(spec.state_names)}
+        appended = {state.name for state in spec.states if state.append_axis is not None}
+        self._turned = {entry.name: self.mask(set(entry.writes) - appended) for entry in spec.entries}
         self._live: State | None = None
 
     def __getitem__(self, name: str) -> int:
-        return self._sides[name]
+        return int(self.bits & self._bit[name] != 0)
+
+    def mask(self, names: Iterable[str]) -> int:
+        """The bits of these states."""
+        return sum(self._bit[name] for name in names)
 
     def reset(self, owner: object) -> State:
         """All states lie in buffer 0 now; the new handle on them."""
-        self._sides = dict.fromkeys(self._sides, 0)
+        self.bits = 0
         return self._handle(owner)
 
     def flip(self, owner: object, entry: str) -> State:
         """An entry has run; the new handle on what it left."""
-        for name in self._turned[entry]:
-            self._sides[name] = 1 - self._sides[name]
+        self.bits ^= self._turned[entry]
         return self._handle(owner)
 
     def _handle(self, owner: object) -> State:
@@ -104,7 +109,10 @@ class Runtime(Protocol):
         ...
 
     def finite(self, state: State) -> bool:
-        """Whether every number in the state is finite. Called after every step, so it had better be cheap."""
+        """Whether every number is finite that the last call, or `load_state`, wrote into the state.
+
+        What was there before was looked at when it was written. Called after every step, so it had better be cheap.
+        """
         ...
 
     def close(self) -> None:

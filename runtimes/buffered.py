@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from nsm.errors import RunError, StreamError
 from nsm.runtimes.base import Sides, State
+from nsm.runtimes.checks import all_finite
 from nsm.spec import COUNT, VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -16,6 +18,9 @@ Bind = Callable[[Arrays, Arrays], Run]
 """(arrays to read by input name, arrays to write by output name) -> a function that runs the graph on them."""
 Opener = Callable[[], Bind]
 """Opens a graph; called when it is first used, because an open graph holds a copy of the weights."""
+
+_LINE = 16
+"""Numbers of float32 in a cache line."""
 
 
 class BufferedRuntime:
@@ -34,95 +39,170 @@ class BufferedRuntime:
 
     def __init__(self, spec: StepSpec, entries: Mapping[str, Opener], effective_precision: str) -> None:
         self.effective_precision = effective_precision
-        self._buffers = {
-            state.name: (first := _zeros(state), first if state.append_axis is not None else _zeros(state))
-            for state in spec.states
-        }
-        self._sides = Sides(spec)
         self._spec = spec
+        self._banks = Banks(spec)
+        self._sides = Sides(spec)
         self._openers = dict(entries)
         self._entries: dict[str, _Entry] = {}
+        self._written: Sequence[Array] = ()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
-        for name, buffers in self._buffers.items():
+        for name, buffers in self._banks.buffers.items():
             buffers[0][...] = arrays[name]
-        return self._sides.reset(self)
+        handle = self._sides.reset(self)
+        names = self._spec.state_names
+        self._written = self._banks.flat(names, dict.fromkeys(names, 0))
+        return handle
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
         state.check(self)
-        if not self._openers:
-            raise StreamError("The session is closed. Open the bundle again.")
-        if entry not in self._entries:
-            bind = self._openers[entry]()
-            self._entries[entry] = _Entry(self._spec.entry(entry), bind, self._spec, self._buffers, self._sides)
+        found = self._entries.get(entry) or self._open(entry)
         try:
-            outputs = self._entries[entry].run(inputs)
+            bound, outputs = found.run(inputs, self._sides)
         except Exception as error:  # the backends' errors have no common base
             raise RunError(f"The backend failed while it ran {entry}: {error}") from error
+        self._written = bound.written
         return outputs, self._sides.flip(self, entry)
 
     def read_state(self, state: State) -> Arrays:
         state.check(self)
-        return {name: buffers[self._sides[name]].copy() for name, buffers in self._buffers.items()}
+        return {name: buffers[self._sides[name]].copy() for name, buffers in self._banks.buffers.items()}
 
     def finite(self, state: State) -> bool:
-        # A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one.
         state.check(self)
-        flat = (buffers[self._sides[name]].reshape(-1) for name, buffers in self._buffers.items())
-        with np.errstate(over="ignore", invalid="ignore"):
-            return all(
-                np.isfinite(np.dot(array, array)) or np.isfinite(array).all()
-                for array in flat
-                if array.dtype.kind == "f"
-            )
+        return all_finite(self._written)
+
+    def bare(self, entry: str) -> Run:
+        """The graph of an entry as it is bound now: what a backend does without any of this around it.
+
+        Running it changes what lies in the buffers that the next call writes, and nothing else.
+        """
+        return (self._entries.get(entry) or self._open(entry)).bound(self._sides).run
 
     def close(self) -> None:
         self._openers.clear()
         self._entries.clear()
 
+    def _open(self, entry: str) -> _Entry:
+        if not self._openers:
+            raise StreamError("The session is closed. Open the bundle again.")
+        bind = self._openers[entry]()
+        self._entries[entry] = _Entry(self._spec.entry(entry), bind, self._spec, self._banks, self._sides)
+        return self._entries[entry]
+
+
+class Banks:
+    """The buffers of all states: `buffers[name]` are the two of a state, the same one twice where it is appended to.
+
+    States of float32 lie one behind the other in one array for each side, so that a look at all of them is a look at
+    one array.
+    """
+
+    def __init__(self, spec: StepSpec) -> None:
+        self._places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for state in spec.states:
+            if state.append_axis is None and state.dtype == "float32":
+                size = int(np.prod(state.shape))
+                self._places[state.name] = end, size
+                end += -(-size // _LINE) * _LINE
+        self._arenas = _aligned_zeros(end), _aligned_zeros(end)
+        self.buffers: dict[str, tuple[Array, Array]] = {}
+        for state in spec.states:
+            if state.name in self._places:
+                start, size = self._places[state.name]
+                first, second = (arena[start : start + size].reshape(state.shape) for arena in self._arenas)
+            else:
+                first = _zeros(state)
+                second = first if state.append_axis is not None else _zeros(state)
+            self.buffers[state.name] = first, second
+
+    def flat(self, names: Iterable[str], sides: Mapping[str, int]) -> list[Array]:
+        """Where these states lie, as few flat arrays of floating point numbers as will do.
+
+        `sides` says of every state in which of its buffers it is. What lies between two of them on the same side
+        comes with them.
+        """
+        spans: list[tuple[int, int, int]] = []
+        others = []
+        for name in names:
+            if name in self._places:
+                start, size = self._places[name]
+                spans.append((sides[name], start, start + size))
+            elif self.buffers[name][0].dtype.kind == "f":
+                others.append(self.buffers[name][sides[name]].reshape(-1))
+        joined: list[tuple[int, int, int]] = []
+        for side, start, end in sorted(spans):
+            if joined and joined[-1][0] == side and self._same_side(sides, side, joined[-1][2], start):
+                joined[-1] = side, joined[-1][1], end
+            else:
+                joined.append((side, start, end))
+        return [*(self._arenas[side][start:end] for side, start, end in joined), *others]
+
+    def _same_side(self, sides: Mapping[str, int], side: int, start: int, end: int) -> bool:
+        between = (name for name, (place, _) in self._places.items() if start <= place < end)
+        return all(sides[name] == side for name in between)
+
+
+class _Bound(NamedTuple):
+    """A graph bound to memory: a function that runs it, and where the states lie that it writes, flat."""
+
+    run: Run
+    written: Sequence[Array]
+
 
 class _Entry:
     """One graph, bound to the buffers as they lie when it is called."""
 
-    def __init__(
-        self, spec: EntrySpec, bind: Bind, model: StepSpec, buffers: Mapping[str, tuple[Array, Array]], sides: Sides
-    ) -> None:
+    def __init__(self, spec: EntrySpec, bind: Bind, model: StepSpec, banks: Banks, sides: Sides) -> None:
         tokens = spec.inputs[0].shape[1] if spec.inputs else 0
         self._inputs = {item.name: _zeros(item) for item in spec.inputs}
         self._outputs = {item.name: _zeros(item) for item in spec.outputs}
-        self._bind, self._buffers, self._sides = bind, buffers, sides
+        self._bind, self._banks = bind, banks
         self._reads, self._writes = model.states_of(spec.reads), model.states_of(spec.writes)
         self._rings = {
-            state.name: _Ring(state, np.zeros(state.present_shape(tokens), state.numpy_dtype), buffers[state.name][0])
+            state.name: _Ring(
+                state, np.zeros(state.present_shape(tokens), state.numpy_dtype), banks.buffers[state.name][0]
+            )
             for state in self._writes
             if state.append_axis is not None
         }
-        self._touched = tuple(dict.fromkeys((*spec.reads, *spec.writes)))
-        self._runs: dict[tuple[int, ...], Run] = {}
+        self._touched = sides.mask({*spec.reads, *spec.writes})
+        self._all: dict[int, _Bound] = {}
 
-    def run(self, inputs: Mapping[str, Array]) -> Arrays:
+    def run(self, inputs: Mapping[str, Array], sides: Sides) -> tuple[_Bound, Arrays]:
         for name, buffer in self._inputs.items():
-            np.copyto(buffer, inputs[name])
-        key = tuple(self._sides[name] for name in self._touched)
-        if key not in self._runs:
-            self._runs[key] = self._bound()
-        self._runs[key]()
+            buffer[...] = inputs[name]
+        bound = self.bound(sides)
+        bound.run()
         if self._rings:
             # How many tokens the lanes had before this call: the count has not been turned over yet.
-            count = self._buffers[COUNT][self._sides[COUNT]]
+            count = self._banks.buffers[COUNT][sides[COUNT]]
             for ring in self._rings.values():
                 ring.append(count, inputs.get(VALID))
-        return {name: buffer.copy() for name, buffer in self._outputs.items()}
+        return bound, {name: buffer.copy() for name, buffer in self._outputs.items()}
 
-    def _bound(self) -> Run:
-        read = {state.past: self._buffers[state.name][self._sides[state.name]] for state in self._reads}
+    def bound(self, sides: Sides) -> _Bound:
+        key = sides.bits & self._touched
+        found = self._all.get(key)
+        if found is None:
+            found = self._all[key] = self._make(sides)
+        return found
+
+    def _make(self, sides: Sides) -> _Bound:
+        buffers = self._banks.buffers
+        read = {state.past: buffers[state.name][sides[state.name]] for state in self._reads}
         written = {
             state.present: self._rings[state.name].rows
             if state.name in self._rings
-            else self._buffers[state.name][1 - self._sides[state.name]]
+            else buffers[state.name][1 - sides[state.name]]
             for state in self._writes
         }
-        return self._bind({**self._inputs, **read}, {**self._outputs, **written})
+        run = self._bind({**self._inputs, **read}, {**self._outputs, **written})
+        rows = [ring.rows.reshape(-1) for ring in self._rings.values() if ring.rows.dtype.kind == "f"]
+        turned = [state.name for state in self._writes if state.name not in self._rings]
+        after = {name: sides[name] ^ (name in turned) for name in buffers}
+        return _Bound(run, [*self._banks.flat(turned, after), *rows])
 
 
 class _Ring:
@@ -156,6 +236,13 @@ class _Ring:
             self._buffer[lane, first : first + head] = rows[:head]
             if len(rows) > head:
                 self._buffer[lane, : len(rows) - head] = rows[head:]
+
+
+def _aligned_zeros(count: int) -> Array:
+    """`count` zeros of float32 that begin with a cache line."""
+    room = np.zeros(count + _LINE, np.float32)
+    first = -(room.ctypes.data // 4) % _LINE
+    return room[first : first + count]
 
 
 def _zeros(spec: TensorSpec | StateSpec) -> Array:

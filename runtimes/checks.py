@@ -1,8 +1,9 @@
-"""What callers give a session, checked before anything happens. All functions raise `InputError`."""
+"""What callers give a session, checked before anything happens, and whether what comes out is finite."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -17,7 +18,10 @@ def checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
     array = as_array(spec.name, value)
     if array.shape != spec.shape:
         raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
-    check_values(spec, array)
+    # The usual case in one pass: as an unsigned number, a negative one is too large.
+    usual = array.dtype == np.int64 and spec.dtype == "int64" and spec.minimum == 0 and spec.maximum is not None
+    if not usual or int(array.view(np.uint64).max()) > (spec.maximum or 0):
+        check_values(spec, array)
     return array.astype(spec.numpy_dtype, copy=False)
 
 
@@ -48,3 +52,12 @@ def checked_state(arrays: Mapping[str, ArrayLike], name: str, shape: tuple[int, 
     if array.shape != shape:
         raise InputError(f"The state {name} has the shape {list(shape)}; given {list(array.shape)}.")
     return array
+
+
+def all_finite(arrays: Iterable[Array]) -> bool:
+    """Whether flat arrays of floating point numbers hold neither NaN nor infinity.
+
+    A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        return all(math.isfinite(np.dot(array, array)) or bool(np.isfinite(array).all()) for array in arrays)

@@ -87,6 +87,6 @@ def _binder(compiled: ov.CompiledModel) -> Bind:
         request = compiled.create_infer_request()
         for name, array in (read | written).items():
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-        return lambda: request.infer()  # noqa: PLW0108 (typed, unlike the method)
+        return lambda: request.infer(share_outputs=True)  # else it would copy every output for its own result
 
     return bind

@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, NonFiniteError, StreamError
 from nsm.runtimes.base import Runtime
-from nsm.runtimes.checks import as_array, check_values, checked_input, checked_state
+from nsm.runtimes.checks import all_finite, as_array, check_values, checked_input, checked_state
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
 from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -50,9 +50,16 @@ class Session:
         # Where a model has no chunks, a lane may stop and go on anywhere.
         self._chunked = OFFSET in spec.state_names
         self._offset = np.zeros(spec.batch, np.int64)
+        self._aligned = True  # whether all lanes stand at a chunk's beginning
+        self._calls = {entry.name: _Call(entry) for entry in spec.entries if entry.inputs}
         self._state = runtime.load_state(self._initial)
 
     # -- streams -------------------------------------------------------------------------------------------------
+
+    @property
+    def runtime(self) -> Runtime:
+        """What runs the graphs; for measuring it, and not to be called while the session is in use."""
+        return self._runtime
 
     @property
     def batch(self) -> int:
@@ -73,10 +80,10 @@ class Session:
         """Start a lane (default: all) afresh: the state is the initial one, bit by bit."""
         if lane is None:
             self._state = self._runtime.load_state(self._initial)
-            self._offset[:] = 0
+            self._stand(np.zeros(self.batch, np.int64))
         else:
             self._replace_lane(self._lane(lane), self._initial)
-            self._offset[lane] = 0
+            self._stand(np.where(np.arange(self.batch) == lane, 0, self._offset))
 
     def step(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
         """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
@@ -94,12 +101,13 @@ class Session:
             StreamError: a lane stands inside a chunk. Nothing has happened to the state.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
-        entry = self.spec.entry("step")
-        inputs, counts = self._checked_call(entry, tokens, valid)
-        self._check_at_beginning(counts)
-        outputs = self._call(entry, inputs)
-        if self._chunked:
-            self._offset += counts % self.spec.chunk_size
+        call = self._entry("step")
+        inputs, counts = call.checked(tokens, valid)
+        if not self._aligned:
+            self._check_at_beginning(counts)
+        outputs, self._state = self._runtime.call("step", inputs, self._state)
+        if self._chunked and counts is not call.all:
+            self._stand(self._offset + counts % self.spec.chunk_size)
         self._check_finite(outputs, counts)
         return outputs
 
@@ -117,12 +125,11 @@ class Session:
             InputError: as for `step`, or the bundle has no entry `decode`.
             NonFiniteError: as for `step`.
         """
-        entry = self.spec.entry("decode")
-        inputs, counts = self._checked_call(entry, tokens, valid)
+        inputs, counts = self._entry("decode").checked(tokens, valid)
         self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
-        outputs = self._call(entry, inputs)
+        outputs, self._state = self._runtime.call("decode", inputs, self._state)
         if self._chunked:
-            self._offset += counts
+            self._stand(self._offset + counts)
         self._commit_full()
         # At the end, so that lanes that are well stand where their state does when this raises.
         self._check_finite(outputs, counts)
@@ -201,8 +208,7 @@ class Session:
         if unknown:
             raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
         checked = {s.name: checked_state(arrays, s.name, s.shape) for s in self.spec.states}
-        self._state = self._runtime.load_state(checked)
-        self._offset[:] = checked.get(OFFSET, 0)
+        self._put(checked)
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -235,8 +241,7 @@ class Session:
             for state in self.spec.states:
                 whole[state.name][state.lane_index(index)] = arrays[state.name]
             arrays = whole
-        self._state = self._runtime.load_state(arrays)
-        self._offset[:] = arrays.get(OFFSET, 0)
+        self._put(arrays)
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -263,46 +268,39 @@ class Session:
             whole[state.name][index] = source[state.name][index]
         self._state = self._runtime.load_state(whole)
 
+    def _put(self, arrays: Mapping[str, Array]) -> None:
+        """Go on from a whole state."""
+        self._state = self._runtime.load_state(arrays)
+        self._stand(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
+
+    def _stand(self, offset: Array) -> None:
+        """The lanes stand there in their chunks now."""
+        self._offset = offset
+        self._aligned = not offset.any()
+
+    def _entry(self, name: str) -> _Call:
+        return self._calls.get(name) or _Call(self.spec.entry(name))  # which raises where there is none
+
     def _check_finite(self, outputs: Arrays, counts: Array) -> None:
         """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
+        if all_finite(value.reshape(-1) for value in outputs.values()) and self._runtime.finite(self._state):
+            return
         lanes = np.flatnonzero(counts).tolist()
         for name, value in outputs.items():
-            if not np.isfinite(value).all():
-                _raise_non_finite(f"output {name}", {lane: value[lane, : counts[lane]] for lane in lanes})
-        if not self._runtime.finite(self._state):
-            whole = self.read_state()
-            for state in self.spec.states:
-                values = {lane: whole[state.name][state.lane_index(lane)] for lane in lanes}
-                _raise_non_finite(f"state {state.name}", values)
-
-    def _checked_call(
-        self, entry: EntrySpec, tokens: ArrayLike, valid: ArrayLike | None
-    ) -> tuple[dict[str, Array], Array]:
-        """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
-        spec = entry.inputs[0]
-        inputs = {spec.name: checked_input(spec, tokens)}
-        counts = np.full(self.batch, spec.shape[1])
-        counted = entry.input(VALID)
-        if counted is not None:
-            counts = counts if valid is None else checked_input(counted, valid)
-            inputs[VALID] = counts
-        elif valid is not None and np.any(np.asarray(valid) != spec.shape[1]):
-            raise InputError(
-                f"The entry {entry.name} has no input valid: all {spec.shape[1]} tokens of a call count. Leave valid "
-                "out, and give other numbers of tokens to feed or run."
-            )
-        return inputs, counts
-
-    def _call(self, entry: EntrySpec, inputs: dict[str, Array]) -> Arrays:
-        outputs, self._state = self._runtime.call(entry.name, inputs, self._state)
-        return outputs
+            _raise_non_finite(f"output {name}", {lane: value[lane, : counts[lane]] for lane in lanes})
+        whole = self.read_state()
+        for state in self.spec.states:
+            values = {lane: whole[state.name][state.lane_index(lane)] for lane in lanes}
+            _raise_non_finite(f"state {state.name}", values)
 
     def _commit_full(self) -> None:
         """End the chunk of the lanes where it is full."""
+        if self._aligned:
+            return
         full = self._offset == self.spec.chunk_size
-        if np.any(full):
-            self._call(self.spec.entry("commit"), {})
-            self._offset[full] = 0
+        if full.any():
+            _, self._state = self._runtime.call("commit", {}, self._state)
+            self._stand(np.where(full, 0, self._offset))
 
     def _check_at_beginning(self, counts: Array) -> None:
         """Raise `StreamError` if a lane that has tokens stands inside a chunk."""
@@ -370,6 +368,32 @@ class Session:
             )
         check_values(spec, tokens)
         return tokens
+
+
+class _Call:
+    """What callers give to an entry, checked."""
+
+    def __init__(self, entry: EntrySpec) -> None:
+        self._entry = entry
+        self._tokens = entry.inputs[0]
+        self._counted = entry.input(VALID)
+        # How many tokens count where all do; this very array says so.
+        self.all = np.full(self._tokens.shape[0], self._tokens.shape[1])
+
+    def checked(self, tokens: ArrayLike, valid: ArrayLike | None) -> tuple[dict[str, Array], Array]:
+        """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
+        inputs = {self._tokens.name: checked_input(self._tokens, tokens)}
+        counts = self.all
+        if self._counted is not None:
+            counts = counts if valid is None else checked_input(self._counted, valid)
+            inputs[VALID] = counts
+        elif valid is not None and np.any(np.asarray(valid) != counts):
+            length = self._tokens.shape[1]
+            raise InputError(
+                f"The entry {self._entry.name} has no input valid: all {length} tokens of a call count. Leave valid "
+                "out, and give other numbers of tokens to feed or run."
+            )
+        return inputs, counts
 
 
 def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from nsm.errors import BuildError, RunError, StreamError
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Run, _Ring
+from nsm.runtimes.buffered import Banks, Bind, BufferedRuntime, Run, _Ring
 from nsm.runtimes.session import Session
 from nsm.spec import COUNT, OFFSET, StateSpec, StepSpec
 from nsm.trace import Array, Arrays
@@ -258,15 +258,80 @@ def test_a_call_that_fails_leaves_the_state_in_use(ring: bool) -> None:
 
 
 @pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (np.inf, False), (3e38, True)])
-def test_every_side_is_looked_at_for_numbers_that_are_not_finite(value: float, finite: bool) -> None:
+def test_what_is_put_in_is_looked_at_for_numbers_that_are_not_finite(value: float, finite: bool) -> None:
     spec = fake_spec(ring=True)
     for name in ("0.bank", "0.tail", "0.written", "0.recent"):
         buffered, _ = runtime(spec)
         arrays = fake_initial(spec)
         arrays[name][1, -1] = value
-        assert buffered.finite(buffered.load_state(arrays)) == finite
-        _, state = buffered.call("decode", {**inputs(length=1), "valid": np.zeros(2, int)}, buffered.load_state(arrays))
-        assert buffered.finite(state) == finite, name
+        assert buffered.finite(buffered.load_state(arrays)) == finite, name
+
+
+class Spoiled(Graph):
+    """Writes `value` at the end of a state where one is named."""
+
+    spoiled: str | None = None
+    value = 0.0
+
+    def bind(self, read: Arrays, written: Arrays) -> Run:
+        run = super().bind(read, written)
+
+        def run_and_spoil() -> None:
+            run()
+            if self.spoiled is not None:
+                written[self.spoiled][-1, -1] = self.value
+
+        return run_and_spoil
+
+
+@pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (-np.inf, False), (3e38, True)])
+@pytest.mark.parametrize("entry", ["step", "decode", "commit"])
+def test_what_a_call_writes_is_looked_at_wherever_it_lies(entry: str, value: float, finite: bool) -> None:
+    spec = fake_spec(ring=True)
+    given = {"step": inputs(), "decode": inputs(length=1), "commit": {}}
+    looked = 0
+    for state in spec.states_of(spec.entry(entry).writes):
+        if state.dtype != "float32":
+            continue
+        graphs = {name: Spoiled(spec, name) for name in ENTRIES}
+        buffered = BufferedRuntime(spec, {name: graph.open for name, graph in graphs.items()}, "fp32")
+        handle = buffered.load_state(fake_initial(spec))
+        for name in ("decode", "step", "commit", "decode", "commit", "step"):  # sides come apart
+            _, handle = buffered.call(name, given[name], handle)
+            assert buffered.finite(handle)
+        graphs[entry].spoiled, graphs[entry].value = state.present, value
+        _, handle = buffered.call(entry, given[entry], handle)
+        assert buffered.finite(handle) == finite, state.name
+        looked += 1
+    assert looked
+
+
+def test_all_states_are_one_array_to_look_at() -> None:
+    spec = fake_spec()
+    banks = Banks(spec)
+    names = [state.name for state in spec.states if state.dtype == "float32"]
+    assert len(names) > 2
+    (whole,) = banks.flat(names, dict.fromkeys(spec.state_names, 1))
+    for name in names:
+        assert np.shares_memory(whole, banks.buffers[name][1])
+        assert not np.shares_memory(whole, banks.buffers[name][0])
+        assert banks.buffers[name][0].ctypes.data % 64 == 0
+
+
+@pytest.mark.parametrize("pattern", range(8))
+def test_states_that_lie_on_two_sides_are_all_looked_at(pattern: int) -> None:
+    spec = fake_spec()
+    banks = Banks(spec)
+    names = [state.name for state in spec.states if state.dtype == "float32"]
+    sides = {name: pattern >> index & 1 for index, name in enumerate(names)}
+    for number, name in enumerate(names, 1):
+        banks.buffers[name][sides[name]][...] = number
+        banks.buffers[name][1 - sides[name]][...] = -1
+    parts = banks.flat(names, {**dict.fromkeys(spec.state_names, 0), **sides})
+    found = np.concatenate(parts)
+    for number, name in enumerate(names, 1):
+        assert (found == number).sum() == banks.buffers[name][0].size
+    assert (found >= 0).all(), "and nothing of the other side"
 
 
 def test_a_closed_runtime_says_so() -> None:

@@ -1,0 +1,65 @@
+"""`nsm bench BUNDLE --overhead`: what a session adds to the bare call of the backend."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import click
+
+from nsm.bundle import Bundle
+from nsm.errors import DeviceUnavailableError, MissingDependencyError, UnsupportedError
+from nsm.export.bench_command import check_options, lane_tokens
+from nsm.export.console import Terminal
+from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.overhead import CALLS, ROUNDS, overhead
+from nsm.runtimes.targets import find_target
+
+COLUMNS = ("target", "precision", "session us", "bare us", "wrapper us", "95 %")
+
+
+def measure_overhead(path: Path, targets: Sequence[str], threads: int | None, as_json: bool) -> None:
+    """Measure; see `nsm bench --help`."""
+    check_options(10, threads)
+    terminal = Terminal(quiet=as_json)
+    bundle = Bundle(path)
+    bundle.verify()
+    tokens = lane_tokens(bundle)
+    names = [find_target(name).name for name in targets] or [item.target for item in bundle.manifest.artifacts]
+    found = []
+    for name in dict.fromkeys(names):
+        artifact = bundle.artifact(name)
+        try:
+            with (
+                open_artifact(bundle, artifact, threads=threads) as session,
+                terminal.stage(f"Measuring {name} in turns") as progress,
+            ):
+                found.append((artifact, overhead(session, session.runtime, tokens, progress=progress)))
+        except (DeviceUnavailableError, MissingDependencyError, UnsupportedError) as error:
+            if targets:
+                raise
+            terminal.remark(f"{name}: not measured. {error}")
+    if not found:
+        raise UnsupportedError("None of the bundle's targets can be measured on this machine.")
+    if as_json:
+        rows = [{"target": a.target, "precision": a.precision, **asdict(item)} for a, item in found]
+        click.echo(json.dumps({"threads": threads, "results": rows}))
+        return
+    lines = [
+        [
+            artifact.target,
+            artifact.precision,
+            f"{item.step_us:.0f}",
+            f"{item.bare_us:.0f}",
+            f"{item.median:.1f}",
+            f"{item.low:.1f}-{item.high:.1f}",
+        ]
+        for artifact, item in found
+    ]
+    terminal.table(COLUMNS, lines, f"A call of step, {ROUNDS} rounds of {CALLS} calls of each in turn")
+    terminal.say(
+        "\nsession: inputs checked and copied, the call, outputs copied, finiteness looked at; bare: the graph alone, "
+        "bound once.\nwrapper: the median over rounds of their difference, and its 95 % interval."
+    )

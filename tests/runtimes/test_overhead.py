@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nsm
+from nsm.errors import UnsupportedError
+from nsm.runtimes import overhead as module
+from nsm.runtimes.overhead import overhead
+from nsm.runtimes.session import Session
+from nsm.trace import Array
+from tests.runtimes.fake import fake_session, fake_spec
+from tests.runtimes.test_buffered import buffered_session
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CALLS", 4)
+
+
+def tokens_of(session: Session) -> Array:
+    spec = session.spec.entry("step").inputs[0]
+    return np.zeros((3, *spec.shape), np.int64)
+
+
+@pytest.mark.usefixtures("few")
+def test_the_difference_is_what_the_session_adds(monkeypatch: pytest.MonkeyPatch) -> None:
+    session, graphs = buffered_session(fake_spec())
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+    real: Callable[..., object] = session.step
+
+    def slower(tokens: Array) -> object:
+        clock[0] += 12e-6
+        return real(tokens)
+
+    bind = graphs["step"].bind
+
+    def taking(read: object, written: object) -> Callable[[], object]:
+        run = bind(read, written)  # type: ignore[arg-type]
+
+        def timed() -> object:
+            clock[0] += 100e-6
+            return run()
+
+        return timed
+
+    monkeypatch.setattr(graphs["step"], "bind", taking)
+    monkeypatch.setattr(session, "step", slower)
+    seen: list[tuple[int, int]] = []
+    found = overhead(session, session.runtime, tokens_of(session), 6, lambda done, total: seen.append((done, total)))
+    assert found.step_us == pytest.approx(112)
+    assert found.bare_us == pytest.approx(100)
+    assert (found.median, found.low, found.high) == pytest.approx((12, 12, 12))
+    assert seen == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.usefixtures("few")
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_the_bare_call_runs_the_graph_and_leaves_the_stream_alone(target: str, exported: Path) -> None:
+    with nsm.open(exported, target) as session, nsm.open(exported, target) as other:
+        tokens = np.ones(session.spec.entry("step").inputs[0].shape, np.int64)
+        for _ in range(3):
+            session.step(tokens)
+            other.step(tokens)
+        before = session.read_state()
+        session.runtime.bare("step")()  # type: ignore[attr-defined]
+        for name, value in session.read_state().items():
+            np.testing.assert_array_equal(value, before[name])
+        np.testing.assert_array_equal(session.step(tokens)["outputs"], other.step(tokens)["outputs"])
+        found = overhead(session, session.runtime, tokens_of(session), 3)
+        assert found.step_us > 0
+        assert found.bare_us > 10
+
+
+def test_a_runtime_on_a_device_is_refused() -> None:
+    session = fake_session(fake_spec())
+    with pytest.raises(UnsupportedError, match="backends that work on the host's memory"):
+        overhead(session, session.runtime, tokens_of(session))
