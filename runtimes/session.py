@@ -243,6 +243,17 @@ class Session:
             arrays = whole
         self._put(arrays)
 
+    def fork(self, lane: int, into: int) -> None:
+        """Let the stream on one lane go on on another as well: both continue from where it stands.
+
+        Into another session, on this target or another: `other.restore(session.snapshot(lane), lane)`.
+        """
+        source, target = self._lane(lane), self._lane(into)
+        whole = self.read_state()
+        for state in self.spec.states:
+            whole[state.name][state.lane_index(target)] = whole[state.name][state.lane_index(source)]
+        self._put(whole)
+
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
