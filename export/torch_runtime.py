@@ -40,10 +40,12 @@ class TorchRuntime:
         self._calls = {entry.name: _call_of(model, entry.name, compiled) for entry in spec.entries}
         self._outputs = {entry.name: [item.name for item in entry.outputs] for entry in spec.entries}
         self._tensors: Tensors = {}
+        self._answered: tuple[torch.Tensor, ...] = ()
         self._live: State | None = None
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._tensors = _dense({name: self._tensor(value) for name, value in arrays.items()})
+        self._answered = ()
         return self._handle()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
@@ -56,6 +58,7 @@ class TorchRuntime:
                 outputs, self._tensors = self._calls[entry](given, self._tensors)
         except Exception as error:  # whatever a module raises
             raise RunError(f"PyTorch failed while it ran {entry}: {error}") from error
+        self._answered = tuple(outputs[name] for name in self._outputs[entry])
         return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handle()
 
     def read_state(self, state: State) -> Arrays:
@@ -64,7 +67,8 @@ class TorchRuntime:
 
     def finite(self, state: State) -> bool:
         state.check(self)
-        return all(bool(torch.isfinite(value).all()) for value in self._tensors.values() if value.is_floating_point())
+        written = (*self._tensors.values(), *self._answered)
+        return all(bool(torch.isfinite(value).all()) for value in written if value.is_floating_point())
 
     def close(self) -> None:
         self._calls.clear()

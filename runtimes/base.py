@@ -14,6 +14,8 @@ from nsm.trace import Array, Arrays
 class State:
     """A handle on the state that a runtime holds, on its device perhaps. Passing it to a call consumes it."""
 
+    __slots__ = ("_owner", "live")
+
     def __init__(self, owner: object) -> None:
         self._owner = owner
         self.live = True
@@ -56,6 +58,10 @@ class Sides:
         """An entry has run; the new handle on what it left."""
         self.bits ^= self._turned[entry]
         return self._handle(owner)
+
+    def turn(self, entry: str) -> None:
+        """The states that an entry writes lie in their other buffer now."""
+        self.bits ^= self._turned[entry]
 
     def _handle(self, owner: object) -> State:
         if self._live is not None:
@@ -109,7 +115,7 @@ class Runtime(Protocol):
         ...
 
     def finite(self, state: State) -> bool:
-        """Whether every number is finite that the last call, or `load_state`, wrote into the state.
+        """Whether every number is finite that the last call answered, or that it or `load_state` wrote into the state.
 
         What was there before was looked at when it was written. Called after every step, so it had better be cheap.
         """

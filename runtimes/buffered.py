@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -73,11 +74,21 @@ class BufferedRuntime:
         return all_finite(self._written)
 
     def bare(self, entry: str) -> Run:
-        """The graph of an entry as it is bound now: what a backend does without any of this around it.
+        """What a loop written for one stream would do for each call: run the graph, on its memory in turn.
 
-        Running it changes what lies in the buffers that the next call writes, and nothing else.
+        It has nothing of this around it, and leaves the streams in disorder: reset them afterwards.
         """
-        return (self._entries.get(entry) or self._open(entry)).bound(self._sides).run
+        found = self._entries.get(entry) or self._open(entry)
+        runs = []
+        for _ in range(2):
+            runs.append(found.bound(self._sides).run)
+            self._sides.turn(entry)
+        turns = itertools.cycle(runs)
+
+        def run() -> object:
+            return next(turns)()
+
+        return run
 
     def close(self) -> None:
         self._openers.clear()
@@ -145,7 +156,7 @@ class Banks:
 
 
 class _Bound(NamedTuple):
-    """A graph bound to memory: a function that runs it, and where the states lie that it writes, flat."""
+    """A graph bound to memory: a function that runs it, and what it writes, as flat arrays."""
 
     run: Run
     written: Sequence[Array]
@@ -199,10 +210,11 @@ class _Entry:
             for state in self._writes
         }
         run = self._bind({**self._inputs, **read}, {**self._outputs, **written})
-        rows = [ring.rows.reshape(-1) for ring in self._rings.values() if ring.rows.dtype.kind == "f"]
+        others = [*(ring.rows for ring in self._rings.values()), *self._outputs.values()]
+        flat = [array.reshape(-1) for array in others if array.dtype.kind == "f"]
         turned = [state.name for state in self._writes if state.name not in self._rings]
         after = {name: sides[name] ^ (name in turned) for name in buffers}
-        return _Bound(run, [*self._banks.flat(turned, after), *rows])
+        return _Bound(run, [*self._banks.flat(turned, after), *flat])
 
 
 class _Ring:

@@ -18,10 +18,7 @@ def checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
     array = as_array(spec.name, value)
     if array.shape != spec.shape:
         raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
-    # The usual case in one pass: as an unsigned number, a negative one is too large.
-    usual = array.dtype == np.int64 and spec.dtype == "int64" and spec.minimum == 0 and spec.maximum is not None
-    if not usual or int(array.view(np.uint64).max()) > (spec.maximum or 0):
-        check_values(spec, array)
+    check_values(spec, array)
     return array.astype(spec.numpy_dtype, copy=False)
 
 
@@ -60,4 +57,7 @@ def all_finite(arrays: Iterable[Array]) -> bool:
     A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one.
     """
     with np.errstate(over="ignore", invalid="ignore"):
-        return all(math.isfinite(np.dot(array, array)) or bool(np.isfinite(array).all()) for array in arrays)
+        for array in arrays:
+            if not math.isfinite(array.dot(array)) and not np.isfinite(array).all():
+                return False
+    return True

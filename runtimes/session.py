@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from types import TracebackType
+from typing import TypeGuard
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, NonFiniteError, StreamError
 from nsm.runtimes.base import Runtime
-from nsm.runtimes.checks import all_finite, as_array, check_values, checked_input, checked_state
+from nsm.runtimes.checks import as_array, check_values, checked_input, checked_state
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
 from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
+
+_INT64, _UINT64 = np.dtype(np.int64), np.dtype(np.uint64)
 
 # A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
 _DECODES_PER_STEP = 4
@@ -101,14 +104,15 @@ class Session:
             StreamError: a lane stands inside a chunk. Nothing has happened to the state.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
-        call = self._entry("step")
+        call = self._calls["step"]
         inputs, counts = call.checked(tokens, valid)
         if not self._aligned:
             self._check_at_beginning(counts)
         outputs, self._state = self._runtime.call("step", inputs, self._state)
         if self._chunked and counts is not call.all:
             self._stand(self._offset + counts % self.spec.chunk_size)
-        self._check_finite(outputs, counts)
+        if not self._runtime.finite(self._state):
+            self._look_for_non_finite(outputs, counts)
         return outputs
 
     def decode(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
@@ -130,9 +134,12 @@ class Session:
         outputs, self._state = self._runtime.call("decode", inputs, self._state)
         if self._chunked:
             self._stand(self._offset + counts)
-        self._commit_full()
+        finite = self._runtime.finite(self._state)
+        if self._commit_full():
+            finite = finite and self._runtime.finite(self._state)
         # At the end, so that lanes that are well stand where their state does when this raises.
-        self._check_finite(outputs, counts)
+        if not finite:
+            self._look_for_non_finite(outputs, counts)
         return outputs
 
     def feed(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
@@ -292,10 +299,8 @@ class Session:
     def _entry(self, name: str) -> _Call:
         return self._calls.get(name) or _Call(self.spec.entry(name))  # which raises where there is none
 
-    def _check_finite(self, outputs: Arrays, counts: Array) -> None:
+    def _look_for_non_finite(self, outputs: Arrays, counts: Array) -> None:
         """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
-        if all_finite(value.reshape(-1) for value in outputs.values()) and self._runtime.finite(self._state):
-            return
         lanes = np.flatnonzero(counts).tolist()
         for name, value in outputs.items():
             _raise_non_finite(f"output {name}", {lane: value[lane, : counts[lane]] for lane in lanes})
@@ -304,14 +309,16 @@ class Session:
             values = {lane: whole[state.name][state.lane_index(lane)] for lane in lanes}
             _raise_non_finite(f"state {state.name}", values)
 
-    def _commit_full(self) -> None:
-        """End the chunk of the lanes where it is full."""
+    def _commit_full(self) -> bool:
+        """End the chunk of the lanes where it is full, and say whether there were any."""
         if self._aligned:
-            return
+            return False
         full = self._offset == self.spec.chunk_size
-        if full.any():
-            _, self._state = self._runtime.call("commit", {}, self._state)
-            self._stand(np.where(full, 0, self._offset))
+        if not full.any():
+            return False
+        _, self._state = self._runtime.call("commit", {}, self._state)
+        self._stand(np.where(full, 0, self._offset))
+        return True
 
     def _check_at_beginning(self, counts: Array) -> None:
         """Raise `StreamError` if a lane that has tokens stands inside a chunk."""
@@ -391,9 +398,15 @@ class _Call:
         # How many tokens count where all do; this very array says so.
         self.all = np.full(self._tokens.shape[0], self._tokens.shape[1])
 
+        usual = self._tokens.dtype == "int64" and self._tokens.minimum == 0
+        self._maximum = self._tokens.maximum if usual else None
+
     def checked(self, tokens: ArrayLike, valid: ArrayLike | None) -> tuple[dict[str, Array], Array]:
         """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
-        inputs = {self._tokens.name: checked_input(self._tokens, tokens)}
+        if self._fine(tokens):
+            inputs: dict[str, Array] = {self._tokens.name: tokens}
+        else:
+            inputs = {self._tokens.name: checked_input(self._tokens, tokens)}
         counts = self.all
         if self._counted is not None:
             counts = counts if valid is None else checked_input(self._counted, valid)
@@ -405,6 +418,17 @@ class _Call:
                 "out, and give other numbers of tokens to feed or run."
             )
         return inputs, counts
+
+    def _fine(self, tokens: ArrayLike) -> TypeGuard[Array]:
+        """Whether these are ids as the entry takes them: the usual case, in one pass."""
+        return (
+            self._maximum is not None
+            and isinstance(tokens, np.ndarray)
+            and tokens.dtype == _INT64
+            and tokens.shape == self._tokens.shape
+            # As an unsigned number, a negative one is too large.
+            and int(np.maximum.reduce(tokens.view(_UINT64), axis=None)) <= self._maximum
+        )
 
 
 def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:

@@ -78,6 +78,7 @@ class TensorRt:
         self._cuda = cuda
         self._spec = spec
         self._pointers: list[int] = []
+        self._answered: tuple[Array, ...] = ()
         self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], Any]] = {}
         self._stream = self._check(cuda.cudaStreamCreate())
         try:
@@ -103,6 +104,7 @@ class TensorRt:
         for spec in self._spec.states:
             self._upload(self._buffers[spec.name][0], np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
         self._synchronize()
+        self._answered = ()
         return self._sides.reset(self)
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
@@ -122,6 +124,7 @@ class TensorRt:
         for name, buffer in host_out.items():
             self._download(buffer, pointers[name])
         self._synchronize()
+        self._answered = tuple(host_out.values())
         return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(self, entry)
 
     def read_state(self, state: State) -> Arrays:
@@ -138,7 +141,7 @@ class TensorRt:
             raise StreamError("The session is closed. Open the bundle again.")
 
     def finite(self, state: State) -> bool:
-        arrays = self.read_state(state).values()
+        arrays = [*self.read_state(state).values(), *self._answered]
         return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
 
     def close(self) -> None:

@@ -73,6 +73,7 @@ class AdaptiveRuntime:
         self.effective_precision = effective_precision
         self._margin, self._late, self._spoil = margin, late, spoil
         self._arrays: Arrays = {}
+        self._finite = True
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._arrays = {name: value.copy() for name, value in arrays.items()}
@@ -85,13 +86,14 @@ class AdaptiveRuntime:
         for lane, (stream, step) in enumerate(zip(streams.tolist(), steps.tolist(), strict=True)):
             if self._spoil is not None:
                 self._spoil(stream, step, outputs[lane], {name: value[lane] for name, value in self._arrays.items()})
+        self._finite = bool(np.isfinite(outputs).all())
         return {"outputs": outputs}, State(self)
 
     def read_state(self, state: State) -> Arrays:
         return {name: value.copy() for name, value in self._arrays.items()}
 
     def finite(self, state: State) -> bool:
-        return True
+        return self._finite
 
     def close(self) -> None:
         self._arrays = {}

@@ -157,12 +157,14 @@ class FakeRuntime:
         self._after = after
         self._loaded = loaded
         self._arrays: Arrays = {}
+        self._answered: tuple[Array, ...] = ()
         self._live: State | None = None
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         given = {name: np.moveaxis(arrays[name], axis, 0).copy() for name, axis in self._axes.items()}
         self._arrays = given if self._loaded is None else self._loaded(given, self._arrays)
         self.calls = 0
+        self._answered = ()
         return self._handle()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
@@ -174,6 +176,7 @@ class FakeRuntime:
             self.calls += 1
             if self._after is not None:
                 self._after(self.calls, outputs, self._arrays, before)
+        self._answered = tuple(outputs.values())
         return outputs, self._handle()
 
     def read_state(self, state: State) -> Arrays:
@@ -182,7 +185,7 @@ class FakeRuntime:
 
     def finite(self, state: State) -> bool:
         state.check(self)
-        return all(np.isfinite(array).all() for array in self._arrays.values())
+        return all(np.isfinite(array).all() for array in (*self._arrays.values(), *self._answered))
 
     def close(self) -> None:
         self.closed = True

@@ -807,6 +807,18 @@ def test_a_healthy_lane_inside_a_chunk_is_not_stepped_after_another_was_poisoned
         session.step(ids(session))
 
 
+@pytest.mark.parametrize("name", ["outputs", "0.tail"])
+def test_the_token_that_fills_a_chunk_is_looked_at_though_a_commit_follows(name: str) -> None:
+    session = fake_session(after=_spoil_once(name, CHUNK), spoiled="decode")
+    for _ in range(CHUNK - 1):
+        session.decode(np.zeros((2, 1), int))
+    with pytest.raises(NonFiniteError, match=rf"{name.replace('.', '[.]')} .*lanes \[1\]"):
+        session.decode(np.zeros((2, 1), int))
+    assert session.offsets.tolist() == [0, 0], "the chunk was committed"
+    session.reset(1)
+    session.step(ids(session))
+
+
 def test_an_output_that_is_not_finite_is_noticed_without_valid_too() -> None:
     session = fake_session(fake_spec(valid=False), after=_spoil("outputs", np.nan))
     session.step(ids(session))
