@@ -121,7 +121,7 @@ def bench_all(model: Path, targets: Sequence[str], steps: int, threads: int | No
             f"--all takes a checkpoint, a .pt written by nsm.save; {model} is a folder. For a bundle: nsm bench {model}"
         )
     terminal = Terminal(quiet=as_json)
-    if not pipeline.open_source(model).golden:
+    if not pipeline.open_source(model, pipeline.ExportOptions(())).golden:
         terminal.remark(
             "The model came without sequences, so errors are those on made-up tokens (synthetic). "
             "Give real ones with nsm.save(model, path, samples=...).",

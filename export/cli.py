@@ -116,6 +116,21 @@ def main() -> None:
 @click.option(
     "--golden-steps", type=int, metavar="N", help="Calls per stream to check.  [default: 64; 200 in low precision]"
 )
+@click.option(
+    "--state",
+    "states",
+    multiple=True,
+    metavar="PAST=PRESENT[:INIT]",
+    help="Of a foreign model: an input, the output that comes back as it, and a .npy it starts from. Repeatable.",
+)
+@click.option(
+    "--constant",
+    "constants",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Of a foreign ONNX graph: an input that never changes. Repeatable.",
+)
+@click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @_low_precision
 @click.option(
     "--debug-outputs", is_flag=True, help="Add outputs to look inside: routing.{layer}, [B, K, heads, slots]."
@@ -126,7 +141,7 @@ def main() -> None:
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @_shared
 def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
-    """Build a verified bundle from MODEL, a .pt written by nsm.save.
+    """Build a verified bundle from MODEL: a .pt written by nsm.save, a .pt2 of torch.export, or an .onnx.
 
     The model is exported to ONNX, built for every target, and run there over whole streams next to the PyTorch
     reference. Only if the errors stay within budget does the bundle get its name.
@@ -134,6 +149,7 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     \b
     nsm-export model.pt --target openvino
     nsm-export model.pt -t onnxruntime -t openvino -t tensorrt --device sm86 -o model.nsm
+    nsm-export vad.onnx -t openvino --state state=stateN --constant sr=16000 --data frames.npy
 
     Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
     NAME.nsm.failed), 6 damaged bundle, 7 not faster than fp32.

@@ -15,17 +15,16 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from nsm.bundle import STATE_INIT
 from nsm.errors import BuildError
 from nsm.export.passes import optimise
 from nsm.export.source import OPSET
+from nsm.export.state_table import STATES_KEY, state_table
 from nsm.export.weights import save_shared
 from nsm.models.step import State, StepModel
 from nsm.spec import VALID, EntrySpec, StepSpec
 from nsm.trace import Arrays
 
 WEIGHTS = "weights.bin"
-STATES_KEY = "nsm.states"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _DTYPES = {"int64": torch.int64, "float32": torch.float32}
 
@@ -121,29 +120,6 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     table.key, table.value = STATES_KEY, json.dumps(state_table(spec, entry))
     _check_interface(proto, inputs, outputs, spec, entry, opset)
     return proto
-
-
-def state_table(spec: StepSpec, entry: EntrySpec) -> list[dict[str, object]]:
-    """The table of states as it stands in a graph's metadata.
-
-    For each state of the model: `name`; `past` and `present`, the graph's input and output, null where this entry
-    does not read or write it; `shape`, `dtype`, `batch_axis`; `append_axis` where the output holds new rows only
-    (see `StateSpec`), else null; and `init`: "zeros", or the file (relative to the graph) and key of the initial
-    value.
-    """
-    return [
-        {
-            "name": state.name,
-            "past": state.past if state.name in entry.reads else None,
-            "present": state.present if state.name in entry.writes else None,
-            "shape": list(state.shape),
-            "dtype": state.dtype,
-            "batch_axis": state.batch_axis,
-            "append_axis": state.append_axis,
-            "init": "zeros" if state.init == "zeros" else {"file": f"../{STATE_INIT}", "key": state.name},
-        }
-        for state in spec.states
-    ]
 
 
 def initial_arrays(model: StepModel, batch: int) -> Arrays:

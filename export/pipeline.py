@@ -21,6 +21,7 @@ from nsm.export.guard import Limits, build_checked
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
+from nsm.export.state_options import parse_constants, parse_states
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -59,6 +60,9 @@ class ExportOptions:
         debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
         max_float_share, allow_slower: see `nsm.export.guard.Limits`.
         compact: whether slots that are never used are removed first; see `nsm.compaction`.
+        states: of a foreign model, `past=present[:init]` each; see `nsm.export.state_options`.
+        constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
+        vocab_size: of a foreign model over ids that does not say how many there are.
     """
 
     targets: Sequence[str]
@@ -73,6 +77,9 @@ class ExportOptions:
     golden_steps: int | None = None
     debug_outputs: bool = False
     compact: bool = False
+    states: Sequence[str] = ()
+    constants: Sequence[str] = ()
+    vocab_size: int | None = None
     max_float_share: float = 0.3
     allow_slower: bool = False
     require_parity: bool = False
@@ -115,21 +122,46 @@ class Plan:
     larger: Source | None = None
 
 
-def open_source(model: Path) -> Source:
-    """The model in a file.
+def open_source(model: Path, options: ExportOptions) -> Source:
+    """The model in a file: a checkpoint, a program of torch.export (`.pt2`), or an ONNX graph (`.onnx`).
 
     Raises:
         CheckpointError: it is none that can be used.
+        InputError, UnsupportedError: its states cannot be found, or it is no step.
+        MissingDependencyError: what reading it needs is not installed.
     """
-    require_torch()
+    suffix = model.suffix.lower()
+    states = parse_states(options.states)
+    if suffix == ".onnx":
+        _require(("onnx", "onnxruntime"), "export,onnxruntime")
+        from nsm.export.onnx_source import load_onnx
+
+        return load_onnx(model, states, parse_constants(options.constants), options.vocab_size)
+    _require(("torch", "onnx", "onnxscript"), "export")
     from nsm.export.torch_source import TorchSource
+
+    if options.constants:
+        raise InputError(f"--constant belongs to a foreign .onnx; {model} is none.")
+    if suffix == ".pt2":
+        from nsm.export.torch_program import load_program
+
+        checkpoint, remarks = load_program(model, states, options.vocab_size)
+        return TorchSource(checkpoint, remarks)
+    if states or options.vocab_size is not None:
+        raise InputError(
+            f"--state and --vocab-size belong to a foreign .pt2 or .onnx; {model} is a checkpoint, which says itself "
+            "what its states are."
+        )
     from nsm.models.checkpoint import load_checkpoint
 
     return TorchSource(load_checkpoint(model))
 
 
-def plan(model: Path, options: ExportOptions) -> Plan:
+def plan(model: Path | Source, options: ExportOptions) -> Plan:
     """Check the request and load the model.
+
+    Args:
+        model: a file, or a source; the latter needs `options.output`.
 
     Raises:
         InputError and its kin: whatever is wrong with the request, the checkpoint, or the data.
@@ -140,14 +172,14 @@ def plan(model: Path, options: ExportOptions) -> Plan:
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
     Limits(options.max_float_share)  # refuses what is no share
-    source = open_source(model)
+    source = open_source(model, options) if isinstance(model, Path) else model
     source.spec(options.batch, options.chunk, options.debug_outputs)
     policies = [find_policy(target.name, options.precision) for target in targets]
     static = any(policy is not None and policy.form == "static" for policy in policies)
     sequences, origin = _sequences(source, options, static)
     checked_sequences(source, sequences)
     calibration = _calibration(source, options) if static else []
-    output = options.output or Path(f"{model.stem}.nsm")
+    output = options.output or Path(f"{model.stem if isinstance(model, Path) else source.kind}.nsm")
     check_output(output, options.force)
     if not options.compact:
         return Plan(options, source, sequences, origin, output, calibration)
@@ -169,7 +201,7 @@ def compacted(source: Source, sequences: list[Array]) -> Source:
     return source.compacted(sequences)
 
 
-def export(model: Path, options: ExportOptions, stages: Stages | None = None) -> Bundle:
+def export(model: Path | Source, options: ExportOptions, stages: Stages | None = None) -> Bundle:
     """Export a checkpoint to one bundle with one or several targets, all or nothing.
 
     Raises:
@@ -258,13 +290,13 @@ def _manifest(planned: Plan, spec: StepSpec, artifacts: list[Artifact]) -> Manif
     )
 
 
-def require_torch() -> None:
-    """Raise `MissingDependencyError` where what exporting a checkpoint needs is not installed."""
-    missing = [name for name in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(name) is None]
+def _require(packages: Sequence[str], extra: str) -> None:
+    """Raise `MissingDependencyError` where one of the packages is not installed."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
             f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
-            'Install with: pip install "nsm-toolkit[export]". '
+            f'Install with: pip install "nsm-toolkit[{extra}]". '
             "(For a bundle that exists already, nsm build makes further targets without torch.)"
         )
 

@@ -35,7 +35,7 @@ class TorchRuntime:
     """
 
     def __init__(self, model: StepModel, spec: StepSpec, compiled: bool = False) -> None:
-        self._dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+        self._dtype = model.dtype
         self.effective_precision = "fp64" if self._dtype == torch.float64 else "fp32"
         self._calls = {entry.name: _call_of(model, entry.name, compiled) for entry in spec.entries}
         self._outputs = {entry.name: [item.name for item in entry.outputs] for entry in spec.entries}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,9 @@ from nsm.trace import Array, Arrays
 class TorchSource:
     """The model of a checkpoint, in eval mode; see `nsm.export.source.Source`."""
 
-    remarks: tuple[str, ...] = ()
-    lanes: int | None = None
-
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, remarks: Sequence[str] = ()) -> None:
         self.checkpoint = checkpoint
+        self.remarks = tuple(remarks)
         # A copy, since a model that somebody is training is to stay as it is.
         self.model = checkpoint.model if not checkpoint.model.training else copy.deepcopy(checkpoint.model).eval()
 
@@ -42,7 +40,7 @@ class TorchSource:
 
     @property
     def kind(self) -> str:
-        return type(self.model).__name__
+        return self.model.kind
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -63,6 +61,10 @@ class TorchSource:
     @property
     def chunk_size(self) -> int:
         return self.model.chunk_size
+
+    @property
+    def lanes(self) -> int | None:
+        return self.model.lanes
 
     @property
     def golden(self) -> list[Array]:

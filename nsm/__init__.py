@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from nsm.adapters import as_step as as_step
+    from nsm.adapters.carried import Carried as Carried
     from nsm.attention import HybridAttention as HybridAttention
     from nsm.compaction import compact as compact
+    from nsm.export.api import export_model as export_model
     from nsm.export.torch_runtime import reference as reference
     from nsm.layer import NSMLayer as NSMLayer
     from nsm.manager import StateManager as StateManager
@@ -37,6 +40,7 @@ if (_beside / "pyproject.toml").is_file() and (_beside / "runtimes").is_dir():
 # name -> (module, attribute, extra that the module needs)
 _NAMES: dict[str, tuple[str, str, str]] = {
     "AdaptiveNSM": ("nsm.models.adaptive", "AdaptiveNSM", "torch"),
+    "Carried": ("nsm.adapters.carried", "Carried", "torch"),
     "HybridAttention": ("nsm.attention", "HybridAttention", "torch"),
     "HybridModel": ("nsm.models.hybrid", "HybridModel", "torch"),
     "NSMLayer": ("nsm.layer", "NSMLayer", "torch"),
@@ -45,7 +49,9 @@ _NAMES: dict[str, tuple[str, str, str]] = {
     "StateManager": ("nsm.manager", "StateManager", "torch"),
     "StatePropagator": ("nsm.propagator", "StatePropagator", "torch"),
     "TokenToStateRouter": ("nsm.router", "TokenToStateRouter", "torch"),
+    "as_step": ("nsm.adapters.as_step", "as_step", "torch"),
     "compact": ("nsm.compaction", "compact", "torch"),
+    "export_model": ("nsm.export.api", "export_model", "export"),
     "from_preset": ("nsm.models.presets", "from_preset", "torch"),
     "load": ("nsm.models.checkpoint", "load", "torch"),
     "open": ("nsm.runtimes.opening", "open_bundle", ""),
@@ -55,6 +61,7 @@ _NAMES: dict[str, tuple[str, str, str]] = {
 
 __all__ = [
     "AdaptiveNSM",
+    "Carried",
     "HybridAttention",
     "HybridModel",
     "NSMLayer",
@@ -64,7 +71,9 @@ __all__ = [
     "StatePropagator",
     "TokenToStateRouter",
     "__version__",
+    "as_step",
     "compact",
+    "export_model",
     "from_preset",
     "load",
     "open",

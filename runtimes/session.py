@@ -166,6 +166,11 @@ class Session:
             counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
         if not self.spec.has("decode"):
             self._check_at_beginning(counts)
+            if entry.input(VALID) is None and np.any(counts != length):
+                raise InputError(
+                    f"This model takes whole calls on all lanes at once; given are {counts.tolist()} tokens for its "
+                    "lanes. Give all lanes as many."
+                )
         results = {
             item.name: np.zeros((self.batch, length, *item.shape[2:]), item.numpy_dtype) for item in entry.outputs
         }

@@ -30,14 +30,21 @@ ALLOWED = {
 }
 # The rooms of export that need torch; the others must do without.
 WITH_TORCH = {
+    "nsm.export.api",
     "nsm.export.onnx",
     "nsm.export.savings",
+    "nsm.export.pt2",
+    "nsm.export.torch_program",
     "nsm.export.torch_runtime",
     "nsm.export.torch_source",
 }
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {
     "nsm.export.low_precision",
+    "nsm.export.onnx_file",
+    "nsm.export.onnx_normal",
+    "nsm.export.onnx_source",
+    "nsm.export.onnx_states",
     "nsm.export.passes",
     "nsm.export.roofline",
     "nsm.export.weights",

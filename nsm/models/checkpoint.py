@@ -71,11 +71,12 @@ def save(
     """
     name = type(model).__name__
     if MODELS.get(name) != type(model).__module__:
-        raise InputError(f"nsm.save writes {', '.join(MODELS)}; given {name}.")
-    sequences = [
-        _checked_sample(model, index, sample) for index, sample in enumerate(() if samples is None else samples)
-    ]
-    golden_ids = set(np.linspace(0, len(sequences) - 1, min(MAX_GOLDEN, (len(sequences) + 1) // 2)).astype(int))
+        raise InputError(
+            f"nsm.save writes {', '.join(MODELS)}; given {name}. A file cannot hold the code of other modules: "
+            "export from "
+            "Python with nsm.export_model(model, target, output), or write a program with torch.export.save (.pt2)."
+        )
+    golden, calibration = split_samples(model, samples)
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -83,11 +84,27 @@ def save(
         "config": model.config,
         "weights": model.state_dict(),
         "fingerprint": fingerprint(model),
-        "golden": [item for index, item in enumerate(sequences) if index in golden_ids],
-        "calibration": [item for index, item in enumerate(sequences) if index not in golden_ids],
+        "golden": [torch.from_numpy(item) for item in golden],
+        "calibration": [torch.from_numpy(item) for item in calibration],
     }
     with replacing(Path(path)) as file:
         torch.save(content, file)
+
+
+def split_samples(
+    model: StepModel, samples: Sequence[ArrayLike] | NDArray[Any] | None
+) -> tuple[list[NDArray[Any]], list[NDArray[Any]]]:
+    """Those that exports are checked on, up to 8 spread over the list, and those for calibration.
+
+    Raises:
+        InputError: names the first that the model does not take.
+    """
+    sequences = [
+        _checked_sample(model, index, sample).numpy() for index, sample in enumerate(() if samples is None else samples)
+    ]
+    golden_ids = set(np.linspace(0, len(sequences) - 1, min(MAX_GOLDEN, (len(sequences) + 1) // 2)).astype(int))
+    golden = [item for index, item in enumerate(sequences) if index in golden_ids]
+    return golden, [item for index, item in enumerate(sequences) if index not in golden_ids]
 
 
 def load(path: str | os.PathLike[str]) -> StepModel:

@@ -23,12 +23,14 @@ class StepModel(nn.Module, ABC):
         token_spec: one lane and one token: shape () for ids, (input_dim,) for vectors.
         output_dim: width of the outputs.
         chunk_size: C; `step` takes a multiple of it.
+        lanes: the only number of lanes the model takes; None where any will do.
     """
 
     config: dict[str, Any]
     token_spec: TensorSpec
     output_dim: int
     chunk_size: int
+    lanes: int | None = None
 
     @abstractmethod
     def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
@@ -56,12 +58,24 @@ class StepModel(nn.Module, ABC):
         """Like `call`, with only the new rows of the states that are appended to (see `StateSpec.append_axis`)."""
         return self.call(entry, inputs, state)
 
+    @property
+    def kind(self) -> str:
+        """What the model is called where people read it."""
+        return type(self).__name__
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weights are in: float32, or float64 after `double()`."""
+        numbers = (*self.parameters(), *self.buffers())
+        return next((value.dtype for value in numbers if value.is_floating_point()), torch.float32)
+
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise `InputError` unless the tokens are [B, T, ...] of this model's kind and in range."""
         spec = self.token_spec
-        kind = "ids [B, T]" if not spec.shape else f"vectors [B, T, {spec.shape[0]}]"
-        integer = not spec.shape
-        dtypes = (torch.int64, torch.int32) if integer else (next(self.parameters()).dtype,)
+        integer = spec.dtype == "int64"
+        shape = ", ".join(["B", "T", *map(str, spec.shape)])
+        kind = f"{'ids' if integer else 'vectors' if spec.shape else 'numbers'} [{shape}]"
+        dtypes = (torch.int64, torch.int32) if integer else (self.dtype,)
         if tokens.dim() != 2 + len(spec.shape) or tuple(tokens.shape[2:]) != spec.shape or 0 in tokens.shape[:2]:
             raise InputError(f"The model takes {kind}, at least one token; given shape {list(tokens.shape)}.")
         if tokens.dtype not in dtypes:

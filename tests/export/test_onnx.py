@@ -20,8 +20,9 @@ from nsm.baselines.transformer import TransformerLM
 from nsm.bundle import STATE_INIT, Bundle
 from nsm.errors import BuildError
 from nsm.export import onnx as module
-from nsm.export.onnx import STATES_KEY, WEIGHTS, export_onnx, initial_arrays
+from nsm.export.onnx import WEIGHTS, export_onnx, initial_arrays
 from nsm.export.passes import optimise
+from nsm.export.state_table import STATES_KEY
 from nsm.export.weights import MIN_BYTES
 from nsm.models.simple import SimpleNSM
 from nsm.models.step import StepModel

@@ -1,0 +1,49 @@
+"""Exporting from Python what is in memory: a model that no file can hold without its code."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike, NDArray
+
+from nsm.bundle import Bundle
+from nsm.export.pipeline import ExportOptions, export
+from nsm.export.torch_source import TorchSource
+from nsm.models.checkpoint import Checkpoint, fingerprint, split_samples
+from nsm.models.step import StepModel
+
+
+def export_model(
+    model: StepModel,
+    targets: str | Sequence[str],
+    output: str | os.PathLike[str],
+    samples: Sequence[ArrayLike] | NDArray[Any] | None = None,
+    **options: Any,
+) -> Bundle:
+    """Build a verified bundle from a model in memory, as `nsm-export` does from a file.
+
+    Args:
+        model: one of ours, or what `nsm.as_step` made of a module.
+        targets: "onnx", "onnxruntime", "openvino", "tensorrt", or several of them.
+        output: the bundle to write.
+        samples: real sequences, [T] ids or [T, *token] numbers each; some judge the export, the others calibrate int8.
+            Without them it is checked on made-up ones.
+        options: further `nsm.export.pipeline.ExportOptions`: precision="int8", batch=4, force=True, ...
+
+    Returns:
+        The bundle; open it with `nsm.open`.
+
+    Raises:
+        InputError, UnsupportedError, BuildError, ParityError, SlowerError: see `nsm.errors`.
+
+    Example:
+        >>> step = nsm.as_step(nn.GRU(40, 128, num_layers=2))   # doctest: +SKIP
+        >>> nsm.export_model(step, "openvino", "gru.nsm", samples=features)
+    """
+    golden, calibration = split_samples(model, samples)
+    source = TorchSource(Checkpoint(model, golden, calibration, fingerprint(model)))
+    names = [targets] if isinstance(targets, str) else list(targets)
+    return export(source, ExportOptions(names, output=Path(output), **options))

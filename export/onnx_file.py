@@ -1,0 +1,142 @@
+"""A foreign ONNX file: read safely, with its inputs, outputs and shapes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import onnx
+from onnx import TensorProto, ValueInfoProto, numpy_helper
+from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+
+from nsm.errors import InputError, UnsupportedError
+from nsm.trace import Array
+
+OLDEST = 13
+"""Operator set below which a file is converted first: there, many operators took as attributes what are inputs now."""
+
+Shape = tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Port:
+    """An input or output: its shape has a name for what is symbolic, "?" where it has not even that."""
+
+    name: str
+    shape: Shape
+    dtype: str
+
+
+def read_onnx(path: Path) -> onnx.ModelProto:
+    """The model of a file, with its weights in memory.
+
+    Raises:
+        InputError: no such file, no ONNX model, or weights that are missing or lie outside the file's folder.
+        UnsupportedError: operators that are not in the ONNX standard, or an operator set that cannot be converted.
+    """
+    try:
+        model = onnx.load(str(path), load_external_data=False)
+        if not model.graph.node:
+            raise ValueError("it has no nodes")
+    except FileNotFoundError as error:
+        raise InputError(f"There is no file {path}.") from error
+    except Exception as error:  # protobuf has no common base for what it raises
+        raise InputError(f"{path} cannot be read as an ONNX model: {error}. Was it copied whole?") from error
+    for tensor in model.graph.initializer:
+        if uses_external_data(tensor):
+            _load_beside(path, tensor)
+    _check_operators(path, model)
+    version = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+    if version >= OLDEST:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, OLDEST)
+    except Exception as error:  # the converter raises what its C++ code throws
+        raise UnsupportedError(
+            f"{path} has operator set {version}, and cannot be converted to {OLDEST}: {error}. Export it anew with "
+            f"opset_version >= {OLDEST}."
+        ) from error
+
+
+def _load_beside(path: Path, tensor: TensorProto) -> None:
+    location = next((item.value for item in tensor.external_data if item.key == "location"), "")
+    pure = PurePosixPath(location)
+    file = path.parent / location
+    inside = not pure.is_absolute() and ".." not in pure.parts and file.resolve().is_relative_to(path.parent.resolve())
+    if not location or not inside:
+        raise InputError(
+            f"{path}: the weight {tensor.name} is to lie in {location!r}, which is outside the folder of the file. "
+            "Put all files of a model into one folder."
+        )
+    try:
+        load_external_data_for_tensor(tensor, str(path.parent))
+    except Exception as error:  # missing, too short, or refused by the loader itself
+        raise InputError(f"{path}: the weight {tensor.name} cannot be read from {location!r}: {error}") from error
+    tensor.data_location = TensorProto.DEFAULT
+    del tensor.external_data[:]
+
+
+def _check_operators(path: Path, model: onnx.ModelProto) -> None:
+    for node in model.graph.node:
+        if node.domain not in ("", "ai.onnx"):
+            scopes = [item.value for item in node.metadata_props if item.key.endswith("name_scopes")]
+            where = f", from {scopes[0]}" if scopes else ""
+            raise UnsupportedError(
+                f"{path}: the node {node.name or node.output[0]} is the operator "
+                f"{node.domain}::{node.op_type}{where}, which "
+                "is not in the ONNX standard, so that no other backend has it. Export without it: for graphs that ONNX "
+                "Runtime has optimised, take the one from before."
+            )
+    if model.functions:
+        raise UnsupportedError(
+            f"{path} has functions of its own ({model.functions[0].name}). Have them inlined: "
+            "onnx.inliner.inline_local_functions."
+        )
+
+
+def ports(values: list[ValueInfoProto]) -> dict[str, Port]:
+    """Inputs or outputs by name."""
+    found = {}
+    for value in values:
+        kind = value.type.tensor_type
+        if not value.type.HasField("tensor_type"):
+            raise UnsupportedError(
+                f"{value.name} is no tensor. Sequences and optional values cannot be states or inputs."
+            )
+        shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
+        dtype = str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
+        found[value.name] = Port(value.name, shape, dtype)
+    return found
+
+
+def real_inputs(model: onnx.ModelProto) -> dict[str, Port]:
+    """The inputs that are not weights: old files list these as well."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return ports([value for value in model.graph.input if value.name not in weights])
+
+
+def fix_inputs(model: onnx.ModelProto, constants: Mapping[str, str]) -> None:
+    """Make constants of inputs, in place, from numbers as text: `16000`, or `1,0,0`.
+
+    Raises:
+        InputError: no such input, no such numbers, or too many.
+    """
+    inputs = real_inputs(model)
+    for name, text in constants.items():
+        if name not in inputs:
+            raise InputError(f"--constant {name}={text}: there is no input {name!r}; there are {', '.join(inputs)}.")
+        port = inputs[name]
+        sizes = [size if isinstance(size, int) else 1 for size in port.shape]
+        try:
+            given: Array = np.array([float(part) for part in text.split(",")]).astype(port.dtype)
+            array = np.broadcast_to(given if given.size > 1 else given.reshape(()), sizes)
+        except ValueError as error:
+            raise InputError(
+                f"--constant {name}={text}: the input {name} takes {port.dtype}{list(port.shape)}; expected are a "
+                "number, or as many as it takes, between commas."
+            ) from error
+        model.graph.initializer.append(numpy_helper.from_array(np.array(array), name))
+        (value,) = (value for value in model.graph.input if value.name == name)
+        model.graph.input.remove(value)

@@ -1,0 +1,298 @@
+"""A foreign ONNX graph in normal form: one input `tokens`, lanes first, static shapes, states named as ours are.
+
+The graph itself is left as it is, with a prefix before all its names; what is put around it are reshapes and
+transposes, where they are needed, and for several lanes the choice between a new state and the old one.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+import onnx_ir
+from onnx import TensorProto, helper, numpy_helper
+
+from nsm.errors import BuildError, UnsupportedError
+from nsm.export.onnx_file import Port, Shape, ports, real_inputs
+from nsm.export.onnx_states import GraphState
+from nsm.export.passes import optimise
+from nsm.export.state_table import STATES_KEY, state_table
+from nsm.spec import VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
+
+_PREFIX = "model/"
+# A tensor below this is kept for shape inference, which reads the shapes that graphs compute with.
+_SMALL = 4096
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """A foreign graph, and what was found out about it.
+
+    Args:
+        model: with weights; its constants are no inputs any more.
+        main: the input that takes tokens.
+        answers: the outputs that are not states.
+        states: in the order in which they were named.
+        timed: whether axis 1 of the main input takes any number of tokens.
+    """
+
+    model: onnx.ModelProto
+    main: Port
+    answers: tuple[str, ...]
+    states: tuple[GraphState, ...]
+    timed: bool
+
+    @property
+    def batch(self) -> int | str:
+        """The size of the streams' axis: a name where it may be any."""
+        return self.main.shape[0]
+
+    @property
+    def token_shape(self) -> tuple[int, ...]:
+        """Of one token; all behind the streams and, where there is one, time."""
+        rest = self.main.shape[2 if self.timed else 1 :]
+        return tuple(int(size) for size in rest)
+
+    def static(self, batch: int, length: int) -> tuple[onnx.ModelProto, dict[str, Port]]:
+        """A copy of the graph with these sizes put in, and its outputs.
+
+        Raises:
+            UnsupportedError: an output's shape is still open.
+        """
+        sizes: dict[str, int] = {}
+        if isinstance(self.batch, str):
+            sizes[self.batch] = batch
+        if self.timed:
+            sizes[str(self.main.shape[1])] = length
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for value in model.graph.input:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.HasField("dim_param") and dim.dim_param in sizes:
+                    dim.dim_value = sizes[dim.dim_param]
+        outputs = _inferred(model)
+        for name, port in outputs.items():
+            opened = [size for size in port.shape if not isinstance(size, int)]
+            if opened:
+                raise UnsupportedError(
+                    f"The output {name} has the shape {list(port.shape)} when the streams are {batch} and a call has "
+                    f"{length} tokens. A step has static shapes: export the model with this size fixed."
+                )
+        return model, outputs
+
+
+def spec_of(foreign: Foreign, batch: int, length: int, chunk: int, token: TensorSpec) -> StepSpec:
+    """The declaration of its entries."""
+    states = tuple(
+        StateSpec(s.name, lane_first(s, batch), s.dtype, init="learned" if s.initial.any() else "zeros")
+        for s in foreign.states
+    )
+    names = tuple(state.name for state in states)
+    entries = []
+    for name, count in {"step": length, **({"decode": 1} if foreign.timed else {})}.items():
+        inputs = [TensorSpec("tokens", (batch, count, *token.shape), token.dtype, 1, token.minimum, token.maximum)]
+        if batch > 1 and count == 1:
+            inputs.append(TensorSpec(VALID, (batch,), "int64", None, 0, 1))
+        _, shapes = foreign.static(batch, count)
+        outputs = tuple(
+            TensorSpec(answer, _answer(foreign, shapes[answer], batch, count), "float32", 1)
+            for answer in foreign.answers
+        )
+        entries.append(EntrySpec(name, tuple(inputs), outputs, names, names))
+    return StepSpec(tuple(entries), states, chunk, batch)
+
+
+def lane_first(state: GraphState, batch: int) -> tuple[int, ...]:
+    """Its shape with the lanes first."""
+    if state.lane_axis is None:
+        return (1, *state.shape)
+    rest = [size for index, size in enumerate(state.shape) if index != state.lane_axis]
+    return (batch, *rest)
+
+
+def _answer(foreign: Foreign, port: Port, batch: int, count: int) -> tuple[int, ...]:
+    """The shape of an output in normal form.
+
+    Raises:
+        UnsupportedError: it is no number for each token.
+    """
+    shape = [int(size) for size in port.shape]
+    lead = [batch, count] if foreign.timed else [batch]
+    if port.dtype != "float32" or (shape[: len(lead)] != lead and math.prod(shape) % batch):
+        raise UnsupportedError(
+            f"The output {port.name} is {port.dtype}{shape}; expected is float32 of shape {[*lead, '...']}. Remove "
+            "other outputs from the graph, or export with this one cast."
+        )
+    if foreign.timed and shape[:2] != lead:
+        raise UnsupportedError(
+            f"The output {port.name} has the shape {shape} for {count} tokens of {batch} streams; expected is "
+            f"{[*lead, '...']}: an answer for every token."
+        )
+    rest = shape[len(lead) :] if shape[: len(lead)] == lead else [math.prod(shape) // batch]
+    return (batch, count, *(rest or [1]))
+
+
+def normal_graph(foreign: Foreign, spec: StepSpec, entry: EntrySpec, opset: int) -> onnx.ModelProto:
+    """The graph of one entry, with its weights inside.
+
+    Raises:
+        BuildError: the operator set cannot be had, or the result is no valid graph.
+    """
+    length = entry.inputs[0].shape[1]
+    inner, _ = foreign.static(spec.batch, length)
+    inputs = real_inputs(inner)
+    inner = onnx.compose.add_prefix(inner, _PREFIX)
+    around = _Around(entry)
+    around.give(entry.inputs[0].name, foreign.main.name, inputs[foreign.main.name].shape)
+    specs = {state.name: state for state in spec.states}
+    for state in foreign.states:
+        around.give_state(specs[state.name].past, state)
+    for item in entry.outputs:
+        around.take(item.name, item.name, item.shape)
+    for state in foreign.states:
+        around.take_state(specs[state.name], state)
+    graph = helper.make_graph(
+        [*around.before, *inner.graph.node, *around.after],
+        "step",
+        [_value(item.name, item.shape, item.dtype) for item in entry.inputs]
+        + [_value(s.past, s.shape, s.dtype) for s in spec.states],
+        [_value(item.name, item.shape, item.dtype) for item in entry.outputs]
+        + [_value(s.present, s.shape, s.dtype) for s in spec.states],
+        [*inner.graph.initializer, *around.constants],
+    )
+    model = helper.make_model(graph, opset_imports=list(inner.opset_import), producer_name="nsm")
+    model.ir_version = min(model.ir_version, 10)
+    model = _tidied(model, opset)
+    table = model.metadata_props.add()
+    table.key, table.value = STATES_KEY, json.dumps(state_table(spec, entry))
+    return model
+
+
+class _Around:
+    """The nodes before and after a graph."""
+
+    def __init__(self, entry: EntrySpec) -> None:
+        self.before: list[onnx.NodeProto] = []
+        self.after: list[onnx.NodeProto] = []
+        self.constants: list[TensorProto] = []
+        self._lanes = entry.inputs[0].shape[0]
+        self._choose = entry.input(VALID) is not None
+        if self._choose:
+            self._constant("normal/zero", np.zeros((), np.int64))
+            self.after.append(helper.make_node("Greater", [VALID, "normal/zero"], ["normal/runs"], "normal/runs"))
+
+    def give(self, name: str, inner: str, shape: Shape) -> None:
+        """Reshape an input to what the graph takes."""
+        self._constant(f"normal/{inner}/shape", np.array(shape, np.int64))
+        self.before.append(
+            helper.make_node("Reshape", [name, f"normal/{inner}/shape"], [_PREFIX + inner], f"normal/{inner}/give")
+        )
+
+    def give_state(self, name: str, state: GraphState) -> None:
+        if state.lane_axis in (0, None):
+            shape = [self._lanes if index == state.lane_axis else size for index, size in enumerate(state.shape)]
+            self.give(name, state.past, tuple(shape))
+            return
+        order = list(range(1, len(state.shape)))
+        order.insert(state.lane_axis, 0)
+        self.before.append(
+            helper.make_node("Transpose", [name], [_PREFIX + state.past], f"normal/{state.past}/give", perm=order)
+        )
+
+    def take(self, name: str, inner: str, shape: Sequence[int]) -> None:
+        """Reshape an output of the graph."""
+        self._constant(f"normal/{inner}/taken", np.array(shape, np.int64))
+        self.after.append(
+            helper.make_node("Reshape", [_PREFIX + inner, f"normal/{inner}/taken"], [name], f"normal/{inner}/take")
+        )
+
+    def take_state(self, spec: StateSpec, state: GraphState) -> None:
+        taken = f"normal/{state.present}" if self._choose else spec.present
+        if state.lane_axis in (0, None):
+            self.take(taken, state.present, spec.shape)
+        else:
+            order = [state.lane_axis, *(index for index in range(len(state.shape)) if index != state.lane_axis)]
+            self.after.append(
+                helper.make_node(
+                    "Transpose", [_PREFIX + state.present], [taken], f"normal/{state.present}/take", perm=order
+                )
+            )
+        if self._choose:
+            self._where(spec, taken)
+
+    def _where(self, spec: StateSpec, new: str) -> None:
+        """The new state on lanes that run, the old one on the others."""
+        stem = f"normal/{spec.name}"
+        self._constant(f"{stem}/lanes", np.array([self._lanes, *[1] * (len(spec.shape) - 1)], np.int64))
+        self.after.append(
+            helper.make_node("Reshape", ["normal/runs", f"{stem}/lanes"], [f"{stem}/runs"], f"{stem}/runs")
+        )
+        if spec.dtype != "bool":
+            self.after.append(
+                helper.make_node("Where", [f"{stem}/runs", new, spec.past], [spec.present], f"{stem}/choose")
+            )
+            return
+        # ONNX Runtime selects among numbers only.
+        self.after += [
+            helper.make_node("And", [f"{stem}/runs", new], [f"{stem}/new"], f"{stem}/new"),
+            helper.make_node("Not", [f"{stem}/runs"], [f"{stem}/rests"], f"{stem}/rests"),
+            helper.make_node("And", [f"{stem}/rests", spec.past], [f"{stem}/old"], f"{stem}/old"),
+            helper.make_node("Or", [f"{stem}/new", f"{stem}/old"], [spec.present], f"{stem}/choose"),
+        ]
+
+    def _constant(self, name: str, value: np.ndarray) -> None:
+        if all(tensor.name != name for tensor in self.constants):
+            self.constants.append(numpy_helper.from_array(value, name))
+
+
+def _value(name: str, shape: Sequence[int], dtype: str) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
+
+
+def _tidied(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """In the operator set that was asked for, and through the passes that our own graphs go through."""
+    version = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
+    if version < opset:
+        try:
+            model = onnx.version_converter.convert_version(model, opset)
+        except Exception as error:  # the converter raises what its C++ code throws
+            raise BuildError(
+                f"The graph has operator set {version} and cannot be converted to {opset}: {error}"
+            ) from error
+    try:
+        made = onnx_ir.from_proto(model)
+        optimise(made)
+        result: onnx.ModelProto = onnx_ir.to_proto(made)
+    except Exception as error:  # the passes' errors have no common base
+        raise BuildError(f"The graph cannot be simplified: {error}") from error
+    return result
+
+
+def _inferred(model: onnx.ModelProto) -> dict[str, Port]:
+    """The outputs with their shapes as they follow from the inputs'; they are put into the model as well.
+
+    Weights are left out of what is inferred over, so that their size does not matter.
+    """
+    del model.graph.value_info[:]
+    light = onnx.ModelProto()
+    light.CopyFrom(model)
+    for tensor in light.graph.initializer:
+        if math.prod(tensor.dims) > _SMALL:
+            tensor.ClearField("raw_data")
+            tensor.ClearField("float_data")
+            tensor.data_location = TensorProto.EXTERNAL
+    for value in light.graph.output:
+        value.type.tensor_type.ClearField("shape")
+    try:
+        light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
+    except Exception as error:  # raised from C++
+        raise UnsupportedError(
+            f"The shapes of the graph do not follow from its inputs' ({error}). Is a size built in that is to be open?"
+        ) from error
+    for value, known in zip(model.graph.output, light.graph.output, strict=True):
+        value.CopyFrom(known)
+    return ports(list(model.graph.output))

@@ -1,0 +1,138 @@
+"""`--state past=present[:init]`: which input of a model carries what which output gave."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+
+import numpy as np
+
+from nsm.errors import InputError
+from nsm.trace import Array
+
+ZEROS = "zeros"
+
+
+@dataclass(frozen=True)
+class StateOption:
+    """One state, named by the user or found by a convention.
+
+    Args:
+        past: name of the input.
+        present: name of the output, or its place among the outputs ("1").
+        init: a .npy file with the value before the first step, of one stream; or "zeros".
+        found: how it was found, for people.
+    """
+
+    past: str
+    present: str
+    init: str = ZEROS
+    found: str = "--state"
+
+    def initial(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """The value before the first step.
+
+        Raises:
+            InputError: the file cannot be read, or holds something else.
+        """
+        if self.init == ZEROS:
+            return np.zeros(shape, dtype)
+        try:
+            with Path(self.init).open("rb") as file:
+                array = np.lib.format.read_array(file, allow_pickle=False)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The initial value of the state {self.past} cannot be read from {self.init}: {error}. Expected is a "
+                ".npy file written by numpy.save, or the word zeros."
+            ) from error
+        if array.shape != shape or array.dtype.kind != np.dtype(dtype).kind or not np.isfinite(array).all():
+            raise InputError(
+                f"The initial value of the state {self.past} in {self.init} is {array.dtype}{list(array.shape)}; "
+                f"expected are finite numbers, {dtype}{list(shape)}: those of one stream."
+            )
+        return array.astype(dtype)
+
+
+def parse_states(texts: Iterable[str]) -> list[StateOption]:
+    """The options as the command line gives them.
+
+    Raises:
+        InputError: one is no `past=present[:init]`, or a name stands twice.
+    """
+    found: list[StateOption] = []
+    for text in texts:
+        past, equals, rest = text.partition("=")
+        # An output's name may hold colons (`while/Exit:0`), and an init is a file or a word.
+        match = re.fullmatch(r"(.+):(zeros|[^:]+\.npy)", rest)
+        present, init = match.groups() if match else (rest, ZEROS)
+        if not past or not equals or not present:
+            raise InputError(
+                f"--state {text}: expected is PAST=PRESENT or PAST=PRESENT:INIT, an input's name, the name or place of "
+                "the output that the next step gets for it, and a .npy file or zeros. For instance: --state "
+                "state=stateN"
+            )
+        found.append(StateOption(past, present, init))
+    for what, names in (("input", [o.past for o in found]), ("output", [o.present for o in found])):
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise InputError(f"--state names the {what} {twice} twice; each belongs to one state.")
+    return found
+
+
+def parse_constants(texts: Iterable[str]) -> dict[str, str]:
+    """`--constant NAME=VALUE`, by name.
+
+    Raises:
+        InputError: one is no such pair, or a name stands twice.
+    """
+    found: dict[str, str] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name or not equals or not value or name in found:
+            raise InputError(
+                f"--constant {text}: expected is NAME=VALUE, once for each input that never changes. For instance: "
+                "--constant sr=16000"
+            )
+        found[name] = value
+    return found
+
+
+# (pattern of an input, what the output is called); groups are put in. The first that fits counts. Where they come from:
+# ours; Hugging Face's decoders; streaming encoders of WeNet and icefall; Silero's voice activity detector; by hand.
+CONVENTIONS: Mapping[str, str] = MappingProxyType(
+    {
+        r"past_state\.(.+)": r"present_state.\1",
+        r"past_key_values\.(.+)": r"present.\1",
+        r"past_(.+)": r"present_\1",
+        r"cache_(.+)": r"new_cache_\1",
+        r"cached_(.+)": r"new_cached_\1",
+        r"(.+)_in": r"\1_out",
+        r"(.+)_cache": r"\1_cache_out",
+        r"(cache.*)": r"\1_out",
+        r"state": r"stateN",
+        r"(state.*)": r"new_\1",
+        r"(h|c|hidden|cell)_?0?": r"\1n",
+        r"(h|c)0?": r"\1_n",
+        r"(hidden|cell)": r"new_\1",
+    }
+)
+
+
+def find_states(inputs: Sequence[str], outputs: Sequence[str]) -> list[StateOption]:
+    """The states that names give away, by `CONVENTIONS`."""
+    found: list[StateOption] = []
+    for name in inputs:
+        for pattern, present in CONVENTIONS.items():
+            match = re.fullmatch(pattern, name)
+            if match and (wanted := match.expand(present)) in outputs and wanted != name:
+                found.append(StateOption(name, wanted, found="its name"))
+                break
+    return found
+
+
+def state_name(past: str) -> str:
+    """What a state is called, from the name of its input: without the prefix that ours will have."""
+    return re.sub(r"^(past_state|past_key_values)\.", "", past)

@@ -1,0 +1,191 @@
+"""A `.pt2`, a program of torch.export, as a step model whose states are named."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, TensorArgument
+
+from nsm.adapters.adapted import AdaptedModel
+from nsm.adapters.carried import Carried
+from nsm.adapters.examine import examine
+from nsm.errors import CheckpointError, InputError, UnsupportedError
+from nsm.export.pt2 import check_archive
+from nsm.export.state_options import StateOption, find_states, state_name
+from nsm.models.checkpoint import Checkpoint
+from nsm.spec import TensorSpec
+
+CHUNK = 16
+
+
+def load_program(
+    path: Path, states: Sequence[StateOption], vocab_size: int | None = None
+) -> tuple[Checkpoint, list[str]]:
+    """Read a program and find its states.
+
+    Args:
+        path: of a `.pt2` written by `torch.export.save`.
+        states: those that were named; without any they are looked for by the conventions for names.
+        vocab_size: of a program over ids, which does not say it itself.
+
+    Returns:
+        The model, without sequences, and what a person should know of it.
+
+    Raises:
+        CheckpointError: it is none, or would run code when it is loaded.
+        InputError: states that do not fit its inputs and outputs.
+        UnsupportedError: what `nsm.adapters.examine` finds, buffers that change for instance.
+    """
+    check_archive(path)
+    try:
+        program = torch.export.load(path)
+    except Exception as error:  # whatever torch raises for a damaged or newer file
+        raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
+    inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
+    found = list(states) or find_states(list(inputs), [str(name) for name in outputs])
+    places = [_place(option, inputs, outputs) for option in found]
+    left = [name for name in inputs if name not in [option.past for option in found]]
+    if len(left) != 1 or not found:
+        what = f"{left} are" if found else "no states were found by their names"
+        raise InputError(
+            f"{path} has the inputs {_shown(inputs)} and the outputs {outputs}; one input is to be left when the "
+            "states "
+            f"are taken away, but {what}. Name the states with --state INPUT=OUTPUT, where an output is also its "
+            f"place, 0 .. {len(outputs) - 1}."
+        )
+    twice = next((place for place in places if places.count(place) > 1), None)
+    if twice is not None:
+        raise InputError(f"Two states are to be the output {outputs[twice]}; each has one of its own.")
+    answers = [index for index in range(len(outputs)) if index not in places]
+    if not answers:
+        raise InputError(f"All outputs of {path}, {outputs}, are states; a step answers something.")
+    model = _adapted(program, left[0], found, places, answers, vocab_size)
+    remarks = [
+        f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
+        f"{option.init}; found by {option.found}"
+        for one, option, place in zip(model.carried, found, places, strict=True)
+    ]
+    print_of = hashlib.sha256(path.read_bytes() + repr(model.config).encode()).hexdigest()
+    return Checkpoint(model, [], [], print_of), remarks
+
+
+class Program(nn.Module):
+    """The module of a program, called with its inputs in their order."""
+
+    def __init__(self, program: ExportedProgram, order: Sequence[str], names: Sequence[str]) -> None:
+        super().__init__()
+        self.program = program.module(check_guards=False)
+        self._places = [list(names).index(name) for name in order]
+
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        found = self.program(*(given[place] for place in self._places))
+        return tuple(found) if isinstance(found, tuple | list) else (found,)
+
+    def eval(self) -> Program:  # a program is what it was exported as
+        return self
+
+
+def _adapted(
+    program: ExportedProgram,
+    main: str,
+    found: Sequence[StateOption],
+    places: Sequence[int],
+    answers: Sequence[int],
+    vocab_size: int | None,
+) -> AdaptedModel:
+    inputs = _inputs(program)
+    module = Program(program, list(inputs), [main, *(option.past for option in found)])
+    value = inputs[main]
+    sizes: list[Any] = list(value.shape)
+    lanes = None if isinstance(sizes[0], torch.SymInt) else int(sizes[0])
+    timed = len(sizes) > 1 and isinstance(sizes[1], torch.SymInt)
+    carried = [_carried(option, inputs[option.past], sizes[0]) for option in found]
+    if lanes not in (None, 1):
+        raise UnsupportedError(
+            f"The program was exported for {lanes} streams at a time; export it for one, or for any."
+        )
+    rest = sizes[2 if timed else 1 :]
+    opened = [size for size in rest if isinstance(size, torch.SymInt)]
+    if opened:
+        raise UnsupportedError(
+            f"The input {main} has the shape {list(map(str, value.shape))}, with dynamic sizes besides those of the "
+            "streams (axis 0) and of time (axis 1). Export it with these fixed."
+        )
+    if value.dtype in (torch.int64, torch.int32):
+        if vocab_size is None:
+            raise InputError(
+                f"The input {main} takes ids, and a program does not say how many there are. Say it: --vocab-size N"
+            )
+        token = TensorSpec("tokens", tuple(map(int, rest)), "int64", None, 0, vocab_size - 1)
+    else:
+        token = TensorSpec("tokens", tuple(map(int, rest)), "float32")
+
+    def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        given = module(x if x.is_floating_point() else x.to(value.dtype), *states)
+        return [given[index] for index in answers], [given[place] for place in places]
+
+    names = ["outputs"] if len(answers) == 1 else [f"outputs.{index}" for index in range(len(answers))]
+    model = AdaptedModel(module, call, carried, token, names, timed, CHUNK)
+    examine(model)
+    return model
+
+
+def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
+    """What the program takes by name, with its (symbolic) shapes."""
+    names = [
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    ]
+    return {
+        node.name: node.meta["val"] for node in program.graph.nodes if node.name in names and node.op == "placeholder"
+    }
+
+
+def _place(option: StateOption, inputs: dict[str, Tensor], outputs: Sequence[object]) -> int:
+    """Which output belongs to a state."""
+    if option.past not in inputs:
+        close = difflib.get_close_matches(option.past, list(inputs), 1)
+        raise InputError(
+            f"The program has no input {option.past!r}; it has {_shown(inputs)}."
+            + (f" Did you mean {close[0]}?" if close else "")
+        )
+    names = [str(name) for name in outputs]
+    if option.present in names:
+        return names.index(option.present)
+    if option.present.isdigit() and int(option.present) < len(names):
+        return int(option.present)
+    raise InputError(
+        f"The program has no output {option.present!r}; it has {names}, or by their places 0 .. {len(names) - 1}."
+    )
+
+
+def _carried(option: StateOption, value: Tensor, batch: int | torch.SymInt) -> Carried:
+    """The state of an input: its lanes are where the size is that of the streams."""
+    symbolic = isinstance(batch, torch.SymInt)
+    sizes: list[Any] = list(value.shape)
+    # Symbols are compared by their names: to compare them as numbers would be to guess them.
+    alike = (
+        i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt) == symbolic and str(size) == str(batch)
+    )
+    axis = next(alike, None)
+    opened = [i for i, size in enumerate(sizes) if isinstance(size, torch.SymInt) and i != axis]
+    if opened:
+        raise UnsupportedError(
+            f"The state {option.past} has the shape {list(map(str, sizes))}: besides the streams, axis {opened[0]} is "
+            "dynamic. A step has static shapes: carry a window of fixed length."
+        )
+    shape = tuple(1 if i == axis else int(size) for i, size in enumerate(sizes))
+    initial = option.initial(shape, str(value.dtype).removeprefix("torch."))
+    return Carried(state_name(option.past), torch.from_numpy(initial), axis)
+
+
+def _shown(inputs: dict[str, Tensor]) -> str:
+    return ", ".join(f"{name} {list(map(str, value.shape))}" for name, value in inputs.items())

@@ -1,0 +1,170 @@
+"""as_step: a torch module that carries state, as a step model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from nsm.adapters.adapted import AdaptedModel, Call
+from nsm.adapters.carried import Carried
+from nsm.adapters.examine import examine
+from nsm.errors import ConfigError, UnsupportedError
+from nsm.spec import TensorSpec
+
+Recurrent = nn.LSTM | nn.GRU | nn.RNN
+
+
+def as_step(
+    module: nn.Module,
+    states: Any = None,
+    *,
+    vocab_size: int | None = None,
+    token_shape: Sequence[int] | None = None,
+    timed: bool = False,
+    outputs: Sequence[str] = ("outputs",),
+    chunk_size: int = 16,
+) -> AdaptedModel:
+    """Make a step model of a torch module, to be exported and checked like our own.
+
+    It takes three kinds of modules:
+
+    1. `nn.LSTM`, `nn.GRU` and `nn.RNN`, of any number of layers: `nsm.as_step(nn.LSTM(40, 128, num_layers=4))`. Tokens
+       are vectors [B, T, input_size] whatever `batch_first` says.
+    2. Modules with `step(x, state) -> (outputs, state)` and `initial_state(batch) -> state`, where a state is a
+       dictionary of tensors with the streams on axis 0. Without a time axis `step` takes one token.
+    3. Modules whose forward takes x and states and gives outputs and states, as `forward(x, h, c) -> (y, h, c)` or
+       `forward(x, (h, c)) -> (y, (h, c))`: `states` has the arguments behind x, in the same nesting, as `Carried`s,
+       which say where the streams are, or as tensors with one stream on axis 0.
+
+    The module is examined on made-up tokens before anything else is done with it.
+
+    Args:
+        module: put into eval mode; it must not change anything of its own in forward.
+        states: for the third kind.
+        vocab_size: where tokens are ids, 0 .. vocab_size - 1.
+        token_shape: where they are numbers, the shape of one of them: (512,) for frames of 512 samples, () for one.
+        timed: whether x has a time axis behind that of the streams, [B, T, *token]; else x is one token [B, *token].
+        outputs: names of the outputs, the main one first, where there are several.
+        chunk_size: tokens a call of `step` takes unless another multiple is asked for, with a time axis.
+
+    Raises:
+        ConfigError: what is said of the module does not fit it; the message names the state or output.
+        UnsupportedError: a module that cannot be a step model (bidirectional, or it keeps something to itself).
+    """
+    if isinstance(module, Recurrent):
+        model = _recurrent(module, chunk_size)
+    else:
+        token = _token(vocab_size, token_shape)
+        if states is None:
+            model = _protocol(module, token, timed, outputs, chunk_size)
+        else:
+            structure, carried = _declared(states)
+            call = _flat(structure, len(outputs))
+            model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
+    examine(model)
+    return model
+
+
+def _token(vocab_size: int | None, token_shape: Sequence[int] | None) -> TensorSpec:
+    if (vocab_size is None) == (token_shape is None) or (vocab_size is not None and vocab_size < 1):
+        raise ConfigError(
+            "as_step needs to know the tokens: vocab_size=N for ids, or token_shape=(...) for numbers, (512,) for "
+            f"frames of 512, () for single ones; given vocab_size={vocab_size}, token_shape={token_shape}."
+        )
+    if vocab_size is not None:
+        return TensorSpec("tokens", (), "int64", None, 0, vocab_size - 1)
+    assert token_shape is not None
+    return TensorSpec("tokens", tuple(token_shape), "float32")
+
+
+def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:
+    if module.bidirectional:
+        raise UnsupportedError(
+            "A bidirectional RNN needs the end of a stream before its beginning can be answered, so it cannot run step "
+            "by step. Train it with bidirectional=False."
+        )
+    if module.proj_size:
+        raise UnsupportedError(
+            "An LSTM with proj_size does not export to ONNX. Train it without, or put a Linear behind it."
+        )
+    weight = next(module.parameters())
+    start = torch.zeros(module.num_layers, 1, module.hidden_size, dtype=weight.dtype)
+    names = ("hidden", "cell") if isinstance(module, nn.LSTM) else ("hidden",)
+
+    def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        given = x if module.batch_first else x.transpose(0, 1)
+        # The layouts that the kernels take: a state that was moved is not contiguous.
+        state = tuple(value.contiguous() for value in states)
+        output, after = module(given, state if len(state) > 1 else state[0])
+        return [output if module.batch_first else output.transpose(0, 1)], list(after) if len(state) > 1 else [after]
+
+    token = TensorSpec("tokens", (module.input_size,), "float32")
+    return AdaptedModel(
+        module, call, [Carried(name, start, 1) for name in names], token, ("outputs",), True, chunk_size
+    )
+
+
+def _protocol(
+    module: nn.Module, token: TensorSpec, timed: bool, outputs: Sequence[str], chunk_size: int
+) -> AdaptedModel:
+    step, initial = getattr(module, "step", None), getattr(module, "initial_state", None)
+    if not callable(step) or not callable(initial):
+        raise ConfigError(
+            f"{type(module).__name__} has no step(x, state) and initial_state(batch), so as_step has to be told its "
+            "states: as_step(module, states=[Carried(name, initial, lane_axis), ...])."
+        )
+    start = initial(1)
+    if not isinstance(start, Mapping) or not all(isinstance(value, Tensor) for value in start.values()):
+        raise ConfigError(
+            f"{type(module).__name__}.initial_state(1) gave a {type(start).__name__}; expected is a dictionary of "
+            "tensors with one stream on axis 0."
+        )
+    names = list(start)
+
+    def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        given, after = module.step(x, dict(zip(names, states, strict=True)))
+        if not isinstance(after, Mapping) or set(after) != set(names):
+            found = sorted(after) if isinstance(after, Mapping) else type(after).__name__
+            raise ConfigError(f"step took the states {sorted(names)} and gave {found}; it has to give the same ones.")
+        return list(given) if isinstance(given, tuple | list) else [given], [after[name] for name in names]
+
+    carried = [Carried(name, value.detach()) for name, value in start.items()]
+    return AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
+
+
+def _declared(states: Any) -> tuple[pytree.TreeSpec, list[Carried]]:
+    """The nesting of the states, and the states one after the other."""
+    if not isinstance(states, list | tuple) or not states:
+        raise ConfigError(
+            "states are the arguments behind x, a list of Carried or tensors, nested as the module takes them; given "
+            f"{states!r}."
+        )
+    leaves, structure = pytree.tree_flatten(states)
+    found = []
+    for index, leaf in enumerate(leaves):
+        if isinstance(leaf, Tensor):
+            leaf = Carried(f"state_{index}", leaf.detach())
+        if not isinstance(leaf, Carried):
+            raise ConfigError(f"A state is a Carried or a tensor of one stream; given {leaf!r}.")
+        found.append(leaf)
+    return structure, found
+
+
+def _flat(structure: pytree.TreeSpec, count: int) -> Call:
+    """Call a module with states in their nesting, and take apart what it gives."""
+
+    def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        leaves, _ = pytree.tree_flatten(module(x, *pytree.tree_unflatten(states, structure)))
+        if len(leaves) != count + len(states):
+            raise ConfigError(
+                f"{type(module).__name__} took {len(states)} states and gave {len(leaves)} tensors; expected are "
+                f"{count} outputs and then the states, {count + len(states)} in all. Name further outputs with "
+                "outputs=[...], and return every state."
+            )
+        return leaves[:count], leaves[count:]
+
+    return call

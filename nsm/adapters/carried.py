@@ -1,0 +1,76 @@
+"""A state as a module has it, and as a step model carries it: with the lanes first."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nsm.errors import ConfigError
+from nsm.spec import StateSpec
+
+# A model is float32, or float64 for the while that its rounding is measured.
+_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float32",
+    torch.int64: "int64",
+    torch.int32: "int32",
+    torch.bool: "bool",
+}
+
+
+@dataclass(frozen=True)
+class Carried:
+    """One state of a foreign module.
+
+    Args:
+        name: how it is called in a bundle.
+        initial: its value before the first step, of one lane, in the module's own layout.
+        lane_axis: the axis of the lanes there, of size 1 in `initial`; None where it has none, so that one lane is all
+            there can be.
+        nonzero: whether the initial value is part of the model ("learned" in a `StateSpec`).
+    """
+
+    name: str
+    initial: Tensor
+    lane_axis: int | None = 0
+
+    def __post_init__(self) -> None:
+        axis, shape = self.lane_axis, list(self.initial.shape)
+        if not self.name:
+            raise ConfigError("A state needs a name.")
+        if self.initial.dtype not in _DTYPES:
+            known = ", ".join(dict.fromkeys(_DTYPES.values()))
+            raise ConfigError(f"The state {self.name} is {self.initial.dtype}; a state may be {known}.")
+        if axis is not None and (not 0 <= axis < len(shape) or shape[axis] != 1):
+            raise ConfigError(
+                f"The state {self.name} of shape {shape} is to have its lanes on axis {axis}, which has to be there "
+                "and of size 1: give the shape of one stream, and None for a state without an axis for streams."
+            )
+        if self.initial.is_floating_point() and not bool(torch.isfinite(self.initial).all()):
+            raise ConfigError(f"The initial value of the state {self.name} holds NaN or infinity.")
+
+    def spec(self, batch: int) -> StateSpec:
+        """As a bundle declares it: lanes first."""
+        dtype = _DTYPES[self.initial.dtype]
+        return StateSpec(
+            self.name, tuple(self.start(batch).shape), dtype, init="learned" if bool(self.initial.any()) else "zeros"
+        )
+
+    def start(self, batch: int) -> Tensor:
+        """The initial value for so many lanes, lanes first."""
+        first = self.out(self.initial)
+        return first.expand(batch, *first.shape[1:]).clone()
+
+    def into(self, state: Tensor) -> Tensor:
+        """From lanes first to the module's layout."""
+        if self.lane_axis is None:
+            return state.squeeze(0)
+        return state if self.lane_axis == 0 else state.movedim(0, self.lane_axis)
+
+    def out(self, state: Tensor) -> Tensor:
+        """From the module's layout to lanes first."""
+        if self.lane_axis is None:
+            return state.unsqueeze(0)
+        return state if self.lane_axis == 0 else state.movedim(self.lane_axis, 0)

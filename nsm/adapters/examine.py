@@ -1,0 +1,191 @@
+"""What is asked of a foreign module before it is trusted to be a step model."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nsm.adapters.adapted import AdaptedModel
+from nsm.errors import ConfigError, UnsupportedError
+from nsm.models.step import State
+
+TOLERANCE = 1e-4
+"""Largest difference, relative to the largest number, that other lengths or lanes may make in float32."""
+
+
+@torch.no_grad()
+def examine(model: AdaptedModel) -> None:
+    """Run a module on made-up tokens, and declare what it gives.
+
+    Its states must keep their shapes and dtypes; the same call must give the same answer, and leave no buffer changed;
+    with a time axis any split of a sequence must give the same; and lanes must not mix. Where it does not run for two
+    lanes at all, it is declared to take one.
+
+    Raises:
+        ConfigError, UnsupportedError: says what it does, what was expected, and what to do.
+    """
+    length = 2 * model.chunk_size if model.timed else 1
+    tokens = _tokens(model, 1, length)
+    before = {name: value.clone() for name, value in model.module.named_buffers()}
+    memory = _own_tensors(model)
+    first, after = _run(model, tokens[:, :1], model.initial_state(1))
+    _check_states(model, after)
+    _check_outputs(model, first)
+    model.declare({name: tuple(v.shape[2:]) for name, v in zip(model.outputs, first, strict=True)}, 1)
+    again, after_again = _run(model, tokens[:, :1], model.initial_state(1))
+    changed = [name for name, value in model.module.named_buffers() if not torch.equal(value, before[name])]
+    if changed or not _same(first, again) or not _same_state(after, after_again) or memory != _own_tensors(model):
+        what = f"its buffers {changed}" if changed else "something that is neither an argument nor a result"
+        raise UnsupportedError(
+            f"{type(model.module).__name__} keeps {what} from one call to the next, which no exported graph does. "
+            "Make it "
+            "a state: an argument of forward that is returned, new, and not written in place. (If the module draws "
+            "random numbers, they have no place in eval mode.)"
+        )
+    _check_consumed(model, tokens[:, :1])
+    if model.timed:
+        _check_lengths(model, tokens)
+    model.declare(model._shapes, _lanes(model))
+
+
+def _tokens(model: AdaptedModel, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    spec = model.token_spec
+    shape = (batch, length, *spec.shape)
+    if spec.maximum is not None:
+        return torch.randint(0, spec.maximum + 1, shape, generator=generator)
+    return torch.randn(shape, generator=generator, dtype=model.dtype)
+
+
+def _run(model: AdaptedModel, tokens: Tensor, state: State) -> tuple[list[Tensor], State]:
+    try:
+        return model.run(tokens, state)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a module raises
+        states = {name: list(value.shape) for name, value in state.items()}
+        raise ConfigError(
+            f"{type(model.module).__name__} fails on tokens of shape {list(tokens.shape)} (lanes, tokens, ...) and "
+            "states "
+            f"of shapes {states} (lanes first): {type(error).__name__}: {error}. Do token_shape, timed and the states "
+            "fit it?"
+        ) from error
+
+
+def _check_states(model: AdaptedModel, after: State) -> None:
+    for name, start in model.initial_state(1).items():
+        given: Any = after[name]
+        if not isinstance(given, Tensor) or given.shape != start.shape or given.dtype != start.dtype:
+            found = f"{given.dtype}{list(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+            raise ConfigError(
+                f"The state {name} is {start.dtype}{list(start.shape)} before a step and {found} after it (lanes "
+                "first). A "
+                "step has static shapes: keep a window of fixed length instead of a cache that grows, and cast to the "
+                "dtype it had. Are outputs and states in order?"
+            )
+
+
+def _check_outputs(model: AdaptedModel, outputs: list[Tensor]) -> None:
+    if len(outputs) != len(model.outputs):
+        raise ConfigError(f"The module gave {len(outputs)} outputs; named are {list(model.outputs)}. Name them all.")
+    values: list[Any] = list(outputs)
+    for name, value in zip(model.outputs, values, strict=True):
+        if not isinstance(value, Tensor) or value.dtype != model.dtype or value.shape[:2] != (1, 1):
+            found = f"{value.dtype}{list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+            wanted = "[B, T, ...]" if model.timed else "[B, ...]"
+            raise ConfigError(
+                f"The output {name} is {found} for one token of one stream; expected is {model.dtype} of shape "
+                f"{wanted}. timed={model.timed} says whether there is a time axis."
+            )
+
+
+def _check_consumed(model: AdaptedModel, tokens: Tensor) -> None:
+    """A state that is written in place would be a result that changes its argument."""
+    given = model.initial_state(1)
+    kept = {name: value.clone() for name, value in given.items()}
+    _run(model, tokens, given)
+    changed = [name for name, value in given.items() if not torch.equal(value, kept[name])]
+    if changed:
+        raise UnsupportedError(
+            f"{type(model.module).__name__} writes into the states {changed} that it was given. Return new tensors."
+        )
+
+
+def _check_lengths(model: AdaptedModel, tokens: Tensor) -> None:
+    """Other lengths than one, and any split, must give the same: else a length is built in."""
+    size = model.chunk_size
+    whole, end = _run(model, tokens, model.initial_state(1))
+    longer = torch.cat([tokens, tokens[:, :1]], 1)
+    for parts in ([size, size], [1] * (2 * size), [1, 2 * size - 1], [2 * size, 1]):
+        state, outputs = model.initial_state(1), []
+        for part in longer[:, : sum(parts)].split(parts, 1):
+            given, state = _run(model, part, state)
+            outputs.append(given)
+        joined = [torch.cat(items, 1)[:, : 2 * size] for items in zip(*outputs, strict=True)]
+        shape = [value.shape[1] for value in joined]
+        if any(count != 2 * size for count in shape) or not _same(joined, whole):
+            raise UnsupportedError(
+                f"{type(model.module).__name__} answers {2 * size} tokens in one call differently than in calls of "
+                f"{parts if len(parts) < 5 else 'one'}: a length is built into it, or something is not carried as "
+                "state. If it only ever takes a fixed number of tokens, let these be one token: timed=False, "
+                "token_shape=(T, ...)."
+            )
+        if sum(parts) == 2 * size and not _same_state(state, end):
+            raise UnsupportedError(
+                f"{type(model.module).__name__} ends in another state after {2 * size} tokens in one call than in "
+                f"calls of {parts if len(parts) < 5 else 'one'}."
+            )
+
+
+def _lanes(model: AdaptedModel) -> int | None:
+    """None where two lanes run as they do alone; 1 where they do not run side by side.
+
+    Raises:
+        UnsupportedError: they do, but one has to do with the other.
+    """
+    if model.lanes == 1 and any(state.lane_axis is None for state in model.carried):
+        return 1
+    tokens = _tokens(model, 2, 1)
+    try:
+        both, state = model.run(tokens, model.initial_state(2))
+    except Exception:
+        return 1
+    for lane in range(2):
+        alone, after = _run(model, tokens[lane : lane + 1], model.initial_state(1))
+        beside = {name: value[lane : lane + 1] for name, value in state.items()}
+        if not _same([value[lane : lane + 1] for value in both], alone) or not _same_state(beside, after):
+            raise UnsupportedError(
+                f"{type(model.module).__name__} answers a stream differently when another one is beside it. Does it "
+                "normalise over the batch, or are lanes not where the states say? (Carried(..., lane_axis=N))"
+            )
+    return None
+
+
+def _own_tensors(model: AdaptedModel) -> list[tuple[str, str]]:
+    """Tensors that a module keeps in plain attributes, which torch does not know of."""
+    found = []
+    for prefix, part in model.module.named_modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Tensor):
+                found.append((f"{prefix}.{name}", str(copy.copy(value.detach()).sum().item())))
+    return found
+
+
+def _same(first: list[Tensor], second: list[Tensor]) -> bool:
+    return all(_close(one, two) for one, two in zip(first, second, strict=True))
+
+
+def _same_state(first: State, second: State) -> bool:
+    return all(_close(value, second[name]) for name, value in first.items())
+
+
+def _close(one: Tensor, two: Tensor) -> bool:
+    if one.shape != two.shape:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, two)
+    scale = max(float(two.abs().max()), 1e-3) if two.numel() else 1.0
+    return bool(((one - two).abs() <= TOLERANCE * scale).all())

@@ -1,0 +1,262 @@
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import nsm
+from nsm import Carried
+from nsm.adapters import AdaptedModel
+from nsm.errors import ConfigError, InputError, NsmError, UnsupportedError
+from nsm.runtimes.session import Session
+from tests.adapters.models import Decay, Fault, InPlace, Language, VoiceActivity, Window
+
+H = torch.zeros(1, 3)
+
+
+def voice() -> AdaptedModel:
+    torch.manual_seed(0)
+    return nsm.as_step(VoiceActivity(), [Carried("h", torch.zeros(1, 12))], token_shape=(64,))
+
+
+def language() -> AdaptedModel:
+    torch.manual_seed(0)
+    states = [(Carried("h", torch.zeros(2, 1, 10), 1), Carried("c", torch.full((2, 1, 10), 0.1), 1))]
+    return nsm.as_step(Language(), states, vocab_size=11, timed=True, chunk_size=4)
+
+
+def window() -> AdaptedModel:
+    torch.manual_seed(0)
+    cache = torch.zeros(1, 4, 6)
+    return nsm.as_step(Window(), [cache, cache, torch.zeros(1, 4)], token_shape=(6,))
+
+
+def decay() -> AdaptedModel:
+    torch.manual_seed(0)
+    return nsm.as_step(Decay(), token_shape=(3,))
+
+
+def recurrent(kind: type[nn.LSTM | nn.GRU | nn.RNN], **options: Any) -> AdaptedModel:
+    torch.manual_seed(0)
+    return nsm.as_step(kind(5, 7, **options), chunk_size=4)
+
+
+MODELS = {"voice": voice, "language": language, "window": window, "decay": decay}
+MODELS |= {
+    "lstm": lambda: recurrent(nn.LSTM, num_layers=3),
+    "gru": lambda: recurrent(nn.GRU, batch_first=True),
+    "rnn": lambda: recurrent(nn.RNN, num_layers=2, nonlinearity="relu"),
+}
+
+
+def tokens(model: AdaptedModel, batch: int, length: int, seed: int = 0) -> np.ndarray:
+    random, spec = np.random.default_rng(seed), model.token_spec
+    if spec.maximum is not None:
+        return random.integers(0, spec.maximum + 1, (batch, length))
+    return random.standard_normal((batch, length, *spec.shape)).astype(np.float32)
+
+
+# -- the normal form ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_lanes_come_first_and_streams_of_any_length_side_by_side_are_what_they_are_alone(name: str) -> None:
+    model = MODELS[name]()
+    assert model.lanes is None
+    spec = model.spec(3)
+    assert all(state.shape[0] == 3 and state.batch_axis == 0 for state in spec.states)
+    assert all(item.shape[:2] == (3, entry.inputs[0].shape[1]) for entry in spec.entries for item in entry.outputs)
+    given = tokens(model, 3, 11)
+    counts = [11, 0, 6]
+    with nsm.reference(model, batch=3) as session:
+        outputs = session.feed(given, counts)["outputs"]
+        more = session.feed(given[:, :3], [3, 3, 1])["outputs"]
+        state = session.read_state()
+    for lane, (first, second) in enumerate(zip(counts, (3, 3, 1), strict=True)):
+        stream = np.concatenate([given[lane, :first], given[lane, :second]])[None]
+        with torch.no_grad():
+            wanted, after = model(torch.from_numpy(stream), return_state=True)
+        both = np.concatenate([outputs[lane, :first], more[lane, :second]])
+        np.testing.assert_allclose(both, wanted[0], rtol=1e-5, atol=1e-6)
+        for key, value in after.items():
+            np.testing.assert_allclose(state[key][lane], value[0], rtol=1e-5, atol=1e-6, err_msg=key)
+
+
+def test_an_lstm_answers_what_torch_answers() -> None:
+    torch.manual_seed(0)
+    module = nn.LSTM(5, 7, num_layers=2)
+    x = torch.randn(9, 2, 5)
+    with torch.no_grad():
+        wanted, (hidden, cell) = module(x)
+        given, state = nsm.as_step(module)(x.transpose(0, 1), return_state=True)
+    torch.testing.assert_close(given, wanted.transpose(0, 1))
+    torch.testing.assert_close(state["hidden"], hidden.transpose(0, 1))
+    torch.testing.assert_close(state["cell"], cell.transpose(0, 1))
+
+
+def test_states_keep_their_nesting_names_and_initial_values() -> None:
+    model = language()
+    assert [state.name for state in model.spec().states] == ["h", "c"]
+    assert [state.init for state in model.spec().states] == ["zeros", "learned"]
+    assert float(model.initial_state(2)["c"].min()) == pytest.approx(0.1)
+    learned = decay().initial_state(2)["mean"]
+    torch.testing.assert_close(learned[1], torch.linspace(-1, 1, 3))
+
+
+def test_a_state_without_lanes_makes_one_lane_all_there_is() -> None:
+    class Shared(nn.Module):
+        def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+            total = total * 0.5 + x.sum(0)
+            return total[None] + x, total
+
+    model = nsm.as_step(Shared(), [Carried("total", torch.zeros(3), None)], token_shape=(3,))
+    assert model.lanes == 1
+    assert model.spec(1).states[0].shape == (1, 3)
+    with pytest.raises(UnsupportedError, match="takes 1 stream at a time; asked for are 2 lanes"):
+        model.spec(2)
+
+
+def test_a_module_written_for_one_stream_is_found_out() -> None:
+    class Single(nn.Module):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+            h = h + x.reshape(1, 3)
+            return h * 2, h
+
+    assert nsm.as_step(Single(), [H], token_shape=(3,)).lanes == 1
+
+
+def test_several_outputs_have_names() -> None:
+    class Two(nn.Module):
+        def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            h = 0.5 * h + x
+            return h, h.sum(-1, keepdim=True), h
+
+    model = nsm.as_step(Two(), [H], token_shape=(3,), outputs=["main", "sum"])
+    outputs, _ = model.call("step", {"tokens": torch.ones(1, 1, 3)}, model.initial_state(1))
+    assert {name: value.shape for name, value in outputs.items()} == {"main": (1, 1, 3), "sum": (1, 1, 1)}
+    with pytest.raises(ConfigError, match="1 outputs and then the states, 2 in all"):
+        nsm.as_step(Two(), [H], token_shape=(3,))
+
+
+def test_any_number_of_tokens_a_call_is_taken_with_a_time_axis_and_one_without() -> None:
+    assert language().spec(1, 7).entry("step").inputs[0].shape == (1, 7)
+    assert language().spec().entry("step").inputs[0].shape == (1, 4)
+    with pytest.raises(InputError, match="at least one token; given 0"):
+        language().spec(1, 0)
+    with pytest.raises(UnsupportedError, match="one token at a time, of shape \\[64\\]; asked for are 4"):
+        voice().spec(1, 4)
+    with pytest.raises(InputError, match="There is no entry 'decode'"):
+        voice().call("decode", {"tokens": torch.zeros(1, 1, 64)}, voice().initial_state(1))
+
+
+def test_lanes_that_all_have_to_go_are_not_waited_for_for_ever() -> None:
+    model = language()
+    spec = model.spec(2)
+    whole = type(spec)(spec.entries[:1], spec.states, 1, 2)
+    from nsm.export.torch_runtime import TorchRuntime
+
+    initial = {name: value.numpy() for name, value in model.initial_state(2).items()}
+    session = Session(TorchRuntime(model, whole), whole, initial, "", "pytorch")
+    with pytest.raises(InputError, match=r"whole calls on all lanes at once; given are \[4, 0\]"):
+        session.feed(tokens(model, 2, 4), [4, 0])
+
+
+# -- what is refused ---------------------------------------------------------------------------------------------------
+
+FAULTS: dict[str, tuple[type[NsmError], str]] = {
+    "buffer": (UnsupportedError, r"keeps its buffers \['total'\] .*Make it a state"),
+    "attribute": (UnsupportedError, "something that is neither an argument nor a result"),
+    "random": (UnsupportedError, "draws random numbers"),
+    "grows": (
+        ConfigError,
+        r"The state state_0 is torch.float32\[1, 3\] before a step and torch.float32\[1, 6\] after it",
+    ),
+    "casts": (ConfigError, r"state_0 .* torch.float64\[1, 3\] after it"),
+    "half": (ConfigError, r"The output outputs is torch.float16\[1, 1, 3\]"),
+    "pooled": (ConfigError, r"The output outputs is torch.float32\[\] for one token"),
+    "forgets": (ConfigError, "took 1 states and gave 1 tensors; expected are 1 outputs and then the states, 2"),
+    "raises": (ConfigError, r"fails on tokens of shape \[1, 1, 3\] .*ValueError: no such luck"),
+    "frozen": (UnsupportedError, "a length is built into it, or something is not carried"),
+    "drops": (UnsupportedError, "a length is built into it, or something is not carried"),
+    "mixes": (UnsupportedError, "answers a stream differently when another one is beside it"),
+}
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_module_with_a_fault_is_refused(kind: str) -> None:
+    error, message = FAULTS[kind]
+    torch.manual_seed(0)
+    with pytest.raises(error, match=message):
+        nsm.as_step(Fault(kind), [H], token_shape=(3,), timed=True, chunk_size=4)
+
+
+def test_the_same_module_without_a_fault_is_not() -> None:
+    assert nsm.as_step(Fault("none"), [H], token_shape=(3,), timed=True, chunk_size=4).lanes is None
+
+
+def test_a_state_that_is_written_in_place_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match=r"writes into the states \['state_0'\]"):
+        nsm.as_step(InPlace(), [H], token_shape=(3,))
+
+
+@pytest.mark.parametrize(
+    ("module", "options", "error", "message"),
+    [
+        (nn.LSTM(3, 3, bidirectional=True), {}, UnsupportedError, "bidirectional RNN needs the end of a stream"),
+        (nn.LSTM(3, 4, proj_size=2), {}, UnsupportedError, "proj_size does not export"),
+        (nn.Linear(3, 3), {"token_shape": (3,)}, ConfigError, "Linear has no step.* told its states"),
+        (nn.Linear(3, 3), {"states": [], "token_shape": (3,)}, ConfigError, "a list of Carried or tensors"),
+        (nn.Linear(3, 3), {"states": ["h"], "token_shape": (3,)}, ConfigError, "tensor of one stream; given 'h'"),
+        (nn.Linear(3, 3), {"states": [H]}, ConfigError, "needs to know the tokens"),
+        (nn.Linear(3, 3), {"states": [H], "vocab_size": 0}, ConfigError, "vocab_size=0"),
+        (Decay(), {"token_shape": (4,)}, ConfigError, r"fails on tokens of shape \[1, 1, 4\]"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    module: nn.Module, options: dict[str, Any], error: type[NsmError], message: str
+) -> None:
+    with pytest.raises(error, match=message):
+        nsm.as_step(module, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("", H), "needs a name"),
+        (("h", H, 1), "lanes on axis 1, which has to be there and of size 1"),
+        (("h", H, 2), "lanes on axis 2"),
+        (("h", H.half()), "float16; a state may be float32, int64, int32, bool"),
+        (("h", H * float("nan")), "holds NaN or infinity"),
+    ],
+)
+def test_a_state_that_makes_no_sense_is_refused(arguments: tuple[Any, ...], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        Carried(*arguments)
+
+
+def test_a_protocol_that_is_not_kept_is_refused() -> None:
+    class NoDictionary(Decay):
+        def initial_state(self, batch: int) -> Any:
+            return H
+
+    class OtherStates(Decay):
+        def step(self, x: Tensor, state: dict[str, Tensor]) -> Any:
+            return x, {"mean": state["mean"]}
+
+    with pytest.raises(ConfigError, match="gave a Tensor; expected is a dictionary"):
+        nsm.as_step(NoDictionary(), token_shape=(3,))
+    with pytest.raises(ConfigError, match=r"took the states \['mean', 'seen'\] and gave \['mean'\]"):
+        nsm.as_step(OtherStates(), token_shape=(3,))
+
+
+def test_names_and_sizes_are_checked() -> None:
+    two = [Carried("h", H), Carried("h", H)]
+    with pytest.raises(ConfigError, match="Two of the states and outputs are called h"):
+        nsm.as_step(Fault("none"), two, token_shape=(3,))
+    with pytest.raises(ConfigError, match="chunk_size is at least 1; given 0"):
+        nsm.as_step(Fault("none"), [H], token_shape=(3,), timed=True, chunk_size=0)
+    with pytest.raises(InputError, match=r"nsm.save writes .*; given AdaptedModel.* nsm.export_model"):
+        nsm.save(voice(), "voice.pt")
