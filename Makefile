@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py runtimes/*.py quantization/*.py)
+SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py export/web_client/* runtimes/*.py quantization/*.py)
 CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help

@@ -160,6 +160,8 @@ def _targets_here(terminal: Terminal) -> list[str]:
     gpu = any(item.piece == "NVIDIA GPU" and item.found for item in doctor.examine())
     here = []
     for target in TARGETS.values():
+        if target.asked_only:
+            continue
         if target.installed() is None:
             terminal.remark(
                 f'{target.name}: left out, not installed. Install it with: pip install "nsm-toolkit[{target.extra}]"'

@@ -26,6 +26,7 @@ class Target:
         devices: what `--device` may name.
         summary: one line for people.
         aliases: other names for `--target`.
+        asked_only: whether `nsm bench --all` leaves it out unless it is named.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Target:
     devices: tuple[str, ...]
     summary: str
     aliases: tuple[str, ...] = ()
+    asked_only: bool = False
 
     def installed(self) -> str | None:
         """Import name of the package that would be used, None if none is installed."""
@@ -119,6 +121,18 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 devices=_NVIDIA,
                 summary="a TensorRT engine for one kind of NVIDIA GPU",
                 aliases=("trt",),
+            ),
+            Target(
+                name="web",
+                runtime="nsm.runtimes.web",
+                builder="nsm.export.web",
+                packages=("numpy",),
+                extra="",
+                suffix=".onnx",
+                folder="graphs",
+                devices=("wasm",),
+                summary="a folder for any static file server: the graphs on ONNX Runtime Web, with a page",
+                asked_only=True,
             ),
         )
     }

@@ -1,0 +1,127 @@
+// Arrays as numpy has them: flat numbers in row-major order, a shape, and a dtype.
+
+import { BundleError } from "./errors.js";
+
+/** @typedef {Float32Array | Float64Array | BigInt64Array | Int32Array | Int8Array | Uint8Array} Numbers */
+/** @typedef {{data: Numbers, shape: number[], dtype: string}} NdArray */
+/** @typedef {Record<string, NdArray>} Arrays */
+
+/**
+ * The dtypes that states and inputs may have: numpy's name, what .npy files call it, and the array that holds it.
+ * A bool is a byte that is 0 or 1. ONNX Runtime knows all of them under numpy's name.
+ */
+const TABLE = [
+  { dtype: "float32", descr: "<f4", type: Float32Array },
+  { dtype: "float64", descr: "<f8", type: Float64Array },
+  { dtype: "int64", descr: "<i8", type: BigInt64Array },
+  { dtype: "int32", descr: "<i4", type: Int32Array },
+  { dtype: "int8", descr: "|i1", type: Int8Array },
+  { dtype: "uint8", descr: "|u1", type: Uint8Array },
+  { dtype: "bool", descr: "|b1", type: Uint8Array },
+];
+
+/** @param {string} dtype */
+export function isKnown(dtype) {
+  return TABLE.some((row) => row.dtype === dtype);
+}
+
+/** @param {string} dtype */
+export function typeOf(dtype) {
+  return find((row) => row.dtype === dtype, dtype).type;
+}
+
+/** @param {string} dtype */
+export function descrOf(dtype) {
+  return find((row) => row.dtype === dtype, dtype).descr;
+}
+
+/** @param {string} descr */
+export function dtypeOf(descr) {
+  return find((row) => row.descr === descr, descr).dtype;
+}
+
+/** @param {string} dtype */
+export function isFloat(dtype) {
+  return dtype.startsWith("float");
+}
+
+/** How many numbers an array of this shape holds. @param {readonly number[]} shape */
+export function sizeOf(shape) {
+  return shape.reduce((product, size) => product * size, 1);
+}
+
+/** @param {readonly number[]} shape @param {string} dtype @returns {NdArray} */
+export function zeros(shape, dtype) {
+  return { data: new (typeOf(dtype))(sizeOf(shape)), shape: [...shape], dtype };
+}
+
+/** @param {NdArray} array @returns {NdArray} */
+export function copyOf(array) {
+  return { data: array.data.slice(), shape: [...array.shape], dtype: array.dtype };
+}
+
+/** An empty object for keys that come from files: `__proto__` is a key like any other. @returns {any} */
+export function record() {
+  return Object.create(null);
+}
+
+/** Whether every number is finite. Sums of zeros are zero, of anything else NaN. @param {NdArray} array */
+export function isFinite_(array) {
+  if (!isFloat(array.dtype)) return true;
+  let sum = 0;
+  const numbers = /** @type {Float32Array} */ (array.data);
+  for (let i = 0; i < numbers.length; i++) sum += numbers[i] * 0;
+  return sum === 0;
+}
+
+/** Whether two arrays hold the same bytes. @param {NdArray} a @param {NdArray} b */
+export function sameBytes(a, b) {
+  const [x, y] = [a, b].map(({ data }) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
+  return x.length === y.length && x.every((value, index) => value === y[index]);
+}
+
+/**
+ * The part at `index` on `axis`; that axis is gone from it.
+ * @param {NdArray} array @param {number} axis @param {number} index @returns {NdArray}
+ */
+export function takeAt(array, axis, index) {
+  const shape = array.shape.filter((_, i) => i !== axis);
+  const part = zeros(shape, array.dtype);
+  eachRun(array, axis, index, (from, to, length) => {
+    // @ts-ignore: both are of one type
+    part.data.set(array.data.subarray(from, from + length), to);
+  });
+  return part;
+}
+
+/**
+ * Put a part where `takeAt` would take it from.
+ * @param {NdArray} array @param {number} axis @param {number} index @param {NdArray} part
+ */
+export function putAt(array, axis, index, part) {
+  eachRun(array, axis, index, (from, to, length) => {
+    // @ts-ignore: both are of one type
+    array.data.set(part.data.subarray(to, to + length), from);
+  });
+}
+
+/**
+ * The runs of numbers that lie together at `index` on `axis`: (where in the array, where in the part, how many).
+ * @param {NdArray} array @param {number} axis @param {number} index
+ * @param {(from: number, to: number, length: number) => void} visit
+ */
+function eachRun(array, axis, index, visit) {
+  const length = sizeOf(array.shape.slice(axis + 1));
+  const outer = sizeOf(array.shape.slice(0, axis));
+  for (let i = 0; i < outer; i++) visit((i * array.shape[axis] + index) * length, i * length, length);
+}
+
+/** @param {(row: typeof TABLE[number]) => boolean} matches @param {string} given */
+function find(matches, given) {
+  const row = TABLE.find(matches);
+  if (row === undefined) {
+    const known = TABLE.map(({ dtype }) => dtype).join(", ");
+    throw new BundleError(`There is no dtype ${JSON.stringify(given)} here; known are: ${known}.`);
+  }
+  return row;
+}

@@ -1,0 +1,92 @@
+// A bundle as a client reads it: the manifest, and files that have the size and hash that it records.
+
+import { BundleError, BundleVersionError } from "./errors.js";
+import { readNpz } from "./npz.js";
+
+export const FORMAT_VERSION = 1;
+
+/** Reads a file of the bundle by its path. @typedef {(path: string) => Promise<Uint8Array>} Reader */
+
+/** Reads below a URL, which a static file server answers. @param {string | URL} base @returns {Reader} */
+export function fromUrl(base) {
+  const root = String(base).endsWith("/") ? String(base) : `${base}/`;
+  return async (path) => {
+    const answer = await fetch(root + path, { cache: "no-cache" });
+    if (!answer.ok) throw new BundleError(`${root + path} cannot be read: the server answered ${answer.status}.`);
+    return new Uint8Array(await answer.arrayBuffer());
+  };
+}
+
+/** Refuse a path that leads out of the bundle. @param {unknown} path @returns {string} */
+export function inside(path) {
+  const parts = typeof path === "string" ? path.split("/") : [""];
+  if (parts.some((part) => part === "" || part === "." || part === ".." || /[\\:\0?#%]/.test(part))) {
+    throw new BundleError(`The manifest names ${JSON.stringify(path)}, which is not a path inside the bundle.`);
+  }
+  return parts.join("/");
+}
+
+export class Bundle {
+  /** @param {Reader} read @param {any} manifest */
+  constructor(read, manifest) {
+    this.manifest = manifest;
+    this.spec = manifest.spec;
+    this._read = read;
+    /** @type {Map<string, {path: string, size: number, sha256: string}>} */
+    this._records = new Map();
+    const artifacts = /** @type {any[]} */ (manifest.artifacts);
+    for (const record of [...manifest.files, ...artifacts.flatMap((item) => item.files)]) {
+      this._records.set(inside(record.path), record);
+    }
+  }
+
+  /** @param {Reader} read @returns {Promise<Bundle>} */
+  static async open(read) {
+    let manifest;
+    try {
+      manifest = JSON.parse(new TextDecoder().decode(await read("manifest.json")));
+    } catch (error) {
+      throw new BundleError(`manifest.json cannot be read (${error}). Is this a bundle that nsm-export wrote?`, { cause: error });
+    }
+    if (manifest?.format_version !== FORMAT_VERSION) {
+      throw new BundleVersionError(
+        `The bundle has format version ${JSON.stringify(manifest?.format_version)}; this client reads version ` +
+          `${FORMAT_VERSION}. Export it again, or take the client that belongs to it.`,
+      );
+    }
+    if (!Array.isArray(manifest.files) || !Array.isArray(manifest.artifacts) || !Array.isArray(manifest.spec?.entries)) {
+      throw new BundleError("manifest.json lacks files, artifacts or entries. Was it edited by hand? Export it again.");
+    }
+    return new Bundle(read, manifest);
+  }
+
+  /** A file that the manifest lists, checked. @param {string} path */
+  async file(path) {
+    const record = this._records.get(inside(path));
+    if (record === undefined) throw new BundleError(`The manifest does not list ${path}. Export the bundle again.`);
+    const bytes = await this._read(path);
+    if (bytes.length !== record.size) {
+      throw new BundleError(`${path} has ${bytes.length} bytes, recorded are ${record.size}. Copy or export it again.`);
+    }
+    if ((await sha256(bytes)) !== record.sha256) {
+      throw new BundleError(`The content of ${path} does not have the recorded SHA-256. Copy or export it again.`);
+    }
+    return bytes;
+  }
+
+  /** @param {string} path */
+  has(path) {
+    return this._records.has(path);
+  }
+
+  /** @param {string} path */
+  async arrays(path) {
+    return readNpz(await this.file(path), path);
+  }
+}
+
+/** In hexadecimal. @param {Uint8Array} bytes */
+export async function sha256(bytes) {
+  const digest = await crypto.subtle.digest("SHA-256", /** @type {BufferSource} */ (bytes));
+  return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");
+}

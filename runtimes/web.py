@@ -1,0 +1,159 @@
+"""ONNX Runtime Web in Node: the very JavaScript and WebAssembly that a browser runs, driven over a pipe."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from nsm.errors import DeviceUnavailableError, RunError, StreamError
+from nsm.runtimes.base import Runtime, State
+from nsm.spec import StepSpec
+from nsm.trace import Array, Arrays
+
+CLIENT = "web"
+"""The folder of a bundle that holds the client."""
+
+_MAX_HEADER = 16 * 2**20
+
+
+def load(
+    files: Mapping[str, Path],
+    spec: StepSpec,
+    device: str,  # noqa: ARG001
+    threads: int | None,  # noqa: ARG001
+    precision: str = "fp32",
+) -> Runtime:
+    """Start Node on the client in a bundle. WebAssembly runs on one thread, whatever is asked for.
+
+    Args:
+        files: the `.onnx` file of each entry, in the folder `graphs` of the bundle.
+        spec: of the model.
+        device: "wasm", the only one in the table of targets.
+        threads: of no use here.
+        precision: of the artifact.
+
+    Raises:
+        DeviceUnavailableError: there is no Node.
+    """
+    node = shutil.which("node")
+    if node is None:
+        raise DeviceUnavailableError(
+            "There is no node here, in which the web artifact is checked; it runs in browsers all the same. Install "
+            "Node.js 20 or later."
+        )
+    folder = next(iter(files.values())).parent.parent
+    return WebRuntime([node, str(folder / CLIENT / "node.js"), str(folder)], spec, precision)
+
+
+class WebRuntime:
+    """A runtime in another process.
+
+    Args:
+        command: what starts it.
+        spec: of the model.
+        effective_precision: of its graphs.
+    """
+
+    def __init__(self, command: list[str], spec: StepSpec, effective_precision: str) -> None:
+        self.effective_precision = effective_precision
+        self._spec = spec
+        self._live: State | None = None
+        self._finite = True
+        self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+
+    def load_state(self, arrays: Mapping[str, Array]) -> State:
+        dtypes = {state.name: state.numpy_dtype for state in self._spec.states}
+        self._ask({"op": "load"}, {name: np.asarray(arrays[name], dtype) for name, dtype in dtypes.items()})
+        return self._handle()
+
+    def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        state.check(self)
+        return self._ask({"op": "call", "entry": entry}, inputs), self._handle()
+
+    def read_state(self, state: State) -> Arrays:
+        state.check(self)
+        finite = self._finite
+        arrays = self._ask({"op": "read"}, {})
+        self._finite = finite
+        return arrays
+
+    def finite(self, state: State) -> bool:
+        state.check(self)
+        return self._finite
+
+    def close(self) -> None:
+        if self._process is not None:
+            process, self._process = self._process, None
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
+            process.kill()
+            process.wait()
+
+    def __del__(self) -> None:
+        self.close()
+
+    def _handle(self) -> State:
+        if self._live is not None:
+            self._live.live = False
+        self._live = State(self)
+        return self._live
+
+    def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
+        """Send a frame, and take what comes back; see node.js."""
+        if self._process is None:
+            raise StreamError("The session is closed. Open the bundle again.")
+        assert self._process.stdin is not None
+        whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
+        listed = [
+            {"name": name, "dtype": str(value.dtype), "shape": list(value.shape), "bytes": value.nbytes}
+            for name, value in whole.items()
+        ]
+        text = json.dumps({**head, "arrays": listed}).encode()
+        try:
+            self._process.stdin.write(
+                struct.pack("<I", len(text)) + text + b"".join(v.tobytes() for v in whole.values())
+            )
+            self._process.stdin.flush()
+            return self._answer()
+        except (OSError, EOFError) as error:
+            raise RunError(f"Node ended while it ran the bundle: {self._last_words()}") from error
+
+    def _answer(self) -> Arrays:
+        (length,) = struct.unpack("<I", self._read(4))
+        if length > _MAX_HEADER:
+            raise EOFError
+        head = json.loads(self._read(length))
+        arrays = {
+            item["name"]: np.frombuffer(self._read(item["bytes"]), item["dtype"]).reshape(item["shape"]).copy()
+            for item in head["arrays"]
+        }
+        if not head["ok"]:
+            raise RunError(f"ONNX Runtime Web failed: {head['error']}")
+        self._finite = head["finite"]
+        return arrays
+
+    def _read(self, count: int) -> bytes:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(count)
+        if len(data) < count:
+            raise EOFError
+        return data
+
+    def _last_words(self) -> str:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        self._process.kill()
+        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        errors = [line for line in lines if "Error" in line]
+        return (errors or lines or ["it said nothing"])[0]

@@ -1,0 +1,358 @@
+"""The web client in Node and in a browser, against Python and the golden trace."""
+
+from __future__ import annotations
+
+import functools
+import http.server
+import json
+import os
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import nsm
+from nsm.bundle import Bundle
+from nsm.errors import (
+    BuildError,
+    DeviceUnavailableError,
+    MissingDependencyError,
+    RunError,
+    StreamError,
+    UnsupportedError,
+)
+from nsm.export import web
+from nsm.export.pipeline import ExportOptions, export
+from nsm.runtimes.web import load
+from tests.conftest import CHUNK, make_sequences
+
+NODE = shutil.which("node")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(NODE is None, reason="needs Node.js 20 or later: apt-get install nodejs npm")
+
+# What a browser in a closed network must not try, each at every start.
+_FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+
+
+@pytest.fixture(scope="module")
+def bundle_path(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two lanes, in Node's reach."""
+    output = tmp_path_factory.mktemp("web") / "model.nsm"
+    try:
+        export(checkpoint, ExportOptions(["web"], output=output, batch=2, golden_steps=12))
+    except MissingDependencyError as error:
+        pytest.skip(f"needs the npm package onnxruntime-web: {error}")
+    return output
+
+
+def javascript(bundle: Path, code: str, **values: Any) -> Any:
+    """Run code in Node over a session on the bundle, and take the JSON that it prints."""
+    client = (bundle / "web").as_uri()
+    script = f"""
+        import {{ readFileSync, writeFileSync }} from "node:fs";
+        import {{ fromFolder, loadOrt }} from "{client}/node.js";
+        import {{ Bundle, open }} from "{client}/nsm.js";
+        const given = {json.dumps(values)};
+        const reader = fromFolder({json.dumps(str(bundle))});
+        const say = (value) => console.log(JSON.stringify(value));
+        const plain = (array) => ({{ shape: array.shape, data: Array.from(array.data, Number) }});
+        try {{ {code} }} catch (error) {{ say({{ error: error.constructor.name, message: error.message }}); }}
+    """
+    command = [str(NODE), "--input-type=module", "-e", script]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def array(found: dict[str, Any]) -> np.ndarray:
+    return np.array(found["data"]).reshape(found["shape"])
+
+
+@pytest.fixture
+def copy(bundle_path: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(bundle_path, tmp_path / "copy.nsm"))
+
+
+# -- as a target -------------------------------------------------------------------------------------------------------
+
+
+def test_the_export_was_checked_on_webassembly(bundle_path: Path) -> None:
+    artifact = Bundle(bundle_path).artifact("web")
+    assert artifact.parity["status"] == "passed"
+    assert artifact.parity["split"] is not None
+    assert 0 < artifact.parity["free_run"]["max"] < 1e-5
+    names = {record.path for record in artifact.files}
+    assert {"web/index.html", "web/nsm.js", "web/ort/ort-wasm-simd-threaded.wasm", "graphs/step.onnx"} <= names
+    assert "python -m http.server" in artifact.notes[0]
+
+
+def test_a_session_on_node_is_like_any_other(bundle_path: Path) -> None:
+    tokens = make_sequences(2, 3 * CHUNK + 3)
+    with nsm.open(bundle_path, "web") as session, nsm.open(bundle_path, "web") as other:
+        first = session.feed(tokens, [27, 5])["outputs"]
+        other.restore(session.snapshot())
+        np.testing.assert_array_equal(session.feed(tokens, [4, 9])["outputs"], other.feed(tokens, [4, 9])["outputs"])
+        session.reset()
+        np.testing.assert_array_equal(session.feed(tokens, [27, 5])["outputs"], first)
+        session.close()
+        with pytest.raises(StreamError, match="The session is closed"):
+            session.feed(tokens)
+
+
+def test_low_precision_is_not_offered(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="web is not built in int8"):
+        export(checkpoint, ExportOptions(["web"], precision="int8", output=tmp_path / "m.nsm"))
+
+
+def test_without_node_it_is_built_and_not_run(
+    checkpoint: Path, bundle_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = Bundle(bundle_path).manifest.spec
+    files = {entry.name: bundle_path / "graphs" / f"{entry.name}.onnx" for entry in spec.entries}
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DeviceUnavailableError, match=r"no node here.*Install Node\.js"):
+        load(files, spec, "wasm", None)
+
+
+def test_a_process_that_ends_is_an_error_of_ours(copy: Path) -> None:
+    (copy / "web" / "runtime.js").write_text("throw new Error('spoiled');")
+    spec = Bundle(copy).manifest.spec
+    files = {entry.name: copy / "graphs" / f"{entry.name}.onnx" for entry in spec.entries}
+    runtime = load(files, spec, "wasm", None)
+    with pytest.raises(RunError, match="Node ended while it ran the bundle"):
+        runtime.load_state(Bundle(copy).state_init())
+    runtime.close()
+
+
+def test_a_graph_that_cannot_be_opened_is_an_error_of_ours(copy: Path) -> None:
+    with nsm.open(copy, "web") as session:
+        (copy / "graphs" / "step.onnx").write_bytes(b"rubbish")
+        with pytest.raises(RunError, match=r"graphs/step\.onnx has 7 bytes, recorded are"):
+            session.step(make_sequences(2, CHUNK))
+
+
+@pytest.mark.parametrize("missing", ["npm", "package"])
+def test_what_cannot_be_got_names_the_way_out(missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(web.PACKAGE, raising=False)
+    if missing == "npm":
+        monkeypatch.setenv("PATH", "")
+        with pytest.raises(MissingDependencyError, match=f"no npm here.*{web.PACKAGE}"):
+            web.find_package()
+        return
+    tool = tmp_path / "bin" / "npm"
+    tool.parent.mkdir()
+    tool.write_text("#!/bin/sh\necho no such version >&2\nexit 1\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
+    with pytest.raises(MissingDependencyError, match=r"could not get .*: no such version"):
+        web.find_package()
+    tool.write_text("#!/bin/sh\nmkdir package && touch package/x && tar czf x.tgz package\n")
+    with pytest.raises(BuildError, match="does not hold ort"):
+        web.find_package()
+
+
+def test_an_installed_package_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(web.PACKAGE, str(tmp_path))
+    (tmp_path / "dist").mkdir()
+    for name in web._FILES:
+        (tmp_path / "dist" / name).write_bytes(b"")
+    assert web.find_package() == tmp_path
+
+
+# -- the client --------------------------------------------------------------------------------------------------------
+
+
+def test_any_split_of_a_stream_is_what_python_answers(bundle_path: Path) -> None:
+    tokens = make_sequences(2, 5 * CHUNK + 5, seed=4)
+    pieces = [(0, 3, [3, 0]), (3, 20, [17, 6]), (20, 21, [1, 1]), (21, 45, [24, 20])]
+    found = javascript(
+        bundle_path,
+        """
+        const session = await open(reader, await loadOrt());
+        const outputs = [];
+        for (const [from, to, counts] of given.pieces) {
+          const part = given.tokens.map((row) => row.slice(from, to));
+          outputs.push(plain((await session.feed(part, counts)).outputs));
+        }
+        const state = {};
+        for (const [name, value] of Object.entries(session.readState())) state[name] = plain(value);
+        say({ outputs, state, offsets: session.offsets });
+        """,
+        tokens=tokens.tolist(),
+        pieces=pieces,
+    )
+    with nsm.open(bundle_path, "web") as session:
+        for (start, end, counts), given in zip(pieces, found["outputs"], strict=True):
+            wanted = session.feed(tokens[:, start:end], counts)["outputs"]
+            np.testing.assert_allclose(array(given), wanted, rtol=1e-6, atol=1e-7)
+        assert found["offsets"] == session.offsets.tolist()
+        for name, value in session.read_state().items():
+            np.testing.assert_allclose(array(found["state"][name]), value, rtol=1e-6, atol=1e-7, err_msg=name)
+
+
+def test_a_snapshot_goes_from_python_to_javascript_and_back(bundle_path: Path, tmp_path: Path) -> None:
+    tokens = make_sequences(2, 19, seed=5)
+    with nsm.open(bundle_path, "web") as session:
+        session.feed(tokens)
+        (tmp_path / "whole").write_bytes(session.snapshot())
+        (tmp_path / "lane").write_bytes(session.snapshot(1))
+        found = javascript(
+            bundle_path,
+            """
+            const session = await open(reader, await loadOrt());
+            await session.restore(new Uint8Array(readFileSync(given.folder + "/whole")));
+            const same = Buffer.compare(Buffer.from(await session.snapshot()), readFileSync(given.folder + "/whole"));
+            await session.restore(new Uint8Array(readFileSync(given.folder + "/lane")), 0);
+            const { outputs } = await session.feed(given.tokens);
+            writeFileSync(given.folder + "/back", await session.snapshot(0));
+            let refused;
+            try { await session.restore(new Uint8Array(10)); } catch (error) { refused = error.constructor.name; }
+            say({ same, outputs: plain(outputs), refused });
+            """,
+            folder=str(tmp_path),
+            tokens=tokens.tolist(),
+        )
+        assert found["same"] == 0, "the same bytes"
+        assert found["refused"] == "SnapshotError"
+        session.restore((tmp_path / "lane").read_bytes(), 0)
+        wanted = session.feed(tokens)["outputs"]
+        np.testing.assert_allclose(array(found["outputs"]), wanted, rtol=1e-6, atol=1e-7)
+        state = session.read_state()
+        session.restore((tmp_path / "back").read_bytes(), 1)
+        for name, value in session.read_state().items():
+            np.testing.assert_allclose(value[1], state[name][0], rtol=1e-6, atol=1e-7)
+
+
+def test_the_golden_trace_is_replayed_states_included(bundle_path: Path) -> None:
+    found = javascript(bundle_path, "const s = await open(reader, await loadOrt()); say(await s.check());")
+    assert found["passed"]
+    assert (found["streams"], found["steps"], found["exact"]) == (8, 12, 0)
+    assert 0 < found["worst"]["error"] < 1e-5
+    assert {"outputs", "0.bank", "1.key"} <= set(found["errors"])
+
+
+def test_a_check_on_other_weights_fails(copy: Path) -> None:
+    """With hashes that fit: the client has to notice by what the model answers."""
+    path = copy / "graphs" / "weights.bin"
+    numbers = np.frombuffer(path.read_bytes(), np.float32).copy()
+    path.write_bytes((numbers * np.float32(1.01)).tobytes())
+    _record_again(copy, "graphs/weights.bin")
+    found = javascript(copy, "const s = await open(reader, await loadOrt()); say(await s.check());")
+    assert not found["passed"]
+    assert found["worst"]["error"] > 1e-4
+
+
+def _record_again(bundle: Path, name: str) -> None:
+    import hashlib
+
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    data = (bundle / name).read_bytes()
+    for record in [*manifest["files"], *(r for a in manifest["artifacts"] for r in a["files"])]:
+        if record["path"] == name:
+            record["sha256"], record["size"] = hashlib.sha256(data).hexdigest(), len(data)
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("code", "error", "message"),
+    [
+        ("await s.step([[1, 2]])", "InputError", "has the shape"),
+        ("await s.feed([[1], [99]])", "InputError", "must lie in 0 .. 19; given 99"),
+        ("await s.feed([[1], [0.5]])", "InputError", "takes whole numbers"),
+        ("await s.feed([[1, 2], [3]])", "InputError", "rows have different lengths"),
+        ("await s.feed([[1]])", "InputError", "feed takes tokens of shape"),
+        ("await s.feed([[1], [1]], [1, 2])", "InputError", "valid has a number of 0 .. 1"),
+        ("await s.feed([[1], [1]]); await s.step(Array(2).fill(Array(8).fill(1)))", "StreamError", "inside a chunk"),
+        ("s.reset(2)", "InputError", "has lanes 0 .. 1; given 2"),
+        ("s.loadState({})", "InputError", "has the shape"),
+        ("await s.runtime.call('other', {})", "InputError", "There is no entry"),
+        (
+            "const all = s.readState(); all['0.bank'].data.fill(NaN); s.loadState(all); await s.feed([[1], [1]])",
+            "NonFiniteError",
+            "holds NaN or infinite numbers on lanes",
+        ),
+    ],
+)
+def test_what_makes_no_sense_is_refused(code: str, error: str, message: str, bundle_path: Path) -> None:
+    found = javascript(bundle_path, f"const s = await open(reader, await loadOrt()); {code}; say(0);")
+    assert found["error"] == error
+    assert message in found["message"]
+
+
+@pytest.mark.parametrize(
+    "path", ["../x", "/etc/passwd", "a/../../x", "https://example.org/x", "..\\x", "a//b", "a?b", ""]
+)
+def test_a_path_out_of_the_bundle_is_refused(path: str, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["files"][0]["path"] = path
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    found = javascript(copy, "await Bundle.open(reader); say(0);")
+    assert found["error"] == "BundleError"
+    assert "not a path inside the bundle" in found["message"]
+
+
+@pytest.mark.parametrize("kind", ["version", "json", "hash", "size", "archive"])
+def test_a_damaged_bundle_is_refused(kind: str, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    weights, initial = copy / "graphs" / "weights.bin", copy / "state_init.npz"
+    if kind == "version":
+        manifest["format_version"] = 99
+    elif kind == "hash":
+        weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    elif kind == "size":
+        weights.write_bytes(b"")
+    elif kind == "archive":
+        initial.write_bytes(b"x" * 100)
+    (copy / "manifest.json").write_text("{" if kind == "json" else json.dumps(manifest))
+    if kind == "archive":
+        _record_again(copy, "state_init.npz")
+    found = javascript(copy, "const s = await open(reader, await loadOrt()); await s.feed([[1], [1]]); say(0);")
+    assert found["error"] == ("BundleVersionError" if kind == "version" else "BundleError")
+
+
+# -- the page ----------------------------------------------------------------------------------------------------------
+
+
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
+        pass
+
+
+@pytest.fixture
+def address(bundle_path: Path) -> Iterator[str]:
+    """Of a plain file server over the bundle."""
+    handler = functools.partial(_Quiet, directory=str(bundle_path))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/web/"
+        server.shutdown()
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
+def test_the_page_streams_and_checks_in_a_browser(address: str, tmp_path: Path) -> None:
+    command = [str(CHROMIUM), *_FLAGS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom"]
+    result = subprocess.run(
+        [*command, f"{address}?run&check"], capture_output=True, text=True, check=False, timeout=120
+    )
+    page = result.stdout
+    assert 'data-done="yes"' in page, page[:2000]
+    assert 'data-checked="passed"' in page
+    assert "8 streams of 12 steps" in page
+    assert "SimpleNSM" in page
+    assert page.count("<canvas") == 2, "a picture of each bank"
