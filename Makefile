@@ -7,7 +7,7 @@ SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py export/web_client/* runtim
 CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-long recall compare design clean
+.PHONY: help setup demo test check format test-long recall compare design cpp arm64 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -63,3 +63,9 @@ format: setup  ## format the code and mend what lint can
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis digits.pt *.nsm *.nsm.failed
 	find $(CODE) -name __pycache__ -type d -exec rm -rf {} +
+
+cpp: setup  ## build the C++ client into build/cpp (needs cmake and a C++ compiler)
+	cmake -S examples/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release \
+		-DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino, pathlib; print(pathlib.Path(openvino.__file__).parent / "cmake")')" \
+		-DNLOHMANN_JSON="$$($(BIN)/python -c 'import nlohmann_json, pathlib; print(pathlib.Path(nlohmann_json.__path__[0]) / "include")')"
+	cmake --build build/cpp --parallel 2

@@ -1,0 +1,118 @@
+#include "bundle.hpp"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "error.hpp"
+#include "sha256.hpp"
+
+namespace nsm {
+namespace {
+
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+constexpr int format_version = 1;
+
+template <typename T>
+std::optional<T> maybe(const json& value) {
+    return value.is_null() ? std::nullopt : std::optional<T>(value.get<T>());
+}
+
+Tensor tensor_of(const json& data) {
+    return {data.at("name"), data.at("shape").get<Shape>(), data.at("dtype"), maybe<std::int64_t>(data.at("minimum")),
+            maybe<std::int64_t>(data.at("maximum"))};
+}
+
+Spec spec_of(const json& data) {
+    Spec spec{{}, {}, data.at("chunk_size"), data.at("batch")};
+    for (const auto& item : data.at("entries")) {
+        Entry entry{item.at("name"), {}, {}, item.at("reads"), item.at("writes")};
+        for (const auto& input : item.at("inputs")) entry.inputs.push_back(tensor_of(input));
+        for (const auto& output : item.at("outputs")) entry.outputs.push_back(tensor_of(output));
+        spec.entries.push_back(std::move(entry));
+    }
+    for (const auto& item : data.at("states")) {
+        spec.states.push_back({item.at("name"), item.at("shape").get<Shape>(), item.at("dtype"), item.at("batch_axis"),
+                               item.at("past"), item.at("present"), maybe<std::size_t>(item.at("append_axis"))});
+    }
+    return spec;
+}
+
+// A path out of the bundle is refused, also one that leads out over a link.
+fs::path inside(const fs::path& bundle, const std::string& name) {
+    const fs::path relative(name);
+    const bool climbs = std::any_of(relative.begin(), relative.end(), [](const fs::path& part) { return part == ".."; });
+    const fs::path whole = fs::weakly_canonical(bundle / relative), root = fs::weakly_canonical(bundle);
+    const auto [end, unused] = std::mismatch(root.begin(), root.end(), whole.begin(), whole.end());
+    static_cast<void>(unused);
+    if (name.empty() || relative.is_absolute() || climbs || end != root.end()) {
+        throw Error(Code::bundle, "The manifest names " + name + ", which is outside the bundle.");
+    }
+    return whole;
+}
+
+}  // namespace
+
+bool Entry::reads_state(const std::string& state) const { return std::count(reads.begin(), reads.end(), state) > 0; }
+bool Entry::writes_state(const std::string& state) const { return std::count(writes.begin(), writes.end(), state) > 0; }
+bool Entry::counted() const {
+    return std::any_of(inputs.begin(), inputs.end(), [](const Tensor& input) { return input.name == "valid"; });
+}
+
+const Entry* Spec::find(const std::string& name) const {
+    const auto found = std::find_if(entries.begin(), entries.end(), [&](const Entry& item) { return item.name == name; });
+    return found == entries.end() ? nullptr : &*found;
+}
+
+Bundle::Bundle(const fs::path& path) : path_(path) {
+    if (!fs::is_directory(path)) {
+        throw Error(Code::input, "There is no bundle " + path.string() + ": expected is a directory written by nsm-export.");
+    }
+    try {
+        const auto text = read_bytes(path / "manifest.json");
+        const json manifest = json::parse(text.begin(), text.end());
+        const auto& version = manifest.at("format_version");
+        if (version != format_version) {
+            throw Error(Code::bundle, "The bundle has format version " + version.dump() + "; this client reads version 1.");
+        }
+        spec_ = spec_of(manifest.at("spec"));
+        const auto keep = [&](const json& record) {
+            records_[record.at("path")] = {record.at("size"), record.at("sha256")};
+            return record.at("path").get<std::string>();
+        };
+        for (const auto& record : manifest.at("files")) keep(record);
+        for (const auto& artifact : manifest.at("artifacts")) {
+            for (const auto& record : artifact.at("files")) {
+                const auto name = keep(record);
+                if (artifact.at("target") == "openvino") openvino_.push_back(name);
+            }
+        }
+    } catch (const json::exception& error) {
+        throw Error(Code::bundle, path.string() + "/manifest.json is damaged: " + error.what() + ". Export the bundle again.");
+    }
+    for (const auto& [name, record] : records_) inside(path_, name);
+}
+
+fs::path Bundle::verified(const std::string& name) const {
+    const auto found = records_.find(name);
+    if (found == records_.end()) throw Error(Code::bundle, "The manifest does not list " + name + ". Export the bundle again.");
+    const auto path = inside(path_, name);
+    std::error_code problem;
+    if (fs::file_size(path, problem) != found->second.size || problem) {
+        throw Error(Code::bundle, name + " is missing or has another size than recorded. Copy or export the bundle again.");
+    }
+    if (sha256(read_bytes(path)) != found->second.sha256) {
+        throw Error(Code::bundle, "The content of " + name + " does not have the recorded SHA-256. Copy or export it again.");
+    }
+    return path;
+}
+
+std::string Bundle::openvino_file(const std::string& ending) const {
+    for (const auto& name : openvino_) {
+        if (fs::path(name).filename() == ending) return name;
+    }
+    throw Error(Code::input, "The bundle holds no " + ending + " for OpenVINO. Build it with: nsm build BUNDLE --target openvino");
+}
+
+}  // namespace nsm

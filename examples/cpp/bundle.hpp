@@ -1,0 +1,66 @@
+// What a manifest says, and files that have the size and hash that it records.
+#pragma once
+
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "arrays.hpp"
+
+namespace nsm {
+
+struct Tensor {
+    std::string name;
+    Shape shape;
+    std::string dtype;
+    std::optional<std::int64_t> minimum, maximum;
+};
+
+struct State {
+    std::string name;
+    Shape shape;
+    std::string dtype;
+    std::size_t batch_axis;
+    std::string past, present;
+    std::optional<std::size_t> append_axis;
+};
+
+struct Entry {
+    std::string name;
+    std::vector<Tensor> inputs, outputs;
+    std::vector<std::string> reads, writes;
+    bool reads_state(const std::string& name) const;
+    bool writes_state(const std::string& name) const;
+    bool counted() const;  // whether it has the input `valid`
+};
+
+struct Spec {
+    std::vector<Entry> entries;
+    std::vector<State> states;
+    std::size_t chunk_size, batch;
+    const Entry* find(const std::string& name) const;
+};
+
+class Bundle {
+public:
+    explicit Bundle(const std::filesystem::path& path);
+    const Spec& spec() const { return spec_; }
+    // Where a file of the manifest lies, after its size and hash were checked.
+    std::filesystem::path verified(const std::string& name) const;
+    // The file of the OpenVINO artifact with this ending.
+    std::string openvino_file(const std::string& ending) const;
+
+private:
+    struct Record {
+        std::size_t size;
+        std::string sha256;
+    };
+    std::filesystem::path path_;
+    Spec spec_;
+    std::map<std::string, Record> records_;
+    std::vector<std::string> openvino_;
+};
+
+}  // namespace nsm
