@@ -18,7 +18,7 @@ from click.core import ParameterSource
 
 from nsm.errors import BuildError, NsmError
 
-_TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov) or tensorrt (trt)."
+_TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), mobile or web."
 
 
 class _NsmCommand(click.Command):
@@ -65,6 +65,16 @@ def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
     )
     slower = click.option("--allow-slower", is_flag=True, help="Keep low precision that is not faster than fp32 here.")
     return share(slower(command))
+
+
+def with_mobile(targets: tuple[str, ...]) -> tuple[str, ...]:
+    """The targets of `--mobile`: onnxruntime in its .ort form as well."""
+    from nsm.errors import InputError
+    from nsm.runtimes.targets import find_target
+
+    if "onnxruntime" not in [find_target(name).name for name in targets]:
+        raise InputError("--mobile belongs to --target onnxruntime. Give that too, or --target mobile alone.")
+    return (*targets, "mobile")
 
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -136,11 +146,12 @@ def main() -> None:
     "--debug-outputs", is_flag=True, help="Add outputs to look inside: routing.{layer}, [B, K, heads, slots]."
 )
 @click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and say what it saved.")
+@click.option("--mobile", is_flag=True, help="With onnxruntime: build its .ort form as well, the target mobile.")
 @click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
 @click.option("--dry-run", is_flag=True, help="Check the request, the model and the data; write nothing.")
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @_shared
-def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
+def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: Any) -> None:
     """Build a verified bundle from MODEL: a .pt written by nsm.save, a .pt2 of torch.export, or an .onnx.
 
     The model is exported to ONNX, built for every target, and run there over whole streams next to the PyTorch
@@ -156,6 +167,8 @@ def export(model: Path, as_json: bool, dry_run: bool, **options: Any) -> None:
     """
     from nsm.export import export_command
 
+    if mobile:
+        options["targets"] = with_mobile(options["targets"])
     command = shlex.join(["nsm-export", *sys.argv[2 if sys.argv[1:2] == ["export"] else 1 :]])
     export_command.export(model, as_json, dry_run, {**options, "command": command})
 

@@ -61,6 +61,10 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
             note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
         ),
         ("onnxruntime", "int8-weights"): Policy("blocked", note="uses the operator MatMulNBits of ONNX Runtime"),
+        ("mobile", "int8"): Policy(
+            "dynamic",
+            note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
+        ),
         ("tensorrt", "int8"): Policy("static"),
         ("tensorrt", "int8-weights"): Policy("weights"),
         ("tensorrt", "fp16"): Policy("half"),

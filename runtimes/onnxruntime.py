@@ -15,8 +15,8 @@ from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
-# The operator that computes the products of a precision: it is in the graph, or the precision is not what was asked.
-_OPERATORS = {"int8": b"MatMulInteger", "int8-weights": b"MatMulNBits"}
+# The operators that compute the products of a precision: one is in the graph, or the precision is not what was asked.
+_OPERATORS = {"int8": (b"MatMulInteger", b"DynamicQuantizeMatMul"), "int8-weights": (b"MatMulNBits",)}
 
 
 def load(
@@ -30,7 +30,7 @@ def load(
     """Open the graphs of a bundle.
 
     Args:
-        files: the `.onnx` file of each entry.
+        files: the `.onnx` or `.ort` file of each entry.
         spec: of the model.
         device: "cpu", the only one in the table of targets.
         threads: threads within an operation (default: ONNX Runtime's choice, the physical cores).
@@ -67,7 +67,7 @@ def load(
     # The CPU provider computes in the graph's own dtypes; there is no other property to read back.
     types = {value.type for value in session.get_outputs()}
     effective = "+".join(sorted(name for kind, name in _PRECISIONS.items() if kind in types))
-    if precision in _OPERATORS and _OPERATORS[precision] in files[first].read_bytes():
+    if precision in _OPERATORS and any(name in files[first].read_bytes() for name in _OPERATORS[precision]):
         effective = precision
     entries: dict[str, Opener] = {first: lambda: _binder(session)}
     entries |= {name: functools.partial(later, files[name]) for name in others}

@@ -77,6 +77,8 @@ def test_what_is_missing_names_the_extra_that_installs_it(monkeypatch: pytest.Mo
         "onnxruntime": True,
         "openvino": False,
         "tensorrt": False,
+        "mobile": True,
+        "web": True,
     }
     assert targets["tensorrt"] == {
         "installed": False,
