@@ -34,8 +34,9 @@ def build(request: Request) -> Built:
     folder = request.directory / CLIENT
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(find_package() / "dist", folder / "ort", ignore=_all_but(_FILES))
-    for item in resources.files("nsm.export").joinpath("web_client").iterdir():
-        (folder / item.name).write_bytes(item.read_bytes())
+    for item in resources.files("nsm.export.web_client").iterdir():
+        if item.name.endswith((".js", ".html")):
+            (folder / item.name).write_bytes(item.read_bytes())
     files = sorted(path for place in (folder, request.graphs) for path in place.rglob("*") if path.is_file())
     notes = (f"serve the bundle's folder, and open /{CLIENT}/ there: python -m http.server -d BUNDLE",)
     return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), "wasm", notes)

@@ -136,7 +136,7 @@ def test_importing_needs_neither_torch_nor_a_backend() -> None:
     blocked = ["torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "sklearn"]
     without_torch = [m for m in MODULES if _room(m) != "models" and m not in WITH_TORCH | WITH_ONNX]
     backends = {"nsm.runtimes.onnxruntime", "nsm.runtimes.onnxruntime_plain", "nsm.runtimes.openvino"}
-    names = sorted(set(without_torch) - backends - {"nsm.export.openvino"})
+    names = sorted(set(without_torch) - backends - {"nsm.export.mobile", "nsm.export.openvino"})
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport importlib\n"
     code += f"for name in {names}: importlib.import_module(name)\nprint('fine')"
     result = _python(code)
@@ -183,6 +183,8 @@ def test_the_wheel_works_in_a_bare_environment(tmp_path: Path) -> None:
         relative = Path(*module.split("."))
         name = relative / "__init__.py" if path.name == "__init__.py" else relative.with_suffix(".py")
         assert (next((tmp_path / "bare" / "lib").iterdir()) / "site-packages" / name).is_file(), f"{module} is missing"
+    for name in ("index.html", "nsm.js", "node.js"):
+        assert list((tmp_path / "bare" / "lib").glob(f"*/site-packages/nsm/export/web_client/{name}")), name
     doctor = subprocess.run(
         [str(tmp_path / "bare" / "bin" / "nsm"), "doctor"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
