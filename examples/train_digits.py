@@ -22,11 +22,11 @@ from nsm.models import StreamModel
 DIGITS_PER_STREAM = 8
 
 
-def build(adaptive: bool) -> StreamModel:
+def build(adaptive: bool, width: int = 48) -> StreamModel:
     """A new model: a fixed bank of 16 slots a layer, or one that adapts within 64."""
     sizes: dict[str, Any] = {
         "vocab_size": digits.VOCABULARY,
-        "d_model": 48,
+        "d_model": width,
         "output_dim": digits.CLASSES,
         "num_layers": 2,
         "num_heads": 4,
@@ -34,7 +34,7 @@ def build(adaptive: bool) -> StreamModel:
         "gate_type": "mingru",
     }
     if adaptive:
-        return nsm.AdaptiveNSM(**sizes, state_dim=96, max_states=64, initial_states=16)
+        return nsm.AdaptiveNSM(**sizes, state_dim=2 * width, max_states=64, initial_states=16)
     return nsm.SimpleNSM(**sizes, num_states=16)
 
 
@@ -45,15 +45,23 @@ def build(adaptive: bool) -> StreamModel:
 @click.option("--digits-per-update", default=1, show_default=True, help="Length of a gradient, in digits.")
 @click.option("--learning-rate", default=4e-3, show_default=True)
 @click.option("--adaptive", is_flag=True, help="Banks of 64 slots that prune and allocate their own.")
+@click.option("--width", default=48, show_default=True, help="d_model, a multiple of 8.")
 @click.option("--seed", default=0, show_default=True)
 def main(
-    output: Path, steps: int, batch: int, digits_per_update: int, learning_rate: float, adaptive: bool, seed: int
+    output: Path,
+    steps: int,
+    batch: int,
+    digits_per_update: int,
+    learning_rate: float,
+    adaptive: bool,
+    width: int,
+    seed: int,
 ) -> None:
     """Train on 1437 digits, test on 360 others, save to OUTPUT."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     train, test = digits.load()
-    model = build(adaptive)
+    model = build(adaptive, width)
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, pct_start=0.1)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())

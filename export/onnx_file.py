@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -16,6 +17,8 @@ from nsm.trace import Array
 
 OLDEST = 13
 """Operator set below which a file is converted first: there, many operators took as attributes what are inputs now."""
+
+_MOST_BYTES = 2**31 - 2**24
 
 Shape = tuple[int | str, ...]
 
@@ -44,6 +47,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise InputError(f"There is no file {path}.") from error
     except Exception as error:  # protobuf has no common base for what it raises
         raise InputError(f"{path} cannot be read as an ONNX model: {error}. Was it copied whole?") from error
+    _check_size(path, model)
     for tensor in model.graph.initializer:
         if uses_external_data(tensor):
             _load_beside(path, tensor)
@@ -58,6 +62,19 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             f"{path} has operator set {version}, and cannot be converted to {OLDEST}: {error}. Export it anew with "
             f"opset_version >= {OLDEST}."
         ) from error
+
+
+def _check_size(path: Path, model: onnx.ModelProto) -> None:
+    """Refuse weights that one protobuf message cannot hold, before any of them is read."""
+    sizes = [
+        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+        for tensor in model.graph.initializer
+    ]
+    if sum(sizes) > _MOST_BYTES:
+        raise UnsupportedError(
+            f"{path} has {sum(sizes) / 1e9:.1f} GB of weights; graphs are put together in memory here, which goes up to "
+            "2 GB. Split the model, or take a smaller one."
+        )
 
 
 def _load_beside(path: Path, tensor: TensorProto) -> None:

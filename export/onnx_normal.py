@@ -278,13 +278,17 @@ def _inferred(model: onnx.ModelProto) -> dict[str, Port]:
     Weights are left out of what is inferred over, so that their size does not matter.
     """
     del model.graph.value_info[:]
-    light = onnx.ModelProto()
-    light.CopyFrom(model)
-    for tensor in light.graph.initializer:
+    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
+    for part in ("node", "input", "output", "sparse_initializer"):
+        getattr(light.graph, part).extend(getattr(model.graph, part))
+    for tensor in model.graph.initializer:
         if math.prod(tensor.dims) > _SMALL:
-            tensor.ClearField("raw_data")
-            tensor.ClearField("float_data")
-            tensor.data_location = TensorProto.EXTERNAL
+            light.graph.initializer.add(
+                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=TensorProto.EXTERNAL
+            )
+        else:
+            light.graph.initializer.add().CopyFrom(tensor)
+    light.graph.name = model.graph.name
     for value in light.graph.output:
         value.type.tensor_type.ClearField("shape")
     try:

@@ -185,13 +185,23 @@ def load_onnx(
     found = tuple(state_of(o, by_name[o.past], by_name[o.present], main.shape[0]) for o in chosen)
     foreign = Foreign(model, main, answers, found, timed)
     token = _token(model, foreign, vocab_size)
-    digest = hashlib.sha256(
-        model.SerializeToString(deterministic=True) if model.ByteSize() < 2**31 else path.read_bytes()
-    )
-    digest.update(repr([(s.past, s.present, s.initial.tobytes()) for s in found]).encode())
-    source = OnnxSource(path, foreign, token, digest.hexdigest())
+    source = OnnxSource(path, foreign, token, _fingerprint(foreign))
     _examine(source, foreign)
     return source
+
+
+def _fingerprint(foreign: Foreign) -> str:
+    """SHA-256 over operators, weights and states, part by part: a whole model of 2 GB does not serialise."""
+    graph = foreign.model.graph
+    digest = hashlib.sha256()
+    for part in (*graph.node, *graph.input, *graph.output):
+        digest.update(part.SerializeToString(deterministic=True))
+    for tensor in graph.initializer:
+        digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
+        digest.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
+    for state in foreign.states:
+        digest.update(f"{state.past} {state.present}".encode() + state.initial.tobytes())
+    return digest.hexdigest()
 
 
 def _check_closed(main: Port, timed: bool) -> None:

@@ -513,6 +513,19 @@ def test_weights_beside_the_file_are_read_and_missing_ones_named(tmp_path: Path)
         load_onnx(path, [], {"sr": "16000"})
 
 
+def test_more_than_two_gigabytes_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    def huge(model: onnx.ModelProto) -> None:
+        tensor = next(item for item in model.graph.initializer if item.name == "W")
+        tensor.ClearField("raw_data")
+        tensor.dims[:] = [30_000, 30_000]
+        tensor.data_location = TensorProto.EXTERNAL
+        entry = tensor.external_data.add()
+        entry.key, entry.value = "location", "absent.bin"
+
+    with pytest.raises(UnsupportedError, match=r"has 3\.6 GB of weights; .* up to 2 GB"):
+        load_onnx(silero(tmp_path / "m.onnx", huge), [], {"sr": "16000"})
+
+
 def frozen(path: Path) -> Path:
     """Says it takes any number of tokens, and uses the first of them for all."""
     nodes = [
