@@ -72,7 +72,7 @@ def _check_size(path: Path, model: onnx.ModelProto) -> None:
     ]
     if sum(sizes) > _MOST_BYTES:
         raise UnsupportedError(
-            f"{path} has {sum(sizes) / 1e9:.1f} GB of weights; graphs are put together in memory here, which goes up to "
+            f"{path} has {sum(sizes) / 1e9:.1f} GB of weights; graphs are put together in memory here, up to "
             "2 GB. Split the model, or take a smaller one."
         )
 
