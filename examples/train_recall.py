@@ -48,6 +48,11 @@ def batch(count: int, generator: np.random.Generator, pairs: int = PAIRS) -> tup
     return ids, wanted
 
 
+def pairs_at(update: int, updates: int, pairs: int) -> int:
+    """How many pairs to train on when they grow: PAIRS at first, twice as many after every fifth of the updates."""
+    return min(pairs, PAIRS << 5 * update // updates)
+
+
 def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
     """Share of the questions that were answered right."""
     asked = wanted != NOT_ASKED
@@ -66,6 +71,10 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
 @click.option("--top-k", type=int, help="For --routing topk.")
 @click.option("--gate", default="mingru", show_default=True, help="gru, lstm or mingru.")
 @click.option("--consolidate-every", default=1, show_default=True, help="Chunks between consolidations; 0: never.")
+@click.option("--streams", default=64, show_default=True, help="Streams of an update.")
+@click.option(
+    "--grow", is_flag=True, help=f"Begin with {PAIRS} pairs and double them after every fifth of the updates."
+)
 @click.option("--seed", default=0, show_default=True)
 def main(
     output: Path,
@@ -79,6 +88,8 @@ def main(
     top_k: int | None,
     gate: GateType,
     consolidate_every: int,
+    streams: int,
+    grow: bool,
     seed: int,
 ) -> None:
     """Train on streams made on the fly and save to OUTPUT."""
@@ -102,8 +113,8 @@ def main(
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, TextColumn("recall {task.fields[recall]:.3f}")) as progress:
         task = progress.add_task("training", total=steps, recall=0.0)
-        for _ in range(steps):
-            ids, wanted = batch(64, generator, pairs)
+        for update in range(steps):
+            ids, wanted = batch(streams, generator, pairs_at(update, steps, pairs) if grow else pairs)
             logits = model(torch.from_numpy(ids))
             loss = functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(wanted.flatten()))
             optimiser.zero_grad()

@@ -47,7 +47,9 @@ def test_plain_onnxruntime_streams_the_graph(digits: Path) -> None:
 
 
 def test_the_recall_example_trains_and_saves(tmp_path: Path) -> None:
-    shown = _run(tmp_path, str(EXAMPLES / "train_recall.py"), "--steps", "2", "--output", "recall.pt")
+    shown = _run(
+        tmp_path, str(EXAMPLES / "train_recall.py"), "--steps", "2", "--grow", "--streams", "8", "--output", "recall.pt"
+    )
     assert re.search(r"recall\.pt: [\d,]+ parameters, recall [\d.]+% of 4000 questions", shown)
 
 

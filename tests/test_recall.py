@@ -62,6 +62,14 @@ def session(recall_bundle: Path, target: str) -> Iterator[nsm.Session]:
         yield opened
 
 
+@pytest.mark.parametrize(
+    ("pairs", "wanted"),
+    [(16, [4, 4, 8, 8, 16, 16, 16, 16, 16, 16]), (4, [4] * 10), (6, [4, 4] + [6] * 8), (2, [2] * 10)],
+)
+def test_pairs_grow_up_to_what_was_asked_for(task: ModuleType, pairs: int, wanted: list[int]) -> None:
+    assert [task.pairs_at(update, 10, pairs) for update in range(10)] == wanted
+
+
 def _with_fresh_banks(state: Arrays, initial: Arrays) -> Arrays:
     """The state with the banks, and nothing else, as at the start of a stream."""
     banks = [name for name in state if name.endswith((".bank", ".cell"))]
