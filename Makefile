@@ -69,3 +69,6 @@ cpp: setup  ## build the C++ client into build/cpp (needs cmake and a C++ compil
 		-DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino, pathlib; print(pathlib.Path(openvino.__file__).parent / "cmake")')" \
 		-DNLOHMANN_JSON="$$($(BIN)/python -c 'import nlohmann_json, pathlib; print(pathlib.Path(nlohmann_json.__path__[0]) / "include")')"
 	cmake --build build/cpp --parallel 2
+
+arm64: setup  ## check the demo's bundle on arm64 under emulation (Debian, as root; apt-get install qemu-user-static)
+	tests/devices/arm64.sh digits.nsm onnxruntime
