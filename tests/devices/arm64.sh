@@ -32,6 +32,7 @@ if [ ! -e "$packages" ]; then
     "$python" -m pip install --quiet --target "$packages" --no-deps "$root"/dist/*.whl
 fi
 
+export QEMU_CPU=${QEMU_CPU:-neoverse-n1}  # with more, OpenVINO meets instructions that qemu 7.2 does not know
 run() { PYTHONHOME=$root/usr PYTHONPATH=$packages PYTHONDONTWRITEBYTECODE=1 "$qemu" -L "$root" "$root/usr/bin/python3.11" "$@"; }
 run -c 'import platform; print("running on", platform.machine(), "Python", platform.python_version())'
 run -c 'from nsm.export.cli import main; main()' parity "$bundle" --target "$target" --steps 16
