@@ -160,8 +160,9 @@ def _with_ray(rows: list[dict[str, Any]], options: Options, workers: int) -> Ite
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4 * workers))
+        kind: Any = Scorer  # a class whose instances are called, which Ray's own types do not foresee
         scored = data.map(
-            Scorer,
+            kind,
             fn_constructor_args=(options,),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_cpus=options.threads,

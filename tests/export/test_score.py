@@ -148,7 +148,7 @@ def test_a_log_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     ScoreLog(path, HEAD).close()
     before = path.read_text()
-    with pytest.raises(InputError, match="not of .*Take another name, or give --force"):
+    with pytest.raises(InputError, match=r"not of .*Take another name, or give --force"):
         ScoreLog(path, {**HEAD, "target": "openvino"})
     assert path.read_text() == before
     for text in ("thesis\n", '{"a": 1}\n[]\n', "1\n2\n"):
