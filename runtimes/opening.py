@@ -63,5 +63,6 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
                 f"{bundle.path}: the manifest lists no {name} for {target.name}. Export the bundle again."
             )
         files[entry.name] = bundle.locate(path)
+    initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
     runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
-    return Session(runtime, spec, bundle.state_init(), bundle.manifest.fingerprint, target.name)
+    return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name)
