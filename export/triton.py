@@ -168,7 +168,7 @@ def _is_zero(initial: Arrays, state: StateSpec) -> bool:
 
 def _notes(request: Request) -> tuple[str, ...]:
     lanes = request.spec.batch
-    notes = (
+    notes: tuple[str, ...] = (
         "the server was not run: its model.onnx was, in ONNX Runtime, with the state carried as config.pbtxt says",
     )
     if lanes > 1:

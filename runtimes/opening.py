@@ -57,8 +57,9 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
     spec = target.served(bundle.manifest.spec)
     recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
     files = {entry: bundle.locate(path) for entry, path in recorded.items()}
+    initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
     runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
-    return Session(runtime, spec, bundle.state_init(), bundle.manifest.fingerprint, target.name)
+    return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name)
 
 
 def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:
