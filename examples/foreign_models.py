@@ -182,7 +182,7 @@ def rows_of(name: str, folder: Path, steps: int) -> list[Row]:
     random = np.random.default_rng(0)
     spec = model.token_spec
     shape = (16, 32 * steps, *spec.shape) if model.timed else (16, steps, *spec.shape)
-    samples = random.standard_normal(shape).astype(np.float32)
+    samples: np.ndarray = random.standard_normal(shape).astype(np.float32)
     if spec.maximum is not None:
         samples = random.integers(0, spec.maximum + 1, shape)
     rows = []

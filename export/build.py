@@ -34,7 +34,7 @@ class Request:
     Args:
         directory: the bundle's directory.
         folder: the target's own folder in it, made by the builder if it writes files.
-        spec: of the model.
+        spec: of the model, as the target serves it.
         device: one of the target's devices; None leaves it to the builder.
         low: where the graphs in low precision lie; None for the bundle's own.
     """
@@ -115,7 +115,7 @@ def build_target(
         # A builder writes new files: those of a bundle that is being replaced may be links to files in use.
         shutil.rmtree(folder, ignore_errors=True)
     asked = device.lower() if device is not None and _knows(target, device) else None
-    built: Built = target.builder_module().build(Request(directory, folder, spec, asked, low))
+    built: Built = target.builder_module().build(Request(directory, folder, target.served(spec), asked, low))
     return Artifact(
         target=target.name,
         device=built.device,

@@ -315,6 +315,42 @@ def build(
     commands.build(bundle, target, device, precision, Limits(max_float_share, allow_slower), as_json)
 
 
+@main.command(short_help="Score a folder of long sequences.")
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file of results, .jsonl.")
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
+@click.option(
+    "--workers", type=int, default=1, show_default=True, metavar="N", help="Processes, by Ray Data (extra ray)."
+)
+@click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads of each.")
+@click.option("--force", is_flag=True, help="Start over, whatever the file of results has.")
+@_shared
+def score(
+    bundle: Path,
+    folder: Path,
+    output: Path,
+    target: str | None,
+    workers: int,
+    threads: int,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Score every sequence in FOLDER (.npy, .npz, .txt) with BUNDLE, each from a fresh state.
+
+    A model that predicts the next id gives nats a token and perplexity, any other its last answer and the means of its
+    outputs. A line of JSON is appended for each sequence when it is done, so the same command goes on where an earlier
+    run ended; what cannot be scored is named at the end (exit code 2), and tried again the next time.
+
+    \b
+    nsm score language.nsm texts/ -o scores.jsonl
+    nsm score language.nsm texts/ -o scores.jsonl --workers 8
+    """
+    from nsm.export import score_command
+
+    score_command.score_folder(bundle, folder, output, target, workers, threads, force, as_json)
+
+
 @main.command(short_help="Show what is in a bundle, after verifying its files.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @_shared

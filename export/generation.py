@@ -58,7 +58,8 @@ def _check_bytes(session: Session) -> None:
     entry = session.spec.entry("decode") if session.spec.has("decode") else None
     if entry is None:
         raise UnsupportedError(
-            "This bundle has no entry `decode`: its model is not causal, and cannot go on by itself."
+            f"There is no entry `decode` for {session.target}, so the model cannot go on by itself there: it is not "
+            "causal, or the target runs whole chunks only."
         )
     takes, gives = entry.inputs[0], entry.outputs[0]
     if takes.maximum != BYTES - 1 or gives.shape[-1] != BYTES:

@@ -38,9 +38,10 @@ def _split_gemms(graph: onnx_ir.Graph) -> None:
             assert weight.const_value is not None
             name = f"{weight.name}.transposed"
             if name not in graph.initializers:
-                tensor = onnx_ir.tensor(np.ascontiguousarray(weight.const_value.numpy().T), name=name)
+                array = np.ascontiguousarray(weight.const_value.numpy().T)
+                tensor = onnx_ir.tensor(array, name=name)
                 graph.register_initializer(
-                    onnx_ir.Value(name=name, const_value=tensor, shape=tensor.shape, type=weight.type)
+                    onnx_ir.Value(name=name, const_value=tensor, shape=onnx_ir.Shape(array.shape), type=weight.type)
                 )
             matrix = graph.initializers[name]
         product = onnx_ir.node("MatMul", [x, matrix], metadata_props=dict(node.metadata_props))

@@ -19,7 +19,8 @@ import onnx
 from onnx import TensorProto, helper
 
 from nsm.errors import BuildError, UnsupportedError
-from nsm.export.build import Request
+from nsm.export.build import Built, Request
+from nsm.runtimes.opening import entry_files
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import Target
@@ -229,8 +230,8 @@ def _product(
         (directory / "graphs").mkdir()
         onnx.save(model, str(directory / "graphs" / "step.onnx"))
         request = Request(directory, directory / target.folder, spec, None)
-        target.builder_module().build(request)
-        path = directory / target.folder / f"step{target.suffix}"
+        built: Built = target.builder_module().build(request)
+        path = directory / entry_files(target, spec, built.files, directory)["step"]
         runtime = target.runtime_module().load({"step": path}, spec, target.devices[0], threads, "fp32")
         session = Session(runtime, spec, {}, "", target.name)
         tokens = np.ones((1, rows, depth), np.float32)

@@ -8,15 +8,15 @@ from pathlib import Path
 
 import numpy as np
 
-from nsm.bundle import GRAPHS, Bundle
+from nsm.bundle import GRAPHS, STATE_INIT, Bundle
 from nsm.compaction import nsm_layers
-from nsm.export.build import Request
+from nsm.export.build import Built, Request
 from nsm.export.pipeline import Plan
 from nsm.export.roofline import calls_of, measure_call, work_of
 from nsm.export.source import Source
 from nsm.export.torch_source import TorchSource
 from nsm.models.stream import StreamModel
-from nsm.runtimes.opening import open_bundle
+from nsm.runtimes.opening import entry_files, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
 from nsm.spec import StepSpec
@@ -78,8 +78,11 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
 def _open(source: Source, spec: StepSpec, directory: Path, name: str) -> Session:
     """A session over the graphs in a directory, built for a target there."""
     target = find_target(name)
-    target.builder_module().build(Request(directory, directory / target.folder, spec, None))
-    files = {entry.name: directory / target.folder / f"{entry.name}{target.suffix}" for entry in spec.entries}
+    spec = target.served(spec)
+    np.savez(directory / STATE_INIT, allow_pickle=False, **dict(source.initial_arrays(spec.batch)))
+    built: Built = target.builder_module().build(Request(directory, directory / target.folder, spec, None))
+    found = entry_files(target, spec, built.files, directory)
+    files = {entry: directory / path for entry, path in found.items()}
     runtime = target.runtime_module().load(files, spec, target.devices[0], None, "fp32")
     return Session(runtime, spec, source.initial_arrays(spec.batch), "", target.name)
 

@@ -7,21 +7,19 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
-from collections.abc import Callable, Iterator
-from importlib import resources
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
+from nsm.bundle import sha256
 from nsm.errors import BuildError, MissingDependencyError
 from nsm.export.build import Built, Request
-from nsm.runtimes.web import CLIENT
+from nsm.runtimes.web import CLIENT, ORT, client_files
 
 VERSION = "1.30.0"
 """Of onnxruntime-web."""
 
 PACKAGE = "NSM_ONNXRUNTIME_WEB"
 """Environment variable that names a folder with the npm package onnxruntime-web."""
-
-_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 
 
 def build(request: Request) -> Built:
@@ -33,10 +31,9 @@ def build(request: Request) -> Built:
     """
     folder = request.directory / CLIENT
     shutil.rmtree(folder, ignore_errors=True)
-    shutil.copytree(find_package() / "dist", folder / "ort", ignore=_all_but(_FILES))
-    for item in resources.files("nsm.export.web_client").iterdir():
-        if item.name.endswith((".js", ".html")):
-            (folder / item.name).write_bytes(item.read_bytes())
+    shutil.copytree(find_package() / "dist", folder / "ort", ignore=_all_but(ORT))
+    for name, item in client_files().items():
+        (folder / name).write_bytes(item.read_bytes())
     files = sorted(path for place in (folder, request.graphs) for path in place.rglob("*") if path.is_file())
     notes = (f"serve the bundle's folder, and open /{CLIENT}/ there: python -m http.server -d BUNDLE",)
     return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), "wasm", notes)
@@ -46,12 +43,27 @@ def find_package() -> Path:
     """The folder of the npm package onnxruntime-web in the version that was tested.
 
     It is looked for where the environment variable says, in `node_modules` of the working directory, and in the user's
-    cache, where npm puts it if it is nowhere.
+    cache, where npm puts it if it is nowhere. Files count by their hashes.
+
+    Raises:
+        MissingDependencyError: the variable names a folder without it, or it is nowhere and npm cannot get it.
+        BuildError: npm gave something else.
     """
+    named = os.environ.get(PACKAGE)
+    if named and not _is_package(Path(named)):
+        raise MissingDependencyError(
+            f"{PACKAGE} names {named}, whose folder dist does not hold {', '.join(ORT)} of onnxruntime-web {VERSION}. "
+            "Name a folder that does, or unset the variable."
+        )
     for place in _places():
-        if all((place / "dist" / name).is_file() for name in _FILES):
+        if _is_package(place):
             return place
     return _fetched(_cache())
+
+
+def _is_package(place: Path) -> bool:
+    files = {place / "dist" / name: digest for name, digest in ORT.items()}
+    return all(path.is_file() and sha256(path) == digest for path, digest in files.items())
 
 
 def _places() -> Iterator[Path]:
@@ -89,16 +101,17 @@ def _fetched(place: Path) -> Path:
         with tarfile.open(archives[0]) as archive:
             archive.extractall(folder, filter="data")
         found = Path(folder) / "package"
-        if not all((found / "dist" / name).is_file() for name in _FILES):
+        if not _is_package(found):
             raise BuildError(
-                f"onnxruntime-web {VERSION} does not hold {', '.join(_FILES)}. Was another version published?"
+                f"What npm gave for onnxruntime-web {VERSION} does not hold {', '.join(ORT)} with the known hashes. Is "
+                "the registry that npm is set up with the one you mean?"
             )
         shutil.rmtree(place, ignore_errors=True)
         os.replace(found, place)
     return place
 
 
-def _all_but(names: tuple[str, ...]) -> Callable[[str, list[str]], list[str]]:
+def _all_but(names: Collection[str]) -> Callable[[str, list[str]], list[str]]:
     def ignored(_folder: str, found: list[str]) -> list[str]:
         return [name for name in found if name not in names]
 

@@ -41,6 +41,9 @@ PARITY = "parity.json"
 CALIBRATION = "calibration.json"
 FAILED_SUFFIX = ".failed"
 
+JSON_LIMIT = 64 << 20
+"""Bytes of the largest JSON file that is read; a manifest has some ten thousand."""
+
 
 @dataclass(frozen=True)
 class FileRecord:
@@ -125,6 +128,7 @@ class Bundle:
         if not self.path.is_dir():
             raise InputError(f"There is no bundle {self.path}: expected is a directory written by nsm-export.")
         try:
+            _check_size(self.path / MANIFEST)
             text = (self.path / MANIFEST).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise BundleDamagedError(f"{self.path} is not a bundle: {MANIFEST} cannot be read ({error}).") from error
@@ -192,8 +196,22 @@ class Bundle:
         return path
 
     def state_init(self) -> Arrays:
-        """Initial values of the states, by name, lanes included. Verified."""
-        return load_arrays(self._shared(STATE_INIT))
+        """Initial values of the states, by name, lanes included. Verified, and of the shapes that the spec has.
+
+        Raises:
+            BundleDamagedError: one is not there, or of another shape or dtype.
+        """
+        path = self._shared(STATE_INIT)
+        arrays = load_arrays(path)
+        for state in self.manifest.spec.states:
+            held = arrays.get(state.name)
+            if held is None or held.shape != state.shape or held.dtype != state.numpy_dtype:
+                found = "nothing" if held is None else f"{list(held.shape)} of {held.dtype}"
+                raise BundleDamagedError(
+                    f"{path} holds {found} for {state.name}; the manifest has {list(state.shape)} of {state.dtype}. "
+                    "Was it edited by hand? Export the bundle again."
+                )
+        return arrays
 
     def trace(self) -> Trace:
         """The golden trace. Verified."""
@@ -203,8 +221,10 @@ class Bundle:
         """The content of a shared JSON file, None where the bundle has no such file. Verified."""
         if all(record.path != name for record in self.manifest.files):
             return None
+        path = self._shared(name)
+        _check_size(path)
         try:
-            return json.loads(self._shared(name).read_text(encoding="utf-8"))
+            return json.loads(path.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as error:
             raise BundleDamagedError(f"{self.path / name} is not JSON ({error}). Export the bundle again.") from error
 
@@ -295,6 +315,13 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _check_size(path: Path) -> None:
+    """Raise `BundleDamagedError` for a JSON file that no export writes: parsed, it takes many times its size."""
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise BundleDamagedError(f"{path} has {size:,} bytes; expected are at most {JSON_LIMIT:,}. Export it again.")
 
 
 def _is_file(path: Path) -> bool:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -117,9 +120,51 @@ def load_arrays(path: Path) -> Arrays:
         BundleDamagedError: the file is missing or is no such archive.
     """
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return {name: archive[name] for name in archive.files}
+        with path.open("rb") as file:
+            return read_arrays(file)
     except Exception as error:  # on damaged archives zipfile and numpy raise whatever they stumble over
         raise BundleDamagedError(
             f"{path} cannot be read as an archive of arrays ({error}). Export the bundle again."
         ) from error
+
+
+def read_arrays(file: IO[bytes]) -> Arrays:
+    """All arrays of an open .npz, as `numpy.savez` writes it, never unpickling.
+
+    What the archive declares is held against the bytes that are there before memory is taken for it: a few hundred
+    bytes can declare an array of terabytes, or unpack to gigabytes.
+
+    Raises:
+        ValueError: it is compressed, or declares more than it holds.
+        Exception: whatever zipfile and numpy raise on what is no such archive.
+    """
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        members = archive.infolist()
+        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+        if packed:
+            raise ValueError(f"{packed[0]} in it is compressed, and nsm writes arrays as they are")
+        declared = sum(member.file_size for member in members)
+        if declared > size:
+            raise ValueError(f"what is in it declares {declared:,} bytes, and it has {size:,}")
+        return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+
+
+def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
+    with archive.open(member) as stream:
+        version = np.lib.format.read_magic(stream)
+        if version == (1, 0):
+            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
+        elif version == (2, 0):
+            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
+        else:
+            raise ValueError(f"{member.filename} in it has the format {version}; expected is 1.0 or 2.0")
+        needed = stream.tell() + math.prod(shape) * dtype.itemsize
+    if needed != member.file_size and not dtype.hasobject:
+        raise ValueError(
+            f"{member.filename} in it declares {list(shape)} of {dtype}, {needed:,} bytes, and has {member.file_size:,}"
+        )
+    # Opened anew, not rewound: after a jump zipfile no longer checks the sum over the bytes.
+    with archive.open(member) as stream:
+        found: Array = np.lib.format.read_array(stream, allow_pickle=False)
+    return found

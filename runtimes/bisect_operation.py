@@ -180,7 +180,7 @@ def _portable_errors(bundle: Bundle, trace: Trace, budget: Budget) -> dict[str, 
 def _probe(bundle: Bundle, artifact: Artifact, nodes: Sequence[Node]) -> Probe:
     target = find_target(artifact.target)
     target.require()
-    names = [record.path for record in artifact.files if PurePosixPath(record.path).name == f"step{target.suffix}"]
+    names = [record.path for record in artifact.files if PurePosixPath(record.path).name == target.file("step")]
     # An artifact may share the portable graphs and have one of its own.
     path: Path = bundle.locate(next((name for name in names if not name.startswith(f"{GRAPHS}/")), names[0]))
     if target.name == "openvino":

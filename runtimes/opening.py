@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from pathlib import PurePosixPath
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
 
 from nsm.bundle import Artifact, Bundle
 from nsm.errors import BundleDamagedError, InputError
 from nsm.runtimes.base import Loader
 from nsm.runtimes.session import Session
-from nsm.runtimes.targets import find_target
+from nsm.runtimes.targets import Target, find_target
+from nsm.spec import StepSpec
 
 
 def open_bundle(
@@ -22,7 +24,7 @@ def open_bundle(
 
     Args:
         bundle: the directory written by nsm-export.
-        target: onnx, onnxruntime, openvino or tensorrt, or an alias (default: the first in the bundle that passed
+        target: one of those that `nsm doctor` lists, or an alias (default: the first in the bundle that passed
             its parity check).
         device: for targets that run on several (default: the one the artifact was built for).
         threads: threads of the backend (default: its own choice).
@@ -52,16 +54,33 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
             f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
         )
     load: Loader = target.runtime_module().load
-    spec = bundle.manifest.spec
-    recorded = [record.path for record in artifact.files]
+    spec = target.served(bundle.manifest.spec)
+    recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
+    files = {entry: bundle.locate(path) for entry, path in recorded.items()}
+    initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
+    runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
+    return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name)
+
+
+def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:
+    """Which of an artifact's files a target opens for each entry.
+
+    Args:
+        target: whose artifact it is.
+        spec: as the target serves it.
+        written: its files, relative to the bundle.
+        where: the bundle, for the message.
+
+    Raises:
+        BundleDamagedError: one is missing.
+    """
     files = {}
     for entry in spec.entries:
-        name = f"{entry.name}{target.suffix}"
-        path = next((path for path in recorded if PurePosixPath(path).name == name), None)
+        name = target.file(entry.name)
+        path = next((path for path in written if PurePosixPath(path).name == name), None)
         if path is None:
             raise BundleDamagedError(
-                f"{bundle.path}: the manifest lists no {name} for {target.name}. Export the bundle again."
+                f"{where}: the manifest lists no {name} for {target.name}. Export the bundle again."
             )
-        files[entry.name] = bundle.locate(path)
-    runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
-    return Session(runtime, spec, bundle.state_init(), bundle.manifest.fingerprint, target.name)
+        files[entry.name] = path
+    return files

@@ -154,7 +154,7 @@ class Session:
 
         Raises:
             InputError: as for `step`. Nothing has happened to the state.
-            StreamError: the model is not causal, and a lane stands inside a chunk.
+            StreamError: there is no entry `decode`, and a lane stands inside a chunk.
             NonFiniteError: as for `step`.
         """
         entry = self.spec.entry("step")
@@ -333,7 +333,7 @@ class Session:
             way_out = (
                 "Use feed or run, which align any split, reset these lanes, or give them valid=0."
                 if self.spec.has("decode")
-                else "This model is not causal, so a partial chunk ends a stream: reset these lanes, or give them "
+                else "There is no entry decode here, so a partial chunk ends a stream: reset these lanes, or give them "
                 "valid=0."
             )
             raise StreamError(

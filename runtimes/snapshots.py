@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from nsm.errors import NonFiniteError, SnapshotError
-from nsm.trace import Arrays
+from nsm.trace import Arrays, read_arrays
 
 _MAGIC = b"nsm-snapshot 2\n"
 
@@ -80,7 +80,14 @@ def _parse(data: bytes) -> Snapshot:
             "These bytes are not a snapshot of this version, or they are damaged: the hash does not fit. "
             "Expected is what Session.snapshot() returned."
         )
-    with np.load(io.BytesIO(body[32:]), allow_pickle=False) as archive:
-        arrays = {name.removeprefix("state/"): archive[name] for name in archive.files if name.startswith("state/")}
-        header = json.loads(str(archive["header"]))
-    return Snapshot(header["fingerprint"], header["lanes"], arrays)
+    # The hash is no secret: whoever makes up a snapshot makes up a hash that fits.
+    try:
+        held = read_arrays(io.BytesIO(body[32:]))
+        header = json.loads(str(held["header"]))
+        states = {name.removeprefix("state/"): value for name, value in held.items() if name.startswith("state/")}
+        return Snapshot(str(header["fingerprint"]), header["lanes"], states)
+    except Exception as error:  # on what is no archive zipfile and numpy raise whatever they stumble over
+        raise SnapshotError(
+            f"These bytes are not a snapshot, although their hash fits: {error}. "
+            "Expected is what Session.snapshot() returned."
+        ) from error

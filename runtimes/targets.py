@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType, ModuleType
 
 from nsm.errors import InputError, MissingDependencyError
+from nsm.spec import StepSpec
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class Target:
         summary: one line for people.
         aliases: other names for `--target`.
         asked_only: whether `nsm bench --all` leaves it out unless it is named.
+        stem: name of that file without the suffix.
+        entries: those that run there; () for all. A session there has no others.
     """
 
     name: str
@@ -40,6 +43,18 @@ class Target:
     summary: str
     aliases: tuple[str, ...] = ()
     asked_only: bool = False
+    stem: str = "{entry}"
+    entries: tuple[str, ...] = ()
+
+    def file(self, entry: str) -> str:
+        """Name of the file that the runtime opens for an entry."""
+        return self.stem.format(entry=entry) + self.suffix
+
+    def served(self, spec: StepSpec) -> StepSpec:
+        """A model's spec as a session on this target has it: with the entries that run there, and all states."""
+        if not self.entries:
+            return spec
+        return replace(spec, entries=tuple(entry for entry in spec.entries if entry.name in self.entries))
 
     def installed(self) -> str | None:
         """Import name of the package that would be used, None if none is installed."""
@@ -145,6 +160,20 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 devices=("wasm",),
                 summary="a folder for any static file server: the graphs on ONNX Runtime Web, with a page",
                 asked_only=True,
+            ),
+            Target(
+                name="triton",
+                runtime="nsm.runtimes.triton",
+                builder="nsm.export.triton",
+                packages=("onnxruntime",),
+                extra="triton",
+                suffix=".onnx",
+                folder="triton",
+                devices=("cpu",),
+                summary="a model repository for Triton Inference Server, which keeps the state of each sequence",
+                asked_only=True,
+                stem="model",
+                entries=("step",),
             ),
         )
     }

@@ -7,18 +7,28 @@ import shutil
 import struct
 import subprocess
 from collections.abc import Mapping
+from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from nsm.errors import DeviceUnavailableError, RunError, StreamError
+from nsm.bundle import sha256
+from nsm.errors import BundleDamagedError, DeviceUnavailableError, RunError, StreamError
 from nsm.runtimes.base import Runtime, State
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
 CLIENT = "web"
 """The folder of a bundle that holds the client."""
+
+ORT: Mapping[str, str] = {
+    "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
+    "ort-wasm-simd-threaded.mjs": "e13f7f94fc51b4ca72b12faeb1ee95f4ace6dfbc8939bc718aabdc0a27c4299b",
+    "ort-wasm-simd-threaded.wasm": "3398c10d07d229bd91b364548e130e0e51a8e5704b88c7c083ebbeb78842dee2",
+}
+"""The files of onnxruntime-web 1.30.0 that a bundle holds, with their SHA-256."""
 
 _MAX_HEADER = 16 * 2**20
 
@@ -41,6 +51,7 @@ def load(
 
     Raises:
         DeviceUnavailableError: there is no Node.
+        BundleDamagedError: the client in the bundle is not this version's. It is not run then.
     """
     node = shutil.which("node")
     if node is None:
@@ -49,7 +60,38 @@ def load(
             "Node.js 20 or later."
         )
     folder = next(iter(files.values())).parent.parent
+    _check_client(folder / CLIENT)
     return WebRuntime([node, str(folder / CLIENT / "node.js"), str(folder)], spec, precision)
+
+
+def _check_client(folder: Path) -> None:
+    """Raise `BundleDamagedError` unless all that Node would run is what this version puts into a bundle.
+
+    The hashes in a manifest say nothing about that: whoever changes a bundle changes them too, and opening one must
+    never run code that came with it.
+    """
+    wanted = {name: item.read_bytes() for name, item in client_files().items() if name.endswith(".js")}
+    other = [name for name, data in wanted.items() if not _holds(folder / name, data)]
+    other += [f"ort/{name}" for name, digest in ORT.items() if not _has_hash(folder / "ort" / name, digest)]
+    if other:
+        raise BundleDamagedError(
+            f"{folder} holds {', '.join(other)} other than this version of nsm writes, and code out of a bundle is not "
+            "run. If you trust its graphs, build it again: nsm build BUNDLE --target web"
+        )
+
+
+def client_files() -> dict[str, Traversable]:
+    """The page and the client as they are installed, by name."""
+    found = resources.files("nsm.export.web_client").iterdir()
+    return {item.name: item for item in found if item.name.endswith((".js", ".html"))}
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    return path.is_file() and path.read_bytes() == data
+
+
+def _has_hash(path: Path, digest: str) -> bool:
+    return path.is_file() and sha256(path) == digest
 
 
 class WebRuntime:

@@ -183,8 +183,8 @@ def test_the_wheel_works_in_a_bare_environment(tmp_path: Path) -> None:
         relative = Path(*module.split("."))
         name = relative / "__init__.py" if path.name == "__init__.py" else relative.with_suffix(".py")
         assert (next((tmp_path / "bare" / "lib").iterdir()) / "site-packages" / name).is_file(), f"{module} is missing"
-    for name in ("index.html", "nsm.js", "node.js"):
-        assert list((tmp_path / "bare" / "lib").glob(f"*/site-packages/nsm/export/web_client/{name}")), name
+    for asset in ("index.html", "nsm.js", "node.js"):
+        assert list((tmp_path / "bare" / "lib").glob(f"*/site-packages/nsm/export/web_client/{asset}")), asset
     doctor = subprocess.run(
         [str(tmp_path / "bare" / "bin" / "nsm"), "doctor"], cwd=tmp_path, capture_output=True, text=True, check=True
     )

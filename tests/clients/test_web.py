@@ -20,6 +20,7 @@ import nsm
 from nsm.bundle import Bundle
 from nsm.errors import (
     BuildError,
+    BundleDamagedError,
     DeviceUnavailableError,
     MissingDependencyError,
     RunError,
@@ -28,7 +29,7 @@ from nsm.errors import (
 )
 from nsm.export import web
 from nsm.export.pipeline import ExportOptions, export
-from nsm.runtimes.web import load
+from nsm.runtimes.web import WebRuntime, load
 from tests.conftest import CHUNK, make_sequences
 
 NODE = shutil.which("node")
@@ -128,14 +129,25 @@ def test_without_node_it_is_built_and_not_run(
         load(files, spec, "wasm", None)
 
 
-def test_a_process_that_ends_is_an_error_of_ours(copy: Path) -> None:
-    (copy / "web" / "runtime.js").write_text("throw new Error('spoiled');")
-    spec = Bundle(copy).manifest.spec
-    files = {entry.name: copy / "graphs" / f"{entry.name}.onnx" for entry in spec.entries}
-    runtime = load(files, spec, "wasm", None)
-    with pytest.raises(RunError, match="Node ended while it ran the bundle"):
-        runtime.load_state(Bundle(copy).state_init())
+def test_a_process_that_ends_is_an_error_of_ours(bundle_path: Path) -> None:
+    bundle = Bundle(bundle_path)
+    runtime = WebRuntime([str(NODE), "-e", "throw new Error('spoiled')"], bundle.manifest.spec, "fp32")
+    with pytest.raises(RunError, match=r"Node ended while it ran the bundle.*spoiled"):
+        runtime.load_state(bundle.state_init())
     runtime.close()
+
+
+@pytest.mark.parametrize("target", ["web", None])
+@pytest.mark.parametrize("name", ["node.js", "runtime.js", "ort/ort.wasm.min.mjs", "ort/ort-wasm-simd-threaded.wasm"])
+def test_code_that_came_with_a_bundle_is_never_run(name: str, target: str | None, copy: Path, tmp_path: Path) -> None:
+    """With hashes in the manifest that fit."""
+    path, mark = copy / "web" / name, tmp_path / "ran"
+    spoiled = f'import {{ writeFileSync as w }} from "node:fs"; w({json.dumps(str(mark))}, "x");\n'
+    path.write_bytes(spoiled.encode() + path.read_bytes())
+    _record_again(copy, f"web/{name}")
+    with pytest.raises(BundleDamagedError, match=rf"holds {name} other than.*nsm build BUNDLE --target web"):
+        nsm.open(copy, target)
+    assert not mark.exists()
 
 
 def test_a_graph_that_cannot_be_opened_is_an_error_of_ours(copy: Path) -> None:
@@ -167,12 +179,15 @@ def test_what_cannot_be_got_names_the_way_out(missing: str, tmp_path: Path, monk
         web.find_package()
 
 
-def test_an_installed_package_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installed_package_is_taken(bundle_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(bundle_path / "web" / "ort", tmp_path / "dist")
     monkeypatch.setenv(web.PACKAGE, str(tmp_path))
-    (tmp_path / "dist").mkdir()
-    for name in web._FILES:
-        (tmp_path / "dist" / name).write_bytes(b"")
     assert web.find_package() == tmp_path
+    (tmp_path / "dist" / "ort.wasm.min.mjs").write_bytes(b"another version")
+    with pytest.raises(
+        MissingDependencyError, match=f"{web.PACKAGE} names {tmp_path}, whose folder dist does not hold"
+    ):
+        web.find_package()
 
 
 # -- the client --------------------------------------------------------------------------------------------------------

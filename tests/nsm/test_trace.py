@@ -27,6 +27,11 @@ def test_a_trace_survives_the_disk(tmp_path: Path) -> None:
     assert (loaded.fingerprint, loaded.source, loaded.floor) == ("abc", "recorded", 1.25e-7)
 
 
+def test_a_model_that_cannot_be_had_in_fp64_has_no_floor(tmp_path: Path) -> None:
+    replace(fake_trace(streams=1, steps=2), floor=None).save(tmp_path / "golden.npz")
+    assert Trace.load(tmp_path / "golden.npz").floor is None
+
+
 def test_a_trace_knows_its_size() -> None:
     trace = fake_trace(streams=3, steps=8)
     fewer = replace(trace, before={name: value[:2] for name, value in trace.before.items()})
@@ -107,7 +112,7 @@ WRONG: dict[str, dict[str, object]] = {
     "no fingerprint": {"meta": json.dumps({"source": "recorded", "floor": 0.0})},
     "no floor": {"meta": json.dumps({"fingerprint": "f", "source": "recorded"})},
     "floor a word": {"meta": json.dumps({"fingerprint": "f", "source": "recorded", "floor": "low"})},
-    "floor null": {"meta": json.dumps({"fingerprint": "f", "source": "recorded", "floor": None})},
+    "floor a list": {"meta": json.dumps({"fingerprint": "f", "source": "recorded", "floor": []})},
     "no positions": {"positions": None},
     "no sampled": {"sampled": None},
     "another group": {"weights/0": np.zeros(3)},

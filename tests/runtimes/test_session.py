@@ -225,7 +225,9 @@ def test_a_model_that_is_not_causal_stops_where_a_chunk_is_not_full() -> None:
     session.step(tokens, [CHUNK, 3])
     before = session.read_state()
     for call in (session.step, session.feed, session.run):
-        with pytest.raises(StreamError, match=r"lanes \[1\] .*not causal, so a partial chunk ends a stream: reset"):
+        with pytest.raises(
+            StreamError, match=r"lanes \[1\] .*no entry decode here, so a partial chunk ends a stream: reset"
+        ):
             with_a_deadline(call, tokens)
     assert_same(session.read_state(), before)
     session.feed(tokens, [CHUNK, 0])
