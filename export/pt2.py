@@ -1,8 +1,12 @@
 """A foreign `.pt2` is looked at before torch reads it: nothing in a file is ever executed.
 
-`torch.export.load` (2.13) runs code from a file in four ways: tensors and constants may be pickles that it loads with
-weights_only=False; so are example inputs that it cannot load otherwise; sizes are expressions that sympy evaluates; and
-a node may name any function of torch. What `torch.export.save` writes for a plain module needs none of that.
+`torch.export.load` (2.13) runs code from a file in many ways. Tensors and constants may be pickles that it loads with
+weights_only=False, and so are example inputs, and weights and constants under their older names, that it cannot load
+otherwise; a file that its reader gives up on is read as the format of 2.7, pickles again; `data/aotinductor/` holds
+compiled libraries; everything under `models/` is a program, whatever it is called; sizes are expressions that sympy
+evaluates; a node may name any function of torch or `operator`; the nesting of arguments may name a module to import;
+and some operators read and write files. What `torch.export.save` writes for a plain module needs none of that. So only
+what it writes is let through: known files, known operators, known containers.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import json
 import re
 import zipfile
 from collections.abc import Iterator
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,9 +30,21 @@ _RELATIONS = "Equality|Unequality|StrictLessThan|LessThan|StrictGreaterThan|Grea
 _EXPRESSION = re.compile(
     rf"(?:'\w+'|\b(?:{_NAMES}|{_RELATIONS}|True|False|positive|integer|nonnegative|[suz]\d+|\d+)\b|[-+*/%(),=<>\s])*"
 )
-_TARGET = re.compile(
-    r"torch\.ops\.(aten|prims|higher_order)\.\w+(\.\w+)?|_operator\.\w+|math\.\w+|torch\.sym_\w+|torch\._sym_\w+"
+# What torch.export.save writes, in one folder. All JSON among it is looked through; tensors are plain bytes.
+_FILES = re.compile(
+    r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(model_weights_config\.json|weight_\d+)|"
+    r"data/constants/(model_constants_config\.json|tensor_\d+)|archive_format|archive_version|byteorder|version|"
+    r"\.data/(version|serialization_id)|\.format_version|\.storage_alignment|extra/.+"
 )
+# Arithmetic over sizes, and the operators that run a part of the graph.
+_ARITHMETIC = "eq|ne|le|ge|lt|gt|neg|pos|mul|add|sub|floordiv|mod|pow|truediv|and_|or_|lshift|rshift|getitem"
+_CONTROL = "cond|while_loop|scan|associative_scan|map_impl|wrap_with_set_grad_enabled|wrap_with_autocast"
+_TARGET = re.compile(
+    rf"_operator\.({_ARITHMETIC})|math\.(trunc|ceil|floor)|torch\._?sym_\w+|torch\.ops\.higher_order\.({_CONTROL})"
+)
+_OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)")
+# Containers that arguments are nested in. Others name classes and modules, which are imported.
+_CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 _MAX_JSON = 256 * 2**20
 
 
@@ -44,7 +60,7 @@ def check_archive(path: Path) -> None:
                 _check_part(path, name, part)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
-    except (OSError, zipfile.BadZipFile, ValueError, RecursionError, KeyError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a program ({type(error).__name__}: {error}). Expected is a .pt2 written by "
             "torch.export.save of torch 2.9 or later."
@@ -53,21 +69,27 @@ def check_archive(path: Path) -> None:
 
 def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
     """What torch would interpret: JSON by name, and example inputs as bytes."""
-    found = False
-    for info in archive.infolist():
-        inner = PurePosixPath(*PurePosixPath(info.filename).parts[1:])
-        if inner.suffix == ".json" and info.file_size <= _MAX_JSON:
-            found |= inner.parts[:1] == ("models",)
-            yield str(inner), json.loads(archive.read(info))
-        elif inner.suffix == ".json":
-            raise ValueError(f"{inner} has {info.file_size} bytes")
-        elif inner.parts[:2] == ("data", "sample_inputs"):
-            yield str(inner), archive.read(info)
-    if not found:
+    # As they stand in the file: torch does not cut names at a zero byte, as Python does.
+    names = [info.orig_filename.partition("/") for info in archive.infolist()]
+    if not any(inner.startswith("models/") for _, _, inner in names):
         raise CheckpointError(
             f"{path} is no program of torch.export: it holds no models/*.json. Expected is a .pt2 written by "
             "torch.export.save of torch 2.9 or later; a model in nsm's own form is a .pt written by nsm.save."
         )
+    for root, slash, inner in names:
+        if root != names[0][0] or not _FILES.fullmatch(inner) or names.count((root, slash, inner)) > 1:
+            raise _refusal(path, f"it holds {root}{slash}{inner}", "the files of torch.export.save, once each")
+    # Of two archives in one file Python and torch may see one each; what is looked at is what torch will read.
+    reader = torch._C.PyTorchFileReader(str(path))
+    if sorted(reader.get_all_records()) != sorted(inner for _, _, inner in names):
+        raise _refusal(path, "it has two tables of contents", "the files of one archive")
+    for info, (_, _, inner) in zip(archive.infolist(), names, strict=True):
+        if inner.endswith(".json") and not inner.startswith("extra/"):
+            if info.file_size > _MAX_JSON:
+                raise ValueError(f"{inner} has {info.file_size} bytes")
+            yield inner, json.loads(reader.get_record(inner).decode())
+        elif inner.startswith("data/sample_inputs/"):
+            yield inner, reader.get_record(inner)
 
 
 def _check_part(path: Path, name: str, part: Any) -> None:
@@ -78,15 +100,43 @@ def _check_part(path: Path, name: str, part: Any) -> None:
             raise _refusal(path, f"{name} holds Python objects", "example inputs that are tensors") from error
         return
     for item in _dictionaries(part):
-        target, expression = item.get("target"), item.get("expr_str")
+        expression = item.get("expr_str")
         if item.get("use_pickle"):
             raise _refusal(path, f"{name} says that {item.get('path_name')} is a pickle", "plain tensors")
         if str(item.get("path_name", "")).startswith(("custom_obj", "opaque")):
             raise _refusal(path, f"{name} has the object {item['path_name']}", "plain tensors")
-        if isinstance(target, str) and not _TARGET.fullmatch(target):
-            raise _refusal(path, f"it calls {target}", "operators of torch.ops")
+        for target in (item.get("target"), item.get("as_operator")):
+            if isinstance(target, str) and not _harmless(target):
+                raise _refusal(path, f"it calls {target}", "operators of torch.ops that touch no files")
         if isinstance(expression, str) and not _EXPRESSION.fullmatch(expression):
             raise _refusal(path, f"a size is the expression {expression[:60]!r}", "sums and products of sizes")
+        for key in ("in_spec", "out_spec"):
+            if isinstance(item.get(key), str) and not _plain(json.loads(item[key])):
+                raise _refusal(path, f"{key} nests arguments in {item[key][:80]!r}", "tuples, lists and dictionaries")
+
+
+def _harmless(target: str) -> bool:
+    """Whether a node may call that: arithmetic, control flow, or an operator that is there and takes no file's name."""
+    match = _OPERATOR.fullmatch(target)
+    if match is None:
+        return _TARGET.fullmatch(target) is not None
+    space, name, overload = match.groups()
+    operator = getattr(getattr(getattr(torch.ops, space), name, None), overload, None)
+    if not isinstance(operator, torch._ops.OpOverload):
+        return False
+    return all(argument.name != "filename" for argument in operator._schema.arguments)
+
+
+def _plain(tree: Any) -> bool:
+    """Whether a nesting, as pytree writes it, has only containers that need no import."""
+    for node in _dictionaries(tree):
+        context = node.get("context")
+        if node.get("type") not in _CONTAINERS or not isinstance(context, str | None):
+            return False
+        # Keys are text; a dictionary among them would be an enumeration, which is imported.
+        if context is not None and any(_dictionaries(json.loads(context))):
+            return False
+    return True
 
 
 def _refusal(path: Path, found: str, expected: str) -> CheckpointError:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, TensorArgument
+from torch.utils import _pytree as pytree
 
 from nsm.adapters.adapted import AdaptedModel
 from nsm.adapters.carried import Carried
@@ -63,6 +64,13 @@ def load_program(
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
         raise InputError(f"Two states are to be the output {outputs[twice]}; each has one of its own.")
+    unread = [option.past for option in found if not _read(program, option.past)]
+    if unread:
+        raise InputError(
+            f"{path} never reads its states {unread}. Where torch.export.export is given one tensor for two arguments, "
+            "it takes them for the same: export again with a tensor of its own for each state. If the model does not "
+            "need them, leave them out of it."
+        )
     answers = [index for index in range(len(outputs)) if index not in places]
     if not answers:
         raise InputError(f"All outputs of {path}, {outputs}, are states; a step answers something.")
@@ -77,16 +85,17 @@ def load_program(
 
 
 class Program(nn.Module):
-    """The module of a program, called with its inputs in their order."""
+    """The module of a program, called with its inputs in their order; what it gives is taken out of its nesting."""
 
     def __init__(self, program: ExportedProgram, order: Sequence[str], names: Sequence[str]) -> None:
         super().__init__()
         self.program = program.module(check_guards=False)
         self._places = [list(names).index(name) for name in order]
+        self._nesting = program.call_spec.in_spec
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        found = self.program(*(given[place] for place in self._places))
-        return tuple(found) if isinstance(found, tuple | list) else (found,)
+        arguments, named = pytree.tree_unflatten([given[place] for place in self._places], self._nesting)
+        return tuple(pytree.tree_leaves(self.program(*arguments, **named)))
 
     def eval(self) -> Program:  # a program is what it was exported as
         return self
@@ -147,6 +156,11 @@ def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     return {
         node.name: node.meta["val"] for node in program.graph.nodes if node.name in names and node.op == "placeholder"
     }
+
+
+def _read(program: ExportedProgram, name: str) -> bool:
+    """Whether anything depends on an input."""
+    return any(node.users for node in program.graph.nodes if node.name == name and node.op == "placeholder")
 
 
 def _place(option: StateOption, inputs: dict[str, Tensor], outputs: Sequence[object]) -> int:

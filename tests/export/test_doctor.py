@@ -79,6 +79,7 @@ def test_what_is_missing_names_the_extra_that_installs_it(monkeypatch: pytest.Mo
         "tensorrt": False,
         "mobile": True,
         "web": True,
+        "triton": True,
     }
     assert targets["tensorrt"] == {
         "installed": False,

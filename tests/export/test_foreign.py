@@ -142,6 +142,37 @@ def test_a_program_over_ids_is_asked_how_many_there_are(tmp_path: Path) -> None:
     assert checkpoint.model.lanes == 1
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_may_nest_its_states_and_its_outputs(tmp_path: Path) -> None:
+    class Nested(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.memory = torch.nn.LSTMCell(3, 4)
+
+        def forward(self, x: torch.Tensor, state: tuple[torch.Tensor, torch.Tensor]) -> Any:
+            hidden, cell = self.memory(x, state)
+            return {"main": hidden * 2}, [hidden, cell]
+
+    torch.manual_seed(0)
+    module, path = Nested(), tmp_path / "m.pt2"
+    one, two = torch.zeros(1, 4), torch.zeros(1, 4)
+    torch.export.save(torch.export.export(module, (torch.zeros(1, 3), (one, one))), path)
+    with pytest.raises(InputError, match=r"never reads its states \['state_0'\].*a tensor of its own for each"):
+        load_program(path, parse_states(["state_0=1", "state_1=2"]))
+    torch.export.save(torch.export.export(module, (torch.zeros(1, 3), (one, two))), path)
+    # Places of outputs: the answer, hidden, cell. The names are those of torch.export.
+    data = np.random.default_rng(0).standard_normal((2, 6, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", data)
+    output = tmp_path / "m.nsm"
+    options = ("-t", "ort", "--golden-steps", "5", "--data", tmp_path / "x.npy", "-o", output)
+    succeeded(invoke("export", path, "--state", "state_0=1", "--state", "state_1=2", *options))
+    with nsm.open(output) as session, torch.no_grad():
+        given, state = session.feed(data[:1])["outputs"], (one, two)
+        for step in range(6):
+            wanted, state = module(torch.from_numpy(data[:1, step]), tuple(state))
+            np.testing.assert_allclose(given[:, step], wanted["main"], rtol=1e-4, atol=1e-5)
+
+
 class Touch:
     """A pickle that makes a file when it is loaded."""
 
@@ -185,7 +216,40 @@ def hostile_changes(made: Path) -> dict[str, tuple[Callable[[str, bytes], bytes]
         text = "__import__('pathlib').Path('x').touch()"
         parsed["graph_module"]["graph"]["tensor_values"]["x"] = {"sizes": [{"as_expr": {"expr_str": text}}]}
 
+    def adding(**node: Any) -> Callable[[str, bytes], bytes]:
+        def add(parsed: Any) -> None:
+            extra: dict[str, Any] = {
+                "inputs": [],
+                "outputs": [],
+                "metadata": {},
+                "is_hop_single_tensor_return": None,
+                "name": "x",
+            }
+            parsed["graph_module"]["graph"]["nodes"].append(extra | node)
+
+        return json_change("models/model.json", add)
+
+    def passing(parsed: Any) -> None:
+        parsed["graph_module"]["graph"]["nodes"][0]["inputs"][0]["arg"] = {"as_operator": "torch.hub.load"}
+
+    def nesting(kind: str, context: object) -> Callable[[str, bytes], bytes]:
+        def nest(parsed: Any) -> None:
+            spec = json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
+            parsed["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = spec
+
+        return json_change("models/model.json", nest)
+
+    importing = {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []}
+    enumeration = json.dumps([{"__enum__": True, "fqn": "antigravity:x", "name": "x"}])
     return {
+        "library function": (adding(target="_operator.attrgetter"), r"it calls _operator.attrgetter"),
+        "file that is written": (adding(target="torch.ops.aten.save.default"), "it calls torch.ops.aten.save.default"),
+        "file that is mapped": (adding(target="torch.ops.aten.from_file.default"), "it calls .*from_file.default"),
+        "no operator": (adding(target="torch.ops.aten.__class__.mro"), "it calls torch.ops.aten.__class__.mro"),
+        "printing": (adding(target="torch.ops.higher_order.print"), "it calls torch.ops.higher_order.print"),
+        "function as argument": (json_change("models/model.json", passing), "it calls torch.hub.load"),
+        "module in the nesting": (nesting("collections.defaultdict", importing), "in_spec nests arguments"),
+        "enumeration in the nesting": (nesting("builtins.dict", enumeration), "in_spec nests arguments"),
         "pickled weight": (json_change("weights_config.json", pickled), "is a pickle"),
         "object": (json_change("constants_config.json", custom), "has the object custom_obj_0"),
         "call": (json_change("models/model.json", calling), "it calls torch.hub.load"),
@@ -194,7 +258,7 @@ def hostile_changes(made: Path) -> dict[str, tuple[Callable[[str, bytes], bytes]
     }
 
 
-@pytest.mark.parametrize("kind", ["pickled weight", "object", "call", "expression", "example inputs"])
+@pytest.mark.parametrize("kind", hostile_changes(Path()))
 def test_nothing_in_a_program_is_executed(kind: str, program: Path, tmp_path: Path) -> None:
     made = tmp_path / "made"
     change, message = hostile_changes(made)[kind]
@@ -202,6 +266,49 @@ def test_nothing_in_a_program_is_executed(kind: str, program: Path, tmp_path: Pa
     with pytest.raises(CheckpointError, match=f"was refused.*{message}"):
         load_program(hostile, parse_states(["hidden=1"]))
     assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "voice/data/aotinductor/model/model.so",  # a library
+        "voice/models/other.JSON",  # a program, under whatever name
+        "voice/data/weights/model.pt",  # where weights were before: a pickle
+        "voice/data/constants/model.pt",
+        "voice/models/model.json\0",
+        "version",  # of the format of 2.7, all of pickles
+        "voice/version/../models/model.json",
+        "voice/byteorder",  # twice
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_files_that_no_plain_program_has_are_refused(name: str, program: Path, tmp_path: Path) -> None:
+    made, path = tmp_path / "made", tmp_path / "hostile.pt2"
+    rewritten(program, path, lambda _, data: data)
+    info = zipfile.ZipInfo("x")
+    info.filename = info.orig_filename = name  # the class itself would cut it at the zero byte
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(info, pickle.dumps(Touch(made)))
+    with pytest.raises(CheckpointError, match=r"was refused: it holds .*the files of torch.export.save"):
+        load_program(path, parse_states(["hidden=1"]))
+    assert not made.exists()
+
+
+def test_of_two_archives_in_one_file_neither_is_believed(program: Path, tmp_path: Path) -> None:
+    def renamed(old: str, new: str) -> bytes:
+        with zipfile.ZipFile(program) as source, zipfile.ZipFile(tmp_path / "part", "w") as part:
+            for info in source.infolist():
+                part.writestr(info.filename.replace(old, new), source.read(info))
+        return (tmp_path / "part").read_bytes()
+
+    path = tmp_path / "glued.pt2"
+    path.write_bytes(renamed("weight_0", "weight_9") + renamed("", ""))
+    with zipfile.ZipFile(path) as archive:
+        seen = archive.namelist()
+    assert any(name.endswith("weight_0") for name in seen)
+    assert "data/weights/weight_9" in torch._C.PyTorchFileReader(str(path)).get_all_records()
+    with pytest.raises(CheckpointError, match="was refused: it has two tables of contents"):
+        load_program(path, parse_states(["hidden=1"]))
 
 
 @pytest.mark.parametrize("data", [b"", b"not a zip", pickle.dumps({"a": 1})])
