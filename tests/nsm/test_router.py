@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from nsm.errors import ConfigError
 from nsm.layout import to_bank, to_states
-from nsm.router import MAX_WRITE, TokenToStateRouter
+from nsm.router import MAX_WRITE, TokenToStateRouter, log_of_rest
 
 # state_dim, num_heads asked for, heads used: the largest divisor of num_heads that splits both halves evenly
 HEADS = [(8, 1, 1), (8, 2, 2), (8, 4, 4), (12, 4, 2), (10, 4, 1), (24, 6, 6), (2, 4, 1)]
@@ -280,3 +280,24 @@ def test_gradients_are_finite_with_masked_slots(routing: dict[str, Any]) -> None
         assert parameter.grad is not None, name
         assert bool(torch.isfinite(parameter.grad).all()), name
         assert float(parameter.grad.abs().max()) > 0, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_the_log_of_the_rest_is_right_to_the_last_bits(dtype: torch.dtype) -> None:
+    small = torch.logspace(-7 if dtype == torch.float16 else -12, -1, 400, dtype=torch.float64)
+    # 1 - 2^-10 is no bf16: the nearest is 1, whose logarithm is infinite.
+    largest = 0.99 if dtype == torch.bfloat16 else MAX_WRITE
+    weights = torch.cat([small, torch.linspace(0.1, largest, 400, dtype=torch.float64)]).to(dtype)
+    wanted = torch.log1p(-weights.double())
+    error = ((log_of_rest(weights).double() - wanted) / wanted).abs()
+    assert error.max() < 4 * torch.finfo(dtype).eps
+    assert log_of_rest(torch.zeros(1, dtype=dtype)).item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_log_of_the_rest_has_the_gradient_of_the_logarithm(dtype: torch.dtype) -> None:
+    weights = torch.cat([torch.zeros(1), torch.logspace(-12, -1, 400), torch.tensor([0.5, MAX_WRITE])])
+    weights = weights.to(dtype).requires_grad_()
+    log_of_rest(weights).sum().backward()
+    # Never better than eps / (1 - w), which is 1024 eps at MAX_WRITE.
+    assert_close(weights.grad, -1.0 / (1.0 - weights.detach()), rtol=1e-5, atol=0.0)
