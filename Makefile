@@ -43,7 +43,7 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/python tests/typecheck.py
 
-test-long: setup  ## the checks that CI has no time for
+test-long: setup  ## the checks that CI has no time for (the one of Ray needs the extra ray)
 	$(BIN)/pytest -m "slow and not gpu"
 
 recall: setup  ## train the recall model again that the tests use (tests/data/recall.pt)
