@@ -276,7 +276,7 @@ def bench(
 
 @main.command(short_help="Compare a step with what its arithmetic allows.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
 @click.option("--threads", type=int, metavar="N", help="Threads of the backend.  [default: its own choice]")
 @_shared
 def roofline(bundle: Path, target: str | None, threads: int | None, as_json: bool) -> None:
@@ -319,7 +319,7 @@ def build(
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file of results, .jsonl.")
-@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
 @click.option(
     "--workers", type=int, default=1, show_default=True, metavar="N", help="Processes, by Ray Data (extra ray)."
 )
@@ -372,7 +372,7 @@ def doctor(as_json: bool) -> None:
 
 @main.command(short_help="Feed sequences to a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed parity]")
+@click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the recorded ones]"
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,14 +12,14 @@ import click
 import numpy as np
 
 from nsm.bundle import Bundle
-from nsm.errors import InputError, OutputExistsError
+from nsm.errors import InputError, MissingDependencyError, OutputExistsError
 from nsm.export import doctor as doctor_module
 from nsm.export.adding import add_target
 from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, low_precision_lines, parity_row, size
 from nsm.export.guard import Limits
 from nsm.export.sequences import read_sequences
 from nsm.files import replacing
-from nsm.runtimes.opening import open_artifact, open_bundle
+from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
 from nsm.spec import VALID
@@ -27,12 +28,17 @@ from nsm.trace import Array
 
 def roofline(path: Path, target: str | None, threads: int | None, as_json: bool) -> None:
     """Compare with what the arithmetic allows; see `nsm roofline --help`."""
+    if importlib.util.find_spec("onnx") is None:
+        raise MissingDependencyError(
+            "The roofline is counted on the bundle's graphs, which needs the package onnx; it is not installed. "
+            'Install it with: pip install "nsm-toolkit[quantize]"'
+        )
     from nsm.export import roofline as roofline_module
 
     terminal = Terminal(quiet=as_json)
     bundle = Bundle(path)
     bundle.verify()
-    artifact = bundle.artifact(None if target is None else find_target(target).name)
+    artifact = chosen_artifact(bundle, target)
     with (
         roofline_module.products(find_target(artifact.target), threads) as machine,
         open_artifact(bundle, artifact, threads=threads) as session,

@@ -18,9 +18,8 @@ from nsm.errors import InputError, MissingDependencyError, NsmError
 from nsm.export.console import Terminal
 from nsm.export.score_log import ScoreLog
 from nsm.export.sequences import read_sequences
-from nsm.runtimes.opening import open_bundle
+from nsm.runtimes.opening import chosen_artifact, open_bundle
 from nsm.runtimes.scoring import digest, score
-from nsm.runtimes.targets import find_target
 
 SUFFIXES = (".npy", ".npz", ".txt")
 
@@ -78,7 +77,7 @@ def score_folder(
     if workers < 1 or threads < 1:
         raise InputError(f"--workers and --threads are at least 1; given {workers} and {threads}.")
     bundle = Bundle(path)
-    artifact = bundle.artifact(None if target is None else find_target(target).name)
+    artifact = chosen_artifact(bundle, target)
     files = _files(folder, output)
     head = {"fingerprint": bundle.manifest.fingerprint, "target": artifact.target, "precision": artifact.precision}
     log = ScoreLog(output, head, force)

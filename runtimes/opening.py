@@ -10,7 +10,7 @@ from nsm.bundle import Artifact, Bundle
 from nsm.errors import BundleDamagedError, InputError
 from nsm.runtimes.base import Loader
 from nsm.runtimes.session import Session
-from nsm.runtimes.targets import Target, find_target
+from nsm.runtimes.targets import TARGETS, Target, find_target
 from nsm.spec import StepSpec
 
 
@@ -25,7 +25,7 @@ def open_bundle(
     Args:
         bundle: the directory written by nsm-export.
         target: one of those that `nsm doctor` lists, or an alias (default: the first in the bundle that passed
-            its parity check).
+            its parity check and whose backend is installed).
         device: for targets that run on several (default: the one the artifact was built for).
         threads: threads of the backend (default: its own choice).
 
@@ -41,9 +41,23 @@ def open_bundle(
     if threads is not None and threads < 1:
         raise InputError(f"threads is at least 1; given {threads}.")
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    artifact = opened.artifact(None if target is None else find_target(target).name)
+    artifact = chosen_artifact(opened, target)
     opened.verify(artifact.files)
     return open_artifact(opened, artifact, device, threads)
+
+
+def chosen_artifact(bundle: Bundle, target: str | None) -> Artifact:
+    """The artifact of a target by name or alias; where none is named, the first that passed and can be run with what
+    is installed. One of a target that is only built when asked for comes last.
+
+    Raises:
+        InputError: the bundle has none for the target.
+    """
+    if target is not None:
+        return bundle.artifact(find_target(target).name)
+    passed = (item for item in bundle.manifest.artifacts if item.parity["status"] == "passed")
+    usable = [item for item in passed if item.target in TARGETS and TARGETS[item.target].installed()]
+    return min(usable, key=lambda item: TARGETS[item.target].asked_only) if usable else bundle.artifact()
 
 
 def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None) -> Session:

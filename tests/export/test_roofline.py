@@ -257,5 +257,10 @@ def test_the_command_prints_a_line_for_each_entry(byte_bundle: Path) -> None:
     assert all(line[5].endswith("%") and "-" in line[6] for line in lines[2:])
 
 
+def test_without_onnx_the_command_names_the_extra(byte_bundle: Path, hide: Callable[..., None]) -> None:
+    hide("onnx")
+    refused(invoke("roofline", byte_bundle), 3, "needs the package onnx", 'pip install "nsm-toolkit[quantize]"')
+
+
 def test_a_bundle_that_is_not_there_is_refused(tmp_path: Path) -> None:
     refused(invoke("roofline", tmp_path / "there.nsm"), 2, "there.nsm")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +22,7 @@ from nsm.errors import (
 )
 from nsm.runtimes import onnxruntime
 from nsm.runtimes.base import Runtime
-from nsm.runtimes.opening import open_artifact, open_bundle
+from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
 from tests.runtimes.fake import assert_same
@@ -161,6 +162,25 @@ def test_a_backend_that_is_not_installed_names_its_extra(
     monkeypatch.setattr("importlib.util.find_spec", lambda package: None)
     with pytest.raises(MissingDependencyError, match=r'pip install "nsm-toolkit\['):
         open_bundle(bundle, target)
+
+
+def test_the_default_is_one_whose_backend_is_installed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A device has one backend; the first target that passed where the bundle was made may be another's."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "onnxruntime" else real(name))
+    with open_bundle(bundle) as session:
+        assert session.target == "openvino"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match=r"target onnx needs .* pip install"):
+        open_bundle(bundle)
+
+
+def test_the_default_is_not_one_that_is_built_only_when_asked_for(bundle: Bundle) -> None:
+    first, *others = bundle.manifest.artifacts
+    mobile = replace(first, target="mobile")
+    for artifacts, wanted in (((mobile, first, *others), "onnx"), ((mobile,), "mobile")):
+        bundle.manifest = replace(bundle.manifest, artifacts=artifacts)
+        assert chosen_artifact(bundle, None).target == wanted
 
 
 def test_an_artifact_is_opened_by_itself(bundle: Bundle) -> None:
