@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.errors import CheckpointError, InputError, NsmError, UnsupportedError
+from nsm.errors import BuildError, CheckpointError, InputError, NsmError, UnsupportedError
 from nsm.export.onnx_source import load_onnx
 from nsm.export.pt2 import check_archive
 from nsm.export.state_options import StateOption, find_states, parse_constants, parse_states
@@ -655,6 +655,25 @@ def frozen(path: Path) -> Path:
 def test_a_length_that_is_built_in_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match="answers 32 tokens in one call differently than in calls of 16"):
         load_onnx(frozen(tmp_path / "m.onnx"))
+
+
+def test_a_rewriting_that_answers_differently_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that is exported is held against the file itself."""
+    from nsm.export import onnx_source
+
+    honest = onnx_source.normal_graph
+
+    def spoiled(*arguments: Any) -> onnx.ModelProto:
+        model = honest(*arguments)
+        weight = next(item for item in model.graph.initializer if "head" in item.name)
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * np.float32(1.1), weight.name))
+        return model
+
+    path = silero(tmp_path / "m.onnx")
+    load_onnx(path, [], {"sr": "16000"})
+    monkeypatch.setattr(onnx_source, "normal_graph", spoiled)
+    with pytest.raises(BuildError, match="answers differently in the form that nsm gives it"):
+        load_onnx(path, [], {"sr": "16000"})
 
 
 def test_constants_and_states_belong_to_foreign_models(checkpoint: Path, tmp_path: Path) -> None:
