@@ -659,9 +659,9 @@ def test_a_length_that_is_built_in_is_found_out(tmp_path: Path) -> None:
 
 def test_a_rewriting_that_answers_differently_is_found_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The form that is exported is held against the file itself."""
-    from nsm.export import onnx_source
+    from nsm.export import onnx_normal, onnx_source
 
-    honest = onnx_source.normal_graph
+    honest = onnx_normal.normal_graph
 
     def spoiled(*arguments: Any) -> onnx.ModelProto:
         model = honest(*arguments)
