@@ -18,7 +18,7 @@ from nsm.export.cli import main
 
 # The product that the fixture `rough` spoils.
 ROUGH = "layers.0.feed_forward.2/MatMul"
-COMMANDS = ("export", "parity", "bench", "build", "inspect", "doctor", "roofline", "run")
+COMMANDS = ("export", "parity", "bench", "build", "inspect", "doctor", "roofline", "run", "score")
 PROGRAMS = Path(sys.executable).parent
 
 
