@@ -7,7 +7,7 @@ SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py export/web_client/* runtim
 CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-long recall compare design cpp arm64 clean
+.PHONY: help setup demo test check format test-long recall compare design cpp cpp-check arm64 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -69,6 +69,10 @@ cpp: setup  ## build the C++ client into build/cpp (needs cmake and a C++ compil
 		-DOpenVINO_DIR="$$($(BIN)/python -c 'import openvino, pathlib; print(pathlib.Path(openvino.__file__).parent / "cmake")')" \
 		-DNLOHMANN_JSON="$$($(BIN)/python -c 'import nlohmann_json, pathlib; print(pathlib.Path(nlohmann_json.__path__[0]) / "include")')"
 	cmake --build build/cpp --parallel 2
+
+BUNDLE ?= digits.nsm
+cpp-check: cpp  ## build the C++ client, replay the golden streams of BUNDLE (digits.nsm, of `make demo`) and time a step
+	build/cpp/nsm_client $(BUNDLE) --check --bench 200
 
 arm64: setup  ## check the demo's bundle on arm64 under emulation (Debian, as root; apt-get install qemu-user-static)
 	tests/devices/arm64.sh digits.nsm onnxruntime

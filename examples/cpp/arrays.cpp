@@ -4,7 +4,6 @@
 #include <cstring>
 #include <fstream>
 #include <numeric>
-#include <optional>
 #include <regex>
 
 #include "error.hpp"
@@ -73,7 +72,17 @@ Array in_rows(const Array& columns) {
     return rows;
 }
 
-std::optional<Array> parse_npy(const std::vector<std::uint8_t>& bytes, const std::string& what) {
+// A scalar of numpy's texts, four bytes a letter.
+Array text_of(const std::vector<std::uint8_t>& letters, const View& view) {
+    Array text{"text", {letters.size() / 4}, {}};
+    for (std::size_t i = 0; i + 4 <= letters.size(); i += 4) {
+        if (letters[i] > 127 || letters[i + 1] != 0 || letters[i + 2] != 0 || letters[i + 3] != 0) view.refuse("it is no ASCII");
+        text.bytes.push_back(letters[i]);
+    }
+    return text;
+}
+
+Array parse_npy(const std::vector<std::uint8_t>& bytes, const std::string& what) {
     const View view(bytes, what);
     if (view.text(0, 6) != "\x93NUMPY") view.refuse("it is no .npy");
     const bool small = view.number(6, 1) == 1;
@@ -84,12 +93,13 @@ std::optional<Array> parse_npy(const std::vector<std::uint8_t>& bytes, const std
     std::smatch match;
     if (!std::regex_match(header, match, form)) view.refuse("its header is " + header);
     const std::string descr = match[1], order = match[2], sizes = match[3];
-    if (descr.rfind("<U", 0) == 0) return std::nullopt;
+    if (descr.rfind("<U", 0) == 0) return text_of(view.part(start + length, bytes.size() - start - length), view);
     const Kind* kind = find([&](const Kind& item) { return item.descr == descr; });
     if (kind == nullptr) view.refuse("its numbers are " + descr);
     Array array{kind->dtype, {}, {}};
     static const std::regex number(R"(\d+)");
     for (std::sregex_iterator it(sizes.begin(), sizes.end(), number), end; it != end; ++it) {
+        if (it->length() > 18) view.refuse("its shape is " + sizes);
         array.shape.push_back(std::stoull(it->str()));
     }
     const std::size_t held = bytes.size() - start - length;
@@ -115,11 +125,15 @@ std::string shown(const Shape& shape) {
     return text + "]";
 }
 
-Array Array::at(std::size_t index) const {
-    Array part{dtype, Shape(shape.begin() + 1, shape.end()), {}};
-    const auto length = static_cast<std::ptrdiff_t>(size_of(part.shape) * width_of(dtype));
-    const auto first = bytes.begin() + static_cast<std::ptrdiff_t>(index) * length;
-    part.bytes.assign(first, first + length);
+Array Array::at(std::size_t index, std::size_t axis) const {
+    const auto middle = shape.begin() + static_cast<std::ptrdiff_t>(axis);
+    const std::size_t outer = size_of({shape.begin(), middle}), inner = size_of({middle + 1, shape.end()}) * width_of(dtype);
+    Array part{dtype, shape, {}};
+    part.shape.erase(part.shape.begin() + static_cast<std::ptrdiff_t>(axis));
+    for (std::size_t i = 0; i < outer; ++i) {
+        const auto first = bytes.begin() + static_cast<std::ptrdiff_t>((i * *middle + index) * inner);
+        part.bytes.insert(part.bytes.end(), first, first + static_cast<std::ptrdiff_t>(inner));
+    }
     return part;
 }
 
@@ -135,14 +149,19 @@ Array zeros(const std::string& dtype, const Shape& shape) {
 
 std::vector<std::uint8_t> read_bytes(const std::filesystem::path& path) {
     std::ifstream file(path, std::ios::binary);
-    if (!file) throw Error(Code::input, path.string() + " cannot be opened. Is the name right?");
+    if (!file || !std::filesystem::is_regular_file(path)) {
+        throw Error(Code::input, path.string() + " cannot be opened as a file. Is the name right?");
+    }
     return {std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
 }
 
 Array read_npy(const std::filesystem::path& path) {
-    auto array = parse_npy(read_bytes(path), path.string());
-    if (!array) throw Error(Code::input, path.string() + " holds text; expected are numbers.");
-    return *array;
+    const auto bytes = read_bytes(path);
+    try {
+        return parse_npy(bytes, path.string());
+    } catch (const Error& error) {  // a file that somebody gave, not one of a bundle
+        throw Error(Code::input, error.what());
+    }
 }
 
 void write_npy(const std::filesystem::path& path, const Array& array) {
@@ -176,8 +195,7 @@ std::map<std::string, Array> read_npz(const std::filesystem::path& path) {
         std::string name = view.text(at + 46, length);
         const auto start = std::size_t{local} + 30 + view.number(local + 26, 2) + view.number(local + 28, 2);
         if (name.size() > 4) name.resize(name.size() - 4);  // .npy
-        auto array = parse_npy(view.part(start, size), path.string() + ": " + name);
-        if (array) arrays.emplace(name, std::move(*array));
+        arrays.emplace(name, parse_npy(view.part(start, size), path.string() + ": " + name));
         at += 46 + length + view.number(at + 30, 2) + view.number(at + 32, 2);
     }
     return arrays;

@@ -5,6 +5,7 @@
 
 #include "error.hpp"
 #include "sha256.hpp"
+#include "spec_check.hpp"
 
 namespace nsm {
 namespace {
@@ -43,16 +44,23 @@ Spec spec_of(const json& data) {
 fs::path inside(const fs::path& bundle, const std::string& name) {
     const fs::path relative(name);
     const bool climbs = std::any_of(relative.begin(), relative.end(), [](const fs::path& part) { return part == ".."; });
-    const fs::path whole = fs::weakly_canonical(bundle / relative), root = fs::weakly_canonical(bundle);
+    std::error_code problem;  // a link to itself, say
+    const fs::path whole = fs::weakly_canonical(bundle / relative, problem), root = fs::canonical(bundle);
     const auto [end, unused] = std::mismatch(root.begin(), root.end(), whole.begin(), whole.end());
     static_cast<void>(unused);
-    if (name.empty() || relative.is_absolute() || climbs || end != root.end()) {
-        throw Error(Code::bundle, "The manifest names " + name + ", which is outside the bundle.");
+    if (problem || name.empty() || relative.is_absolute() || climbs || end != root.end()) {
+        throw Error(Code::bundle, "The bundle names " + name + ", which is outside the bundle.");
     }
     return whole;
 }
 
 }  // namespace
+
+bool Tensor::takes(const Array& ids) const {
+    if (dtype != "int64" || !minimum || !maximum) return true;
+    const auto* first = ids.as<std::int64_t>();
+    return std::all_of(first, first + size_of(ids.shape), [&](std::int64_t id) { return id >= *minimum && id <= *maximum; });
+}
 
 bool Entry::reads_state(const std::string& state) const { return std::count(reads.begin(), reads.end(), state) > 0; }
 bool Entry::writes_state(const std::string& state) const { return std::count(writes.begin(), writes.end(), state) > 0; }
@@ -69,20 +77,26 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
     if (!fs::is_directory(path)) {
         throw Error(Code::input, "There is no bundle " + path.string() + ": expected is a directory written by nsm-export.");
     }
+    const auto place = inside(path, "manifest.json");
+    if (!fs::is_regular_file(place)) {
+        throw Error(Code::bundle, path.string() + " is not a bundle: it holds no manifest.json. Export it again.");
+    }
     try {
-        const auto text = read_bytes(path / "manifest.json");
+        const auto text = read_bytes(place);
         const json manifest = json::parse(text.begin(), text.end());
         const auto& version = manifest.at("format_version");
         if (version != format_version) {
             throw Error(Code::bundle, "The bundle has format version " + version.dump() + "; this client reads version 1.");
         }
         spec_ = spec_of(manifest.at("spec"));
+        fingerprint_ = manifest.at("fingerprint");
         const auto keep = [&](const json& record) {
             records_[record.at("path")] = {record.at("size"), record.at("sha256")};
             return record.at("path").get<std::string>();
         };
         for (const auto& record : manifest.at("files")) keep(record);
         for (const auto& artifact : manifest.at("artifacts")) {
+            if (artifact.at("target") == "openvino") precision_ = artifact.at("precision");
             for (const auto& record : artifact.at("files")) {
                 const auto name = keep(record);
                 if (artifact.at("target") == "openvino") openvino_.push_back(name);
@@ -91,6 +105,7 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
     } catch (const json::exception& error) {
         throw Error(Code::bundle, path.string() + "/manifest.json is damaged: " + error.what() + ". Export the bundle again.");
     }
+    check_spec(spec_);
     for (const auto& [name, record] : records_) inside(path_, name);
 }
 

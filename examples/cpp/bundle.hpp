@@ -16,6 +16,8 @@ struct Tensor {
     Shape shape;
     std::string dtype;
     std::optional<std::int64_t> minimum, maximum;
+    // Whether ids lie within these bounds; of others there is nothing to say.
+    bool takes(const Array& ids) const;
 };
 
 struct State {
@@ -47,6 +49,9 @@ class Bundle {
 public:
     explicit Bundle(const std::filesystem::path& path);
     const Spec& spec() const { return spec_; }
+    const std::string& fingerprint() const { return fingerprint_; }
+    // Of the OpenVINO artifact: fp32, int8, ...; empty where there is none.
+    const std::string& precision() const { return precision_; }
     // Where a file of the manifest lies, after its size and hash were checked.
     std::filesystem::path verified(const std::string& name) const;
     // The file of the OpenVINO artifact with this ending.
@@ -59,6 +64,7 @@ private:
     };
     std::filesystem::path path_;
     Spec spec_;
+    std::string fingerprint_, precision_;
     std::map<std::string, Record> records_;
     std::vector<std::string> openvino_;
 };

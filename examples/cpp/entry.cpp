@@ -121,23 +121,20 @@ ov::InferRequest& CompiledEntry::bound() {
 
 // Row t of a call goes to (tokens before it + t) modulo the size of the ring.
 void CompiledEntry::append(const State& state, const ov::Tensor& rows, const Array* valid, const std::vector<std::int64_t>& count) {
-    const std::size_t lanes = state.batch_axis, axis = *state.append_axis;
-    if (lanes != 0) throw Error(Code::missing, "Rings have their lanes on axis 0; " + state.name + " has not.");
     const Shape& shape = state.shape;
-    const std::size_t size = shape[axis], length = rows.get_shape()[axis];
-    const std::size_t middle = size_of(Shape(shape.begin() + 1, shape.begin() + static_cast<std::ptrdiff_t>(axis)));
-    const std::size_t inner = size_of(Shape(shape.begin() + static_cast<std::ptrdiff_t>(axis) + 1, shape.end()));
-    const std::size_t width = inner * width_of(state.dtype);
+    const auto lanes = shape.begin() + static_cast<std::ptrdiff_t>(state.batch_axis);
+    const auto axis = shape.begin() + static_cast<std::ptrdiff_t>(*state.append_axis);
+    const std::size_t size = *axis, length = rows.get_shape()[*state.append_axis];
+    const std::size_t outer = size_of({shape.begin(), axis}), between = size_of({lanes + 1, axis});
+    const std::size_t width = size_of({axis + 1, shape.end()}) * width_of(state.dtype);
     auto* ring = static_cast<std::uint8_t*>(memory_.live(state.name).data());
     const auto* given = static_cast<const std::uint8_t*>(rows.data());
-    for (std::size_t lane = 0; lane < shape[0]; ++lane) {
+    for (std::size_t i = 0; i < outer; ++i) {
+        const std::size_t lane = i / between % *lanes;
         const auto used = valid == nullptr ? length : static_cast<std::size_t>(valid->as<std::int64_t>()[lane]);
-        for (std::size_t m = 0; m < middle; ++m) {
-            for (std::size_t t = 0; t < used; ++t) {
-                const std::size_t place = (static_cast<std::size_t>(count[lane]) + t) % size;
-                std::memcpy(ring + ((lane * middle + m) * size + place) * width,
-                            given + ((lane * middle + m) * length + t) * width, width);
-            }
+        for (std::size_t t = 0; t < used; ++t) {
+            const std::size_t place = (static_cast<std::size_t>(count[lane]) + t) % size;
+            std::memcpy(ring + (i * size + place) * width, given + (i * length + t) * width, width);
         }
     }
 }

@@ -3,7 +3,8 @@
 
 #include <map>
 #include <memory>
-#include <openvino/openvino.hpp>
+#include <openvino/runtime/compiled_model.hpp>
+#include <openvino/runtime/infer_request.hpp>
 
 #include "bundle.hpp"
 

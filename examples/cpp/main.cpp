@@ -3,117 +3,22 @@
 //            [--threads N] [--bench N]      N timed calls of a step
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdio>
 #include <iostream>
 
 #include "error.hpp"
+#include "parity.hpp"
 #include "session.hpp"
 
 namespace {
 
 using namespace nsm;
 
-constexpr double free_run_budget = 1e-4;  // fp32; see runtimes/budgets.py
-
 struct Options {
     std::string bundle, input, output;
     bool check = false;
     int threads = 0, bench = 0;
 };
-
-// Root mean square over the first two axes of the norm of the rest.
-double rms_norm(const Array& array) {
-    double sum = 0;
-    for (std::size_t i = 0; i < size_of(array.shape); ++i) sum += std::pow(array.as<float>()[i], 2);
-    return std::sqrt(sum / static_cast<double>(std::max<std::size_t>(array.shape[0] * array.shape[1], 1)));
-}
-
-double relative_error(const Array& given, const Array& wanted, double floor) {
-    double difference = 0, norm = 0;
-    for (std::size_t i = 0; i < size_of(wanted.shape); ++i) {
-        difference += std::pow(double(given.as<float>()[i]) - wanted.as<float>()[i], 2);
-        norm += std::pow(wanted.as<float>()[i], 2);
-    }
-    if (difference == 0) return 0;
-    return std::isfinite(difference) ? std::sqrt(difference) / std::max(std::sqrt(norm), floor) : INFINITY;
-}
-
-// Equal arrays on a new first axis.
-Array stacked(const std::vector<Array>& parts) {
-    Array whole{parts.front().dtype, {parts.size()}, {}};
-    whole.shape.insert(whole.shape.end(), parts.front().shape.begin(), parts.front().shape.end());
-    for (const auto& part : parts) whole.bytes.insert(whole.bytes.end(), part.bytes.begin(), part.bytes.end());
-    return whole;
-}
-
-class Comparison {
-public:
-    explicit Comparison(const Arrays& golden) : golden_(golden) {}
-    void note(const std::string& kind, const std::string& name, const Array& given, const Array& wanted) {
-        if (wanted.dtype != "float32") {
-            different_ += given.bytes != wanted.bytes;
-            return;
-        }
-        const auto key = kind + "/" + name;
-        if (floors_.find(key) == floors_.end()) floors_[key] = 0.01 * rms_norm(golden_.at(key));
-        auto& worst = errors_[name];
-        worst = std::max(worst, relative_error(given, wanted, floors_[key]));
-        ++compared_;
-    }
-    bool report(std::size_t streams, std::size_t steps) const {
-        auto worst = std::max_element(errors_.begin(), errors_.end(), [](auto& a, auto& b) { return a.second < b.second; });
-        const double error = errors_.empty() ? INFINITY : worst->second;
-        const bool passed = compared_ > 0 && different_ == 0 && error <= free_run_budget;
-        std::printf("%s: %zu streams of %zu steps, %zu tensors compared; largest error %.2e (%s), allowed %.0e; %zu masks or "
-                    "counters differ\n", passed ? "passed" : "FAILED", streams, steps, compared_, error,
-                    errors_.empty() ? "none" : worst->first.c_str(), free_run_budget, different_);
-        return passed;
-    }
-
-private:
-    const Arrays& golden_;
-    std::map<std::string, double> errors_, floors_;
-    std::size_t compared_ = 0, different_ = 0;
-};
-
-bool check(const Bundle& bundle, Session& session) {
-    const auto golden = read_npz(bundle.verified("golden.npz"));
-    const Array& tokens = golden.at("inputs/tokens");
-    const Array& positions = golden.at("positions");
-    const Array& sampled = golden.at("sampled");
-    const std::size_t streams = tokens.shape[0], steps = tokens.shape[1];
-    Comparison found(golden);
-    for (std::size_t first = 0; first < streams; first += session.batch()) {
-        session.reset();
-        for (std::size_t step = 0; step < steps; ++step) {
-            std::vector<Array> lanes;
-            for (std::size_t lane = 0; lane < session.batch(); ++lane) {
-                lanes.push_back(tokens.at(std::min(first + lane, streams - 1)).at(step));
-            }
-            const auto outputs = session.step(stacked(lanes));
-            const auto* end = sampled.as<std::int64_t>() + sampled.shape[0];
-            const auto* index = std::find(sampled.as<std::int64_t>(), end, static_cast<std::int64_t>(step));
-            const Arrays states = index == end ? Arrays{} : session.read_state();
-            for (std::size_t lane = 0; lane < session.batch() && first + lane < streams; ++lane) {
-                for (const auto& [name, value] : outputs) {
-                    std::vector<Array> kept;
-                    for (std::size_t i = 0; i < positions.shape[0]; ++i) {
-                        kept.push_back(value.at(lane).at(static_cast<std::size_t>(positions.as<std::int64_t>()[i])));
-                    }
-                    found.note("outputs", name, stacked(kept), golden.at("outputs/" + name).at(first + lane).at(step));
-                }
-                for (const auto& [name, value] : states) {
-                    const Array& wanted = golden.at("after/" + name);
-                    if (first + lane >= wanted.shape[0]) continue;
-                    const auto place = static_cast<std::size_t>(index - sampled.as<std::int64_t>());
-                    found.note("after", name, value.at(lane), wanted.at(first + lane).at(place));
-                }
-            }
-        }
-    }
-    return found.report(streams, steps);
-}
 
 Array read_tokens(const std::string& path, const std::string& dtype) {
     const bool numpy = path.size() > 4 && path.substr(path.size() - 4) == ".npy";
@@ -184,7 +89,9 @@ int run(const std::vector<std::string>& arguments) {
         std::printf("%zu tokens from %s to %s\n", tokens.shape[0], options.input.c_str(), options.output.c_str());
     }
     if (options.bench > 0) bench(bundle, session, options.bench);
-    if (options.check && !check(bundle, session)) throw Error(Code::parity, "What runs here is not the model that was recorded.");
+    if (options.check && !check_parity(bundle, session)) {
+        throw Error(Code::parity, "What runs here is not the model that was recorded.");
+    }
     return 0;
 }
 

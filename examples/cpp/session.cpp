@@ -1,14 +1,34 @@
 #include "session.hpp"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
 
 #include "error.hpp"
 
 namespace nsm {
+namespace {
+
+// A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
+constexpr std::size_t decodes_per_step = 4;
+
+// Of the first lane, and its first `count` tokens.
+void check_finite(const Arrays& outputs, std::size_t count) {
+    for (const auto& [name, value] : outputs) {
+        if (value.dtype != "float32") continue;
+        const auto* first = value.as<float>();
+        const std::size_t numbers = size_of(value.shape) / (value.shape[0] * value.shape[1]) * count;
+        if (!std::all_of(first, first + numbers, [](float number) { return std::isfinite(number); })) {
+            throw Error(Code::run, "The output " + name + " holds NaN or infinite numbers. Check the weights and the inputs.");
+        }
+    }
+}
+
+}  // namespace
 
 Session::Session(const Bundle& bundle, int threads)
     : bundle_(bundle), spec_(bundle.spec()), memory_(spec_), initial_(read_npz(bundle.verified("state_init.npz"))) {
+    bundle_.openvino_file("step.xml");  // throws where there is no such artifact
     // OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise.
     options_ = {ov::hint::inference_precision(ov::element::f32), ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
     if (threads > 0) options_.emplace(ov::inference_num_threads(threads));
@@ -28,72 +48,82 @@ void Session::check_tokens(const Array& tokens) const {
         throw Error(Code::input, "The model takes a stream of " + input.dtype + ", each token of shape " + shown(wanted) +
                                      "; given is " + tokens.dtype + shown(tokens.shape) + ".");
     }
-    if (!input.minimum || !input.maximum) return;
-    for (std::size_t i = 0; i < size_of(tokens.shape); ++i) {
-        const auto id = tokens.as<std::int64_t>()[i];
-        if (id < *input.minimum || id > *input.maximum) {
-            throw Error(Code::input, "Token ids must lie in " + std::to_string(*input.minimum) + " .. " +
-                                         std::to_string(*input.maximum) + "; given " + std::to_string(id) + ".");
-        }
+    if (size_of(tokens.shape) == 0) throw Error(Code::input, "A stream has at least one token; given is none.");
+    if (!input.takes(tokens)) {
+        throw Error(Code::input, "Token ids must lie in " + std::to_string(*input.minimum) + " .. " +
+                                     std::to_string(*input.maximum) + "; the stream holds others.");
     }
 }
 
 Arrays Session::step(const Array& tokens) {
-    return call("step", tokens, spec_.find("step")->inputs.front().shape[1]);
+    return call("step", tokens, spec_.find("step")->inputs.front().shape[1], true);
 }
+
+Arrays Session::decode(const Array& tokens) { return call("decode", tokens, 1, true); }
 
 Array Session::run(const Array& tokens) {
     check_tokens(tokens);
-    const Entry& step = *spec_.find("step");
-    const bool decodes = spec_.find("decode") != nullptr;
-    const std::size_t length = tokens.shape[0], chunk = step.inputs.front().shape[1];
-    const std::size_t width = tokens.bytes.size() / std::max<std::size_t>(length, 1);
+    const std::size_t length = tokens.shape[0], width = tokens.bytes.size() / length;
     Array results;
     for (std::size_t done = 0; done < length;) {
-        std::size_t count = offset_ == 0 ? std::min(chunk, length - done) : 0;
-        // A partial call of `step` needs `valid`; so do other lanes that rest.
-        if (!step.counted() && (count < chunk || spec_.batch > 1)) count = 0;
-        const bool single = count == 0;
-        if (single && !decodes) {
-            throw Error(Code::input, "This model takes whole calls of " + std::to_string(chunk) + " tokens only.");
-        }
-        const Entry& used = *spec_.find(single ? "decode" : "step");
-        count = single ? 1 : count;
+        const std::size_t whole = stepped(length - done), count = std::max<std::size_t>(whole, 1);
+        const Entry& used = *spec_.find(whole == 0 ? "decode" : "step");
+        // Lanes that cannot rest, without `valid`, get the same tokens.
         Array given = zeros(used.inputs.front().dtype, used.inputs.front().shape);
-        std::memcpy(given.bytes.data(), tokens.bytes.data() + done * width, count * width);
-        commit_full();
-        const Array answer = call(used.name, given, count).at(used.outputs.front().name).at(0);
-        if (results.dtype.empty()) {
-            results = zeros(answer.dtype, answer.shape);
-            results.bytes.clear();
+        const std::size_t lane_width = given.bytes.size() / spec_.batch;
+        for (std::size_t lane = 0; lane < spec_.batch; ++lane) {
+            std::memcpy(given.bytes.data() + lane * lane_width, tokens.bytes.data() + done * width, count * width);
+        }
+        const Arrays outputs = call(used.name, given, count, false);
+        check_finite(outputs, count);
+        const Array answer = outputs.at(used.outputs.front().name).at(0);
+        if (done == 0) {
+            results = {answer.dtype, answer.shape, {}};
             results.shape[0] = length;
         }
         const std::size_t row = answer.bytes.size() / answer.shape[0];
         results.bytes.insert(results.bytes.end(), answer.bytes.begin(),
                              answer.bytes.begin() + static_cast<std::ptrdiff_t>(row * count));
-        if (chunked_) offset_ += single ? 1 : count % spec_.chunk_size;
-        commit_full();
         done += count;
     }
     return results;
 }
 
-Arrays Session::call(const std::string& name, const Array& tokens, std::size_t counted) {
+// How many of the tokens that are left the next call of `step` takes; 0 where `decode` takes one.
+std::size_t Session::stepped(std::size_t left) const {
+    const Entry& step = *spec_.find("step");
+    const bool decodes = spec_.find("decode") != nullptr;
+    const std::size_t length = step.inputs.front().shape[1], ready = offset_ == 0 ? std::min(length, left) : 0;
+    if (!step.counted()) {
+        if (ready < length && !decodes) {
+            throw Error(Code::input, "This model takes whole calls of " + std::to_string(length) + " tokens only; " +
+                                         std::to_string(left) + " are left. Give a multiple.");
+        }
+        return ready == length ? ready : 0;
+    }
+    // A partial chunk is exact in `step` too; for a few tokens `decode` is cheaper.
+    return !decodes || ready * decodes_per_step >= spec_.chunk_size ? ready : 0;
+}
+
+Arrays Session::call(const std::string& name, const Array& tokens, std::size_t count, bool others) {
     const Entry& used = *spec_.find(name);
     Arrays inputs{{used.inputs.front().name, tokens}};
     if (used.counted()) {
         Array valid = zeros("int64", {spec_.batch});
-        const bool all = counted == used.inputs.front().shape[1] && name == "step" && tokens.shape == used.inputs.front().shape;
         for (std::size_t lane = 0; lane < spec_.batch; ++lane) {
-            valid.as<std::int64_t>()[lane] = lane == 0 || all ? static_cast<std::int64_t>(counted) : 0;
+            valid.as<std::int64_t>()[lane] = lane == 0 || others ? static_cast<std::int64_t>(count) : 0;
         }
         inputs.emplace("valid", std::move(valid));
     }
-    return entry(name).run(inputs);
+    Arrays outputs = entry(name).run(inputs);
+    stand(name == "decode" ? offset_ + 1 : count % spec_.chunk_size);
+    return outputs;
 }
 
-void Session::commit_full() {
-    if (!chunked_ || offset_ != spec_.chunk_size) return;
+// Lane 0 stands there in its chunk now; a chunk that is full is committed.
+void Session::stand(std::size_t offset) {
+    offset_ = chunked_ ? offset : 0;
+    if (offset_ != spec_.chunk_size) return;
     entry("commit").run({});
     offset_ = 0;
 }

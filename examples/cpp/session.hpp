@@ -2,6 +2,7 @@
 #pragma once
 
 #include <memory>
+#include <openvino/runtime/core.hpp>
 
 #include "entry.hpp"
 
@@ -14,19 +15,24 @@ public:
     Session& operator=(const Session&) = delete;
 
     std::size_t batch() const { return spec_.batch; }
+    const std::string& first_output() const { return spec_.find("step")->outputs.front().name; }
     void reset();
     Arrays read_state() const { return memory_.read(spec_); }
     // One call of the graph `step`, on lanes that stand at a chunk's beginning. tokens [B, K, ...].
     Arrays step(const Array& tokens);
+    // One token on every lane, anywhere in a chunk; a chunk that is full then is committed. tokens [B, 1, ...].
+    Arrays decode(const Array& tokens);
     // Any number of tokens of one stream, [T, ...], on lane 0; the other lanes rest. Whole chunks go through `step`, the
-    // rest through `decode` and `commit`. Returns the first output, [T, ...].
+    // rest through `decode` and `commit`, as Python's session does. Returns the first output, [T, ...].
     Array run(const Array& tokens);
     void check_tokens(const Array& tokens) const;
 
 private:
     CompiledEntry& entry(const std::string& name);
-    Arrays call(const std::string& name, const Array& tokens, std::size_t counted);
-    void commit_full();
+    std::size_t stepped(std::size_t left) const;
+    // `count` of the tokens count on the first lane, and as many or none on the others.
+    Arrays call(const std::string& name, const Array& tokens, std::size_t count, bool others);
+    void stand(std::size_t offset);
 
     const Bundle& bundle_;
     const Spec& spec_;
@@ -35,7 +41,7 @@ private:
     Memory memory_;
     Arrays initial_;
     std::map<std::string, std::unique_ptr<CompiledEntry>> entries_;
-    std::size_t offset_ = 0;  // of lane 0 in its chunk
+    std::size_t offset_ = 0;  // of lane 0 in its chunk; the other lanes stand there too, or rest
     bool chunked_ = false;
 };
 
