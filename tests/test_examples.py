@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
@@ -81,8 +82,25 @@ def test_openvinos_own_cache_gives_the_same_answers(tmp_path: Path) -> None:
     assert re.search(r"512 +\d+ +\d+ +[\d.]+x", shown)
 
 
+@pytest.mark.slow
+def test_foreign_models_are_exported_in_fp32_and_int8(tmp_path: Path) -> None:
+    shown = _run(tmp_path, str(EXAMPLES / "foreign_models.py"), "--only", "RWKV", "--steps", "8")
+    assert len(re.findall(r"(?:fp32|int8) +(?:onnxruntime|openvino) +\d\.\de-\d\d +\d+", shown)) == 4
+
+
+@pytest.mark.slow
+def test_what_low_precision_does_to_recall_is_measured(tmp_path: Path) -> None:
+    model = str(ROOT / "tests" / "data" / "recall.pt")
+    options = ("--steps", "64", "--only", "onnxruntime", "--output", "rows.json")
+    shown = _run(tmp_path, str(EXAMPLES / "low_precision.py"), "recall", model, *options)
+    assert "onnxruntime" in shown
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert [row["precision"] for row in rows] == ["fp32", "int8", "int8-weights"]
+    assert all(row["score"] > 0.95 for row in rows if row["status"] == "ok")
+
+
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
-    run_here |= {"calibration", "compared_model", "stateful_cache"}
+    run_here |= {"calibration", "compared_model", "foreign_models", "low_precision", "stateful_cache"}
     run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere

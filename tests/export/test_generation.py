@@ -116,7 +116,7 @@ def test_a_model_over_other_ids_is_refused(exported: Path) -> None:
     ("changes", "message"),
     [
         ({"vectors": True}, "This one takes vectors and gives 5 numbers."),
-        ({"entries": ("step",)}, "no entry `decode` for onnxruntime, so the model cannot go on"),
+        ({"entries": ("step",)}, "no entry `decode` for fake, so the model cannot go on"),
     ],
 )
 def test_vectors_and_models_that_see_ahead_are_refused(
