@@ -8,9 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import nsm
+from tests.conftest import make_sequences
 from tests.export.helpers import (
     COMMANDS,
     invoke,
@@ -144,6 +146,8 @@ def torchless(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     """Exit code, stdout and stderr of every command, in one process that cannot import torch."""
     folder = tmp_path_factory.mktemp("torchless")
     bundle = str(shutil.copytree(exported, folder / "m.nsm"))
+    (folder / "data").mkdir()
+    np.save(folder / "data" / "ids.npy", make_sequences(3, 20))
     calls = {
         "build": ["build", bundle, "--target", "openvino", "--json"],
         "parity": ["parity", bundle, "--json"],
@@ -151,6 +155,7 @@ def torchless(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "inspect": ["inspect", bundle, "--json"],
         "roofline": ["roofline", bundle, "--target", "onnxruntime", "--threads", "1", "--json"],
         "run": ["run", bundle, "--output", str(folder / "out.npz"), "--json"],
+        "score": ["score", bundle, str(folder / "data"), "--output", str(folder / "scores.jsonl"), "--json"],
         "doctor": ["doctor", "--json"],
         "export": ["export", str(folder / "model.pt"), "--target", "onnx"],
     }
@@ -187,6 +192,8 @@ def test_a_command_on_a_bundle_works_without_torch(torchless: dict[str, tuple[in
         assert all(0 < item["share"] < 10 for item in data["results"])
     elif command == "bench":
         assert len(data["results"]) == 3
+    elif command == "score":
+        assert (data["sequences"], data["tokens"], data["failed"]) == (3, 60, [])
     else:
         assert len(data["sequences"]) == 8
 
