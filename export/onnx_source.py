@@ -32,7 +32,7 @@ LENGTHS_TOLERANCE = 1e-4
 
 
 class OnnxSource:
-    """A foreign graph; see `nsm.export.source.Source`. The reference is the graph as it was given, in fp32."""
+    """A foreign graph; see `nsm.export.source.Source`. The reference is its normal form, in fp32."""
 
     golden: list[Array]
     calibration: list[Array]
