@@ -63,6 +63,7 @@ class AdaptedModel(StepModel):
         self._call = call
         self._carried = tuple(states)
         self._shapes: dict[str, tuple[int, ...]] = {}
+        self._why = ""
         for index, state in enumerate(states):
             self.register_buffer(f"initial_{index}", state.initial.detach().clone())
         # What tells two modules with equal weights apart, as far as it can be told.
@@ -85,10 +86,11 @@ class AdaptedModel(StepModel):
             for index, state in enumerate(self._carried)
         )
 
-    def declare(self, shapes: dict[str, tuple[int, ...]], lanes: int | None) -> None:
+    def declare(self, shapes: dict[str, tuple[int, ...]], lanes: int | None, why: str = "") -> None:
         """Say what the examination found: the outputs' shapes of one lane and token, and how many lanes it takes."""
         self._shapes = shapes
         self.lanes = lanes
+        self._why = why
         self._declared = self.spec(lanes or 1)
         self.output_dim = int(shapes[self.outputs[0]][-1]) if shapes[self.outputs[0]] else 1
 
@@ -105,8 +107,8 @@ class AdaptedModel(StepModel):
         """
         if self.lanes is not None and batch != self.lanes:
             raise UnsupportedError(
-                f"The module takes {self.lanes} stream at a time; asked for are {batch} lanes. Write it for any batch "
-                "size, or open a session for each stream."
+                f"The module takes {self.lanes} stream at a time: {self._why}. Asked for are {batch} lanes. Write it for "
+                "any batch size, or open a session for each stream."
             )
         states = tuple(state.spec(batch) for state in self._carried)
         names = tuple(state.name for state in states)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -29,26 +28,21 @@ def examine(model: AdaptedModel) -> None:
     """
     length = 2 * model.chunk_size if model.timed else 1
     tokens = _tokens(model, 1, length)
-    before = {name: value.clone() for name, value in model.module.named_buffers()}
-    memory = _own_tensors(model)
+    kept = _kept(model)
     first, after = _run(model, tokens[:, :1], model.initial_state(1))
     _check_states(model, after)
     _check_outputs(model, first)
     model.declare({name: tuple(v.shape[2:]) for name, v in zip(model.outputs, first, strict=True)}, 1)
     again, after_again = _run(model, tokens[:, :1], model.initial_state(1))
-    changed = [name for name, value in model.module.named_buffers() if not torch.equal(value, before[name])]
-    if changed or not _same(first, again) or not _same_state(after, after_again) or memory != _own_tensors(model):
-        what = f"its buffers {changed}" if changed else "something that is neither an argument nor a result"
-        raise UnsupportedError(
-            f"{type(model.module).__name__} keeps {what} from one call to the next, which no exported graph does. "
-            "Make it "
-            "a state: an argument of forward that is returned, new, and not written in place. (If the module draws "
-            "random numbers, they have no place in eval mode.)"
-        )
+    _check_kept(model, kept, _same(first, again) and _same_state(after, after_again))
     _check_consumed(model, tokens[:, :1])
     if model.timed:
+        # Over several tokens a module may do what it does not over one, so it is looked at before lengths are compared.
+        _run(model, tokens, model.initial_state(1))
+        _check_kept(model, kept)
         _check_lengths(model, tokens)
-    model.declare(model._shapes, _lanes(model))
+    model.declare(model._shapes, *_lanes(model))
+    _check_kept(model, kept)
 
 
 def _tokens(model: AdaptedModel, batch: int, length: int) -> Tensor:
@@ -73,6 +67,28 @@ def _run(model: AdaptedModel, tokens: Tensor, state: State) -> tuple[list[Tensor
             f"of shapes {states} (lanes first): {type(error).__name__}: {error}. Do token_shape, timed and the states "
             "fit it?"
         ) from error
+
+
+def _kept(model: AdaptedModel) -> dict[str, Tensor]:
+    """A copy of what a module could keep from call to call: buffers, and tensors in plain attributes."""
+    found = dict(model.module.named_buffers())
+    for prefix, part in model.module.named_modules():
+        attributes = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
+        found |= {f"{prefix}.{name}".lstrip("."): value for name, value in attributes.items()}
+    return {name: value.detach().clone() for name, value in found.items()}
+
+
+def _check_kept(model: AdaptedModel, before: dict[str, Tensor], repeated: bool = True) -> None:
+    """Raise unless the module keeps nothing to itself; `repeated` says whether the same call gave the same answer."""
+    now = _kept(model)
+    changed = [name for name, value in now.items() if name not in before or not torch.equal(value, before[name])]
+    if changed or not repeated:
+        what = f"its tensors {changed}" if changed else "something that is neither an argument nor a result"
+        raise UnsupportedError(
+            f"{type(model.module).__name__} keeps {what} from one call to the next, which no exported graph does. "
+            "Make it a state: an argument of forward that is returned, new, and not written in place. (If the module "
+            "draws random numbers, they have no place in eval mode.)"
+        )
 
 
 def _check_states(model: AdaptedModel, after: State) -> None:
@@ -140,19 +156,20 @@ def _check_lengths(model: AdaptedModel, tokens: Tensor) -> None:
             )
 
 
-def _lanes(model: AdaptedModel) -> int | None:
-    """None where two lanes run as they do alone; 1 where they do not run side by side.
+def _lanes(model: AdaptedModel) -> tuple[int | None, str]:
+    """None where two lanes run as they do alone; 1, and why, where they do not run side by side.
 
     Raises:
         UnsupportedError: they do, but one has to do with the other.
     """
-    if model.lanes == 1 and any(state.lane_axis is None for state in model.carried):
-        return 1
+    fixed = [state.name for state in model.carried if state.lane_axis is None]
+    if fixed:
+        return 1, f"its states {fixed} have no axis for streams"
     tokens = _tokens(model, 2, 1)
     try:
         both, state = model.run(tokens, model.initial_state(2))
-    except Exception:
-        return 1
+    except Exception as error:  # whatever a module raises that was written for one stream
+        return 1, f"with two it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
     for lane in range(2):
         alone, after = _run(model, tokens[lane : lane + 1], model.initial_state(1))
         beside = {name: value[lane : lane + 1] for name, value in state.items()}
@@ -161,17 +178,7 @@ def _lanes(model: AdaptedModel) -> int | None:
                 f"{type(model.module).__name__} answers a stream differently when another one is beside it. Does it "
                 "normalise over the batch, or are lanes not where the states say? (Carried(..., lane_axis=N))"
             )
-    return None
-
-
-def _own_tensors(model: AdaptedModel) -> list[tuple[str, str]]:
-    """Tensors that a module keeps in plain attributes, which torch does not know of."""
-    found = []
-    for prefix, part in model.module.named_modules():
-        for name, value in vars(part).items():
-            if isinstance(value, Tensor):
-                found.append((f"{prefix}.{name}", str(copy.copy(value.detach()).sum().item())))
-    return found
+    return None, ""
 
 
 def _same(first: list[Tensor], second: list[Tensor]) -> bool:

@@ -90,6 +90,8 @@ class Fault(nn.Module):
         y = torch.stack(rows, 1)
         if kind == "buffer":
             self.total += h[0]
+        if kind == "late buffer" and x.shape[1] > 1:
+            self.total += h[0]
         if kind == "attribute":
             y, self.last = y + self.last, h
         if kind == "random":

@@ -115,7 +115,9 @@ def test_a_state_without_lanes_makes_one_lane_all_there_is() -> None:
     model = nsm.as_step(Shared(), [Carried("total", torch.zeros(3), None)], token_shape=(3,))
     assert model.lanes == 1
     assert model.spec(1).states[0].shape == (1, 3)
-    with pytest.raises(UnsupportedError, match="takes 1 stream at a time; asked for are 2 lanes"):
+    with pytest.raises(
+        UnsupportedError, match=r"its states \['total'\] have no axis for streams\. Asked for are 2 lanes"
+    ):
         model.spec(2)
 
 
@@ -125,7 +127,10 @@ def test_a_module_written_for_one_stream_is_found_out() -> None:
             h = h + x.reshape(1, 3)
             return h * 2, h
 
-    assert nsm.as_step(Single(), [H], token_shape=(3,)).lanes == 1
+    model = nsm.as_step(Single(), [H], token_shape=(3,))
+    assert model.lanes == 1
+    with pytest.raises(UnsupportedError, match=r"with two it fails \(RuntimeError: .*Asked for are 2 lanes"):
+        model.spec(2)
 
 
 def test_several_outputs_have_names() -> None:
@@ -167,8 +172,9 @@ def test_lanes_that_all_have_to_go_are_not_waited_for_for_ever() -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[type[NsmError], str]] = {
-    "buffer": (UnsupportedError, r"keeps its buffers \['total'\] .*Make it a state"),
-    "attribute": (UnsupportedError, "something that is neither an argument nor a result"),
+    "buffer": (UnsupportedError, r"keeps its tensors \['total'\] .*Make it a state"),
+    "late buffer": (UnsupportedError, r"keeps its tensors \['total'\]"),
+    "attribute": (UnsupportedError, r"keeps its tensors \['last'\]"),
     "random": (UnsupportedError, "draws random numbers"),
     "grows": (
         ConfigError,
