@@ -107,8 +107,8 @@ class AdaptedModel(StepModel):
         """
         if self.lanes is not None and batch != self.lanes:
             raise UnsupportedError(
-                f"The module takes {self.lanes} stream at a time: {self._why}. Asked for are {batch} lanes. Write it for "
-                "any batch size, or open a session for each stream."
+                f"The module takes {self.lanes} stream at a time: {self._why}. Asked for are {batch} lanes. "
+                "Write it for any batch size, or open a session for each stream."
             )
         states = tuple(state.spec(batch) for state in self._carried)
         names = tuple(state.name for state in states)
