@@ -7,7 +7,7 @@ SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py export/web_client/* runtim
 CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-long recall compare design cpp cpp-check arm64 clean
+.PHONY: help setup demo test check format test-long gpu recall compare design cpp cpp-check arm64 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -36,7 +36,7 @@ demo: setup  ## train on handwritten digits, export to three targets, compare (a
 	$(BIN)/python examples/report_digits.py digits.pt digits.nsm
 
 test: check  ## format, lint, types, and the whole test suite
-	$(BIN)/pytest -m "not slow and not gpu"
+	$(BIN)/pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
 
 check: setup
 	$(BIN)/ruff format --check .
@@ -45,6 +45,9 @@ check: setup
 
 test-long: setup  ## the checks that CI has no time for (the one of Ray needs the extra ray)
 	$(BIN)/pytest -m "slow and not gpu"
+
+gpu: setup  ## the tests that need an NVIDIA GPU (with the extra gpu in place of onnxruntime)
+	$(BIN)/pytest -m gpu
 
 recall: setup  ## train the recall model again that the tests use (tests/data/recall.pt)
 	$(BIN)/python examples/train_recall.py --output tests/data/recall.pt

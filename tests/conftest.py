@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 import nsm
 from nsm.bundle import Bundle
+from nsm.export import onnx as onnx_export
 from nsm.export.pipeline import ExportOptions, export
+from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
+from nsm.models.step import StepModel
+from nsm.models.stream import StreamModel
+from nsm.spec import EntrySpec, StepSpec
 
 VOCABULARY = 20
 CHUNK = 8
@@ -41,9 +49,45 @@ def make_sequences(count: int, length: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, VOCABULARY, (count, length))
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Give every worker a processor of its own: the backends take as many threads as they see processors, and spin."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "")
+    if worker and hasattr(os, "sched_setaffinity"):
+        processors = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _graphs_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep what torch's exporter gives for a model and an entry: most of the suite's time would be spent in it.
+
+    In a folder that the workers share, by a hash of all that the graph is made from.
+    """
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "graphs"
+    folder.mkdir(exist_ok=True)
+    real, exporter = onnx_export._export_entry, torch.onnx.export
+
+    def kept(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int) -> onnx.ModelProto:
+        if not isinstance(model, StreamModel) or torch.onnx.export is not exporter:
+            return real(model, spec, entry, opset)
+        key = hashlib.sha256(f"{fingerprint(model)} {spec} {entry} {opset}".encode()).hexdigest()
+        path = folder / f"{key}.onnx"
+        if not path.is_file():
+            proto = real(model, spec, entry, opset)
+            part = path.with_suffix(f".{os.getpid()}")
+            part.write_bytes(proto.SerializeToString())
+            part.replace(path)
+        return onnx.load_model_from_string(path.read_bytes())
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(onnx_export, "_export_entry", kept)
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -45,6 +45,7 @@ def test_every_choice_makes_a_model(design: ModuleType) -> None:
     assert design.adaptive().state_manager.num_active_states == TINY["num_states"] // 2
 
 
+@pytest.mark.slow
 def test_the_rows_are_ratios_to_the_first(design: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(design, "CHOICES", {"as compared": {}, "never consolidated": {"consolidate_every": 0}})
     output = tmp_path / "rows.json"
@@ -54,6 +55,6 @@ def test_the_rows_are_ratios_to_the_first(design: ModuleType, tmp_path: Path, mo
     assert (first["choice"], first["step"], first["decode"]) == ("as compared", 1.0, 1.0)
     assert [row["choice"] for row in others] == ["never consolidated", "slots that adapt"]
     for row in (first, *others):
-        # bf16 has 8 bits: it is off, and not by much.
-        assert 0 < row["bf16_logits"] < 0.5
+        # bf16 has 8 bits: it is off, and not by much. Not every processor has it.
+        assert row["bf16_logits"] is None or 0 < row["bf16_logits"] < 0.5
         assert row["parameters"] > 0

@@ -35,6 +35,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     build = tmp_path_factory.mktemp("cpp")
     options = [
+        "-DCMAKE_BUILD_TYPE=Debug",  # compiles in half the time
         f"-DOpenVINO_DIR={Path(str(openvino.__file__)).parent / 'cmake'}",
         f"-DNLOHMANN_JSON={Path(nlohmann_json.__path__[0]) / 'include'}",
     ]
