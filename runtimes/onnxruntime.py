@@ -11,18 +11,24 @@ import onnxruntime as ort
 from nsm.errors import BuildError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
+from nsm.runtimes.processor import require_device
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
-# The operators that compute the products of a precision: one is in the graph, or the precision is not what was asked.
-_OPERATORS = {"int8": (b"MatMulInteger", b"DynamicQuantizeMatMul"), "int8-weights": (b"MatMulNBits",)}
+# What computes the products of a precision: one is in the graph, or the precision is not what was asked. Products in
+# fp16 have casts around them, which are named so.
+_OPERATORS = {
+    "int8": (b"MatMulInteger", b"DynamicQuantizeMatMul"),
+    "int8-weights": (b"MatMulNBits",),
+    "fp16": (b".activation.half",),
+}
 
 
 def load(
     files: Mapping[str, Path],
     spec: StepSpec,
-    device: str,  # noqa: ARG001
+    device: str,
     threads: int | None,
     precision: str = "fp32",
     optimise: bool = True,
@@ -32,14 +38,16 @@ def load(
     Args:
         files: the `.onnx` or `.ort` file of each entry.
         spec: of the model.
-        device: "cpu", the only one in the table of targets.
+        device: "cpu", or "cpu-dot"; see `nsm.runtimes.processor`.
         threads: threads within an operation (default: ONNX Runtime's choice, the physical cores).
         precision: of the artifact.
         optimise: False runs the graph as it is written.
 
     Raises:
         BuildError: ONNX Runtime refuses the file.
+        DeviceUnavailableError: the artifact is for another kind of processor.
     """
+    require_device(device, precision)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Every entry has threads of its own, which otherwise go on spinning after a call and take the processor from the
@@ -64,14 +72,18 @@ def load(
 
     first, *others = files
     session = opened(files[first])
-    # The CPU provider computes in the graph's own dtypes; there is no other property to read back.
-    types = {value.type for value in session.get_outputs()}
-    effective = "+".join(sorted(name for kind, name in _PRECISIONS.items() if kind in types))
-    if precision in _OPERATORS and any(name in files[first].read_bytes() for name in _OPERATORS[precision]):
-        effective = precision
+    effective = graph_precision(session, files[first], precision)
     entries: dict[str, Opener] = {first: lambda: _binder(session)}
     entries |= {name: functools.partial(later, files[name]) for name in others}
     return BufferedRuntime(spec, entries, effective)
+
+
+def graph_precision(session: ort.InferenceSession, path: Path, precision: str) -> str:
+    """What an open graph computes in: its own dtypes, since ONNX Runtime has no other property to read back."""
+    if precision in _OPERATORS and any(name in path.read_bytes() for name in _OPERATORS[precision]):
+        return precision
+    types = {value.type for value in session.get_outputs()}
+    return "+".join(sorted(name for kind, name in _PRECISIONS.items() if kind in types))
 
 
 def _binder(session: ort.InferenceSession) -> Bind:

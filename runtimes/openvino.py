@@ -13,6 +13,7 @@ from openvino import properties as props
 from nsm.errors import BuildError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
+from nsm.runtimes.processor import require_device
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
@@ -35,13 +36,15 @@ def load(
     Args:
         files: the `.xml` file of each entry.
         spec: of the model.
-        device: "cpu", the only one in the table of targets.
+        device: "cpu", or "cpu-dot"; see `nsm.runtimes.processor`.
         threads: inference threads (default: OpenVINO's choice).
         precision: of the artifact; with "bf16" OpenVINO computes in it throughout.
 
     Raises:
         BuildError: OpenVINO refuses the file.
+        DeviceUnavailableError: the artifact is for another kind of processor.
     """
+    require_device(device, precision)
     config: dict[Any, Any] = {
         props.hint.inference_precision(): ov.Type.bf16 if precision == "bf16" else ov.Type.f32,
         props.hint.performance_mode(): props.hint.PerformanceMode.LATENCY,
@@ -52,7 +55,7 @@ def load(
 
     def compiled(path: Path) -> ov.CompiledModel:
         try:
-            return core.compile_model(core.read_model(path, path.with_name(WEIGHTS)), device.upper(), config)
+            return core.compile_model(core.read_model(path, path.with_name(WEIGHTS)), "CPU", config)
         except Exception as error:  # the binding raises bare RuntimeErrors
             raise BuildError(f"OpenVINO cannot compile {path}: {error}") from error
 

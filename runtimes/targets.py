@@ -83,6 +83,8 @@ class Target:
         return importlib.import_module(self.builder)
 
 
+# "cpu-dot": processors that add up products of int8 in 32 bits; see `nsm.runtimes.processor`.
+_PROCESSORS = ("cpu", "cpu-dot")
 # "portable": Ampere and later; "current": the GPU in this machine; the others are compute capabilities.
 _NVIDIA = ("portable", "current", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
@@ -109,7 +111,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="onnxruntime",
                 suffix=".onnx",
                 folder="graphs",
-                devices=("cpu",),
+                devices=_PROCESSORS,
                 summary="ONNX Runtime on the CPU, fully optimised",
                 aliases=("ort",),
             ),
@@ -121,7 +123,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="openvino",
                 suffix=".xml",
                 folder="openvino",
-                devices=("cpu",),
+                devices=_PROCESSORS,
                 summary="OpenVINO IR on the CPU",
                 aliases=("ov",),
             ),
@@ -138,6 +140,19 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 aliases=("trt",),
             ),
             Target(
+                name="onnxruntime-cuda",
+                runtime="nsm.runtimes.onnxruntime_cuda",
+                builder="nsm.export.onnxruntime_cuda",
+                packages=("onnxruntime",),
+                extra="gpu",
+                suffix=".onnx",
+                folder="graphs",
+                devices=("cuda",),
+                summary="ONNX Runtime on an NVIDIA GPU, with the state in its memory and CUDA graphs",
+                aliases=("cuda",),
+                asked_only=True,
+            ),
+            Target(
                 name="mobile",
                 runtime="nsm.runtimes.onnxruntime",
                 builder="nsm.export.mobile",
@@ -145,7 +160,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(
                 extra="onnxruntime",
                 suffix=".ort",
                 folder="mobile",
-                devices=("cpu",),
+                devices=_PROCESSORS,
                 summary="ONNX Runtime's own format, for builds with few operators; as well: -t onnxruntime --mobile",
                 asked_only=True,
             ),

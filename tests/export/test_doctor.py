@@ -77,6 +77,7 @@ def test_what_is_missing_names_the_extra_that_installs_it(monkeypatch: pytest.Mo
         "onnxruntime": True,
         "openvino": False,
         "tensorrt": False,
+        "onnxruntime-cuda": True,
         "mobile": True,
         "web": True,
         "triton": True,

@@ -1,0 +1,44 @@
+"""On a real GPU; run with `pytest -m gpu` on a machine that has one. Nothing in CI depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import nsm
+from nsm.export.adding import add_target
+
+pytestmark = pytest.mark.gpu
+
+TARGETS = {"tensorrt": "current", "onnxruntime-cuda": "cuda"}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_an_artifact_built_here_is_the_model(bundle_copy: Path, target: str) -> None:
+    artifact = add_target(bundle_copy, target, TARGETS[target])
+    assert artifact.parity["status"] == "passed"
+    assert artifact.effective_precision == "fp32"
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_stream_moves_from_the_cpu_to_the_gpu(bundle_copy: Path, target: str) -> None:
+    add_target(bundle_copy, target, TARGETS[target])
+    ids = np.random.default_rng(0).integers(0, 20, (2, 163))
+    with nsm.open(bundle_copy, "onnxruntime") as cpu, nsm.open(bundle_copy, target) as gpu:
+        cpu.run(ids[:, :83])
+        gpu.restore(cpu.snapshot())
+        wanted, given = cpu.run(ids[:, 83:])["outputs"], gpu.run(ids[:, 83:])["outputs"]
+    assert np.linalg.norm(given - wanted) <= 1e-4 * np.linalg.norm(wanted)
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_reset_stream_is_a_fresh_one(bundle_copy: Path, target: str) -> None:
+    """Also after graphs were captured, which run a call several times."""
+    add_target(bundle_copy, target, TARGETS[target])
+    ids = np.random.default_rng(1).integers(0, 20, (2, 70))
+    with nsm.open(bundle_copy, target) as session:
+        first = session.run(ids)["outputs"]
+        session.reset()
+        np.testing.assert_array_equal(session.run(ids)["outputs"], first)
