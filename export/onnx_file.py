@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 import onnx
@@ -48,7 +49,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     except Exception as error:  # protobuf has no common base for what it raises
         raise InputError(f"{path} cannot be read as an ONNX model: {error}. Was it copied whole?") from error
     _check_size(path, model)
-    for tensor in model.graph.initializer:
+    for tensor in _tensors(model):
         if uses_external_data(tensor):
             _load_beside(path, tensor)
     _check_operators(path, model)
@@ -64,11 +65,32 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         ) from error
 
 
+def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+    """A graph, and those inside its nodes: branches and bodies of loops."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            for inner in (attribute.g, *attribute.graphs):
+                if inner.node or inner.initializer or inner.output:
+                    yield from _graphs(inner)
+
+
+def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
+    """All tensors of a file: weights, and constants that nodes have as attributes."""
+    for graph in _graphs(model.graph):
+        yield from graph.initializer
+        for sparse in graph.sparse_initializer:
+            yield from (sparse.values, sparse.indices)
+        for node in graph.node:
+            for attribute in node.attribute:
+                yield from (tensor for tensor in (attribute.t, *attribute.tensors) if tensor.data_type)
+
+
 def _check_size(path: Path, model: onnx.ModelProto) -> None:
     """Refuse weights that one protobuf message cannot hold, before any of them is read."""
     sizes = [
         math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in model.graph.initializer
+        for tensor in _tensors(model)
     ]
     if sum(sizes) > _MOST_BYTES:
         raise UnsupportedError(
@@ -96,7 +118,7 @@ def _load_beside(path: Path, tensor: TensorProto) -> None:
 
 
 def _check_operators(path: Path, model: onnx.ModelProto) -> None:
-    for node in model.graph.node:
+    for node in (node for graph in _graphs(model.graph) for node in graph.node):
         if node.domain not in ("", "ai.onnx"):
             scopes = [item.value for item in node.metadata_props if item.key.endswith("name_scopes")]
             where = f", from {scopes[0]}" if scopes else ""
@@ -147,13 +169,35 @@ def fix_inputs(model: onnx.ModelProto, constants: Mapping[str, str]) -> None:
         port = inputs[name]
         sizes = [size if isinstance(size, int) else 1 for size in port.shape]
         try:
-            given: Array = np.array([float(part) for part in text.split(",")]).astype(port.dtype)
+            given = _numbers(text, np.dtype(port.dtype))
             array = np.broadcast_to(given if given.size > 1 else given.reshape(()), sizes)
-        except ValueError as error:
+        except (ValueError, OverflowError) as error:
             raise InputError(
                 f"--constant {name}={text}: the input {name} takes {port.dtype}{list(port.shape)}; expected are a "
-                "number, or as many as it takes, between commas."
+                f"number that this dtype holds, or as many as it takes, between commas ({error})."
             ) from error
         model.graph.initializer.append(numpy_helper.from_array(np.array(array), name))
         (value,) = (value for value in model.graph.input if value.name == name)
         model.graph.input.remove(value)
+
+
+def _numbers(text: str, dtype: np.dtype[Any]) -> Array:
+    """Numbers as text, exactly: none is rounded to an integer, and none overflows.
+
+    Raises:
+        ValueError: one is none, or is not in the range of the dtype.
+        OverflowError: the same, as numpy says it.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if dtype.kind == "b":
+        words = {"0": False, "1": True, "false": False, "true": True}
+        if unknown := [part for part in parts if part.lower() not in words]:
+            raise ValueError(f"{unknown[0]} is not one of {', '.join(words)}")
+        return np.array([words[part.lower()] for part in parts])
+    if dtype.kind in "iu":
+        return np.array([int(part) for part in parts], dtype)
+    with np.errstate(over="ignore"):
+        numbers = np.array([float(part) for part in parts]).astype(dtype)
+    if not np.isfinite(numbers).all():
+        raise ValueError("not finite")
+    return numbers

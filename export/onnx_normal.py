@@ -52,6 +52,13 @@ class Foreign:
         return self.main.shape[0]
 
     @property
+    def lanes(self) -> int | None:
+        """The only number of streams at a time; None where any will do."""
+        if any(state.lane_axis is None for state in self.states):
+            return 1
+        return None if isinstance(self.batch, str) else self.batch
+
+    @property
     def token_shape(self) -> tuple[int, ...]:
         """Of one token; all behind the streams and, where there is one, time."""
         rest = self.main.shape[2 if self.timed else 1 :]

@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import math
-import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
-import onnxruntime as ort
 
-from nsm.errors import BuildError, InputError, NsmError, UnsupportedError
+from nsm.errors import BuildError, InputError, UnsupportedError
+from nsm.export.onnx_examine import examine, lane_axes, sample_tokens
 from nsm.export.onnx_file import Port, fix_inputs, ports, read_onnx, real_inputs
+from nsm.export.onnx_given import Given, GivenRuntime
 from nsm.export.onnx_normal import Foreign, normal_graph, spec_of
-from nsm.export.onnx_states import choose_states, state_of
-from nsm.export.source import OPSET
-from nsm.export.state_options import StateOption
+from nsm.export.onnx_states import choose_states, possible_axes, settle_ours, state_of
+from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.weights import save_shared
-from nsm.runtimes.onnxruntime_plain import load
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -28,11 +26,10 @@ from nsm.trace import Array, Arrays
 WEIGHTS = "weights.bin"
 CHUNK = 16
 """Tokens a call of a graph that takes any number, unless others are asked for."""
-LENGTHS_TOLERANCE = 1e-4
 
 
 class OnnxSource:
-    """A foreign graph; see `nsm.export.source.Source`. The reference is its normal form, in fp32."""
+    """A foreign graph; see `nsm.export.source.Source`. The reference is the graph as it was given."""
 
     golden: list[Array]
     calibration: list[Array]
@@ -44,7 +41,7 @@ class OnnxSource:
         self.chunk_size = CHUNK if foreign.timed else 1
         self.golden, self.calibration = [], []
         self.parameters = sum(math.prod(tensor.dims) for tensor in foreign.model.graph.initializer)
-        self._foreign = foreign
+        self._foreign, self._given = foreign, Given(foreign)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -54,10 +51,7 @@ class OnnxSource:
 
     @property
     def lanes(self) -> int | None:
-        graph = self._foreign
-        if any(state.lane_axis is None for state in graph.states):
-            return 1
-        return None if isinstance(graph.batch, str) else graph.batch
+        return self._foreign.lanes
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -107,12 +101,8 @@ class OnnxSource:
     def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
         if exact:  # not every operator has a kernel in fp64
             return None
-        folder = tempfile.TemporaryDirectory(prefix="nsm-onnx-")
-        self.write_graphs(spec, Path(folder.name), OPSET)
-        files = {entry.name: Path(folder.name) / f"{entry.name}.onnx" for entry in spec.entries}
-        return _Kept(
-            folder, load(files, spec, "cpu", None), spec, self.initial_arrays(spec.batch), self.fingerprint, "onnx"
-        )
+        runtime = GivenRuntime(self._given, spec)
+        return Session(runtime, spec, self.initial_arrays(spec.batch), self.fingerprint, "onnx")
 
     def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:
         graphs = {entry.name: normal_graph(self._foreign, spec, entry, opset) for entry in spec.entries}
@@ -123,24 +113,7 @@ class OnnxSource:
                 raise BuildError(f"The graph of {path.stem} is not valid ONNX: {error}") from error
 
     def initial_arrays(self, batch: int) -> Arrays:
-        found = {}
-        for state in self._foreign.states:
-            axis = state.lane_axis
-            first = state.initial[None] if axis is None else np.moveaxis(state.initial, axis, 0)
-            found[state.name] = np.ascontiguousarray(np.repeat(first, batch, 0))
-        return found
-
-
-class _Kept(Session):
-    """A session whose graphs lie in a folder that goes when it ends."""
-
-    def __init__(self, folder: tempfile.TemporaryDirectory[str], *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self._folder = folder
-
-    def close(self) -> None:
-        super().close()
-        self._folder.cleanup()
+        return {state.name: state.initial_lanes(batch) for state in self._foreign.states}
 
 
 def load_onnx(
@@ -163,8 +136,10 @@ def load_onnx(
     """
     model = read_onnx(path)
     fix_inputs(model, constants or {})
+    if not states:
+        settle_ours(path, model)
     inputs, outputs = real_inputs(model), ports(list(model.graph.output))
-    chosen = choose_states(model, inputs, outputs, states)
+    chosen = choose_states(path, model, inputs, outputs, states)
     pasts, presents = [option.past for option in chosen], [option.present for option in chosen]
     left = [port for port in inputs.values() if port.name not in pasts]
     if len(left) != 1:
@@ -183,11 +158,25 @@ def load_onnx(
     timed = len(main.shape) > 1 and isinstance(main.shape[1], str)
     _check_closed(main, timed)
     by_name = {port.name: port for port in (*inputs.values(), *outputs.values())}
-    found = tuple(state_of(o, by_name[o.past], by_name[o.present], main.shape[0]) for o in chosen)
-    foreign = Foreign(model, main, answers, found, timed)
+    axes = {option.past: possible_axes(by_name[option.past], main.shape[0]) for option in chosen}
+
+    def graph(options: list[StateOption]) -> Foreign:
+        batch = main.shape[0]
+        found = [
+            state_of(o, by_name[o.past], by_name[o.present], batch, next(iter(axes[o.past]), None)) for o in options
+        ]
+        return Foreign(model, main, answers, tuple(found), timed)
+
+    if main.shape[0] != 1 and any(len(found) > 1 for found in axes.values()):
+        guess = graph([replace(option, init=ZEROS) for option in chosen])
+        tokens = sample_tokens(guess, guess.token_shape, _token(model, guess, vocab_size).maximum)
+        axes |= lane_axes(guess, tokens, axes)
+    foreign = graph(chosen)
     token = _token(model, foreign, vocab_size)
     source = OnnxSource(path, foreign, token, _fingerprint(foreign))
-    _examine(source, foreign)
+    tokens = sample_tokens(foreign, token.shape, token.maximum)
+    source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
+    examine(foreign, tokens, source.kind)
     return source
 
 
@@ -201,7 +190,7 @@ def _fingerprint(foreign: Foreign) -> str:
         digest.update(f"{tensor.name} {tensor.data_type} {list(tensor.dims)}".encode())
         digest.update(tensor.raw_data or tensor.SerializeToString(deterministic=True))
     for state in foreign.states:
-        digest.update(f"{state.past} {state.present}".encode() + state.initial.tobytes())
+        digest.update(f"{state.past} {state.present} {state.lane_axis}".encode() + state.initial.tobytes())
     return digest.hexdigest()
 
 
@@ -233,77 +222,3 @@ def _token(model: onnx.ModelProto, foreign: Foreign, vocab_size: int | None) -> 
             "--vocab-size N"
         )
     return TensorSpec("tokens", shape, "int64", None, 0, size - 1)
-
-
-def _examine(source: OnnxSource, foreign: Foreign) -> None:
-    """Run it: once, and where a call may have any number of tokens, in calls of other lengths.
-
-    Raises:
-        UnsupportedError: it does not run, or answers other lengths differently.
-    """
-    length = 2 * CHUNK if foreign.timed else 3
-    lanes = source.lanes or 1
-    generator = np.random.default_rng(0)
-    token = source.token_spec
-    shape = (lanes, length, *token.shape)
-    tokens: Array = generator.standard_normal(shape).astype(np.float32)
-    if token.maximum is not None:
-        tokens = generator.integers(0, token.maximum + 1, shape)
-    whole = _answers(source, tokens, length if foreign.timed else 1)
-    # What is exported is a rewriting of the file, so that is held against the file itself.
-    scale = max(float(np.abs(whole).max()), 1e-3)
-    if not np.abs(_given(foreign, tokens).reshape(whole.shape) - whole).max() <= LENGTHS_TOLERANCE * scale:
-        raise BuildError(
-            f"{source.kind} answers differently in the form that nsm gives it than in its own. This is a fault of nsm: "
-            "please report it with the file, or one like it."
-        )
-    if not foreign.timed:
-        return
-    for size in (CHUNK, 1):
-        parts = _answers(source, tokens, size)
-        scale = max(float(np.abs(whole).max()), 1e-3)
-        if not np.abs(parts - whole).max() <= LENGTHS_TOLERANCE * scale:
-            raise UnsupportedError(
-                f"{source.kind} answers {length} tokens in one call differently than in calls of {size}: a length is "
-                "built "
-                "into it, or something is not carried as state. If it only ever takes a fixed number of tokens, "
-                "export it with a static axis 1: then these are one token."
-            )
-
-
-def _given(foreign: Foreign, tokens: Array) -> Array:
-    """The first output of the file itself over a sequence, by nothing but ONNX Runtime: [B, ...] of each call."""
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 3
-    session = ort.InferenceSession(foreign.model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    lanes = len(tokens)
-    states = {
-        state.past: state.initial if state.lane_axis is None else np.repeat(state.initial, lanes, state.lane_axis)
-        for state in foreign.states
-    }
-    found = []
-    for part in [tokens] if foreign.timed else np.moveaxis(tokens, 1, 0):
-        names = [foreign.answers[0], *(state.present for state in foreign.states)]
-        answer, *after = session.run(names, {foreign.main.name: part, **states})
-        states = {state.past: value for state, value in zip(foreign.states, after, strict=True)}
-        found.append(np.asarray(answer))
-    return found[0] if foreign.timed else np.stack(found, 1)
-
-
-def _answers(source: OnnxSource, tokens: Array, size: int) -> Array:
-    """The first output over a sequence, in calls of `size` tokens."""
-    try:
-        session = source.reference(source.spec(len(tokens), size))
-        assert session is not None
-        with session:
-            parts = np.split(tokens, tokens.shape[1] // size, 1)
-            name = source.config["outputs"][0]
-            return np.concatenate([session.step(part)[name] for part in parts], 1)
-    except UnsupportedError:
-        raise
-    except NsmError as error:
-        raise UnsupportedError(
-            f"{source.kind} does not run with calls of {size} tokens: {error}. Does the graph hold for other sizes "
-            "than those that it was exported with?"
-        ) from error

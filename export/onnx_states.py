@@ -5,14 +5,17 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
+from nsm.bundle import STATE_INIT
 from nsm.errors import InputError, UnsupportedError
-from nsm.export.onnx_file import Port
-from nsm.export.state_options import StateOption, find_states, state_name
+from nsm.export.onnx_file import Port, ports
+from nsm.export.state_options import ZEROS, StateOption, find_states, state_name
 from nsm.export.state_table import STATES_KEY
 from nsm.trace import Array
 
@@ -29,7 +32,6 @@ class GraphState:
         dtype: of both.
         initial: [*shape], the value before the first step.
         found: how, for people.
-        symbolic: whether the lane axis takes any size.
     """
 
     name: str
@@ -40,18 +42,36 @@ class GraphState:
     dtype: str
     initial: Array
     found: str
-    symbolic: bool
+
+    def initial_lanes(self, batch: int) -> Array:
+        """The value before the first step, [B, ...]: lanes first."""
+        first = self.initial[None] if self.lane_axis is None else np.moveaxis(self.initial, self.lane_axis, 0)
+        return np.ascontiguousarray(np.repeat(first, batch, 0))
+
+    def given_layout(self, value: Array) -> Array:
+        """A value with its lanes first, as the graph takes it."""
+        if self.lane_axis is None:
+            return np.ascontiguousarray(value[0])
+        return np.ascontiguousarray(np.moveaxis(value, 0, self.lane_axis))
+
+    def lanes_first(self, value: Array) -> Array:
+        """What the graph gives, with its lanes first."""
+        return value[None] if self.lane_axis is None else np.moveaxis(value, self.lane_axis, 0)
 
 
 def choose_states(
-    model: onnx.ModelProto, inputs: Mapping[str, Port], outputs: Mapping[str, Port], named: Sequence[StateOption]
+    path: Path,
+    model: onnx.ModelProto,
+    inputs: Mapping[str, Port],
+    outputs: Mapping[str, Port],
+    named: Sequence[StateOption],
 ) -> list[StateOption]:
     """Those that were named; else those of our own metadata; else those that names give away.
 
     Raises:
         InputError: a name that there is not, two states with one output, or none at all.
     """
-    options = list(named) or _ours(model) or find_states(list(inputs), list(outputs))
+    options = list(named) or _ours(path, model) or find_states(list(inputs), list(outputs))
     if not options:
         raise InputError(
             f"No states were found by the names of the inputs, {', '.join(inputs)}, and outputs, "
@@ -64,7 +84,7 @@ def choose_states(
         if present not in outputs and present.isdigit() and int(present) < len(outputs):
             present = list(outputs)[int(present)]
         _check_name("output", present, outputs)
-        chosen.append(StateOption(option.past, present, option.init, option.found))
+        chosen.append(replace(option, present=present))
     presents = [option.present for option in chosen]
     twice = next((name for name in presents if presents.count(name) > 1), None)
     if twice is not None:
@@ -73,18 +93,50 @@ def choose_states(
     return chosen
 
 
-def _ours(model: onnx.ModelProto) -> list[StateOption]:
+def settle_ours(path: Path, model: onnx.ModelProto) -> None:
+    """Of a graph that nsm wrote: what an entry only reads becomes a constant, what it only writes goes. In place.
+
+    Raises:
+        InputError: the value cannot be read, or the metadata is damaged.
+    """
+    for row in _table(model):
+        past, present = row["past"], row["present"]
+        if past and not present:
+            for value in [item for item in model.graph.input if item.name == past]:
+                (port,) = ports([value]).values()
+                shape = tuple(int(size) for size in port.shape)
+                array = _option(path, row).initial(shape, port.dtype)
+                model.graph.initializer.append(onnx.numpy_helper.from_array(array, past))
+                model.graph.input.remove(value)
+        if present and not past:
+            for value in [item for item in model.graph.output if item.name == present]:
+                model.graph.output.remove(value)
+
+
+def _ours(path: Path, model: onnx.ModelProto) -> list[StateOption]:
+    return [_option(path, row) for row in _table(model) if row["past"] and row["present"]]
+
+
+def _option(path: Path, row: Mapping[str, Any]) -> StateOption:
+    option = StateOption(str(row["past"]), str(row["present"]), found=f"the metadata {STATES_KEY}")
+    if row["init"] == ZEROS:
+        return option
+    # Where our bundles keep it, whatever path an edited table names.
+    return replace(option, init=str(path.parent.parent / STATE_INIT), key=str(row["name"]))
+
+
+def _table(model: onnx.ModelProto) -> list[dict[str, Any]]:
+    """The metadata of our own graphs; nothing where there is none."""
     text = next((item.value for item in model.metadata_props if item.key == STATES_KEY), None)
     if text is None:
         return []
     try:
-        table: list[dict[str, Any]] = json.loads(text)
-        both = [row for row in table if row["past"] and row["present"]]
-        return [StateOption(row["past"], row["present"], found=f"the metadata {STATES_KEY}") for row in both]
+        rows = [{key: row[key] for key in ("name", "past", "present", "init")} for row in json.loads(text)]
     except (ValueError, TypeError, KeyError) as error:
         raise InputError(
             f"The metadata {STATES_KEY} of the graph is damaged ({error}). Name the states with --state INPUT=OUTPUT."
         ) from error
+    return rows
 
 
 def _check_name(what: str, name: str, known: Mapping[str, Port]) -> None:
@@ -94,8 +146,19 @@ def _check_name(what: str, name: str, known: Mapping[str, Port]) -> None:
         raise InputError(f"The graph has no {what} {name!r}; it has {', '.join(known)}.{hint}")
 
 
-def state_of(option: StateOption, past: Port, present: Port, batch: int | str) -> GraphState:
-    """A state with its lanes found: on the axis whose size is that of the main input's first.
+def possible_axes(past: Port, batch: int | str) -> list[int]:
+    """Where a state may have its lanes: axes with the size that the main input's first has."""
+    return [index for index, size in enumerate(past.shape) if size == batch]
+
+
+def state_of(option: StateOption, past: Port, present: Port, batch: int | str, axis: int | None) -> GraphState:
+    """A state of a graph.
+
+    Args:
+        option: how it was named or found.
+        past, present: the graph's input and output.
+        batch: size of the main input's first axis.
+        axis: where its lanes are; None where there are none.
 
     Raises:
         UnsupportedError: a shape that changes over a step, or is not known before it.
@@ -111,7 +174,12 @@ def state_of(option: StateOption, past: Port, present: Port, batch: int | str) -
             f"The state {past.name} is {past.dtype}; states are float32, int64, int32 or bool. Export the model in "
             "float32; low precision is made here (--precision)."
         )
-    axis = next((index for index, size in enumerate(past.shape) if size == batch), None)
+    if axis is None and isinstance(batch, int) and batch > 1:
+        raise UnsupportedError(
+            f"The state {past.name} has the shape {list(past.shape)}; none of its axes has the size of the {batch} "
+            "streams that the graph takes at a time, and each is to have a state of its own. Export the model for one "
+            "stream."
+        )
     others = [index for index, size in enumerate(past.shape) if isinstance(size, str) and index != axis]
     if others:
         raise UnsupportedError(
@@ -130,9 +198,7 @@ def state_of(option: StateOption, past: Port, present: Port, batch: int | str) -
         )
     shape = tuple(1 if index == axis else int(size) for index, size in enumerate(past.shape))
     initial = option.initial(shape, past.dtype)
-    symbolic = isinstance(batch, str)
-    name = state_name(past.name)
-    return GraphState(name, past.name, present.name, shape, axis, past.dtype, initial, option.found, symbolic)
+    return GraphState(state_name(past.name), past.name, present.name, shape, axis, past.dtype, initial, option.found)
 
 
 def _sizes(port: Port, lane_axis: int | None) -> list[int | str]:

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import numpy as np
 
 from nsm.errors import InputError
-from nsm.trace import Array
+from nsm.trace import Array, read_arrays
 
 ZEROS = "zeros"
 
@@ -25,12 +25,14 @@ class StateOption:
         present: name of the output, or its place among the outputs ("1").
         init: a .npy file with the value before the first step, of one stream; or "zeros".
         found: how it was found, for people.
+        key: of a bundle's own file of initial values, which `init` is then: the value in it, for all its lanes.
     """
 
     past: str
     present: str
     init: str = ZEROS
     found: str = "--state"
+    key: str | None = None
 
     def initial(self, shape: tuple[int, ...], dtype: str) -> Array:
         """The value before the first step.
@@ -42,11 +44,14 @@ class StateOption:
             return np.zeros(shape, dtype)
         try:
             with Path(self.init).open("rb") as file:
-                array = np.lib.format.read_array(file, allow_pickle=False)
-        except (OSError, ValueError) as error:
+                if self.key is None:
+                    array = np.lib.format.read_array(file, allow_pickle=False)
+                else:
+                    array = _first_lane(read_arrays(file)[self.key], shape)
+        except Exception as error:  # on damaged files numpy and zipfile raise whatever they stumble over
             raise InputError(
                 f"The initial value of the state {self.past} cannot be read from {self.init}: {error}. Expected is a "
-                ".npy file written by numpy.save, or the word zeros."
+                ".npy file written by numpy.save, or the word zeros: --state PAST=PRESENT:FILE.npy"
             ) from error
         if array.shape != shape or array.dtype.kind != np.dtype(dtype).kind or not np.isfinite(array).all():
             raise InputError(
@@ -54,6 +59,14 @@ class StateOption:
                 f"expected are finite numbers, {dtype}{list(shape)}: those of one stream."
             )
         return array.astype(dtype)
+
+
+def _first_lane(array: Array, shape: tuple[int, ...]) -> Array:
+    """One lane of a value for several, which all start alike."""
+    for axis, size in enumerate(array.shape[: len(shape)]):
+        if size != shape[axis] == 1:
+            return array.take([0], axis)
+    return array
 
 
 def parse_states(texts: Iterable[str]) -> list[StateOption]:

@@ -1,0 +1,110 @@
+"""A foreign ONNX graph as it was given, run step by step: what everything that is made of it is compared with."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cached_property
+
+import numpy as np
+import onnxruntime as ort
+
+from nsm.errors import RunError, UnsupportedError
+from nsm.export.onnx_normal import Foreign
+from nsm.runtimes.base import State
+from nsm.runtimes.checks import all_finite
+from nsm.spec import VALID, StepSpec
+from nsm.trace import Array, Arrays
+
+
+class Given:
+    """The file's own graph in ONNX Runtime, without optimisation; opened when it is first used."""
+
+    def __init__(self, foreign: Foreign) -> None:
+        self._foreign = foreign
+
+    @cached_property
+    def _session(self) -> ort.InferenceSession:
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        options.log_severity_level = 4
+        try:
+            return ort.InferenceSession(
+                self._foreign.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # the binding's classes have no common base of their own
+            raise UnsupportedError(
+                f"ONNX Runtime cannot open the graph ({error}), so there is nothing that what is made of it could be "
+                "compared with."
+            ) from error
+
+    def step(self, tokens: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
+        """One call.
+
+        Args:
+            tokens: [B, K, *token].
+            states: by name, lanes first.
+
+        Returns:
+            The outputs in the graph's own shapes, and the states after the call, lanes first.
+
+        Raises:
+            RunError: the graph failed.
+        """
+        graph = self._foreign
+        feed = {graph.main.name: tokens if graph.timed else tokens[:, 0]}
+        feed |= {state.past: state.given_layout(states[state.name]) for state in graph.states}
+        names = [*graph.answers, *(state.present for state in graph.states)]
+        try:
+            values = [np.asarray(value) for value in self._session.run(names, feed)]
+        except Exception as error:  # see above
+            raise RunError(f"ONNX Runtime failed while it ran the graph as it was given: {error}") from error
+        after = {
+            state.name: state.lanes_first(value)
+            for state, value in zip(graph.states, values[len(graph.answers) :], strict=True)
+        }
+        return dict(zip(graph.answers, values, strict=False)), after
+
+
+class GivenRuntime:
+    """The given graph under a `Session`; see `nsm.runtimes.base.Runtime`."""
+
+    effective_precision = "fp32"
+
+    def __init__(self, given: Given, spec: StepSpec) -> None:
+        self._given, self._spec = given, spec
+        self._state: Arrays = {}
+        self._answered: Arrays = {}
+        self._live = State(self)
+
+    def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._state = {name: np.array(value) for name, value in arrays.items()}
+        self._answered = {}
+        return self._turned()
+
+    def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        state.check(self)
+        answers, after = self._given.step(inputs["tokens"], self._state)
+        if VALID in inputs:
+            runs = inputs[VALID] > 0
+            for name, new in after.items():
+                after[name] = np.where(runs.reshape(-1, *[1] * (new.ndim - 1)), new, self._state[name])
+        self._state = after
+        self._answered = {item.name: answers[item.name].reshape(item.shape) for item in self._spec.entry(entry).outputs}
+        return {name: np.array(value) for name, value in self._answered.items()}, self._turned()
+
+    def read_state(self, state: State) -> Arrays:
+        state.check(self)
+        return {name: np.array(value) for name, value in self._state.items()}
+
+    def finite(self, state: State) -> bool:
+        state.check(self)
+        arrays = (*self._state.values(), *self._answered.values())
+        return all_finite([array.reshape(-1) for array in arrays if array.dtype.kind == "f"])
+
+    def close(self) -> None:
+        self._state = {}
+
+    def _turned(self) -> State:
+        self._live.live = False
+        self._live = State(self)
+        return self._live
