@@ -18,7 +18,11 @@ from click.core import ParameterSource
 
 from nsm.errors import BuildError, NsmError
 
-_TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), mobile or web."
+_TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), onnxruntime-cuda (cuda), mobile, web or triton."
+_DEVICE_HELP = (
+    "For tensorrt: portable, current, or a compute capability such as sm86. For int8 on processors: cpu-dot, for those "
+    "with VNNI (or dotprod on Arm) only, where int8 is more exact.  [default: any of the kind]"
+)
 
 
 class _NsmCommand(click.Command):
@@ -116,7 +120,7 @@ def main() -> None:
 @click.option(
     "--opset", type=click.IntRange(18, 23), default=20, show_default=True, metavar="N", help="ONNX operator set."
 )
-@click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
+@click.option("--device", metavar="D", help=_DEVICE_HELP)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
@@ -292,7 +296,7 @@ def roofline(bundle: Path, target: str | None, threads: int | None, as_json: boo
 @main.command(short_help="Build a target from a bundle's ONNX, without torch.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", required=True, metavar="T", help=_TARGET_HELP)
-@click.option("--device", metavar="D", help="For tensorrt: portable, current, or a compute capability such as sm86.")
+@click.option("--device", metavar="D", help=_DEVICE_HELP)
 @click.option("-p", "--precision", default="fp32", show_default=True, metavar="P", help="As of nsm-export.")
 @_low_precision
 @_shared

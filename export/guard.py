@@ -73,7 +73,7 @@ def build_checked(
         MissingDependencyError: onnx is not installed.
         SlowerError: it is not faster than the same target in fp32.
     """
-    policy = find_policy(target.name, precision)
+    policy = find_policy(target.name, precision, device)
     if policy is None:
         return check_artifact(bundle, build_target(bundle.path, bundle.manifest.spec, target, device), trace, progress)
     maker = Maker(bundle, target, device, precision, policy, calibration)

@@ -88,11 +88,11 @@ def _lowered(
             raise BundleDamagedError(
                 f"{CALIBRATION} has no scale for {missing[0]}: it was found on another model. Export the bundle again."
             )
-        return forms.static(model, products, calibration.scales)
+        return forms.static(model, products, calibration.scales, policy.levels)
     if policy.form == "half":
         return forms.half(model, products, onnx.TensorProto.FLOAT16)
     if policy.form == "brain":
         return forms.half(model, products, onnx.TensorProto.BFLOAT16)
-    return {"weights": forms.weights_only, "dynamic": forms.dynamic, "blocked": forms.blocked}[policy.form](
-        model, products
-    )
+    if policy.form == "dynamic":
+        return forms.dynamic(model, products, policy.levels)
+    return {"weights": forms.weights_only, "blocked": forms.blocked}[policy.form](model, products)

@@ -45,7 +45,9 @@ def build(request: Request) -> Built:
         "step.ort alone",
     )
     files = [*graphs, *configs]
-    return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), "cpu", notes)
+    return Built(
+        tuple(path.relative_to(request.directory).as_posix() for path in files), request.device or "cpu", notes
+    )
 
 
 def _config(graphs: list[Path], path: Path, types: bool) -> Path:

@@ -8,4 +8,4 @@ from nsm.export.build import Built, Request
 def build(request: Request) -> Built:
     """Nothing is converted; the artifact is the graphs with their weights."""
     files = sorted(path for path in request.graphs.iterdir() if path.is_file())
-    return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), "cpu")
+    return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), request.device or "cpu")

@@ -31,7 +31,7 @@ def build(request: Request) -> Built:
         graphs.append(path)
     share_weights(graphs, request.folder / WEIGHTS)
     files = [*graphs, request.folder / WEIGHTS]
-    return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), "cpu")
+    return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), request.device or "cpu")
 
 
 def share_weights(graphs: list[Path], weights: Path) -> None:

@@ -18,7 +18,7 @@ import onnx
 import onnxruntime as ort
 
 from nsm.errors import InputError, NonFiniteError, UnsupportedError
-from nsm.quantization.forms import LEVELS
+from nsm.quantization.policy import LEVELS
 from nsm.quantization.products import Product, products_of
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.parity import Progress

@@ -14,17 +14,15 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
+from nsm.quantization.policy import LEVELS
 from nsm.quantization.products import Product
 from nsm.trace import Array
 
-LEVELS = 127
-"""Largest number that an int8 stands for; -128 is left out, so that the range is symmetric."""
 
-
-def quantised_weight(numbers: Array) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix [D, N] as int8 [D, N] and a scale for each column, [N]."""
-    scale = _scales(np.abs(numbers).max(0))
-    return np.clip(np.rint(numbers / scale), -LEVELS, LEVELS).astype(np.int8), scale
+def quantised_weight(numbers: Array, levels: int = LEVELS) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix [D, N] as int8 [D, N], from -levels to levels, and a scale for each column, [N]."""
+    scale = _scales(np.abs(numbers).max(0), levels)
+    return np.clip(np.rint(numbers / scale), -levels, levels).astype(np.int8), scale
 
 
 def weights_only(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
@@ -32,28 +30,31 @@ def weights_only(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.Mo
     return _Rewriter(model, products).run(lambda rewriter, product: rewriter.dequantised_weight(product))
 
 
-def static(model: onnx.ModelProto, products: Sequence[Product], scales: Mapping[str, float]) -> onnx.ModelProto:
+def static(
+    model: onnx.ModelProto, products: Sequence[Product], scales: Mapping[str, float], levels: int = LEVELS
+) -> onnx.ModelProto:
     """Backends run it as an int8 product: dequantised(quantised(x)) @ dequantised(W).
 
     Args:
         model: the graph.
         products: those to quantise.
         scales: of the activations, by the key of the product.
+        levels: of the matrices.
     """
 
     def rewrite(rewriter: _Rewriter, product: Product) -> None:
         rewriter.dequantised_weight(product)
         rewriter.quantised_activation(product, scales[product.key])
 
-    return _Rewriter(model, products).run(rewrite)
+    return _Rewriter(model, products, levels).run(rewrite)
 
 
-def dynamic(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
+def dynamic(model: onnx.ModelProto, products: Sequence[Product], levels: int = LEVELS) -> onnx.ModelProto:
     """An integer product whose activations get their scale at each call: ONNX Runtime's fast form on a CPU.
 
-    One scale for all lanes and tokens of a call.
+    One scale for all lanes and tokens of a call; `levels` are those of the matrices.
     """
-    return _Rewriter(model, products).run(lambda rewriter, product: rewriter.integer_product(product))
+    return _Rewriter(model, products, levels).run(lambda rewriter, product: rewriter.integer_product(product))
 
 
 def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 32) -> onnx.ModelProto:
@@ -71,9 +72,9 @@ def half(model: onnx.ModelProto, products: Sequence[Product], kind: int = Tensor
     return _Rewriter(model, products).run(lambda rewriter, product: rewriter.half_product(product, kind))
 
 
-def _scales(largest: Array) -> NDArray[np.float32]:
+def _scales(largest: Array, levels: int = LEVELS) -> NDArray[np.float32]:
     """Of groups whose largest numbers are these; 1 for a group of zeros, or of numbers too small to be divided."""
-    scale = (largest / LEVELS).astype(np.float32)
+    scale = (largest / levels).astype(np.float32)
     return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1.0))
 
 
@@ -86,7 +87,8 @@ def _brain(numbers: Array) -> NDArray[np.uint16]:
 class _Rewriter:
     """Rewrites products one by one in a copy of a graph; what several share is made once."""
 
-    def __init__(self, model: onnx.ModelProto, products: Sequence[Product]) -> None:
+    def __init__(self, model: onnx.ModelProto, products: Sequence[Product], levels: int = LEVELS) -> None:
+        self.levels = levels
         self.model = copy.deepcopy(model)
         self.products = {product.node: product for product in products}
         self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
@@ -194,7 +196,7 @@ class _Rewriter:
 
     def _int8(self, product: Product) -> tuple[str, str]:
         """Names of the matrix in int8 and of its scales."""
-        numbers, scale = quantised_weight(numpy_helper.to_array(self.constants[product.weight]))
+        numbers, scale = quantised_weight(numpy_helper.to_array(self.constants[product.weight]), self.levels)
         return (
             self._constant(f"{product.weight}.int8", numbers),
             self._constant(f"{product.weight}.scale", scale),

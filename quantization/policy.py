@@ -4,14 +4,25 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from nsm.errors import UnsupportedError
+from nsm.runtimes.processor import CPU_DOT
 
 if TYPE_CHECKING:
     from nsm.quantization.products import Product
+
+LEVELS = 127
+"""Largest number that an int8 stands for; -128 is left out, so that the range is symmetric."""
+
+SAFE_LEVELS = 64
+"""Largest number of a matrix whose products are right on every x86 processor.
+
+Without VNNI they are made of the instruction vpmaddubsw, which adds two products of an unsigned and a signed byte in 16
+bits, and cuts off what is larger: 2 * 255 * 127 is, 2 * 255 * 64 is not. Backends do not guard against it.
+"""
 
 Form = Literal["float", "static", "dynamic", "blocked", "weights", "half", "brain"]
 """What becomes of the products; see `nsm.quantization.forms`. "float": nothing, the backend computes in it itself."""
@@ -32,11 +43,14 @@ class Policy:
         form: of the products.
         keep: patterns of the names of products that stay float.
         note: what a user should know.
+        levels: largest number of a matrix, where activations are int8 too. On processors `SAFE_LEVELS`, so that an
+            artifact is right on those without VNNI as well.
     """
 
     form: Form
     keep: tuple[str, ...] = _ALWAYS_FLOAT
     note: str = ""
+    levels: int = SAFE_LEVELS
 
     def chosen(self, products: Sequence[Product]) -> tuple[list[Product], dict[str, str]]:
         """The products to quantise, and the others by name with the reason."""
@@ -65,16 +79,17 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
             "dynamic",
             note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
         ),
-        ("tensorrt", "int8"): Policy("static"),
+        ("tensorrt", "int8"): Policy("static", levels=LEVELS),
         ("tensorrt", "int8-weights"): Policy("weights"),
         ("tensorrt", "fp16"): Policy("half"),
         ("tensorrt", "bf16"): Policy("brain"),
+        ("onnxruntime-cuda", "fp16"): Policy("half"),
     }
 )
 
 
-def find_policy(target: str, precision: str) -> Policy | None:
-    """The policy of a precision on a target; None for fp32.
+def find_policy(target: str, precision: str, device: str | None = None) -> Policy | None:
+    """The policy of a precision on a target; None for fp32. For the device "cpu-dot" matrices have all their levels.
 
     Raises:
         UnsupportedError: the target does not compute in that precision.
@@ -87,4 +102,4 @@ def find_policy(target: str, precision: str) -> Policy | None:
         raise UnsupportedError(
             f"The target {target} is not built in {precision}. It is built in: {', '.join(['fp32', *known])}."
         )
-    return policy
+    return replace(policy, levels=LEVELS) if device is not None and device.lower() == CPU_DOT else policy

@@ -41,7 +41,9 @@ WITH_TORCH = {
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {
     "nsm.export.low_precision",
+    "nsm.export.onnx_examine",
     "nsm.export.onnx_file",
+    "nsm.export.onnx_given",
     "nsm.export.onnx_normal",
     "nsm.export.onnx_source",
     "nsm.export.onnx_states",
@@ -135,7 +137,7 @@ def _python(code: str, *options: str) -> subprocess.CompletedProcess[str]:
 def test_importing_needs_neither_torch_nor_a_backend() -> None:
     blocked = ["torch", "onnx", "onnxscript", "onnxruntime", "openvino", "tensorrt", "tensorrt_rtx", "cuda", "sklearn"]
     without_torch = [m for m in MODULES if _room(m) != "models" and m not in WITH_TORCH | WITH_ONNX]
-    backends = {"nsm.runtimes.onnxruntime", "nsm.runtimes.onnxruntime_plain", "nsm.runtimes.openvino"}
+    backends = {f"nsm.runtimes.{name}" for name in ("onnxruntime", "onnxruntime_cuda", "onnxruntime_plain", "openvino")}
     names = sorted(set(without_torch) - backends - {"nsm.export.mobile", "nsm.export.openvino"})
     code = f"import sys\nfor name in {blocked}: sys.modules[name] = None\nimport importlib\n"
     code += f"for name in {names}: importlib.import_module(name)\nprint('fine')"

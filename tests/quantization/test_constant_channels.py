@@ -10,6 +10,7 @@ from onnxruntime import InferenceSession
 
 from nsm.quantization import forms
 from nsm.quantization.calibration import Range
+from nsm.quantization.policy import LEVELS, SAFE_LEVELS
 from nsm.quantization.products import products_of
 from nsm.trace import Array
 
@@ -22,7 +23,7 @@ def test_what_is_constant_is_stood_for_exactly(value: float) -> None:
     found.add(np.full(100, value, np.float32))
     scale = found.scale()
     level = np.rint(value / scale)
-    assert abs(level) <= forms.LEVELS
+    assert abs(level) <= LEVELS
     assert level * scale == pytest.approx(value, rel=1e-5)
 
 
@@ -49,8 +50,8 @@ def _session(form: str, matrix: Array, scale: float) -> InferenceSession:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     products = products_of(model)
     made: onnx.ModelProto = {
-        "static": lambda: forms.static(model, products, {products[0].key: scale}),
-        "dynamic": lambda: forms.dynamic(model, products),
+        "static": lambda: forms.static(model, products, {products[0].key: scale}, SAFE_LEVELS),
+        "dynamic": lambda: forms.dynamic(model, products, SAFE_LEVELS),
         "blocked": lambda: forms.blocked(model, products),
         "weights": lambda: forms.weights_only(model, products),
     }[form]()

@@ -11,6 +11,7 @@ import pytest
 
 from nsm.bundle import Bundle
 from nsm.quantization import forms
+from nsm.quantization.policy import SAFE_LEVELS
 from nsm.quantization.products import products_of
 from nsm.trace import Arrays
 from tests.quantization.graphs import FAST, chosen, compiled, constants, count, feeds, four_products, run, weights
@@ -132,7 +133,9 @@ def test_every_entry_of_a_bundle_takes_every_form(form: str, entry: str, exporte
     model = onnx.load(str(exported / "graphs" / f"{entry}.onnx"))
     products = products_of(model)
     if form == "static":
-        low = forms.static(model, products, dict.fromkeys([item.key for item in products], 0.05))
+        low = forms.static(model, products, dict.fromkeys([item.key for item in products], 0.05), SAFE_LEVELS)
+    elif form == "dynamic":
+        low = forms.dynamic(model, products, SAFE_LEVELS)
     else:
         low = FAST[form](model, products)
     check(low, form)
