@@ -54,10 +54,7 @@ def checked_state(arrays: Mapping[str, ArrayLike], name: str, shape: tuple[int, 
 def all_finite(arrays: Iterable[Array]) -> bool:
     """Whether flat arrays of floating point numbers hold neither NaN nor infinity.
 
-    A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one.
+    A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one. By
+    `vdot`, which unlike `dot` does not warn of that: turning warnings off costs more than the sum.
     """
-    with np.errstate(over="ignore", invalid="ignore"):
-        for array in arrays:
-            if not math.isfinite(array.dot(array)) and not np.isfinite(array).all():
-                return False
-    return True
+    return all(math.isfinite(np.vdot(array, array)) or np.isfinite(array).all() for array in arrays)

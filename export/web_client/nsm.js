@@ -191,6 +191,7 @@ export class Session {
   async check(progress) {
     const { arrays } = await this.bundle.arrays("golden.npz");
     const tokens = arrays["inputs/tokens"];
+    const valid = arrays["inputs/valid"];
     const [streams, steps] = tokens.shape;
     const kept = Object.entries(arrays).filter(([name]) => name.startsWith("after/")).map(([, value]) => value.shape[0])[0];
     const sampled = Array.from(arrays.sampled.data, Number);
@@ -210,7 +211,8 @@ export class Session {
       this.reset();
       const lanes = Array.from({ length: this.batch }, (_, lane) => Math.min(first + lane, streams - 1));
       for (let step = 0; step < steps; step++) {
-        const outputs = await this.step(stack(lanes.map((stream) => takeAt(takeAt(tokens, 0, stream), 0, step))));
+        const counts = valid && lanes.map((stream) => Number(valid.data[stream * steps + step]));
+        const outputs = await this.step(stack(lanes.map((stream) => takeAt(takeAt(tokens, 0, stream), 0, step))), counts);
         const index = sampled.indexOf(step);
         const state = index >= 0 ? this.readState() : null;
         for (let lane = 0; lane < Math.min(this.batch, streams - first); lane++) {
