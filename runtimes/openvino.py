@@ -10,7 +10,7 @@ from typing import Any
 import openvino as ov
 from openvino import properties as props
 
-from nsm.errors import BuildError
+from nsm.errors import BuildError, DeviceUnavailableError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
 from nsm.runtimes.processor import require_device
@@ -42,16 +42,21 @@ def load(
 
     Raises:
         BuildError: OpenVINO refuses the file.
-        DeviceUnavailableError: the artifact is for another kind of processor.
+        DeviceUnavailableError: the artifact is for another kind of processor, or this one has no bf16.
     """
     require_device(device, precision)
+    core = ov.Core()
+    if precision == "bf16" and "BF16" not in core.get_property("CPU", props.device.capabilities()):
+        raise DeviceUnavailableError(
+            f"The processor in this machine ({core.get_property('CPU', props.device.full_name())}) does not compute in "
+            "bf16, so the artifact was not run here. Take int8, or fp32."
+        )
     config: dict[Any, Any] = {
         props.hint.inference_precision(): ov.Type.bf16 if precision == "bf16" else ov.Type.f32,
         props.hint.performance_mode(): props.hint.PerformanceMode.LATENCY,
     }
     if threads is not None:
         config[props.inference_num_threads()] = threads
-    core = ov.Core()
 
     def compiled(path: Path) -> ov.CompiledModel:
         try:

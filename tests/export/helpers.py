@@ -11,11 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openvino
+import pytest
 from click.testing import CliRunner, Result
 
 from nsm.bundle import Bundle, file_record, write_manifest
 from nsm.export.cli import main
 
+needs_bf16 = pytest.mark.skipif(
+    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+    reason="this processor does not compute in bf16",
+)
 # The product that the fixture `rough` spoils.
 ROUGH = "layers.0.feed_forward.2/MatMul"
 COMMANDS = ("export", "parity", "bench", "build", "inspect", "doctor", "roofline", "run", "score")

@@ -291,6 +291,9 @@ def test_every_precision_of_a_target_is_measured_for_real(wide: Path, monkeypatc
     assert rows["int8-weights"]["effective_precision"] == "int8-weights"
     for name in ("fp32", "bf16", "int8"):
         row = rows[name]
+        if name == "bf16" and row["status"] == "not run":
+            assert "does not compute in bf16" in row["reason"]
+            continue
         assert row["status"] in ("ok", "slower than fp32"), row["reason"]
         assert row["effective_precision"] == name
         assert row["latency_us"]["p50"] > 0

@@ -25,13 +25,13 @@ from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.session import Session
 from nsm.trace import Array
 from tests.conftest import CHUNK, make_sequences
-from tests.export.helpers import names
+from tests.export.helpers import names, needs_bf16
 from tests.runtimes.fake import assert_same
 
 ON_CPU = [
     ("openvino", "int8"),
     ("openvino", "int8-weights"),
-    ("openvino", "bf16"),
+    pytest.param("openvino", "bf16", marks=needs_bf16),
     ("onnxruntime", "int8"),
     ("onnxruntime", "int8-weights"),
 ]
@@ -201,7 +201,7 @@ def test_a_reset_is_a_fresh_start(built: Built, target: str, precision: str) -> 
         np.testing.assert_array_equal(stepped(session, ids), first)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-weights", "bf16"])
+@pytest.mark.parametrize("precision", ["int8", "int8-weights", pytest.param("bf16", marks=needs_bf16)])
 def test_lanes_do_not_bleed_on_openvino(built: Built, precision: str) -> None:
     assert bleeding(built("openvino", precision), "openvino", 1000.0) == 0.0
 

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +13,7 @@ import openvino as ov
 import pytest
 
 from nsm.bundle import Bundle
-from nsm.errors import BuildError, BundleDamagedError, BundleError, StreamError
+from nsm.errors import BuildError, BundleDamagedError, BundleError, DeviceUnavailableError, StreamError
 from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino
 from nsm.runtimes.base import Runtime
 from nsm.runtimes.opening import open_bundle
@@ -117,6 +119,23 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
     assert _load(bundle, "openvino", 3).effective_precision == "dynamic"
     assert [config["INFERENCE_PRECISION_HINT"].get_type_name() for config in asked] == ["f32", "f32"]
     assert [config.get("INFERENCE_NUM_THREADS") for config in asked] == [None, 3]
+
+
+def test_bf16_is_not_run_on_a_processor_that_has_none(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """OpenVINO would compute in fp32 then, without a word."""
+    values = {"OPTIMIZATION_CAPABILITIES": ["FP32", "INT8"], "FULL_DEVICE_NAME": "Old One"}
+    monkeypatch.setattr("openvino.Core", lambda: SimpleNamespace(get_property=lambda device, name: values[name]))
+    spec = bundle.manifest.spec
+    files = {entry.name: bundle.path / "openvino" / f"{entry.name}.xml" for entry in spec.entries}
+    with pytest.raises(DeviceUnavailableError, match=r"\(Old One\) does not compute in bf16"):
+        find_target("openvino").runtime_module().load(files, spec, "cpu", None, "bf16")
+
+
+def test_nothing_is_told_to_anyone_by_openvino() -> None:
+    """Its telemetry forks a process for every import and conversion."""
+    code = "import nsm.runtimes, openvino, openvino.tools.ovc.telemetry_utils as t; print(t.tm.__name__)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "openvino.tools.ovc.telemetry_stub"
 
 
 def test_masked_slots_do_not_matter(bundle: Bundle, target: str) -> None:
