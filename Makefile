@@ -36,7 +36,7 @@ demo: setup  ## train on handwritten digits, export to three targets, compare (a
 	$(BIN)/python examples/report_digits.py digits.pt digits.nsm
 
 test: check  ## format, lint, types, and the whole test suite
-	$(BIN)/pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile
+	$(BIN)/pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile --durations 15
 
 check: setup
 	$(BIN)/ruff format --check .

@@ -57,6 +57,14 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
+# The files that take longest are given out first, so that no worker is left with one when the others are done.
+LONG = ("runtimes/test_streams", "clients/test_cpp", "models/test_entries", "export/test_build", "test_examples")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: not any(name in item.nodeid for name in LONG))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)

@@ -47,6 +47,7 @@ def test_plain_onnxruntime_streams_the_graph(digits: Path) -> None:
     assert "import nsm" not in (EXAMPLES / "plain_onnxruntime.py").read_text()
 
 
+@pytest.mark.slow
 def test_the_recall_example_trains_and_saves(tmp_path: Path) -> None:
     shown = _run(
         tmp_path, str(EXAMPLES / "train_recall.py"), "--steps", "2", "--grow", "--streams", "8", "--output", "recall.pt"
@@ -70,6 +71,7 @@ def test_calibrating_on_rollouts_is_compared_with_random_states(tmp_path: Path) 
     assert real.split()[1:] != made_up.split()[2:]
 
 
+@pytest.mark.slow
 def test_the_compared_model_is_saved_with_sequences(tmp_path: Path) -> None:
     _run(tmp_path, str(EXAMPLES / "compared_model.py"), "--output", "compared.pt")
     _run(tmp_path, "-m", "nsm.export", "compared.pt", "-t", "openvino", "-p", "int8", "--dry-run")

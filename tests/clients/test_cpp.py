@@ -92,6 +92,7 @@ def test_a_file_is_streamed_as_python_does(
                 np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_cache_that_is_written_in_place_works_too(client: Path, tmp_path: Path) -> None:
     model = TransformerLM(20, 16, 1, 2, context=12, chunk_size=4).eval()
     export_model(model, "openvino", tmp_path / "m.nsm", make_sequences(2, 60), num_samples=1, golden_steps=15)

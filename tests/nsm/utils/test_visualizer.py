@@ -308,6 +308,7 @@ def test_importing_the_tools_imports_neither_torch_nor_matplotlib() -> None:
     assert (done.stdout, done.stderr) == ("\n", "")
 
 
+@pytest.mark.slow
 def test_the_example_draws_a_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     command = [
         sys.executable,
