@@ -121,6 +121,8 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
             return Row(target, precision, str(error).split(". ")[0])
         bundle, status = Bundle(kept), "over budget"
     artifact = bundle.artifact(target)
+    if artifact.parity["status"] == "not_run":
+        return Row(target, precision, artifact.parity["reason"].split(", so ")[0])
     report = next(item for item in bundle.json("parity.json")["results"] if item["target"] == target)
     speed = artifact.quantization.get("speed", {})
     with nsm.open(bundle, target) as session:
@@ -194,11 +196,20 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="For text: the file it was trained on.")
 @click.option("--steps", default=200, show_default=True, help="Calls of the golden streams.")
 @click.option("--only", help="One target.")
+@click.option("--precision", "asked", multiple=True, help="Besides fp32; give it several times.  [default: all]")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the rows to this .json as well.")
-def main(task: str, model: Path, data: Path | None, steps: int, only: str | None, output: Path | None) -> None:
+def main(
+    task: str,
+    model: Path,
+    data: Path | None,
+    steps: int,
+    only: str | None,
+    asked: tuple[str, ...],
+    output: Path | None,
+) -> None:
     """Export MODEL in every precision, measure TASK on it, and print a table."""
     measure = TASKS[task][0](data)
-    cases = [case for case in CASES if only in (None, case[0])]
+    cases = [case for case in CASES if only in (None, case[0]) and (not asked or case[1] in ("fp32", *asked))]
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             row_of(model, target, precision, steps, measure, Path(folder))
