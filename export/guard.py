@@ -18,11 +18,12 @@ import numpy as np
 from nsm.bundle import GRAPHS, Artifact, Bundle
 from nsm.errors import InputError, MissingDependencyError, SlowerError
 from nsm.export.build import CULPRITS, build_target, check_artifact
-from nsm.quantization.policy import Policy, find_policy
+from nsm.quantization.policy import SAFE_LEVELS, Policy, find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.bench import Latency, bench, paired_ratio
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
+from nsm.runtimes.processor import CPU_DOT, int8_dot_products
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import Target
 from nsm.spec import VALID
@@ -203,7 +204,13 @@ class Maker:
         return f"{CULPRITS} {worst}"
 
     def _notes(self, artifact: Artifact) -> tuple[str, ...]:
-        return (*artifact.notes, self.policy.note) if self.policy.note else artifact.notes
+        notes = [*artifact.notes, self.policy.note]
+        if self.policy.levels == SAFE_LEVELS and self.policy.form in ("static", "dynamic") and int8_dot_products():
+            notes.append(
+                f"for processors like this one alone, --device {CPU_DOT} is more exact, and may need fewer products in "
+                "float"
+            )
+        return tuple(note for note in notes if note)
 
 
 def _ratio(before: Latency, after: Latency) -> dict[str, float]:

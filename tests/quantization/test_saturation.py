@@ -11,7 +11,9 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
+from nsm.bundle import Artifact
 from nsm.errors import DeviceUnavailableError
+from nsm.export import guard
 from nsm.quantization import forms
 from nsm.quantization.policy import LEVELS, POLICIES, SAFE_LEVELS, find_policy
 from nsm.quantization.products import products_of
@@ -132,3 +134,20 @@ def test_what_a_processor_says_of_itself(
 def test_elsewhere_than_on_linux_nothing_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "absent")
     assert processor.int8_dot_products() is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dot", "named"),
+    [("cpu", True, True), ("cpu", False, False), ("cpu", None, False), ("cpu-dot", True, False)],
+)
+def test_the_more_exact_device_is_named_where_it_would_do(
+    device: str, dot: bool | None, named: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = find_policy("onnxruntime", "int8", device)
+    assert policy is not None
+    monkeypatch.setattr(guard, "int8_dot_products", lambda: dot)
+    maker = object.__new__(guard.Maker)
+    maker.policy = policy
+    notes = maker._notes(Artifact("onnxruntime", device, "int8", "int8", (), {"status": "passed"}, ("one",)))
+    assert notes[:2] == ("one", policy.note)
+    assert any("--device cpu-dot is more exact" in note for note in notes) == named
