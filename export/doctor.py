@@ -9,6 +9,7 @@ import platform
 from dataclasses import dataclass
 from typing import Any
 
+from nsm.runtimes.processor import int8_dot_products
 from nsm.runtimes.targets import TARGETS
 
 
@@ -41,7 +42,19 @@ def examine() -> list[Finding]:
     findings += [
         _package("cuda.bindings", "running TensorRT engines", 'pip install "nsm-toolkit[tensorrt]"', "cuda-bindings"),
         Finding("NVIDIA GPU", _gpu(), "running TensorRT engines", "a machine with an NVIDIA GPU and its driver"),
+        Finding(
+            "CUDA provider",
+            _cuda_provider(),
+            "target onnxruntime-cuda",
+            'pip uninstall onnxruntime, then pip install "nsm-toolkit[gpu]"',
+        ),
         Finding("OpenVINO devices", _openvino_devices(), "target openvino", 'pip install "nsm-toolkit[openvino]"'),
+        Finding(
+            "int8 dot products",
+            {True: "yes", False: None, None: "unknown"}[int8_dot_products()],
+            "int8 with --device cpu-dot",
+            "a processor with VNNI, or dotprod on Arm; int8 works without",
+        ),
     ]
     return findings
 
@@ -66,6 +79,15 @@ def _package(name: str, purpose: str, mend: str, distribution: str | None = None
     except importlib.metadata.PackageNotFoundError:
         version = "installed"
     return Finding(name, version, purpose, mend)
+
+
+def _cuda_provider() -> str | None:
+    """Of the ONNX Runtime that is installed: the version of its package with CUDA has the same import name."""
+    try:
+        ort: Any = importlib.import_module("onnxruntime")
+    except ImportError:
+        return None
+    return "in onnxruntime" if "CUDAExecutionProvider" in ort.get_available_providers() else None
 
 
 def _gpu() -> str | None:
