@@ -133,10 +133,18 @@ class ParityReport:
             raise ParityError(self.verdict())
 
     def verdict(self) -> str:
-        """One sentence."""
+        """One sentence; another one where the fault is not the artifact's but the model's."""
         if self.passed:
             return f"Parity passed on {self.target} {self.precision}."
-        return f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + "."
+        found = f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + "."
+        floor = self.reference_floor
+        if floor is None or floor <= self.free_run.p99 or not any("free-run" in failure for failure in self.failures):
+            return found
+        return (
+            f"{found} The model itself amplifies rounding over these streams: its own fp32 is {floor:.2g} off its "
+            "fp64, more than the artifact is off its fp32. Compare over as many tokens as it was trained on "
+            "(--golden-steps), or train it on longer streams."
+        )
 
     def to_json(self) -> dict[str, Any]:
         """The report under the keys that other tools rely on; numbers that are not finite become null."""

@@ -195,3 +195,13 @@ def test_the_curves_hold_the_margins_and_the_flips() -> None:
     assert curves.margins.shape == curves.flips.shape == (4 * 64 * CHUNK,)
     assert curves.flips.sum() == report.excused_flips + report.unexcused_flips > 0
     assert curves.excused_margin == pytest.approx(2 * FP32.free_run_p99)
+
+
+@pytest.mark.parametrize(("floor", "blamed"), [(None, False), (1e-7, False), (10.0, True)])
+def test_a_model_that_amplifies_rounding_is_told_from_a_faulty_artifact(floor: float | None, blamed: bool) -> None:
+    """Where its own fp32 is further off than the artifact, a smaller error cannot be asked of anyone."""
+    trace = replace(fake_trace(), floor=floor)
+    report = compare(trace, fake_session(after=late), FP32)
+    assert any("free-run" in failure for failure in report.failures)
+    assert ("The model itself amplifies rounding" in report.verdict()) == blamed
+    assert "amplifies" not in compare(trace, fake_session(), FP32).verdict()
