@@ -46,14 +46,14 @@ def examine() -> list[Finding]:
             "CUDA provider",
             _cuda_provider(),
             "target onnxruntime-cuda",
-            'pip uninstall onnxruntime, then pip install "nsm-toolkit[gpu]"',
+            'pip install "nsm-toolkit[gpu]"',
         ),
         Finding("OpenVINO devices", _openvino_devices(), "target openvino", 'pip install "nsm-toolkit[openvino]"'),
         Finding(
             "int8 dot products",
             {True: "yes", False: None, None: "unknown"}[int8_dot_products()],
-            "int8 with --device cpu-dot",
-            "a processor with VNNI, or dotprod on Arm; int8 works without",
+            "int8 for cpu-dot",
+            "a processor with VNNI or dotprod",
         ),
     ]
     return findings

@@ -71,7 +71,7 @@ def test_the_golden_trace_agrees_on_one_lane_and_on_two(client: Path, single: Pa
         assert all(int(line[2]) > 0 for line in lines)
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
+@pytest.mark.parametrize("lanes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_file_is_streamed_as_python_does(
     lanes: int, client: Path, single: Path, exported: Path, tmp_path: Path
 ) -> None:
@@ -106,6 +106,7 @@ def test_a_cache_that_is_written_in_place_works_too(client: Path, tmp_path: Path
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_frames_of_a_foreign_model_are_streamed_beside_an_idle_lane(client: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nsm.as_step(torch.nn.GRU(3, 8, num_layers=2))

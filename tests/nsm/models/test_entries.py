@@ -76,7 +76,7 @@ def situations(model: StreamModel, spec: StepSpec, entry: EntrySpec) -> Iterator
 
 def entries_of(model: StreamModel) -> Iterator[tuple[StepSpec, EntrySpec]]:
     for batch in BATCHES:
-        for count in (CHUNK, 3 * CHUNK):
+        for count in (CHUNK, 3 * CHUNK) if batch > 1 else (CHUNK,):
             spec = model.spec(batch, count)
             for entry in spec.entries:
                 if entry.name == "step" or count == CHUNK:

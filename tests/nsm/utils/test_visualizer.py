@@ -330,6 +330,7 @@ def test_the_example_draws_a_checkpoint(checkpoint: Path, tmp_path: Path) -> Non
     assert "has 8 golden sequences; asked for number 8" in done.stderr
 
 
+@pytest.mark.slow
 def test_the_example_draws_a_bundle_without_torch(checkpoint: Path, tmp_path: Path) -> None:
     export(checkpoint, ExportOptions(targets=["onnx"], output=tmp_path / "m.nsm", golden_steps=4, debug_outputs=True))
     script, arguments = str(ROOT / "examples" / "visualize.py"), [str(tmp_path / "m.nsm"), "--output", str(tmp_path)]
