@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -18,21 +18,20 @@ _LONG, _SHORT = 32, 3
 """Tokens that a graph is run over: where a call may have any number of them, and where it has one."""
 
 
-def lane_axes(foreign: Foreign, tokens: Array, possible: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+def lane_axes(given: Given, tokens: Array, possible: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
     """Where states have their lanes, by experiment: the first lane of a state does not depend on the tokens of others.
 
     Args:
-        foreign: the graph, with the first of the possible axes.
+        given: the graph, with the first of the possible axes.
         tokens: [B, K, *token], see `sample_tokens`.
         possible: axes that it may be, by input.
 
     Returns:
         Those that it can be, by input; all of them where it can be none, which `examine` refuses.
     """
-    given = Given(foreign)
-    (_, before), (_, after) = (_run(given, foreign, part) for part in (tokens, _other_lanes(tokens)))
+    (_, before), (_, after) = (_run(given, part) for part in (tokens, _other_lanes(tokens)))
     found = {}
-    for state in foreign.states:
+    for state in given.foreign.states:
         axes = list(possible[state.past])
         one, other = (state.given_layout(run[state.name]) for run in (before, after))
         alike = [axis for axis in axes if same(one.take(0, axis), other.take(0, axis))]
@@ -40,21 +39,21 @@ def lane_axes(foreign: Foreign, tokens: Array, possible: Mapping[str, Sequence[i
     return found
 
 
-def examine(foreign: Foreign, tokens: Array, kind: str) -> None:
+def examine(given: Given, tokens: Array, kind: str) -> None:
     """Run a graph over tokens, in calls of other lengths, and with other tokens in the other lanes.
 
     Args:
-        foreign: the graph.
+        given: the graph.
         tokens: [B, K, *token], see `sample_tokens`.
         kind: what it is, for people.
 
     Raises:
         UnsupportedError: it does not run, answers other lengths differently, or mixes its lanes.
     """
-    given = Given(foreign)
-    whole = _tried(lambda: _run(given, foreign, tokens), kind, tokens.shape[1] if foreign.timed else 1)
-    for size in (_LONG // 2, 1) if foreign.timed else ():
-        parts = _tried(lambda size=size: _run(given, foreign, tokens, size), kind, size)  # type: ignore[misc]
+    timed = given.foreign.timed
+    whole = _tried(given, tokens, tokens.shape[1] if timed else 1, kind)
+    for size in (_LONG // 2, 1) if timed else ():
+        parts = _tried(given, tokens, size, kind)
         different = _first_difference(whole, parts)
         if different:
             raise UnsupportedError(
@@ -63,8 +62,8 @@ def examine(foreign: Foreign, tokens: Array, kind: str) -> None:
                 "of tokens, export it with a static axis 1: then these are one token."
             )
     if len(tokens) > 1:
-        others = _tried(lambda: _run(given, foreign, _other_lanes(tokens)), kind, tokens.shape[1])
-        different = _first_difference(*(_lane(foreign, run, 0) for run in (whole, others)))
+        others = _tried(given, _other_lanes(tokens), tokens.shape[1] if timed else 1, kind)
+        different = _first_difference(*(_lane(given.foreign, run, 0) for run in (whole, others)))
         if different:
             raise UnsupportedError(
                 f"{kind} mixes its lanes: with other tokens in lane 1, lane 0 has another {different}. Streams are "
@@ -104,20 +103,19 @@ def _first_difference(one: tuple[Arrays, Arrays], other: tuple[Arrays, Arrays]) 
     return ""
 
 
-def _run(given: Given, foreign: Foreign, tokens: Array, size: int | None = None) -> tuple[Arrays, Arrays]:
-    """Outputs [B, K, ...] over tokens from the initial state, in calls of `size`, and the states at the end."""
-    states = {state.name: state.initial_lanes(len(tokens)) for state in foreign.states}
+def _run(given: Given, tokens: Array, size: int | None = None) -> tuple[Arrays, Arrays]:
+    """Outputs over tokens from the initial state, in calls of `size` (default: all at once, or one by one), and the
+    states at the end. Outputs are [B, K, ...] of a graph with a time axis, else [calls, ...].
+    """
+    timed, length = given.foreign.timed, tokens.shape[1]
+    size = (length if timed else 1) if size is None else size
+    states = {state.name: state.initial_lanes(len(tokens)) for state in given.foreign.states}
     parts: list[Arrays] = []
-    for part in _parts(tokens, size or tokens.shape[1]) if foreign.timed else _parts(tokens, 1):
-        answers, states = given.step(part, states)
-        parts.append(answers if foreign.timed else {name: value[None] for name, value in answers.items()})
-    axis = 1 if foreign.timed else 0
-    return {name: np.concatenate([part[name] for part in parts], axis) for name in foreign.answers}, states
-
-
-def _parts(tokens: Array, size: int) -> Iterator[Array]:
-    for start in range(0, tokens.shape[1], size):
-        yield np.ascontiguousarray(tokens[:, start : start + size])
+    for start in range(0, length, size):
+        answers, states = given.step(np.ascontiguousarray(tokens[:, start : start + size]), states)
+        parts.append(answers)
+    join = np.concatenate if timed else np.stack
+    return {name: join([part[name] for part in parts], 1 if timed else 0) for name in given.foreign.answers}, states
 
 
 def _lane(foreign: Foreign, run: tuple[Arrays, Arrays], lane: int) -> tuple[Arrays, Arrays]:
@@ -140,9 +138,9 @@ def _other_lanes(tokens: Array) -> Array:
     return changed
 
 
-def _tried(run: Callable[[], tuple[Arrays, Arrays]], kind: str, size: int) -> tuple[Arrays, Arrays]:
+def _tried(given: Given, tokens: Array, size: int, kind: str) -> tuple[Arrays, Arrays]:
     try:
-        return run()
+        return _run(given, tokens, size)
     except UnsupportedError:
         raise
     except (NsmError, ValueError) as error:

@@ -20,7 +20,7 @@ class Given:
     """The file's own graph in ONNX Runtime, without optimisation; opened when it is first used."""
 
     def __init__(self, foreign: Foreign) -> None:
-        self._foreign = foreign
+        self.foreign = foreign
 
     @cached_property
     def _session(self) -> ort.InferenceSession:
@@ -29,7 +29,7 @@ class Given:
         options.log_severity_level = 4
         try:
             return ort.InferenceSession(
-                self._foreign.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
+                self.foreign.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # the binding's classes have no common base of their own
             raise UnsupportedError(
@@ -50,7 +50,7 @@ class Given:
         Raises:
             RunError: the graph failed.
         """
-        graph = self._foreign
+        graph = self.foreign
         feed = {graph.main.name: tokens if graph.timed else tokens[:, 0]}
         feed |= {state.past: state.given_layout(states[state.name]) for state in graph.states}
         names = [*graph.answers, *(state.present for state in graph.states)]

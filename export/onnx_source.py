@@ -41,7 +41,7 @@ class OnnxSource:
         self.chunk_size = CHUNK if foreign.timed else 1
         self.golden, self.calibration = [], []
         self.parameters = sum(math.prod(tensor.dims) for tensor in foreign.model.graph.initializer)
-        self._foreign, self._given = foreign, Given(foreign)
+        self._foreign, self.given = foreign, Given(foreign)
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -101,7 +101,7 @@ class OnnxSource:
     def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
         if exact:  # not every operator has a kernel in fp64
             return None
-        runtime = GivenRuntime(self._given, spec)
+        runtime = GivenRuntime(self.given, spec)
         return Session(runtime, spec, self.initial_arrays(spec.batch), self.fingerprint, "onnx")
 
     def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:
@@ -170,13 +170,13 @@ def load_onnx(
     if main.shape[0] != 1 and any(len(found) > 1 for found in axes.values()):
         guess = graph([replace(option, init=ZEROS) for option in chosen])
         tokens = sample_tokens(guess, guess.token_shape, _token(model, guess, vocab_size).maximum)
-        axes |= lane_axes(guess, tokens, axes)
+        axes |= lane_axes(Given(guess), tokens, axes)
     foreign = graph(chosen)
     token = _token(model, foreign, vocab_size)
     source = OnnxSource(path, foreign, token, _fingerprint(foreign))
     tokens = sample_tokens(foreign, token.shape, token.maximum)
     source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
-    examine(foreign, tokens, source.kind)
+    examine(source.given, tokens, source.kind)
     return source
 
 

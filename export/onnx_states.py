@@ -104,6 +104,11 @@ def settle_ours(path: Path, model: onnx.ModelProto) -> None:
         if past and not present:
             for value in [item for item in model.graph.input if item.name == past]:
                 (port,) = ports([value]).values()
+                if any(isinstance(size, str) for size in port.shape):
+                    raise UnsupportedError(
+                        f"The input {past} has the shape {list(port.shape)}; the metadata {STATES_KEY} says that it is "
+                        "constant, and a constant has a static shape. Was the graph edited? Export it again."
+                    )
                 shape = tuple(int(size) for size in port.shape)
                 array = _option(path, row).initial(shape, port.dtype)
                 model.graph.initializer.append(onnx.numpy_helper.from_array(array, past))

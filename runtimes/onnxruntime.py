@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import onnxruntime as ort
 
 from nsm.errors import BuildError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
-from nsm.runtimes.processor import require_device
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
@@ -28,7 +28,7 @@ _OPERATORS = {
 def load(
     files: Mapping[str, Path],
     spec: StepSpec,
-    device: str,
+    device: str,  # noqa: ARG001
     threads: int | None,
     precision: str = "fp32",
     optimise: bool = True,
@@ -38,16 +38,14 @@ def load(
     Args:
         files: the `.onnx` or `.ort` file of each entry.
         spec: of the model.
-        device: "cpu", or "cpu-dot"; see `nsm.runtimes.processor`.
+        device: "cpu" or "cpu-dot", which is the same to ONNX Runtime.
         threads: threads within an operation (default: ONNX Runtime's choice, the physical cores).
         precision: of the artifact.
         optimise: False runs the graph as it is written.
 
     Raises:
         BuildError: ONNX Runtime refuses the file.
-        DeviceUnavailableError: the artifact is for another kind of processor.
     """
-    require_device(device, precision)
     options = ort.SessionOptions()
     options.log_severity_level = 3
     # Every entry has threads of its own, which otherwise go on spinning after a call and take the processor from the
@@ -58,24 +56,32 @@ def load(
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
 
-    def opened(path: Path) -> ort.InferenceSession:
-        try:
-            return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the binding's classes have no common base of their own
-            raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
-
     watched = Watched(*{path.parent for path in files.values()})
 
     def later(path: Path) -> Bind:
         watched.check()
-        return _binder(opened(path))
+        return _binder(open_graph(path, options))
 
     first, *others = files
-    session = opened(files[first])
+    session = open_graph(files[first], options)
     effective = graph_precision(session, files[first], precision)
     entries: dict[str, Opener] = {first: lambda: _binder(session)}
     entries |= {name: functools.partial(later, files[name]) for name in others}
     return BufferedRuntime(spec, entries, effective)
+
+
+def open_graph(
+    path: Path, options: ort.SessionOptions, providers: Sequence[Any] = ("CPUExecutionProvider",)
+) -> ort.InferenceSession:
+    """An open graph on these providers, the preferred first.
+
+    Raises:
+        BuildError: ONNX Runtime refuses the file, or the options.
+    """
+    try:
+        return ort.InferenceSession(str(path), options, providers=list(providers))
+    except Exception as error:  # the binding's classes have no common base of their own
+        raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
 
 
 def graph_precision(session: ort.InferenceSession, path: Path, precision: str) -> str:

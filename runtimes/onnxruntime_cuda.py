@@ -12,7 +12,7 @@ import onnxruntime as ort
 from nsm.errors import BuildError, DeviceUnavailableError, RunError, StreamError, UnsupportedError
 from nsm.runtimes.base import Runtime, Sides, State, Watched
 from nsm.runtimes.checks import all_finite
-from nsm.runtimes.onnxruntime import graph_precision
+from nsm.runtimes.onnxruntime import graph_precision, open_graph
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -193,12 +193,12 @@ def _session(path: Path, device: str, threads: int | None) -> tuple[ort.Inferenc
     if threads is not None:
         options.intra_op_num_threads = threads
     if device == "cpu":
-        return _opened(path, options, ["CPUExecutionProvider"]), False
+        return open_graph(path, options), False
     plain = {"device_id": "0", "use_tf32": "0"}  # TF32 is on by default, and is no fp32
     try:
-        session, captures = _opened(path, options, [(PROVIDER, {**plain, "enable_cuda_graph": "1"})]), True
+        session, captures = open_graph(path, options, [(PROVIDER, {**plain, "enable_cuda_graph": "1"})]), True
     except BuildError:
-        session, captures = _opened(path, options, [(PROVIDER, plain), "CPUExecutionProvider"]), False
+        session, captures = open_graph(path, options, [(PROVIDER, plain), "CPUExecutionProvider"]), False
     if PROVIDER not in session.get_providers():
         raise DeviceUnavailableError(
             "ONNX Runtime could not start CUDA in this machine, so the graphs were not run here. Is there an NVIDIA "
@@ -206,10 +206,3 @@ def _session(path: Path, device: str, threads: int | None) -> tuple[ort.Inferenc
             "GPU."
         )
     return session, captures
-
-
-def _opened(path: Path, options: ort.SessionOptions, providers: list[Any]) -> ort.InferenceSession:
-    try:
-        return ort.InferenceSession(str(path), options, providers=providers)
-    except Exception as error:  # the binding's classes have no common base of their own
-        raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 from nsm.bundle import Artifact, Bundle
 from nsm.errors import BundleDamagedError, InputError
 from nsm.runtimes.base import Loader
+from nsm.runtimes.processor import require_device
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, Target, find_target
 from nsm.spec import StepSpec
@@ -67,6 +68,7 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
         raise InputError(
             f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
         )
+    require_device(artifact.device, artifact.precision)  # its own, whatever is asked for: that is how it was built
     load: Loader = target.runtime_module().load
     spec = target.served(bundle.manifest.spec)
     recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)

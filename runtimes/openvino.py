@@ -13,7 +13,6 @@ from openvino import properties as props
 from nsm.errors import BuildError, DeviceUnavailableError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
-from nsm.runtimes.processor import require_device
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
 
@@ -26,7 +25,11 @@ _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
 
 def load(
-    files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, precision: str = "fp32"
+    files: Mapping[str, Path],
+    spec: StepSpec,
+    device: str,  # noqa: ARG001
+    threads: int | None,
+    precision: str = "fp32",
 ) -> Runtime:
     """Compile the IR of a bundle, computing in fp32 wherever the graph does not say otherwise.
 
@@ -36,15 +39,14 @@ def load(
     Args:
         files: the `.xml` file of each entry.
         spec: of the model.
-        device: "cpu", or "cpu-dot"; see `nsm.runtimes.processor`.
+        device: "cpu" or "cpu-dot", which is the same to OpenVINO.
         threads: inference threads (default: OpenVINO's choice).
         precision: of the artifact; with "bf16" OpenVINO computes in it throughout.
 
     Raises:
         BuildError: OpenVINO refuses the file.
-        DeviceUnavailableError: the artifact is for another kind of processor, or this one has no bf16.
+        DeviceUnavailableError: the processor has no bf16.
     """
-    require_device(device, precision)
     core = ov.Core()
     if precision == "bf16" and "BF16" not in core.get_property("CPU", props.device.capabilities()):
         raise DeviceUnavailableError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,13 +12,16 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
-from nsm.bundle import Artifact
+from nsm.bundle import Artifact, Bundle
 from nsm.errors import DeviceUnavailableError
 from nsm.export import guard
+from nsm.export.low_precision import write_graphs
+from nsm.export.weights import load_shared
 from nsm.quantization import forms
 from nsm.quantization.policy import LEVELS, POLICIES, SAFE_LEVELS, find_policy
 from nsm.quantization.products import products_of
 from nsm.runtimes import processor
+from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array
 
@@ -151,3 +155,27 @@ def test_the_more_exact_device_is_named_where_it_would_do(
     notes = maker._notes(Artifact("onnxruntime", device, "int8", "int8", (), {"status": "passed"}, ("one",)))
     assert notes[:2] == ("one", policy.note)
     assert any("--device cpu-dot is more exact" in note for note in notes) == named
+
+
+@pytest.mark.parametrize(("device", "levels"), [("cpu", SAFE_LEVELS), ("cpu-dot", LEVELS)])
+def test_the_levels_reach_the_graphs(device: str, levels: int, int8_bundle: Path, tmp_path: Path) -> None:
+    policy, spec = find_policy("onnxruntime", "int8", device), Bundle(int8_bundle).manifest.spec
+    assert policy is not None
+    write_graphs(int8_bundle, tmp_path / "low", spec, policy, None)
+    model = load_shared(tmp_path / "low" / "step.onnx")
+    matrices = [numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == TensorProto.INT8 and t.dims]
+    assert matrices
+    assert {int(np.abs(matrix).max()) for matrix in matrices} == {levels}
+
+
+def test_no_device_that_is_asked_for_gets_around_the_processor(
+    int8_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An artifact is what it was built for."""
+    bundle = Bundle(int8_bundle)
+    artifact = replace(bundle.artifact("openvino"), device="cpu-dot")
+    monkeypatch.setattr(processor, "int8_dot_products", lambda: False)
+    for device in (None, "cpu", "cpu-dot"):
+        with pytest.raises(DeviceUnavailableError, match="built for processors with VNNI"):
+            open_artifact(bundle, artifact, device)
+    open_artifact(bundle, bundle.artifact("openvino"), "cpu").close()
