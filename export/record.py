@@ -89,9 +89,10 @@ def synthetic(source: Source, streams: int, length: int, seed: int = 0) -> list[
     """Made-up sequences: uniform ids, or standard normal vectors."""
     spec = source.token_spec
     generator = np.random.default_rng(seed)
+    shape = (length, *spec.shape)
     if spec.maximum is not None:
-        return [generator.integers(0, spec.maximum + 1, length) for _ in range(streams)]
-    return [generator.standard_normal((length, *spec.shape)).astype(np.float32) for _ in range(streams)]
+        return [generator.integers(0, spec.maximum + 1, shape) for _ in range(streams)]
+    return [generator.standard_normal(shape).astype(np.float32) for _ in range(streams)]
 
 
 def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Array]:

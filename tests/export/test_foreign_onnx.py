@@ -147,11 +147,17 @@ def test_our_own_graphs_are_foreign_graphs_too(model_factory: Callable[..., Simp
     graph = tmp_path / "m.nsm" / "graphs" / "step.onnx"
     source = load_onnx(graph)
     start = first.state_init()
-    given = source.initial_arrays(1)
-    assert "0.mask" not in given, "what is only read is a constant"
-    assert given["0.bank"].any()
-    for name, value in given.items():
+    found = source.initial_arrays(1)
+    assert "0.mask" not in found, "what is only read is a constant"
+    assert found["0.bank"].any()
+    for name, value in found.items():
         np.testing.assert_array_equal(value, start[name])
+    # Its token is a whole chunk of ids; without data such are made up.
+    again = export(graph, ExportOptions(["onnxruntime"], output=tmp_path / "again.nsm", golden_steps=4))
+    ids = make_sequences(1, 40)
+    with nsm.open(first, "onnxruntime") as ours, nsm.open(again, "onnxruntime") as foreign:
+        wanted, given = ours.run(ids)["outputs"], foreign.run(ids.reshape(1, 5, 8))["outputs"]
+    np.testing.assert_allclose(given.reshape(wanted.shape), wanted, rtol=1e-4, atol=1e-6)
     (tmp_path / "m.nsm" / "state_init.npz").rename(tmp_path / "elsewhere.npz")
     with pytest.raises(InputError, match=r"cannot be read from .*state_init\.npz.*--state PAST=PRESENT:FILE"):
         load_onnx(graph)
