@@ -74,15 +74,14 @@ class LocalAttention(nn.Module):
 
     def heads(self, projected: Tensor) -> Heads:
         """What `qkv` made of N runs of tokens, [N, T, 3 d] -> heads [N, H, T, e] each."""
-        count, length, _ = projected.shape
-        parts = projected.reshape(count, length, 3, self.num_heads, -1).permute(0, 2, 3, 1, 4)
-        return Heads(parts[:, 0], parts[:, 1], parts[:, 2])
+        return Heads(*split_heads(projected, 3 * self.num_heads).split(self.num_heads, 1))
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """What distance adds to a score, [H, C, P + C], and which rows are inside the window, [C, P + C] bool."""
+        """What distance adds to a score, [H, C, P + C], and the rows by place, -1 outside the window, [C, P + C]."""
         inside = (self.distance >= -self.ahead) & (self.distance < self.window)
         index = (self.distance + self.ahead).clamp(0, self.bias.shape[1] - 1)
-        return self.bias[:, index], inside
+        place = torch.arange(self.rows + self.chunk_size, device=self.distance.device)
+        return self.bias[:, index], torch.where(inside, place, -1)
 
     def attend(self, heads: Heads, keys: Tensor, values: Tensor, bias: Tensor, visible: Tensor) -> Tensor:
         """Attention of queries [N, H, T, e] over rows keys, values [N, H, P + C, e] -> [N, T, d].
@@ -125,13 +124,13 @@ class LocalAttention(nn.Module):
                 for index, window in enumerate(windows):
                     left[role] = select_lanes(counted.full[:, index], window, left[role])
                 left[f"open_{role}"] = keep_open(counted.opened, rows, state[f"open_{role}"])
-        reached = filled[:, None] + self.chunk_size * torch.arange(count, device=filled.device)
-        carried = self._carried(reached.clamp(max=self.rows).reshape(-1))
-        own = torch.ones(carried.shape[0], self.chunk_size, dtype=torch.bool, device=filled.device)
+        if count > 1:
+            filled = (filled[:, None] + self.chunk_size * torch.arange(count, device=filled.device)).flatten()
+        bias, place = self.tables()
+        visible = place >= self._first(filled)
         if counted is not None:
-            own = counted.tokens.reshape(own.shape)
-        bias, inside = self.tables()
-        visible = torch.cat([carried, own], 1)[:, None, None] & inside
+            own = counted.tokens.reshape(-1, self.chunk_size)
+            visible = visible & torch.cat([own.new_ones(own.shape[0], self.rows), own], 1)[:, None, None]
         return self.attend(heads, seen["key"], seen["value"], bias, visible), left
 
     def decode(
@@ -154,10 +153,10 @@ class LocalAttention(nn.Module):
         keys = torch.cat([_rows(state["key"]), opened["open_key"]], 2)
         values = torch.cat([_rows(state["value"]), opened["open_value"]], 2)
         # A full chunk has no place for a token; any row will do for a lane that is idle there.
-        bias, inside = self.tables()
+        bias, table = self.tables()
         row = offset.clamp(max=self.chunk_size - 1)
-        there = torch.cat([self._carried(filled), place <= offset[:, None]], 1) & inside[row]
-        return self.attend(heads, keys, values, bias[:, row].transpose(0, 1).unsqueeze(2), there[:, None, None]), opened
+        visible = table[row][:, None, None] >= self._first(filled)
+        return self.attend(heads, keys, values, bias[:, row].transpose(0, 1).unsqueeze(2), visible), opened
 
     def commit(self, state: dict[str, Tensor], full: Tensor) -> dict[str, Tensor]:
         """The state when the chunk has ended on the lanes where it is full, [B] bool."""
@@ -176,9 +175,9 @@ class LocalAttention(nn.Module):
         seen = torch.cat([joined[:, i : i + count] for i in range(self.chunks + 1)], 3).flatten(0, 1)
         return seen, [joined[:, i : i + self.chunks] for i in range(1, count + 1)]
 
-    def _carried(self, filled: Tensor) -> Tensor:
-        """Which of the P carried rows are there, [B, P] bool, from how many, [B]."""
-        return torch.arange(self.rows, device=filled.device) >= (self.rows - filled)[:, None]
+    def _first(self, filled: Tensor) -> Tensor:
+        """The place of the first row that is there, [B, 1, 1, 1], from how many of the carried ones are, [B]."""
+        return (self.rows - filled).clamp(min=0)[:, None, None, None]
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Attend from the beginning of a stream: [B, T, d] -> [B, T, d]. The slow and obvious way."""
@@ -259,12 +258,27 @@ class HybridAttention(nn.Module):
             mask: [N, S] bool, the active slots.
             importance: [S], logits; their log-sigmoid is added to the scores.
         """
-        address, content = bank[:, 0], bank[:, 1]
+        address, content = bank.flatten(1, 2).chunk(2, 1)
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
         # In this order: OpenVINO's fused attention in bf16 is wrong where a vector is added on the right.
         scores = nn.functional.logsigmoid(importance) + scores
         scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
         return join_heads(scores.softmax(-1) @ content)
+
+    def heads(self, made: Tensor) -> tuple[Heads, Tensor, Tensor]:
+        """One product for the window and the bank, [N, T, 3 d + 3 D / 2], by heads.
+
+        Returns:
+            queries, keys and values of the window [N, H, T, e] each; queries [N, R, T, f] and what is written
+            [N, 2, R, T, f] of the bank.
+        """
+        local, bank = self.local.num_heads, self.bank_heads
+        if self.local.qkv.in_features // local == self.half_dim // bank:  # heads of one width are moved at once
+            *parts, query, values = split_heads(made, 3 * (local + bank)).split([*[local] * 3, bank, 2 * bank], 1)
+            return Heads(*parts), query, values.unflatten(1, (2, bank))
+        window, rest = made.split([3 * self.local.qkv.in_features, 3 * self.half_dim], -1)
+        query, values = split_heads(rest, 3 * bank).split([bank, 2 * bank], 1)
+        return self.local.heads(window), query, values.unflatten(1, (2, bank))
 
     def combine(self, local: Tensor, read: Tensor) -> Tensor:
         """The learned fusion: one linear map of what the window and what the bank gave."""
@@ -274,7 +288,7 @@ class HybridAttention(nn.Module):
 
 def _rows(window: Tensor) -> Tensor:
     """[B, P / C, H, C, e] -> [B, H, P, e]."""
-    return window[:, 0] if window.shape[1] == 1 else window.transpose(1, 2).flatten(2, 3)
+    return window.squeeze(1) if window.shape[1] == 1 else window.transpose(1, 2).flatten(2, 3)
 
 
 def _shift(window: Tensor, rows: Tensor) -> Tensor:

@@ -97,15 +97,17 @@ class Consolidation(nn.Module):
         self, bank: Tensor, cell: Tensor | None, mask: Tensor, turn: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         blocks = bank.flatten(1, 2)
-        new = blocks * torch.rsqrt(torch.square(blocks).mean(-1, keepdim=True) + 1e-6) * self.bank_norm
+        new = blocks / torch.sqrt(torch.square(blocks).mean(-1, keepdim=True) + 1e-6)
         kept = None if cell is None else torch.where(slots_of(mask), cell, 0.0).flatten(1, 2)
-        next_bank, next_cell = self.propagator.transition(blocks, new, kept)
+        next_bank, next_cell = self.propagator.transition(blocks, new, kept, self.bank_norm)
         next_bank = next_bank.reshape(bank.shape)
         if self.propagator.enable_communication:
             next_bank = to_bank(self.propagator.communicate(to_states(next_bank), mask), self.heads)
         # Gates have biases: an empty slot stays empty.
         changes = mask
         due = _due(turn, self.every)
+        if next_cell is None and due is None and not self.hierarchy:
+            return next_bank * slots_of(mask).to(bank.dtype), None
         if due is not None:
             changes = changes & due[:, None]
         if self.hierarchy and turn is not None:

@@ -390,12 +390,9 @@ class NSMLayer(nn.Module):
 
     def _project(self, mixed: Tensor) -> _Projected:
         """One product for queries, keys, values and what is written: [N, T, d] -> the parts."""
-        count, length, dim = mixed.shape
         attention, router = self.attention, self.router
         made = self.projection(mixed, attention.local.qkv.weight, attention.read_query.weight, router.value.weight)
-        bank = made[..., 3 * dim :].reshape(count, length, 3, self.heads, -1).permute(0, 2, 3, 1, 4)
-        scores, gate = router.scores(mixed)
-        return _Projected(mixed, attention.local.heads(made[..., : 3 * dim]), bank[:, 0], bank[:, 1:], scores, gate)
+        return _Projected(mixed, *attention.heads(made), *router.scores(mixed))
 
     def _routed_mask(self, state: LayerState) -> Tensor:
         """The slots that tokens write to: all, or those of the fastest time scale; [B, S1]."""

@@ -35,9 +35,11 @@ class LocalMixing(nn.Module):
             mixed [B, T, d], and the tail after the valid tokens.
         """
         joined = torch.cat([tail, tokens], 1)
-        mixed = functional.conv1d(joined.transpose(1, 2), self.kernel, self.bias, groups=tokens.shape[-1])
-        mixed = functional.silu(mixed.transpose(1, 2))
+        # With a height of one: ONNX Runtime has a fast kernel for a depthwise convolution in two dimensions only.
+        rows = joined.transpose(1, 2).unsqueeze(2)
+        mixed = functional.conv2d(rows, self.kernel.unsqueeze(2), self.bias, groups=tokens.shape[-1])
+        mixed = functional.silu(mixed.squeeze(2).transpose(1, 2))
         if valid is None:
             return mixed, joined[:, tokens.shape[1] :]
-        rows = valid[:, None] + torch.arange(self.width - 1, device=tokens.device)
-        return mixed, torch.gather(joined, 1, rows.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))
+        places = valid[:, None] + torch.arange(self.width - 1, device=tokens.device)
+        return mixed, torch.gather(joined, 1, places.unsqueeze(-1).expand(-1, -1, tokens.shape[-1]))

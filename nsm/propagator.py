@@ -29,9 +29,10 @@ class BlockLinear(nn.Module):
         self.bias = nn.Parameter(torch.full((num_blocks, 1, out_features // num_blocks), bias))
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x[B, G, N, in / G] -> [B, G, N, out / G]."""
-        return torch.matmul(x, self.weight) + self.bias
+    def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
+        """x[B, G, N, in / G] -> [B, G, N, out / G]; `scale` [G, 1, in / G] is of x, and done to the matrix instead."""
+        weight = self.weight if scale is None else scale.transpose(1, 2) * self.weight
+        return torch.matmul(x, weight) + self.bias
 
 
 class StatePropagator(nn.Module):
@@ -137,11 +138,17 @@ class StatePropagator(nn.Module):
             return state
         return state, self._unblock(next_cell, prev)
 
-    def transition(self, prev: Tensor, new: Tensor, cell: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The gates on blocks: prev, new and cell [B, G, S, D / G] -> next state, and next cell for an LSTM."""
+    def transition(
+        self, prev: Tensor, new: Tensor, cell: Tensor | None = None, scale: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The gates on blocks: prev, new and cell [B, G, S, D / G] -> next state, and next cell for an LSTM.
+
+        Args:
+            scale: of `new`, [G, 1, D / G] (default: 1).
+        """
         if self.gate_type == "mingru":
-            return prev + torch.sigmoid(self.update(new)) * (self.candidate(new) - prev), None
-        a, b = self.from_new(new), self.from_prev(prev)
+            return prev + torch.sigmoid(self.update(new, scale)) * (self.candidate(new, scale) - prev), None
+        a, b = self.from_new(new, scale), self.from_prev(prev)
         if self.gate_type == "gru":
             (c1, r1, z1), (c2, r2, z2) = a.chunk(3, -1), b.chunk(3, -1)
             candidate = torch.tanh(c1 + torch.sigmoid(r1 + r2) * c2)

@@ -15,7 +15,8 @@ from nsm.sparse import entmax15, sparsemax, top_k
 
 # Full strength would make log(1 - w) infinite; 2^-10 is exact in fp16 and bf16 as well.
 MAX_WRITE = 1.0 - 2.0**-10
-# A score that softmax turns into an exact 0. It replaces scores and is never added to one.
+# A score that softmax turns into an exact 0. It replaces scores and is never added to one, nor compared with one: a
+# product with what a masked slot holds may be infinite, or not a number.
 MASKED_SCORE = -1.0e9
 
 Routing = Literal["softmax", "topk", "sparsemax", "entmax"]
@@ -25,14 +26,14 @@ ROUTINGS: tuple[str, ...] = get_args(Routing)
 def log_of_rest(weights: Tensor) -> Tensor:
     """log(1 - w) of weights in [0, 1 - 2^-10], to the last bits however small w is.
 
-    The difference rounds w away, all of it where w is small. So what it kept of w, 1 - (1 - w), corrects the logarithm
-    in proportion (Goldberg 1991, theorem 4). A logarithm is an operation that every backend computes fast; atanh,
-    which gives the same, took a third of a commit on OpenVINO.
+    The difference rounds w away, all of it where w is small. What is lost, w - (1 - (1 - w)), is itself computed
+    without an error (Sterbenz 1974), and is nothing but where w < 1/2; there log(1 - w - lost) is log(1 - w) - lost to
+    the last bits. A logarithm is an operation that every backend computes fast; atanh, which gives the same, took a
+    third of a commit on OpenVINO.
     """
     rest = 1.0 - weights
-    kept = 1.0 - rest
-    lost = kept == 0.0
-    return torch.where(lost, -weights, torch.log(rest) * (weights / torch.where(lost, 1.0, kept)))
+    lost = weights - (1.0 - rest)
+    return torch.log(rest) - lost
 
 
 class TokenToStateRouter(nn.Module):
@@ -136,13 +137,12 @@ class TokenToStateRouter(nn.Module):
             keep [B, 1, R, S, 1] and update [B, 2, R, S, f].
         """
         length = weights.shape[2]
-        # Row t sums what comes after token t; the last row sums everything.
-        later = torch.ones(length + 1, length, dtype=weights.dtype, device=weights.device).triu(1)
-        later = torch.cat([later[:length], torch.ones_like(later[:1])])
-        remaining = torch.exp(later @ log_of_rest(weights))
-        suffix = (weights * remaining[:, :, :length]).transpose(-1, -2)
-        keep = remaining[:, :, length:].transpose(-1, -2)
-        return keep.unsqueeze(1), suffix.unsqueeze(1) @ values
+        # Column t sums what comes after token t; the last column sums everything.
+        later = torch.ones(length, length, dtype=weights.dtype, device=weights.device).tril(-1)
+        later = torch.cat([later, torch.ones_like(later[:, :1])], 1)
+        written = weights.transpose(-1, -2)
+        after, keep = torch.split(torch.exp(log_of_rest(written) @ later), [length, 1], -1)
+        return keep.unsqueeze(1), (written * after).unsqueeze(1) @ values
 
     def forward(self, tokens: Tensor, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Write `tokens` [B, T, d] into `states` [B, S, D].
