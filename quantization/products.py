@@ -34,7 +34,10 @@ class Product:
 
 
 def products_of(model: onnx.ModelProto) -> list[Product]:
-    """The products with constant matrices, in the order of the graph. Weights must be loaded."""
+    """The products with matrices of weights, in the order of the graph. Weights must be loaded.
+
+    A constant matrix of zeros and ones is none: it sums.
+    """
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
@@ -42,6 +45,8 @@ def products_of(model: onnx.ModelProto) -> list[Product]:
         if tensor is None or len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT:
             continue
         numbers = numpy_helper.to_array(tensor)
+        if np.isin(numbers, (0.0, 1.0)).all():
+            continue
         shape = int(tensor.dims[0]), int(tensor.dims[1])
         found.append(Product(node.name, node.input[0], tensor.name, shape, weight_key(numbers)))
     return found

@@ -12,7 +12,7 @@ import onnxruntime as ort
 from nsm.errors import BuildError, DeviceUnavailableError, RunError, StreamError, UnsupportedError
 from nsm.runtimes.base import Runtime, Sides, State, Watched
 from nsm.runtimes.checks import all_finite
-from nsm.runtimes.onnxruntime import graph_precision, open_graph
+from nsm.runtimes.onnxruntime import SLOWER_ON_CPU, graph_precision, open_graph
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -193,7 +193,7 @@ def _session(path: Path, device: str, threads: int | None) -> tuple[ort.Inferenc
     if threads is not None:
         options.intra_op_num_threads = threads
     if device == "cpu":
-        return open_graph(path, options), False
+        return open_graph(path, options, without=SLOWER_ON_CPU), False
     plain = {"device_id": "0", "use_tf32": "0"}  # TF32 is on by default, and is no fp32
     try:
         session, captures = open_graph(path, options, [(PROVIDER, {**plain, "enable_cuda_graph": "1"})]), True

@@ -127,7 +127,10 @@ class Opened:
     refuses_to_capture: bool
     providers: list[str]
 
-    def __init__(self, path: str, options: ort.SessionOptions, providers: list[Any]) -> None:
+    def __init__(
+        self, path: str, options: ort.SessionOptions, providers: list[Any], disabled_optimizers: list[str]
+    ) -> None:
+        assert not disabled_optimizers, "what is slow on a processor need not be on a GPU"
         self.asked.append(providers)
         if self.refuses_to_capture and providers[0][1].get("enable_cuda_graph"):
             raise RuntimeError("not all nodes have been partitioned to CUDA")
