@@ -9,15 +9,17 @@ asked name. Every payload file is recorded with size and SHA-256 and checked aga
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 from nsm.decode import decode
 from nsm.errors import (
@@ -28,7 +30,7 @@ from nsm.errors import (
     OutputExistsError,
     ParityError,
 )
-from nsm.files import replacing
+from nsm.files import followed, new_mode, replacing, settled
 from nsm.spec import StepSpec
 from nsm.trace import Arrays, Trace, load_arrays
 
@@ -81,9 +83,12 @@ class Artifact:
         return sum(record.size for record in self.files)
 
 
+_MODEL = {"class": str, "config": Mapping, "parameters": int}
+
+
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself."""
+    """What a bundle says of itself. `model` holds at least its `class`, its `config`, and how many `parameters`."""
 
     spec: StepSpec
     fingerprint: str
@@ -94,6 +99,13 @@ class Manifest:
     command: str
     created: str
     format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, kind in _MODEL.items() if not isinstance(self.model.get(name), kind)]
+        if wrong:
+            raise ConfigError(
+                f"The model's {wrong[0]} is {self.model.get(wrong[0])!r}; expected is {_MODEL[wrong[0]].__name__}."
+            )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -116,7 +128,7 @@ class Manifest:
 
 
 class Bundle:
-    """A bundle on disk.
+    """A bundle on disk. `written` are the bytes of its manifest.
 
     Raises:
         InputError: there is no directory at `path`.
@@ -128,8 +140,8 @@ class Bundle:
         if not self.path.is_dir():
             raise InputError(f"There is no bundle {self.path}: expected is a directory written by nsm-export.")
         try:
-            _check_size(self.path / MANIFEST)
-            text = (self.path / MANIFEST).read_text(encoding="utf-8")
+            self.written = _read_json(self.path / MANIFEST)
+            text = self.written.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise BundleDamagedError(f"{self.path} is not a bundle: {MANIFEST} cannot be read ({error}).") from error
         try:
@@ -164,13 +176,8 @@ class Bundle:
         Raises:
             BundleDamagedError: names the first file that is not, and what is wrong with it.
         """
-        if records is None:
-            shared = {record.path: record for record in self.manifest.files}
-            records = tuple({**shared, **{r.path: r for a in self.manifest.artifacts for r in a.files}}.values())
-        for record in records:
-            path = self.locate(record.path)
-            if not _is_file(path):
-                raise BundleDamagedError(f"{self.path} is damaged: {record.path} is missing. Export it again.")
+        for record in self._records() if records is None else records:
+            path = self.file(record.path)
             size = path.stat().st_size
             if size != record.size:
                 raise BundleDamagedError(
@@ -182,6 +189,21 @@ class Bundle:
                     f"{self.path} is damaged: the content of {record.path} does not have the recorded SHA-256. "
                     "Copy or export it again."
                 )
+
+    def recorded(self) -> tuple[str, ...]:
+        """The paths of all files that the manifest lists, relative to the bundle, each once."""
+        return tuple(dict.fromkeys(PurePosixPath(record.path).as_posix() for record in self._records()))
+
+    def file(self, relative: str) -> Path:
+        """Where a recorded file lies.
+
+        Raises:
+            BundleDamagedError: it is missing, or outside the bundle.
+        """
+        path = self.locate(relative)
+        if not _is_file(path):
+            raise BundleDamagedError(f"{self.path} is damaged: {relative} is missing. Export it again.")
+        return path
 
     def locate(self, relative: str) -> Path:
         """Where a recorded file lies; a path that leads out of the bundle is refused."""
@@ -221,12 +243,15 @@ class Bundle:
         """The content of a shared JSON file, None where the bundle has no such file. Verified."""
         if all(record.path != name for record in self.manifest.files):
             return None
-        path = self._shared(name)
-        _check_size(path)
+        written = _read_json(self._shared(name))
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(written.decode())
         except (ValueError, RecursionError) as error:
             raise BundleDamagedError(f"{self.path / name} is not JSON ({error}). Export the bundle again.") from error
+
+    def _records(self) -> tuple[FileRecord, ...]:
+        shared = {record.path: record for record in self.manifest.files}
+        return tuple({**shared, **{r.path: r for a in self.manifest.artifacts for r in a.files}}.values())
 
     def _shared(self, name: str) -> Path:
         records = tuple(record for record in self.manifest.files if record.path == name)
@@ -238,6 +263,7 @@ class Bundle:
 
 def check_output(output: Path, force: bool = False) -> None:
     """Raise `OutputExistsError` where `staged` would not replace what is there."""
+    output = followed(settled(output))
     if output.exists() and not force:
         raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
     if output.exists() and not (output / MANIFEST).is_file():
@@ -254,12 +280,50 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
     """A new directory beside `output` that takes its name when the block ends well.
 
     A `ParityError` keeps it aside as `{output}.failed`, replacing an earlier one; any other error removes it.
-    An existing `output` stays in place, untouched, until the new one is complete.
+    An existing `output` stays in place, untouched, until the new one is complete. Where it is a link, what it leads to
+    is replaced, and all this happens there.
 
     Raises:
         OutputExistsError: `output` exists and `force` is not set (before any work is done).
         InputError: the directory cannot be made.
     """
+    with _staged(followed(settled(output)), force, None) as stage:
+        yield stage
+
+
+@contextlib.contextmanager
+def staged_copy(path: Path) -> Iterator[Path]:
+    """A copy of a bundle to change, that takes the bundle's place when the block ends well; see `staged`.
+
+    The copy has the recorded files alone, and no links. They are linked, not copied, where the file system can: replace
+    a file in the stage, never write into one. What lies beside their folders, notes perhaps, stays in the bundle.
+
+    Raises:
+        BundleError: it is damaged.
+        OutputExistsError: another command changed the bundle meanwhile; it is left as that made it.
+    """
+    output = followed(settled(path))
+    check_output(output, force=True)
+    bundle = Bundle(output)
+    replaced = _Replaced(bundle.written, bundle.recorded())
+    with _staged(output, True, replaced) as stage:
+        for name in replaced.recorded:
+            (stage / name).parent.mkdir(parents=True, exist_ok=True)
+            _link(bundle.file(name).resolve(), stage / name)
+        (stage / MANIFEST).write_bytes(replaced.manifest)
+        yield stage
+
+
+class _Replaced(NamedTuple):
+    """What a copy was made of: the manifest, byte by byte, and the files that it lists."""
+
+    manifest: bytes
+    recorded: tuple[str, ...]
+
+
+@contextlib.contextmanager
+def _staged(output: Path, force: bool, replaced: _Replaced | None) -> Iterator[Path]:
+    """See `staged`, and `_put` for `replaced`."""
     check_output(output, force)
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -269,7 +333,7 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
     try:
         yield stage
         check_output(output, force)  # something may have come to be there during the work
-        _put(stage, output)
+        _put(stage, output, replaced)
     except ParityError as error:
         failed = output.with_name(output.name + FAILED_SUFFIX)
         _put(stage, failed)
@@ -278,23 +342,14 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def staged_copy(bundle: Path) -> Iterator[Path]:
-    """A copy of a bundle to change, that takes the bundle's place when the block ends well; see `staged`.
-
-    Files are linked, not copied, where the file system can: replace a file in the stage, never write into one.
-    """
-    with staged(bundle, force=True) as stage:
-        shutil.copytree(bundle, stage, dirs_exist_ok=True, copy_function=_link)
-        yield stage
-
-
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, atomically; its list of shared files is filled in from what lies in the directory."""
-    names = [name for name in (STATE_INIT, GOLDEN, PARITY, CALIBRATION) if (directory / name).is_file()]
-    graphs = sorted(
-        path.relative_to(directory).as_posix() for path in (directory / GRAPHS).rglob("*") if path.is_file()
-    )
+    """Write `manifest.json`, atomically; its list of shared files is filled in from what lies in the directory.
+
+    A link is none of them, wherever it leads.
+    """
+    own = _own_files(directory)
+    names = [name for name in (STATE_INIT, GOLDEN, PARITY, CALIBRATION) if (directory / name) in own]
+    graphs = sorted(path.relative_to(directory).as_posix() for path in own if directory / GRAPHS in path.parents)
     manifest = replace(manifest, files=tuple(file_record(directory, name) for name in [*graphs, *names]))
     write_json(directory / MANIFEST, manifest.to_json())
 
@@ -317,11 +372,19 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_size(path: Path) -> None:
-    """Raise `BundleDamagedError` for a JSON file that no export writes: parsed, it takes many times its size."""
+def _read_json(path: Path) -> bytes:
+    """The bytes of a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file, which might have no end or never give anything.
+        BundleDamagedError: no export writes one of that size: parsed, it takes many times as much.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
     size = path.stat().st_size
     if size > JSON_LIMIT:
         raise BundleDamagedError(f"{path} has {size:,} bytes; expected are at most {JSON_LIMIT:,}. Export it again.")
+    return path.read_bytes()
 
 
 def _is_file(path: Path) -> bool:
@@ -331,26 +394,79 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _link(source: str, target: str) -> None:
+def _own_files(directory: Path) -> list[Path]:
+    """The regular files in a directory, also deep in it; links are neither followed nor files."""
+    found = [Path(folder, name) for folder, _, names in os.walk(directory) for name in names]
+    return [path for path in found if stat.S_ISREG(path.lstat().st_mode)]
+
+
+def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
         shutil.copy2(source, target)
 
 
-def _put(stage: Path, output: Path) -> None:
-    """Rename `stage` to `output`, moving an older one out of the way and then deleting it."""
-    output = output.resolve() if output.is_symlink() else output
-    stage.chmod(0o755)
-    for path in stage.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+def _put(stage: Path, output: Path, replaced: _Replaced | None = None) -> None:
+    """Rename `stage` to `output`, moving an older one out of the way and then deleting it.
+
+    With `replaced` that has to be the older one still, and what lies beside its own files and folders is moved over.
+
+    Raises:
+        OutputExistsError: it is another one by now, and stays.
+    """
+    _permit(stage, output)
     old = stage.with_suffix(".old")
     if output.exists():
         os.replace(output, old)
     try:
+        if replaced is not None and not _has_manifest(old, replaced.manifest):
+            raise OutputExistsError(
+                f"{output} was changed by another command while this one was at work, and is left as it is now. Start "
+                "this one again: it then begins with what the other one made."
+            )
         os.replace(stage, output)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        if old.exists() and not output.exists():
             os.replace(old, output)
         raise
+    try:
+        if replaced is not None:
+            _move_others(old, output, {MANIFEST, *replaced.recorded})
+    except OSError:  # the older one is left, with what could not be moved
+        return
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _has_manifest(directory: Path, manifest: bytes) -> bool:
+    try:
+        return _read_json(directory / MANIFEST) == manifest
+    except (OSError, BundleDamagedError):
+        return False
+
+
+def _permit(stage: Path, output: Path) -> None:
+    """Give what is new in `stage` the permissions of what it replaces in `output`, or those that new files have.
+
+    A file with more than one name belongs to others too, and keeps its own; so does what a link leads to.
+    """
+    for folder, _, names in os.walk(stage, topdown=False):
+        for path in (*(Path(folder, name) for name in names), Path(folder)):
+            found = path.lstat()
+            single = stat.S_ISREG(found.st_mode) and found.st_nlink == 1
+            if single or stat.S_ISDIR(found.st_mode):
+                path.chmod(_mode(output / path.relative_to(stage), found.st_mode))
+
+
+def _mode(replaced: Path, new: int) -> int:
+    if os.path.lexists(replaced) and stat.S_IFMT(replaced.lstat().st_mode) == stat.S_IFMT(new):
+        return replaced.lstat().st_mode & 0o777
+    return new_mode(stat.S_ISDIR(new) or bool(new & stat.S_IXUSR))
+
+
+def _move_others(old: Path, output: Path, recorded: Collection[str]) -> None:
+    """Move what a bundle holds beside its own files and folders into the one that replaced it: links as links."""
+    own = {PurePosixPath(name).parts[0] for name in recorded}
+    for path in sorted(old.iterdir()):
+        if path.name not in own and not os.path.lexists(output / path.name):
+            os.rename(path, output / path.name)

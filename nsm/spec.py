@@ -8,7 +8,8 @@ and one output for each of them. All shapes are static and include the batch ("l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,9 @@ OFFSET = "lane.offset"
 
 COUNT = "lane.count"
 """Name of the state that holds, per lane, how many tokens the stream has had; [B] int64. Rings are counted by it."""
+
+LARGEST = 4 << 30
+"""Bytes of the largest input or output of a call: runtimes take memory for it before a graph says what it gives."""
 
 # States whose role is one of these are a window of keys and values and take the names other tools know.
 _WINDOW_ROLES = ("key", "value")
@@ -50,6 +54,14 @@ class TensorSpec:
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
+        if self.minimum is None and self.maximum is None:
+            return
+        whole = self.numpy_dtype.kind in "iu"
+        if self.minimum is None or self.maximum is None or self.minimum > self.maximum or not whole:
+            raise ConfigError(
+                f"{self.name} of {self.dtype} has the bounds {self.minimum} .. {self.maximum}; integers have both, the "
+                "smaller one first, or none, and other numbers none."
+            )
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
@@ -100,7 +112,7 @@ class StateSpec:
 
     @property
     def nbytes(self) -> int:
-        return int(np.prod(self.shape)) * self.numpy_dtype.itemsize
+        return math.prod(self.shape) * self.numpy_dtype.itemsize
 
     def present_shape(self, tokens: int) -> tuple[int, ...]:
         """Shape of the graph's output for this state, in a call of so many tokens."""
@@ -129,6 +141,12 @@ class EntrySpec:
     def __post_init__(self) -> None:
         if not self.inputs and not self.reads:
             raise ConfigError(f"The entry {self.name} has no inputs.")
+        _check_unique(f"inputs and outputs of the entry {self.name}", (i.name for i in (*self.inputs, *self.outputs)))
+
+    @property
+    def tokens(self) -> int:
+        """K, the tokens of a call; 0 where it takes none."""
+        return self.inputs[0].shape[1] if self.inputs else 0
 
     def input(self, name: str) -> TensorSpec | None:
         """The input of that name, None if there is none."""
@@ -140,7 +158,10 @@ class StepSpec:
     """A step model: its entries (graphs over one set of weights) and the states they all share.
 
     `chunk_size` is C, the commit period in tokens: token i after a reset belongs to chunk i // C.
-    `batch` is the number of lanes.
+    `batch` is the number of lanes, B.
+
+    Entries that take tokens take them as their first input, [B, K, ...], and give outputs [B, K, ...]: `step` whole
+    chunks, `decode` one. Its inputs and outputs are those of `step`, with another K, or some of them.
     """
 
     entries: tuple[EntrySpec, ...]
@@ -158,6 +179,78 @@ class StepSpec:
             unknown = sorted({*entry.reads, *entry.writes} - set(self.state_names))
             if unknown:
                 raise ConfigError(f"The entry {entry.name} names states that there are not: {unknown}.")
+        _check_unique("entries", (entry.name for entry in self.entries))
+        self._check_states()
+        if not self.has("step") or not self.entry("step").inputs:
+            given = ", ".join(entry.name for entry in self.entries)
+            raise ConfigError(f"A step model has an entry step that takes tokens; given are the entries {given}.")
+        for entry in self.entries:
+            self._check_entry(entry)
+
+    def _check_states(self) -> None:
+        _check_unique("states", self.state_names)
+        _check_unique("inputs of states", (state.past for state in self.states))
+        _check_unique("outputs of states", (state.present for state in self.states))
+        for state in self.states:
+            if not state.shape or state.shape[state.batch_axis] != self.batch:
+                raise ConfigError(
+                    f"{state.name} has the shape {list(state.shape)}; expected is the size {self.batch}, the lanes, on "
+                    f"axis {state.batch_axis}."
+                )
+            if state.name in (OFFSET, COUNT) and (state.shape, state.dtype) != ((self.batch,), "int64"):
+                raise ConfigError(
+                    f"{state.name} is {list(state.shape)} of {state.dtype}; expected is a count for each lane, "
+                    f"[{self.batch}] of int64."
+                )
+            if state.append_axis is not None and COUNT not in self.state_names:
+                raise ConfigError(f"{state.name} is appended to where the state {COUNT} says, and there is none.")
+
+    def _check_entry(self, entry: EntrySpec) -> None:
+        """Raise `ConfigError` for tensors that are not of the lanes and tokens of a call, or not those of `step`."""
+        main = self.entry("step").inputs[0]
+        if entry.inputs:
+            tokens = entry.inputs[0]
+            if (
+                len(tokens.shape) < 2
+                or tokens.shape[0] != self.batch
+                or (*tokens.shape[2:], tokens.dtype) != (*main.shape[2:], main.dtype)
+            ):
+                raise ConfigError(
+                    f"{tokens.name} of {entry.name} is {list(tokens.shape)} of {tokens.dtype}; expected is "
+                    f"[{', '.join(map(str, (self.batch, 'K', *main.shape[2:])))}] of {main.dtype}."
+                )
+            if tokens.numpy_dtype.kind in "iu" and tokens.maximum is None:
+                raise ConfigError(
+                    f"{tokens.name} of {entry.name} holds ids without bounds; expected are a minimum and a maximum, as "
+                    "a backend may read outside its table for an id that is not in it."
+                )
+            if entry.tokens < 1 or {"step": entry.tokens % self.chunk_size, "decode": entry.tokens - 1}.get(entry.name):
+                raise ConfigError(
+                    f"{entry.name} takes {entry.tokens} tokens; expected is one for decode, and for step a multiple of "
+                    f"the chunk of {self.chunk_size}."
+                )
+        counts = entry.input(VALID)
+        if counts is not None and counts.shape != (self.batch,):
+            raise ConfigError(
+                f"{VALID} of {entry.name} has the shape {list(counts.shape)}; expected is [{self.batch}], a number for "
+                "each lane."
+            )
+        known = {item.name: (*item.shape[2:], item.dtype) for item in self.entry("step").outputs}
+        for item in entry.outputs:
+            if item.shape[:2] != (self.batch, entry.tokens) or known.get(item.name) != (*item.shape[2:], item.dtype):
+                raise ConfigError(
+                    f"The output {item.name} of {entry.name} is {list(item.shape)} of {item.dtype}; expected is one of "
+                    f"step's, for {self.batch} lanes and {entry.tokens} tokens: [{self.batch}, {entry.tokens}, ...]."
+                )
+        rings = [state for state in self.states_of(entry.writes) if state.append_axis is not None]
+        rows = [(state.name, state.present_shape(entry.tokens), state.numpy_dtype) for state in rings]
+        given = [(item.name, item.shape, item.numpy_dtype) for item in (*entry.inputs, *entry.outputs)]
+        for name, shape, dtype in (*given, *rows):
+            if math.prod(shape) * dtype.itemsize > LARGEST:
+                raise ConfigError(
+                    f"{name} of {entry.name} is {list(shape)} of {dtype}; a call takes and gives at most {LARGEST:,} "
+                    "bytes of each. Ask for fewer tokens a call, or fewer lanes."
+                )
 
     def has(self, name: str) -> bool:
         """Whether there is an entry of that name."""
@@ -204,6 +297,15 @@ def _check(what: str, shape: tuple[int, ...], dtype: str) -> None:
     if any(size < 0 for size in shape):
         raise ConfigError(f"{what} has the shape {list(shape)}; sizes are 0 or more.")
     try:
-        np.dtype(dtype)
-    except TypeError as error:
+        found = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError) as error:
         raise ConfigError(f"{what} has the dtype {dtype!r}, which numpy does not know.") from error
+    if found.kind not in "biufc":
+        raise ConfigError(f"{what} has the dtype {dtype!r}; expected is one of numbers, float32 for instance.")
+
+
+def _check_unique(what: str, names: Iterable[str]) -> None:
+    found = list(names)
+    twice = sorted({name for name in found if found.count(name) > 1})
+    if twice:
+        raise ConfigError(f"There are two {what} called {', '.join(twice)}; each has a name of its own.")

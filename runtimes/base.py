@@ -74,7 +74,7 @@ class Watched:
     """Files that were verified when a bundle was opened, and may be read later: they must still be the same.
 
     Args:
-        folders: whose files are watched.
+        folders: whose files are watched. What is no file, as a link that leads nowhere, is none of them.
     """
 
     def __init__(self, *folders: Path) -> None:
@@ -91,7 +91,8 @@ class Watched:
 
     def _look(self) -> dict[Path, tuple[int, int, int]]:
         files = (path for folder in self._folders if folder.is_dir() for path in sorted(folder.iterdir()))
-        return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path in files for s in (path.stat(),)}
+        stats = ((path, path.stat()) for path in files if path.is_file())
+        return {path: (s.st_ino, s.st_size, s.st_mtime_ns) for path, s in stats}
 
 
 class Runtime(Protocol):

@@ -50,6 +50,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 _PRECISIONS = {"TYPE_FP16": "fp16", "TYPE_FP32": "fp32", "TYPE_FP64": "fp64"}
 
+_AGAIN = "Build the target again."
+
 Message = dict[str, list[Any]]
 """Fields by name, each with all its values."""
 
@@ -96,6 +98,8 @@ def load(
     """
     ort: Any = importlib.import_module("onnxruntime")
     path = files["step"]
+    if not path.parent.name.isdigit():
+        raise BundleDamagedError(f"{path} lies in no version of a model; expected is nsm/1/{path.name}. {_AGAIN}")
     served = read_model(path.parent.parent)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -169,10 +173,13 @@ class TritonRuntime:
 
     def _check_start(self, arrays: Mapping[str, Array]) -> None:
         """A session begins with the bundle's initial state, and a sequence with what the repository says."""
+        unknown = sorted(set(self._states) - set(arrays))
+        if unknown:
+            raise BundleDamagedError(f"The repository has states that the bundle has not: {unknown}. {_AGAIN}")
         for name, state in self._states.items():
             if state.start.tobytes() != np.asarray(arrays[name], state.start.dtype).tobytes():
                 raise BundleDamagedError(
-                    f"The repository starts its sequences from another {name} than the bundle. Build the target again."
+                    f"The repository starts its sequences from another {name} than the bundle. {_AGAIN}"
                 )
 
     def _handle(self) -> State:
@@ -205,7 +212,7 @@ def check_loads(served: Served, graph: Any, path: Path) -> None:
     if set(as_paired(pairs)) != set(pairs):
         wrong.append("sorted by name, the states' inputs and outputs do not pair")
     if wrong:
-        raise BuildError(f"{path.parent.parent / CONFIG} does not fit {path.name}: {wrong[0]}. Build the target again.")
+        raise BuildError(f"{path.parent.parent / CONFIG} does not fit {path.name}: {wrong[0]}. {_AGAIN}")
 
 
 def as_paired(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -222,38 +229,58 @@ def read_model(folder: Path) -> Served:
     """What a model's configuration says, with the initial states.
 
     Raises:
-        BundleDamagedError: a file is missing, or is not as the server wants it.
+        BundleDamagedError: a file is missing, lies elsewhere, or is not as the server wants it.
     """
     try:
-        config = parse((folder / CONFIG).read_text(encoding="utf-8"))
+        config = parse(_inside(folder, folder / CONFIG).read_text(encoding="utf-8"))
         (batching,) = config["sequence_batching"]
+        states = tuple(_carried(item, folder) for item in batching.get("state", []))
+        if len({state.name for state in states}) < len(states):
+            raise ValueError("two states have the same name")
         return Served(
-            inputs={item["name"][0]: _tensor(item) for item in config["input"]},
-            outputs={item["name"][0]: _tensor(item) for item in config["output"]},
-            states=tuple(_carried(item, folder) for item in batching.get("state", [])),
+            inputs={_text(item, "name"): _tensor(item) for item in config["input"]},
+            outputs={_text(item, "name"): _tensor(item) for item in config["output"]},
+            states=states,
         )
-    except (OSError, ValueError, KeyError) as error:
-        raise BundleDamagedError(
-            f"{folder / CONFIG} is not as Triton wants it ({error!r}). Build the target again."
-        ) from error
+    except Exception as error:  # of a text that was edited, the parser and numpy raise whatever they stumble over
+        raise BundleDamagedError(f"{folder / CONFIG} is not as Triton wants it ({error!r}). {_AGAIN}") from error
+
+
+def _inside(folder: Path, path: Path) -> Path:
+    """The path of a file, if it lies in the folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"{path} is outside the model's folder")
+    if not path.is_file():
+        raise ValueError(f"{path} is no file")
+    return path
+
+
+def _text(item: Message, field: str) -> str:
+    (value,) = item[field]
+    if not isinstance(value, str) or not value.encode():
+        raise ValueError(f"{field} is {value!r}, and no text")
+    return value
 
 
 def _tensor(item: Message) -> tuple[str, tuple[int, ...]]:
-    return item["data_type"][0], tuple(item["dims"])
+    dims = tuple(item["dims"])
+    if not all(isinstance(size, int) for size in dims):
+        raise ValueError(f"dims are {list(dims)}, and no numbers")
+    return _text(item, "data_type"), dims
 
 
 def _carried(item: Message, folder: Path) -> Carried:
     data_type, dims = _tensor(item)
     (initial,) = item["initial_state"]
     if _tensor(initial) != (data_type, dims):
-        raise ValueError(f"{item['input_name'][0]} and its initial state are not alike")
+        raise ValueError(f"{_text(item, 'input_name')} and its initial state are not alike")
     dtype = {kind.triton: np.dtype(name) for name, kind in KINDS.items()}[data_type]
     if initial.get("zero_data") == ["true"]:
         start = np.zeros(dims, dtype)
     else:
-        content = (folder / INITIAL / initial["data_file"][0]).read_bytes()
+        content = _inside(folder, folder / INITIAL / _text(initial, "data_file")).read_bytes()
         start = np.frombuffer(content, dtype, math.prod(dims)).reshape(dims)
-    return Carried(initial["name"][0], item["input_name"][0], item["output_name"][0], data_type, start)
+    return Carried(_text(initial, "name"), _text(item, "input_name"), _text(item, "output_name"), data_type, start)
 
 
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\w.+-]+|[{}\[\]:,]')

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -359,6 +360,20 @@ def test_states_wired_crosswise_are_refused(copied: Path) -> None:
         ('data_file: "0.bank"', 'data_file: "0.mask"'),
         ("data_type: TYPE_BOOL", "data_type: TYPE_FP32"),
         ("data_type: TYPE_FP32", "data_type: TYPE_FP8"),
+        ('data_file: "0.bank"', 'data_file: "/etc/hostname"'),
+        ('data_file: "0.bank"', 'data_file: "../../../golden.npz"'),
+        ('data_file: "0.bank"', 'data_file: "."'),
+        ('data_file: "0.bank"', "data_file: 3"),
+        ("input {", "input: word input {"),
+        ("input {", "input { dims: word } input {"),
+        ("sequence_batching {", "sequence_batching: 3 sequence {"),
+        ("initial_state {", "initial_state: 3 initial {"),
+        ('name: "tokens"', "name: []"),
+        ('name: "tokens"', "name { }"),
+        ('name: "tokens"', r'name: "\ud800"'),
+        ("dims: [2, 8]", 'dims: [2, "8"]'),
+        ('name: "0.tail"', 'name: "1.tail"'),
+        ("backend:", "deep {" * 100_000 + "}" * 100_000 + "backend:"),
     ],
 )
 def test_a_config_that_the_server_cannot_read_is_damage(copied: Path, old: str, new: str) -> None:
@@ -369,6 +384,48 @@ def test_a_config_that_the_server_cannot_read_is_damage(copied: Path, old: str, 
     else:
         change_config(copied, old, new)
     with pytest.raises(BundleDamagedError, match=r"config\.pbtxt is not as Triton wants it"):
+        nsm.open(copied, target="triton")
+
+
+@pytest.mark.parametrize("size", [10**15, 10**30])
+def test_a_state_of_absurd_size_is_damage(copied: Path, size: int) -> None:
+    path = copied / CONFIG
+    path.write_text(path.read_text(encoding="utf-8").replace("dims: [2]", f"dims: [{size}, 4]"), encoding="utf-8")
+    rerecord(copied)
+    with pytest.raises(BundleDamagedError, match=r"config\.pbtxt is not as Triton wants it"):
+        nsm.open(copied, target="triton")
+
+
+@pytest.mark.parametrize("name", [CONFIG, "triton/nsm/initial_state/0.bank"])
+@pytest.mark.parametrize("kind", ["link out", "pipe"])
+def test_files_of_the_model_that_are_none_or_lie_elsewhere_are_not_read(
+    copied: Path, tmp_path: Path, name: str, kind: str
+) -> None:
+    manifest, (artifact,) = Bundle(copied).manifest, [Bundle(copied).artifact("triton")]
+    kept = replace(artifact, files=tuple(record for record in artifact.files if record.path != name))
+    write_manifest(copied, replace(manifest, artifacts=(kept,)))
+    if kind == "pipe":
+        (copied / name).unlink()
+        os.mkfifo(copied / name)
+    else:
+        shutil.move(copied / name, tmp_path / "outside")
+        (copied / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(BundleDamagedError, match="is no file" if kind == "pipe" else "is outside the model's folder"):
+        nsm.open(copied, target="triton")
+
+
+def test_a_graph_outside_a_model_is_damage(copied: Path) -> None:
+    shutil.copy2(copied / "triton/nsm/1/model.onnx", copied)
+    manifest, artifact = Bundle(copied).manifest, Bundle(copied).artifact("triton")
+    moved = replace(artifact, files=(file_record(copied, "model.onnx"),))
+    write_manifest(copied, replace(manifest, artifacts=(moved,)))
+    with pytest.raises(BundleDamagedError, match=r"model\.onnx lies in no version of a model"):
+        nsm.open(copied, target="triton")
+
+
+def test_a_state_that_the_bundle_has_not_is_damage(copied: Path) -> None:
+    change_config(copied, 'name: "0.tail"', 'name: "9.tail"')
+    with pytest.raises(BundleDamagedError, match=r"has states that the bundle has not: \['9\.tail'\]"):
         nsm.open(copied, target="triton")
 
 

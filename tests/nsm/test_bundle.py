@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -331,6 +332,17 @@ def test_a_directory_without_a_manifest_is_no_bundle(tmp_path: Path) -> None:
         Bundle(tmp_path)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_manifest_that_is_no_regular_file_is_not_read(made: Path, kind: str) -> None:
+    (made / MANIFEST).unlink()
+    if kind == "pipe":
+        os.mkfifo(made / MANIFEST)
+    else:
+        (made / MANIFEST).symlink_to("/dev/zero")
+    with pytest.raises(BundleDamagedError, match=r"manifest\.json cannot be read .*no regular file"):
+        Bundle(made)
+
+
 def test_no_directory_is_no_bundle(tmp_path: Path, made: Path) -> None:
     for path in (tmp_path / "no.nsm", made / MANIFEST):
         with pytest.raises(InputError, match=r"There is no bundle .*: expected is a directory written by nsm-export"):
@@ -350,6 +362,9 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "no model": (("model",), KeyError),
     "model a word": (("model",), "Fake"),
     "model null": (("model",), None),
+    "model without a class": (("model", "class"), KeyError),
+    "model config a number": (("model", "config"), 3),
+    "model parameters a word": (("model", "parameters"), "many"),
     "no artifacts": (("artifacts",), KeyError),
     "artifacts null": (("artifacts",), None),
     "artifacts an object": (("artifacts",), {}),
@@ -478,6 +493,28 @@ def test_a_stage_takes_the_name_at_the_end_only(tmp_path: Path) -> None:
 def test_a_bundle_can_be_read_by_others(made: Path) -> None:
     for path in (made, *made.rglob("*")):
         assert path.stat().st_mode & 0o777 == (0o755 if path.is_dir() else 0o644)
+
+
+def test_new_files_have_the_permissions_of_new_files_and_others_keep_theirs(tmp_path: Path) -> None:
+    output, private = tmp_path / "model.nsm", ("openvino", "openvino/step.xml")
+    before = os.umask(0o027)
+    try:
+        with staged(output) as stage:
+            fill(stage)
+            (stage / "tool").write_text("#!/bin/sh")
+            (stage / "tool").chmod(0o700)
+        modes = {path.relative_to(output).as_posix(): path.stat().st_mode & 0o777 for path in output.rglob("*")}
+        assert modes == {name: 0o750 if name in ("graphs", "openvino", "tool") else 0o640 for name in modes}
+        output.chmod(0o700)
+        for name in private:
+            (output / name).chmod(0o700)
+        with staged(output, force=True) as stage:
+            fill(stage)
+    finally:
+        os.umask(before)
+    for path in (output, *(output / name for name in private)):
+        assert path.stat().st_mode & 0o777 == 0o700
+    assert (output / OWN[1]).stat().st_mode & 0o777 == 0o640
 
 
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, InputError, SystemExit])
@@ -620,6 +657,55 @@ def test_a_link_to_a_bundle_is_replaced_and_leaves_nothing_behind(made: Path, tm
     assert Bundle(link).manifest.command == "another command"
     assert names(link.parent) == ["model.nsm"]
     assert contents(made) in (before, contents(link))
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["there", "not there"])
+def test_the_work_is_done_where_a_link_leads(tmp_path: Path, there: bool) -> None:
+    """It may be another file system, and nothing can be renamed from one to another."""
+    link, target = tmp_path / "here" / "link.nsm", tmp_path / "there" / "model.nsm"
+    for path in (link, target):
+        path.parent.mkdir()
+    link.symlink_to(target, target_is_directory=True)
+    if there:
+        with staged(target) as stage:
+            fill(stage)
+    with staged(link, force=there) as stage:
+        assert stage.parent == target.parent
+        fill(stage, "through the link")
+    assert Bundle(target).manifest.command == "through the link"
+    with pytest.raises(ParityError, match=f"kept as {target}.failed"):
+        fail(link, "too far off", force=True)
+    assert (names(link.parent), names(target.parent)) == (["link.nsm"], ["model.nsm", "model.nsm.failed"])
+
+
+def test_an_output_that_links_to_itself_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "model.nsm").symlink_to("model.nsm")
+    with pytest.raises(InputError, match="leads back to itself"), staged(tmp_path / "model.nsm", force=True):
+        pass
+
+
+@pytest.mark.parametrize(("inside", "given"), [(".", "."), ("graphs", ".."), ("graphs", "../../model.nsm")])
+def test_a_bundle_is_replaced_from_within(made: Path, inside: str, given: str) -> None:
+    with contextlib.chdir(made / inside), staged(Path(given), force=True) as stage:
+        fill(stage, "another command")
+    assert Bundle(made).manifest.command == "another command"
+    assert names(made.parent) == ["model.nsm"]
+    with contextlib.chdir(made / inside), pytest.raises(ParityError, match=f"kept as {made}.failed"):
+        fail(Path(given), "a third command", force=True)
+    assert names(made.parent) == ["model.nsm", "model.nsm.failed"]
+
+
+@pytest.mark.parametrize("given", [".", "..", "deep/.."])
+def test_a_folder_that_is_no_bundle_is_not_replaced_from_within(tmp_path: Path, given: str) -> None:
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    for force, message in ((False, "exists. Give --force"), (True, "is not a bundle")):
+        with (
+            contextlib.chdir(tmp_path / "work"),
+            pytest.raises(OutputExistsError, match=message),
+            staged(Path(given), force),
+        ):
+            pass
+    assert [path.name for path in tmp_path.rglob("*")] == ["work", "deep"]
 
 
 def test_an_output_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
@@ -776,6 +862,80 @@ def test_a_copy_that_failed_parity_is_kept_aside_and_the_bundle_stays(made: Path
         change()
     assert contents(made) == before
     assert Bundle(made.with_name("model.nsm.failed")).manifest.command == "changed"
+
+
+def test_a_copy_has_the_recorded_files_alone_and_touches_nothing_behind_a_link(made: Path, tmp_path: Path) -> None:
+    private = tmp_path / "private"
+    private.mkdir(mode=0o700)
+    (private / "key").write_text("secret")
+    (private / "key").chmod(0o600)
+    recorded = contents(made)
+    (made / "graphs" / "more").symlink_to(private, target_is_directory=True)
+    (made / "graphs" / "key").symlink_to(private / "key")
+    (made / "graphs" / ".#step.onnx").symlink_to("user@host.1234")  # as an editor marks what it has open
+    (made / "notes.txt").write_text("mine")
+    (made / "notes").symlink_to(private, target_is_directory=True)
+    with staged_copy(made) as stage:
+        assert contents(stage) == recorded
+        assert not [path for path in stage.rglob("*") if path.is_symlink()]
+        add(stage)
+        (stage / "graphs" / "key").symlink_to(private / "key")
+        write_manifest(stage, Bundle(stage).manifest)
+    bundle = Bundle(made)
+    bundle.verify()
+    assert set(bundle.recorded()) == set(recorded) - {MANIFEST}
+    assert names(made / "graphs") == ["key", "step.onnx", "weights.bin"]
+    assert (made / "notes.txt").read_text() == "mine", "it lies beside what is nsm's"
+    assert (made / "notes").is_symlink()
+    assert (private.stat().st_mode & 0o777, (private / "key").stat().st_mode & 0o777) == (0o700, 0o600)
+    assert (private / "key").stat().st_nlink == 1
+
+
+def test_a_file_that_has_another_name_elsewhere_keeps_its_permissions(made: Path, tmp_path: Path) -> None:
+    shared, weights = tmp_path / "shared.bin", made / "graphs" / "weights.bin"
+    os.link(weights, shared)
+    shared.chmod(0o600)
+    with staged_copy(made) as stage:
+        add(stage)
+    assert shared.stat().st_mode & 0o777 == 0o600
+    assert weights.read_bytes() == shared.read_bytes()
+
+
+def test_what_a_link_inside_leads_to_becomes_the_file(made: Path) -> None:
+    weights = made / "graphs" / "weights.bin"
+    weights.rename(made / "graphs" / "real.bin")
+    weights.symlink_to("real.bin")
+    with staged_copy(made):
+        pass
+    assert not weights.is_symlink()
+    Bundle(made).verify()
+
+
+def test_a_bundle_that_lacks_a_file_is_not_copied(made: Path) -> None:
+    (made / OWN[0]).unlink()
+    with pytest.raises(BundleDamagedError, match=r"openvino/step\.xml is missing"), staged_copy(made):
+        pass
+    assert names(made.parent) == ["model.nsm"]
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["changed", "removed"])
+def test_of_two_commands_on_one_bundle_the_later_is_refused(made: Path, removed: bool) -> None:
+    def slow() -> None:
+        with staged_copy(made) as stage:
+            add(stage)
+            with staged_copy(made) as quick:
+                manifest = Bundle(quick).manifest
+                write_manifest(quick, replace(manifest, command="the quick one"))
+            if removed:
+                shutil.rmtree(made)
+
+    with pytest.raises(OutputExistsError, match=r"model\.nsm was changed by another command .*Start this one again"):
+        slow()
+    assert names(made.parent) == ([] if removed else ["model.nsm"])
+    if not removed:
+        bundle = Bundle(made)
+        bundle.verify()
+        assert bundle.manifest.command == "the quick one"
 
 
 def test_only_a_bundle_is_copied(tmp_path: Path) -> None:

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import shutil
+import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from nsm.errors import InputError
-from nsm.files import replacing
+from nsm.files import followed, replacing, settled
 
 
 def test_the_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -17,8 +23,80 @@ def test_the_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
         file.write(b"new")
         assert path.read_bytes() == b"old"
     assert path.read_bytes() == b"new"
-    assert path.stat().st_mode & 0o777 == 0o644
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(("there", "wanted"), [(None, 0o640), (0o600, 0o600), (0o755, 0o755)])
+def test_a_file_has_the_permissions_of_the_one_it_replaces_or_those_of_new_ones(
+    there: int | None, wanted: int, tmp_path: Path
+) -> None:
+    path = tmp_path / "a.bin"
+    if there is not None:
+        path.write_bytes(b"old")
+        path.chmod(there)
+    before = os.umask(0o027)
+    try:
+        with replacing(path) as file:
+            file.write(b"new")
+        assert os.umask(0o027) == 0o027, "it is as it was"
+    finally:
+        os.umask(before)
+    assert path.read_bytes() == b"new"
+    assert path.stat().st_mode & 0o777 == wanted
+
+
+@pytest.mark.parametrize("there", [True, False], ids=["there", "not there"])
+def test_a_link_stays_and_what_it_leads_to_is_replaced(there: bool, tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    path, target = tmp_path / "a.bin", tmp_path / "deep" / "b.bin"
+    path.symlink_to("deep/b.bin")
+    if there:
+        target.write_bytes(b"old")
+    with replacing(path) as file:
+        file.write(b"new")
+    assert path.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert not target.is_symlink()
+    assert sorted(tmp_path.rglob("*")) == [path, target.parent, target]
+
+
+def test_a_link_to_itself_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.bin"
+    path.symlink_to("a.bin")
+    with pytest.raises(InputError, match=r"a\.bin is a link that leads back to itself"), replacing(path):
+        pass
+    assert path.is_symlink()
+    assert followed(tmp_path / "other") == tmp_path / "other"
+
+
+def test_what_is_no_regular_file_is_written_to_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path, 0o600)
+    reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with replacing(path) as file:
+            file.write(b"through the pipe")
+        assert os.read(reader, 100) == b"through the pipe"
+    finally:
+        os.close(reader)
+    assert stat.S_ISFIFO(path.lstat().st_mode)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert list(tmp_path.iterdir()) == [path]
+
+
+# By its number: nothing can be put into that folder, whatever this code does, while /dev/stdout is a link like others.
+@pytest.mark.parametrize("name", ["/dev/fd/1", "out.txt"])
+def test_the_file_that_stdout_goes_to_gets_both(name: str, tmp_path: Path) -> None:
+    code = f"""
+import pathlib
+from nsm.files import replacing
+print("before", flush=True)
+with replacing(pathlib.Path({name!r})) as file: file.write(b"between\\n")
+print("after")
+"""
+    with (tmp_path / "out.txt").open("wb") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, cwd=tmp_path, check=True)
+    assert (tmp_path / "out.txt").read_text() == "before\nbetween\nafter\n"
 
 
 def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -42,3 +120,37 @@ def test_a_folder_that_is_not_there_is_an_error_that_names_the_file(tmp_path: Pa
         replacing(tmp_path / "no" / "a.bin"),
     ):
         pass
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder; expected is the name of a file"), replacing(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("here", "given", "wanted"),
+    [
+        ("a/b", ".", "a/b"),
+        ("a/b", "..", "a"),
+        ("a/b", "../../a/b", "a/b"),
+        ("a/b", "../b/../../other/..", "."),
+        ("other", "../a/b/..", "a"),
+    ],
+)
+def test_a_folder_without_a_name_or_around_the_current_one_is_absolute(
+    here: str, given: str, wanted: str, tmp_path: Path
+) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "other").mkdir()
+    with contextlib.chdir(tmp_path / here):
+        assert settled(Path(given)) == tmp_path.resolve() / wanted
+
+
+def test_other_paths_stay_as_they_were_given(tmp_path: Path) -> None:
+    (tmp_path / "here").mkdir()
+    with contextlib.chdir(tmp_path / "here"):
+        paths = [Path("new.nsm"), Path("../other/m.nsm"), tmp_path / "m.nsm"]
+        assert [settled(path) for path in paths] == paths
+        shutil.rmtree(tmp_path / "here")
+        assert [settled(path) for path in paths] == paths

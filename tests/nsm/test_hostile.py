@@ -142,8 +142,8 @@ def test_a_bomb_with_records_that_fit_is_refused(bundle_copy: Path, name: str) -
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"shape": (TERABYTES, 4)}, r"the manifest has \[4398046511104, 4\] of"),
-        ({"shape": (1,)}, r"the manifest has \[1\] of"),
+        ({"shape": (2, TERABYTES, 4)}, r"the manifest has \[2, 4398046511104, 4\] of"),
+        ({"shape": (2, 1)}, r"the manifest has \[2, 1\] of"),
         ({"dtype": "float64"}, "of float64"),
         ({"name": "9.unknown"}, r"holds nothing for 9\.unknown"),
     ],
@@ -153,14 +153,15 @@ def test_states_that_are_not_those_of_the_spec_are_refused_before_a_backend_take
     bundle_copy: Path, changes: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     manifest = Bundle(bundle_copy).manifest
-    first, *others = manifest.spec.states
-    changed = replace(first, **changes)
-    names = {first.name: changed.name}
+    (bank,) = manifest.spec.states_of(("0.bank",))
+    changed = replace(bank, **changes)
+    states = tuple(changed if state is bank else state for state in manifest.spec.states)
+    names = {bank.name: changed.name}
     entries = tuple(
         replace(e, reads=tuple(names.get(n, n) for n in e.reads), writes=tuple(names.get(n, n) for n in e.writes))
         for e in manifest.spec.entries
     )
-    spec = replace(manifest.spec, states=(changed, *others), entries=entries)
+    spec = replace(manifest.spec, states=states, entries=entries)
     write_manifest(bundle_copy, replace(manifest, spec=spec))
 
     def loaded(*_: object) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nsm.errors import BundleError, ConfigError, InputError
-from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.spec import COUNT, EntrySpec, StateSpec, StepSpec, TensorSpec
 
 
 def make_spec() -> StepSpec:
@@ -142,6 +142,7 @@ def _change(data: Any, path: tuple[str | int, ...], value: object) -> None:
 
 STATE: tuple[str | int, ...] = ("states", 0)
 INPUT: tuple[str | int, ...] = ("entries", 0, "inputs", 0)
+OUTPUT: tuple[str | int, ...] = ("entries", 0, "outputs", 0)
 
 WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "no entries": (("entries",), KeyError),
@@ -183,6 +184,40 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "chunk size zero": (("chunk_size",), 0),
     "batch negative": (("batch",), -2),
     "batch a list": (("batch",), [2]),
+    "no entry step": (("entries", 0, "name"), "begin"),
+    "step without inputs": (("entries", 0, "inputs"), []),
+    "two entries of a name": (("entries", 1, "name"), "step"),
+    "two inputs of a name": (("entries", 0, "inputs", 1, "name"), "tokens"),
+    "two states of a name": (("states", 4, "name"), "0.key"),
+    "two states from one input": (("states", 5, "past"), "past_state.0.bank"),
+    "two states to one output": (("states", 5, "present"), "present_state.0.bank"),
+    "tokens without axes": ((*INPUT, "shape"), []),
+    "tokens of other lanes": ((*INPUT, "shape"), [3, 8]),
+    "no tokens": ((*INPUT, "shape"), [2, 0]),
+    "part of a chunk": ((*INPUT, "shape"), [2, 12]),
+    "two tokens to decode": (("entries", 1, "inputs", 0, "shape"), [2, 2]),
+    "another token to decode": (("entries", 1, "inputs", 0, "dtype"), "int32"),
+    "no bounds": (("entries", 1, "inputs", 0), TensorSpec("tokens", (2, 1), "int64", 1).__dict__),
+    "a minimum null": ((*INPUT, "minimum"), None),
+    "a maximum null": ((*INPUT, "maximum"), None),
+    "bounds the wrong way round": ((*INPUT, "minimum"), 20),
+    "bounds of other numbers": ((*INPUT, "dtype"), "float32"),
+    "counts of other lanes": (("entries", 0, "inputs", 1, "shape"), [3]),
+    "output of other lanes": ((*OUTPUT, "shape"), [3, 8, 5]),
+    "output of other tokens": ((*OUTPUT, "shape"), [2, 1_000_000_000, 1_000_000]),
+    "output of petabytes": ((*OUTPUT, "shape"), [2, 8, 10**12]),
+    "output of no size at all": ((*OUTPUT, "shape"), [2, 8, 10**30]),
+    "output that step does not give": (("entries", 1, "outputs"), [TensorSpec("more", (2, 1), "float32").__dict__]),
+    "ring without a count": (("states", 3, "append_axis"), 1),
+    "state without axes": (("states", 5, "shape"), []),
+    "state of other lanes": (("states", 1, "shape"), [3, 6, 32]),
+    "state of other lanes on its own axis": (("states", 4, "shape"), [7, 3, 16]),
+    "offset of another shape": (("states", 0, "shape"), [2, 1]),
+    "offset of another dtype": (("states", 0, "dtype"), "float32"),
+    "five lanes over arrays of two": (("batch",), 5),
+    "dtype of objects": (("states", 1, "dtype"), "O"),
+    "dtype of parts": (("states", 1, "dtype"), "f4,f4"),
+    "dtype half written": (("states", 1, "dtype"), "f4,("),
 }
 
 
@@ -191,8 +226,33 @@ def test_a_spec_that_was_edited_by_hand_is_refused(path: tuple[str | int, ...], 
     data = json.loads(json.dumps(make_spec().to_json()))
     _change(data, path, value)
     with pytest.raises(BundleError, match="edited by hand") as caught:
-        StepSpec.from_json(data)
+        StepSpec.from_json(json.loads(json.dumps(data)))
     assert caught.value.exit_code == 6
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        ((*OUTPUT, "shape"), [2, 8, 10**30], r"outputs of step is .* gives at most 4,294,967,296 bytes"),
+        (("batch",), 5, r"lane\.offset has the shape \[2\]; expected is the size 5, the lanes, on axis 0"),
+        (("entries", 0, "name"), "begin", "has an entry step that takes tokens; given are the entries begin, decode"),
+        ((*INPUT, "minimum"), None, r"tokens of int64 has the bounds None \.\. 19; integers have both"),
+    ],
+)
+def test_what_does_not_fit_together_is_named(path: tuple[str | int, ...], value: object, message: str) -> None:
+    data = json.loads(json.dumps(make_spec().to_json()))
+    _change(data, path, value)
+    with pytest.raises(BundleError, match=message):
+        StepSpec.from_json(data)
+
+
+def test_the_rows_of_a_ring_are_counted_too() -> None:
+    states = (StateSpec(COUNT, (1,), "int64"), StateSpec("0.key", (1, 1 << 16, 64), "float32", append_axis=2))
+    tokens, names = TensorSpec("tokens", (1, 1 << 20), "bool", 1), (COUNT, "0.key")
+    with pytest.raises(
+        ConfigError, match=r"0\.key of step is \[1, 65536, 1048576\] of float32; a call takes and gives"
+    ):
+        StepSpec((EntrySpec("step", (tokens,), (), names, names),), states, 1, 1)
 
 
 @pytest.mark.parametrize("data", [[], "spec", 3, None, {}])

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from nsm.errors import StreamError
-from nsm.runtimes.base import Sides, State
+from nsm.errors import BundleDamagedError, StreamError
+from nsm.runtimes.base import Sides, State, Watched
 from nsm.spec import COUNT, OFFSET
 from tests.runtimes.fake import fake_spec
 
@@ -58,3 +60,15 @@ def test_only_the_last_handle_lives() -> None:
     handles = [sides.reset(owner), sides.flip(owner, "step"), sides.flip(owner, "decode"), sides.reset(owner)]
     assert [handle.live for handle in handles] == [False, False, False, True]
     handles[-1].check(owner)
+
+
+def test_watched_files_are_to_stay_and_what_is_no_file_is_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "step.onnx").write_bytes(b"graph")
+    (tmp_path / ".#step.onnx").symlink_to("user@host.1234")
+    (tmp_path / "folder").mkdir()
+    watched = Watched(tmp_path)
+    (tmp_path / "folder" / "more").touch()
+    watched.check()
+    (tmp_path / "step.onnx").unlink()
+    with pytest.raises(BundleDamagedError, match="were replaced while the session was open"):
+        watched.check()

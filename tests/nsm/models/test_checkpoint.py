@@ -229,7 +229,7 @@ def test_a_failing_save_leaves_the_old_file_and_nothing_else(
 
 def test_a_path_that_cannot_be_replaced_leaves_nothing_behind(small: SimpleNSM, tmp_path: Path) -> None:
     (tmp_path / "model.pt").mkdir()
-    with pytest.raises(OSError, match=r"model\.pt"):
+    with pytest.raises(InputError, match=r"model\.pt"):
         save(small, tmp_path / "model.pt")
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt"]
 
