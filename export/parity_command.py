@@ -13,7 +13,7 @@ from nsm.bundle import Artifact, Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
 from nsm.export.parity_page import write_page
-from nsm.runtimes.bisect import bisect, check_bisectable
+from nsm.runtimes.bisect import BISECTABLE, bisect, check_bisectable
 from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
@@ -65,8 +65,8 @@ def parity(
                 with terminal.stage(f"Checking {name}") as progress:
                     reports.append(compare(trace, session, budget, progress, thresholds))
                 results.append(reports[-1].to_json())
-                if bisected and name == "tensorrt":
-                    terminal.remark(f"{name}: not bisected; an engine shows no intermediate results.")
+                if bisected and name not in BISECTABLE:
+                    terminal.remark(f"{name}: not bisected; it shows no intermediate results.")
                 elif bisected:
                     with terminal.stage(f"Bisecting {name}") as progress:
                         bisections[name] = bisect(bundle, artifact, session, trace, budget, progress)

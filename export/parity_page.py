@@ -188,12 +188,12 @@ def _charts(report: ParityReport) -> list[str]:
     if report.state_error_by_age:
         parts.append(_headed("Error of active slots by age", "Does a slot get worse while it lives?", _ages(report)))
     margins = histogram(
-        curves.margins, curves.flips, curves.excused_margin, "margin, in units of the outputs' rms", "tokens"
+        curves.margins, curves.flips, curves.excused_margin, "margin, in units of the outputs' rms", "answers"
     )
     if margins:
         flips = int(curves.flips.sum())
         text = (
-            f"The reference's lead of the first answer over the second, {len(curves.flips):,} tokens; "
+            f"The reference's lead of the first answer over the second, {len(curves.flips):,} answers; "
             f"{flips} with another argmax on the target{' (red)' if flips else ''}."
         )
         parts.append(_headed("Margins and agreement", text, margins))

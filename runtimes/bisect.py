@@ -22,6 +22,9 @@ from nsm.runtimes.report import Bisection, Quantiles
 from nsm.runtimes.session import Session
 from nsm.trace import Trace
 
+BISECTABLE = ("onnx", "onnxruntime", "openvino")
+"""The targets whose intermediate results can be seen."""
+
 
 def bisect(
     bundle: Bundle,
@@ -35,14 +38,14 @@ def bisect(
 
     Args:
         bundle: that the artifact is in, verified.
-        artifact: of a target that runs on the CPU.
+        artifact: of one of the targets `BISECTABLE`.
         session: over the artifact; its streams are reset.
         trace: the bundle's golden trace, or its first steps.
         budget: of the artifact's precision.
         progress: called after every part of the search.
 
     Raises:
-        UnsupportedError: the target is tensorrt, which shows no intermediate results.
+        UnsupportedError: the target shows no intermediate results.
         MissingDependencyError: onnx or onnxruntime is not installed, and an operation is to be named.
         InputError: the trace is not one of the session's model.
     """
@@ -66,10 +69,10 @@ def bisect(
 
 def check_bisectable(target: str) -> None:
     """Raise `UnsupportedError` for a target that shows no intermediate results."""
-    if target == "tensorrt":
+    if target not in BISECTABLE:
         raise UnsupportedError(
-            "An engine of TensorRT shows no intermediate results, so --bisect is not possible there. Bisect another "
-            "target of the bundle, for instance: --target onnxruntime"
+            f"An artifact of {target} shows no intermediate results, so --bisect is not possible there; it is for "
+            f"{', '.join(BISECTABLE)}. Bisect one of these in the bundle, for instance: --target onnxruntime"
         )
 
 

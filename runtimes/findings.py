@@ -20,7 +20,10 @@ from nsm.trace import Array, Arrays, Trace
 
 
 class _Answer(NamedTuple):
-    """Of one stream's step, by token: KL, whether the argmax differs, and the reference's margin; [tokens] each."""
+    """Of one stream's step, by decision: KL, whether the argmax differs, and the reference's margin.
+
+    A decision is an argmax over the last axis of the first output; all are [decisions].
+    """
 
     stream: int
     step: int
@@ -38,12 +41,12 @@ class _Slots(NamedTuple):
 
 
 class _Answers(NamedTuple):
-    """All tokens of the first output that were compared; [tokens] each. At least one: where there is none, a flip."""
+    """All decisions that were compared; [decisions] each. At least one: where there is none, a flip."""
 
     kl: Array
     flips: Array
     margins: Array
-    scale: float  # rms of the reference's outputs
+    scale: float  # rms of the reference's logits
     excused_margin: float
 
 
@@ -107,8 +110,9 @@ class Findings:
                 given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
                 self._errors[kind][name][stream, step] = relative_error(given, wanted, self._floors[name])
                 if kind == "free_run" and name == self.logits and wanted.size:
+                    wanted, given = _by_decision(wanted), _by_decision(given)
                     ordered = np.sort(wanted, -1)
-                    margins = ordered[..., -1] - ordered[..., -2:-1].max(-1, initial=-np.inf)
+                    margins = ordered[:, -1] - ordered[:, -2:-1].max(-1, initial=-np.inf)
                     flips = wanted.argmax(-1) != given.argmax(-1)
                     self._answers.append(_Answer(stream, step, kl_divergence(wanted, given), flips, margins))
 
@@ -222,7 +226,7 @@ class Findings:
 
     def _joined(self) -> _Answers:
         kept = [item for item in self._answers if not self._dropped["free_run"][item.stream, item.step]]
-        scale = max(float(np.sqrt(np.mean(np.square(v, dtype=np.float64)))) for v in self.trace.outputs.values())
+        scale = float(np.sqrt(np.mean(np.square(self.trace.outputs[self.logits], dtype=np.float64))))
         # The bound comes from the budget: one from the measured error would excuse every flip.
         bound = 2 * self.budget.free_run_p99 * scale
         if not kept:
@@ -280,6 +284,11 @@ class Findings:
     def _largest(self, errors: Array) -> Array:
         """[n], over the streams, at the sampled steps."""
         return np.array([quantile(values, 1.0) for values in errors.T[self.trace.sampled]])
+
+
+def _by_decision(values: Array) -> Array:
+    """[decisions, V] of an output [tokens, ..., V]; one number a token, [tokens], is a decision among one."""
+    return values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)
 
 
 def _quantiles(values: Array) -> tuple[float, float, float]:

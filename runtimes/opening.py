@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from nsm.bundle import Artifact, Bundle
-from nsm.errors import BundleDamagedError, InputError
+from nsm.errors import BundleDamagedError, DeviceUnavailableError, InputError, MissingDependencyError, UnsupportedError
 from nsm.runtimes.base import Loader
 from nsm.runtimes.processor import require_device
 from nsm.runtimes.session import Session
@@ -26,7 +26,7 @@ def open_bundle(
     Args:
         bundle: the directory written by nsm-export.
         target: one of those that `nsm doctor` lists, or an alias (default: the first in the bundle that passed
-            its parity check and whose backend is installed).
+            its parity check and can be opened in this machine).
         device: for targets that run on several (default: the one the artifact was built for).
         threads: threads of the backend (default: its own choice).
 
@@ -38,27 +38,50 @@ def open_bundle(
         BundleError: damaged, or of another format version.
         MissingDependencyError: the backend is not installed; names the extra that installs it.
         DeviceUnavailableError: the hardware is not in this machine.
+        Where no target is named and none can be opened, what the first of them raised.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is at least 1; given {threads}.")
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
-    artifact = chosen_artifact(opened, target)
-    opened.verify(artifact.files)
-    return open_artifact(opened, artifact, device, threads)
+    unavailable: UnsupportedError | None = None
+    for artifact in _candidates(opened, target):
+        opened.verify(artifact.files)
+        try:
+            return open_artifact(opened, artifact, device, threads)
+        except (DeviceUnavailableError, MissingDependencyError) as error:
+            unavailable = unavailable or error
+    assert unavailable is not None
+    raise unavailable
 
 
 def chosen_artifact(bundle: Bundle, target: str | None) -> Artifact:
     """The artifact of a target by name or alias; where none is named, the first that passed and can be run with what
-    is installed. One of a target that is only built when asked for comes last.
+    is installed and on this processor. One of a target that is only built when asked for comes last.
 
     Raises:
         InputError: the bundle has none for the target.
     """
+    found = _candidates(bundle, target)
+    return next(filter(_fits_here, found), found[0])
+
+
+def _candidates(bundle: Bundle, target: str | None) -> list[Artifact]:
+    """Those that may be opened for a target, the preferred first; at least one."""
     if target is not None:
-        return bundle.artifact(find_target(target).name)
+        return [bundle.artifact(find_target(target).name)]
     passed = (item for item in bundle.manifest.artifacts if item.parity["status"] == "passed")
-    usable = [item for item in passed if item.target in TARGETS and TARGETS[item.target].installed()]
-    return min(usable, key=lambda item: TARGETS[item.target].asked_only) if usable else bundle.artifact()
+    known = [item for item in passed if item.target in TARGETS]
+    return sorted(known, key=lambda item: TARGETS[item.target].asked_only) or [bundle.artifact()]
+
+
+def _fits_here(artifact: Artifact) -> bool:
+    """Whether its backend is installed and its processor is here; that of a GPU is seen when it is opened."""
+    try:
+        find_target(artifact.target).require()
+        require_device(artifact.device, artifact.precision)
+    except (DeviceUnavailableError, MissingDependencyError):
+        return False
+    return True
 
 
 def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None) -> Session:

@@ -55,8 +55,8 @@ class Curves:
         sampled: [n], the steps at which states were compared.
         states: by state name, [n]: the largest free-run error over the streams.
         one_step: by state name, [n]: the same of the one-step error.
-        margins: [tokens], the reference's margin of the argmax, in units of the rms of its outputs.
-        flips: [tokens] bool, where the target has another argmax.
+        margins: [decisions], the reference's margin of the argmax, in units of the rms of its first output.
+        flips: [decisions] bool, where the target has another argmax.
         excused_margin: a flip at a margin up to this is excused; same unit.
     """
 
@@ -88,6 +88,7 @@ class ParityReport:
     is per active slot of the banks (per tensor in models without one), over the free run; KL is in nats.
     `free_run_mean` is the mean over streams and steps of the free-run error of the first output.
     `state_error_by_layer` and `state_error_by_age` split the error of the banks' active slots; see `nsm.runtimes.ages`.
+    A decision is an argmax over the last axis of the first output: one a token, or more where a token has several.
     `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin. `mask_mismatches`
     counts entries of masks and counters that differ without excuse, `branches` the decisions that went the other way
     and were excused, `branches_per_1000_steps` how many these are in 1000 calls; see `nsm.runtimes.branches`.
@@ -219,10 +220,10 @@ class Bisection:
         return data
 
 
-def over_budget(report: ParityReport, tokens: int) -> list[str]:
-    """What of a report is over its budget, a sentence each; `tokens` is how many argmaxes were compared."""
+def over_budget(report: ParityReport, decisions: int) -> list[str]:
+    """What of a report is over its budget, a sentence each; `decisions` is how many argmaxes were compared."""
     budget = report.budget
-    allowed_agreement = 1.0 - report.unexcused_flips / tokens
+    allowed_agreement = 1.0 - report.unexcused_flips / decisions
     checks = [
         (f"one-step error p99 of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
         (f"free-run error p99 of {report.free_run.tensor}", report.free_run.p99, budget.free_run_p99),
@@ -238,7 +239,7 @@ def over_budget(report: ParityReport, tokens: int) -> list[str]:
     failures = [f"{name} is {value:.3g}, the budget {limit:.3g}" for name, value, limit in checks if not value <= limit]
     if not allowed_agreement >= budget.agreement:
         failures.append(
-            f"{report.unexcused_flips} of {tokens} tokens have another argmax without excuse "
+            f"{report.unexcused_flips} of {decisions} decisions have another argmax without excuse "
             f"(agreement {allowed_agreement:.4%}, the budget {budget.agreement:.2%})"
         )
     if report.mask_mismatches:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from nsm.errors import InputError
+from nsm.runtimes.checks import checked_tokens
 from nsm.runtimes.session import Session
 from nsm.trace import Array
 
@@ -34,12 +35,13 @@ def score(session: Session, sequence: Array) -> dict[str, Any]:
         else `last_argmax`, and `means` of the main output where it has few numbers.
 
     Raises:
-        InputError: a sequence that the model does not take, or of one token only where the next is predicted.
+        InputError: a sequence that the model does not take, or that is too short; nothing of it was fed.
         NonFiniteError: an output or a state became NaN or infinite.
     """
     predicting = predicts(session)
     if predicting and len(sequence) < 2:
         raise InputError(f"A prediction takes at least two tokens; the sequence has {len(sequence)}.")
+    sequence = _checked(session, sequence)
     total, sums, last = 0.0, None, None
     for start, outputs in _answers(session, sequence):
         if predicting:
@@ -64,11 +66,18 @@ def digest(sequence: Array) -> str:
     return hashlib.sha256(f"{whole.dtype} {whole.shape}".encode() + whole.tobytes()).hexdigest()
 
 
+def _checked(session: Session, sequence: Array) -> Array:
+    """The whole sequence as the model takes it: a piece is scored on the first token of the next one."""
+    spec = session.spec.entry("step").inputs[0]
+    if sequence.shape[1:] != spec.shape[2:] or not len(sequence):
+        raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
+    whole: Array = checked_tokens(spec, sequence[None], np.array([len(sequence)]))[0]
+    return whole
+
+
 def _answers(session: Session, sequence: Array) -> Iterator[tuple[int, Array]]:
     """(place of the first token, main output [n, ...]) of one piece after the other."""
-    spec, chunk = session.spec.entry("step").inputs[0], session.spec.entry("step").inputs[0].shape[1]
-    if sequence.shape[1:] != spec.shape[2:]:
-        raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
+    chunk = session.spec.entry("step").inputs[0].shape[1]
     name = session.spec.entry("step").outputs[0].name
     piece = max(PIECE // chunk, 1) * chunk
     session.reset()

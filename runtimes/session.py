@@ -9,14 +9,14 @@ from typing import TypeGuard
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsm.errors import InputError, NonFiniteError, StreamError
+from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
 from nsm.runtimes.base import Runtime
-from nsm.runtimes.checks import as_array, check_values, checked_input, checked_state
+from nsm.runtimes.checks import all_finite, as_array, checked_input, checked_state, checked_tokens, finite_tokens
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
 from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
-_INT64, _UINT64 = np.dtype(np.int64), np.dtype(np.uint64)
+_UINT64 = np.dtype(np.uint64)
 
 # A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
 _DECODES_PER_STEP = 4
@@ -49,7 +49,7 @@ class Session:
         self.fingerprint = fingerprint
         self.effective_precision = runtime.effective_precision
         self._runtime = runtime
-        self._initial = {s.name: checked_state(initial, s.name, s.shape).copy() for s in spec.states}
+        self._initial = {s.name: checked_state(initial, s, spec.chunk_size).copy() for s in spec.states}
         # Where a model has no chunks, a lane may stop and go on anywhere.
         self._chunked = OFFSET in spec.state_names
         self._offset = np.zeros(spec.batch, np.int64)
@@ -100,7 +100,8 @@ class Session:
             The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own.
 
         Raises:
-            InputError: wrong shape or dtype, or ids outside the vocabulary. Nothing has happened to the state.
+            InputError: wrong shape or dtype, ids outside the vocabulary, or a token that counts and is not finite.
+                Nothing has happened to the state.
             StreamError: a lane stands inside a chunk. Nothing has happened to the state.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
@@ -159,11 +160,12 @@ class Session:
         """
         entry = self.spec.entry("step")
         spec = entry.inputs[0]
-        given = self._checked_sequence("feed", tokens)
+        given = self._checked_shape("feed", tokens)
         length = given.shape[1]
         counts = np.full(self.batch, length)
         if valid is not None:
             counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
+        given = checked_tokens(spec, given, counts)
         if not self.spec.has("decode"):
             self._check_at_beginning(counts)
             if entry.input(VALID) is None and np.any(counts != length):
@@ -201,7 +203,7 @@ class Session:
         spec = self.spec.entry("step").inputs[0]
         tokens = as_array("The sequence given to run", sequence)
         single = tokens.ndim == len(spec.shape) - 1 and self.batch == 1
-        results = self.feed(self._checked_sequence("run", tokens[None] if single else tokens))
+        results = self.feed(self._checked_shape("run", tokens[None] if single else tokens))
         return {name: value[0] for name, value in results.items()} if single else results
 
     # -- state ---------------------------------------------------------------------------------------------------
@@ -214,13 +216,13 @@ class Session:
         """Put the whole state, by name, with all lanes.
 
         Raises:
-            InputError: a state is missing, unknown, or of the wrong shape.
+            InputError: a state is missing, unknown, of another shape or kind of numbers, or holds NaN, infinity or
+                an offset outside the chunk. Nothing has happened to the state.
         """
         unknown = sorted(set(arrays) - set(self.spec.state_names))
         if unknown:
             raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
-        checked = {s.name: checked_state(arrays, s.name, s.shape) for s in self.spec.states}
-        self._put(checked)
+        self._put({s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states})
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -240,13 +242,18 @@ class Session:
         """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
 
         Raises:
-            SnapshotError: damaged, of another model, or of other lanes. Nothing has happened to the state.
+            SnapshotError: damaged, of another model, of other lanes, or with states that the model does not take.
+                Nothing has happened to the state.
         """
         shapes = {
             state.name: state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
             for state in self.spec.states
         }
-        arrays = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
+        held = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
+        try:
+            arrays = {s.name: checked_state(held, s, self.spec.chunk_size, shapes[s.name]) for s in self.spec.states}
+        except InputError as error:
+            raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
         if lane is not None:
             index = self._lane(lane)
             whole = self.read_state()
@@ -371,8 +378,8 @@ class Session:
                 first, count = start[lane], counts[lane]
                 results[name][lane, first : first + count] = value[lane, :count]
 
-    def _checked_sequence(self, call: str, sequence: ArrayLike) -> Array:
-        """A sequence [B, T, ...] of the model's kind, checked as a whole before any of it is fed."""
+    def _checked_shape(self, call: str, sequence: ArrayLike) -> Array:
+        """A sequence [B, T, ...] of the shape that the model takes."""
         spec = self.spec.entry("step").inputs[0]
         wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
         tokens = as_array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
@@ -389,7 +396,6 @@ class Session:
                 f"This model takes whole calls of {spec.shape[1]} tokens only; given {tokens.shape[1]} tokens. "
                 f"Give a multiple of {spec.shape[1]}."
             )
-        check_values(spec, tokens)
         return tokens
 
 
@@ -402,16 +408,15 @@ class _Call:
         self._counted = entry.input(VALID)
         # How many tokens count where all do; this very array says so.
         self.all = np.full(self._tokens.shape[0], self._tokens.shape[1])
-
+        self._dtype = self._tokens.numpy_dtype
         usual = self._tokens.dtype == "int64" and self._tokens.minimum == 0
         self._maximum = self._tokens.maximum if usual else None
 
     def checked(self, tokens: ArrayLike, valid: ArrayLike | None) -> tuple[dict[str, Array], Array]:
         """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
-        if self._fine(tokens):
-            inputs: dict[str, Array] = {self._tokens.name: tokens}
-        else:
-            inputs = {self._tokens.name: checked_input(self._tokens, tokens)}
+        name = self._tokens.name
+        fine: Array | None = tokens if self._fine(tokens) else None
+        inputs = {name: checked_input(self._tokens, tokens) if fine is None else fine}
         counts = self.all
         if self._counted is not None:
             counts = counts if valid is None else checked_input(self._counted, valid)
@@ -422,18 +427,18 @@ class _Call:
                 f"The entry {self._entry.name} has no input valid: all {length} tokens of a call count. Leave valid "
                 "out, and give other numbers of tokens to feed or run."
             )
+        if fine is None:
+            inputs[name] = finite_tokens(self._tokens, inputs[name], counts)
         return inputs, counts
 
     def _fine(self, tokens: ArrayLike) -> TypeGuard[Array]:
-        """Whether these are ids as the entry takes them: the usual case, in one pass."""
-        return (
-            self._maximum is not None
-            and isinstance(tokens, np.ndarray)
-            and tokens.dtype == _INT64
-            and tokens.shape == self._tokens.shape
-            # As an unsigned number, a negative one is too large.
-            and int(np.maximum.reduce(tokens.view(_UINT64), axis=None)) <= self._maximum
-        )
+        """Whether these are ids or vectors as the entry takes them: the usual case, in one pass."""
+        if not (isinstance(tokens, np.ndarray) and tokens.dtype == self._dtype and tokens.shape == self._tokens.shape):
+            return False
+        if self._dtype.kind == "f":
+            return all_finite((tokens,))
+        # As an unsigned number, a negative one is too large.
+        return self._maximum is not None and int(np.maximum.reduce(tokens.view(_UINT64), axis=None)) <= self._maximum
 
 
 def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import struct
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -31,6 +34,9 @@ ORT: Mapping[str, str] = {
 """The files of onnxruntime-web 1.30.0 that a bundle holds, with their SHA-256."""
 
 _MAX_HEADER = 16 * 2**20
+
+_LAST_WORDS, _QUOTED = 2**16, 500
+"""How many bytes of what Node said last are looked at when it ended, and how many characters are quoted."""
 
 
 def load(
@@ -108,8 +114,10 @@ class WebRuntime:
         self._spec = spec
         self._live: State | None = None
         self._finite = True
+        # Into a file: a pipe that nobody reads is full one day, and Node waits then for ever.
+        self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
         )
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
@@ -135,11 +143,13 @@ class WebRuntime:
     def close(self) -> None:
         if self._process is not None:
             process, self._process = self._process, None
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                if pipe is not None:
-                    pipe.close()
             process.kill()
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):  # what it did not take any more is still to be written
+                        pipe.close()
+            self._said.close()
 
     def __del__(self) -> None:
         self.close()
@@ -194,8 +204,9 @@ class WebRuntime:
 
     def _last_words(self) -> str:
         assert self._process is not None
-        assert self._process.stderr is not None
         self._process.kill()
-        lines = self._process.stderr.read().decode(errors="replace").strip().splitlines()
+        self._process.wait()
+        self._said.seek(max(0, self._said.seek(0, os.SEEK_END) - _LAST_WORDS))
+        lines = self._said.read().decode(errors="replace").strip().splitlines()
         errors = [line for line in lines if "Error" in line]
-        return (errors or lines or ["it said nothing"])[0]
+        return (errors or lines or ["it said nothing"])[0][:_QUOTED]

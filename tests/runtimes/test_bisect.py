@@ -22,6 +22,7 @@ from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.probes import Node, onnx_probe, openvino_probe, read_nodes
 from nsm.runtimes.report import Bisection, Quantiles
 from nsm.runtimes.session import Session
+from nsm.runtimes.targets import TARGETS
 from nsm.spec import COUNT
 from nsm.trace import Arrays
 from tests.runtimes.fake import CHUNK, After, fake_session, fake_trace
@@ -264,9 +265,15 @@ def test_nothing_over_budget_names_the_largest_error(exported: Path, target: str
 # -- what cannot be bisected --------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("target", sorted(set(TARGETS) - {"onnx", "onnxruntime", "openvino"}))
+def test_a_target_that_shows_no_intermediate_results_cannot_be_bisected(target: str) -> None:
+    with pytest.raises(
+        UnsupportedError, match=rf"artifact of {target} shows no .*onnx, onnxruntime, openvino\. Bisect"
+    ):
+        check_bisectable(target)
+
+
 def test_an_engine_cannot_be_bisected(bundle: Bundle) -> None:
-    with pytest.raises(UnsupportedError, match="TensorRT shows no intermediate results"):
-        check_bisectable("tensorrt")
     with pytest.raises(UnsupportedError, match="--target onnxruntime"):
         bisect(bundle, bundle.artifact("tensorrt"), fake_session(), bundle.trace(), FP32)
 

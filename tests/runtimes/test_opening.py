@@ -20,7 +20,7 @@ from nsm.errors import (
     MissingDependencyError,
     StreamError,
 )
-from nsm.runtimes import onnxruntime
+from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino, processor
 from nsm.runtimes.base import Runtime
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
@@ -172,6 +172,43 @@ def test_the_default_is_one_whose_backend_is_installed(bundle: Bundle, monkeypat
         assert session.target == "openvino"
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(MissingDependencyError, match=r"target onnx needs .* pip install"):
+        open_bundle(bundle)
+
+
+@pytest.mark.parametrize("error", [DeviceUnavailableError, MissingDependencyError])
+def test_the_default_is_one_that_can_be_opened_here(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    """A bundle comes from another machine, and the first that passed there may need what is not here."""
+
+    def refuse(name: str) -> Callable[..., Runtime]:
+        def load(*arguments: object) -> Runtime:
+            raise error(f"{name} is not here")
+
+        return load
+
+    monkeypatch.setattr(onnxruntime_plain, "load", refuse("onnx"))
+    monkeypatch.setattr(onnxruntime, "load", refuse("onnxruntime"))
+    with open_bundle(bundle) as session:
+        assert session.target == "openvino"
+    with pytest.raises(error, match="onnxruntime is not here"):
+        open_bundle(bundle, "onnxruntime")
+    monkeypatch.setattr(openvino, "load", refuse("openvino"))
+    with pytest.raises(error, match="onnx is not here"):
+        open_bundle(bundle)
+
+
+def test_the_default_is_not_one_for_other_processors(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(processor, "int8_dot_products", lambda: False)
+    first, *others = bundle.manifest.artifacts
+    elsewhere = replace(first, device="cpu-dot", precision="int8")
+    bundle.manifest = replace(bundle.manifest, artifacts=(elsewhere, *others))
+    assert chosen_artifact(bundle, None).target == "onnxruntime"
+    with open_bundle(bundle) as session:
+        assert session.target == "onnxruntime"
+    bundle.manifest = replace(bundle.manifest, artifacts=(elsewhere,))
+    assert chosen_artifact(bundle, None) is elsewhere
+    with pytest.raises(DeviceUnavailableError, match="built for processors with VNNI"):
         open_bundle(bundle)
 
 

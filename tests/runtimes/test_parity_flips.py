@@ -1,18 +1,25 @@
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from nsm.errors import ParityError
+from nsm.runtimes.base import State
 from nsm.runtimes.budgets import Budget, find_budget
 from nsm.runtimes.parity import compare
-from nsm.trace import Arrays, Trace
+from nsm.runtimes.session import Session
+from nsm.trace import Array, Arrays, Trace
 from tests.runtimes.fake import (
     CHUNK,
+    OUTPUTS,
     After,
+    FakeRuntime,
+    fake_initial,
     fake_session,
+    fake_spec,
     fake_trace,
     with_output,
 )
@@ -56,7 +63,9 @@ def test_a_flip_beyond_the_references_margin_is_not_excused() -> None:
     trace, after, _ = _flip(4e-4)
     report = compare(trace, fake_session(after=after), FP32)
     assert (report.excused_flips, report.unexcused_flips) == (0, 1)
-    assert any(f"1 of {8 * 64 * CHUNK} tokens have another argmax without excuse" in text for text in report.failures)
+    assert any(
+        f"1 of {8 * 64 * CHUNK} decisions have another argmax without excuse" in text for text in report.failures
+    )
 
 
 def test_the_excuse_grows_with_the_budget() -> None:
@@ -77,6 +86,77 @@ def test_the_excuse_does_not_grow_with_the_measured_error() -> None:
     report = compare(trace, fake_session(after=after), FP32)
     assert report.free_run.p50 > 0.1  # twice that would excuse the flip
     assert (report.excused_flips, report.unexcused_flips) == (0, 1)
+
+
+def test_the_excuse_does_not_grow_with_another_output() -> None:
+    trace, flip, rms = _flip(4e-4)
+    entry = fake_spec().entry("step")
+    loud = replace(entry.outputs[0], name="loud")
+    spec = replace(fake_spec(entries=("step",)), entries=(replace(entry, outputs=(*entry.outputs, loud)),))
+    values = np.full_like(trace.outputs["outputs"], 100 * rms)
+
+    def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
+        flip(calls, given, state, before)
+        given["loud"] = np.full_like(given["outputs"], 100 * rms)
+
+    both = replace(trace, outputs={**trace.outputs, "loud": values})
+    report = compare(both, fake_session(spec, after=after), FP32)
+    assert (report.excused_flips, report.unexcused_flips) == (0, 1)
+
+
+def _shaped(shape: tuple[int, ...], after: After | None = None) -> tuple[Trace, Session]:
+    """A trace and a session whose output of a token has another shape than a row of logits."""
+    plain = fake_spec()
+    entries = tuple(
+        replace(entry, outputs=tuple(replace(item, shape=(*item.shape[:2], *shape)) for item in entry.outputs))
+        for entry in plain.entries
+    )
+
+    def reshaped(outputs: Array) -> Array:
+        size = int(np.prod(shape))
+        wide = np.concatenate([outputs, -outputs], -1)  # as many decisions the other way round
+        return wide[..., :size].reshape(*outputs.shape[:-1], *shape)
+
+    class Shaped(FakeRuntime):
+        def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+            outputs, handle = super().call(entry, inputs, state)
+            outputs = {name: reshaped(value) for name, value in outputs.items()}
+            if after is not None and entry == "step":
+                after(self.calls, outputs, {}, {})
+            return outputs, handle
+
+    spec = replace(plain, entries=entries)
+    trace = fake_trace(streams=4, steps=16)
+    session = Session(Shaped(spec), spec, fake_initial(spec), trace.fingerprint, "fake")
+    return with_output(trace, reshaped(trace.outputs["outputs"])), session
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (2, OUTPUTS), (1, 2, OUTPUTS)], ids=str)
+def test_an_output_of_any_rank_is_compared(shape: tuple[int, ...]) -> None:
+    report = compare(*_shaped(shape), FP32)
+    report.require()
+    assert (report.argmax_agreement, report.kl_mean) == (1.0, 0.0)
+    assert report.curves.flips.shape == report.curves.margins.shape == (4 * 16 * CHUNK * int(np.prod(shape[:-1])),)
+    assert np.isfinite(report.curves.margins).all() == (shape[-1:] == (OUTPUTS,))
+
+
+def test_one_number_a_token_that_is_off_fails() -> None:
+    def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
+        given["outputs"] *= 1 + 1e-3
+
+    report = compare(*_shaped((), after), FP32)
+    assert any("free-run error p99 of outputs" in text for text in report.failures)
+
+
+def test_agreement_is_the_share_of_all_decisions_of_a_token() -> None:
+    def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
+        given["outputs"] = given["outputs"][:, :, ::-1].copy()  # the other codebook's: every decision is another one
+
+    report = compare(*_shaped((2, OUTPUTS), after), FP32)
+    decisions = 4 * 16 * CHUNK * 2
+    assert report.argmax_agreement == 0.0
+    assert report.unexcused_flips + report.excused_flips == decisions
+    assert any(f"of {decisions} decisions have another argmax" in text for text in report.failures)
 
 
 def test_a_lower_agreement_may_be_allowed() -> None:

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import hashlib
+import io
+import json
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,6 +12,7 @@ import pytest
 
 from nsm.bundle import Bundle
 from nsm.errors import InputError, NonFiniteError, RunError, SnapshotError, StreamError
+from nsm.runtimes import snapshots
 from nsm.runtimes.base import State
 from nsm.runtimes.measures import relative_error
 from nsm.runtimes.opening import open_bundle
@@ -74,6 +78,11 @@ def assert_close(given: Arrays, wanted: Arrays) -> None:
 def initial(session: Session) -> Arrays:
     """What a fresh stream starts from; only right before the first step."""
     return session.read_state()
+
+
+def put(session: Session, state: Arrays) -> None:
+    """Let the session go on from a state that it would not take: one that a call went wrong on."""
+    session._state = session._runtime.load_state(state)
 
 
 def lane_of(arrays: Arrays, lane: int) -> Arrays:
@@ -494,6 +503,53 @@ def test_run_refuses_what_are_no_ids(value: Any) -> None:
     assert_same(session.read_state(), before)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 1e39], ids=repr)
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_a_vector_that_is_not_finite_is_refused_before_the_call(value: float, dtype: type) -> None:
+    """It would be noticed in what comes out; but then the tokens of the other lanes would be gone with it."""
+    session = fake_session(fake_spec(vectors=True))
+    session.step(np.ones((2, CHUNK, WIDTH), np.float32))
+    before = session.read_state()
+    with np.errstate(over="ignore"):
+        bad: Any = np.float64(value).astype(dtype)
+    for call, length in ((session.step, CHUNK), (session.decode, 1), (session.feed, 3 * CHUNK), (session.run, CHUNK)):
+        vectors: Array = np.ones((2, length, WIDTH), dtype)
+        vectors[1, length // 2 :, 1] = bad
+        with pytest.raises(
+            InputError,
+            match=rf"tokens takes finite numbers; token {length // 2} of lane 1 .*float32 \({-(-length // 2)} such",
+        ):
+            call(vectors)
+    assert_same(session.read_state(), before)
+    assert not session.offsets.any()
+
+
+def test_what_is_not_finite_behind_the_valid_tokens_reaches_nothing() -> None:
+    spec = fake_spec(vectors=True)
+    vectors = np.random.default_rng(0).standard_normal((2, CHUNK, WIDTH)).astype(np.float32)
+    clean = vectors.copy()
+    vectors[1, 2:], clean[1, 2:] = np.nan, 0
+    for name in ("step", "feed"):
+        runtime, honest = FakeRuntime(spec), fake_session(spec)
+        call = runtime.call
+        seen: list[bool] = []
+
+        def watched(
+            entry: str, inputs: Mapping[str, Array], state: State, call: Any = call, seen: list[bool] = seen
+        ) -> tuple[Arrays, State]:
+            seen.append(bool(np.isfinite(inputs["tokens"]).all()))
+            found: tuple[Arrays, State] = call(entry, inputs, state)
+            return found
+
+        runtime.call = watched  # type: ignore[method-assign]
+        session = Session(runtime, spec, fake_initial(spec), "f", "fake")
+        assert_same(getattr(session, name)(vectors, [CHUNK, 2]), getattr(honest, name)(clean, [CHUNK, 2]))
+        assert_same(session.read_state(), honest.read_state())
+        assert seen
+        assert all(seen)
+        assert np.isnan(vectors[1, 2:]).all(), "the caller's own are left as they are"
+
+
 def test_run_refuses_vectors_of_another_width() -> None:
     with pytest.raises(InputError, match=r"shape \[2, T, 4\]; given \[2, 8, 5\]"):
         fake_session(fake_spec(vectors=True)).run(np.zeros((2, 8, 5), np.float32))
@@ -548,6 +604,73 @@ def test_load_state_refuses_what_is_not_the_whole_state() -> None:
     with pytest.raises(InputError, match=r"The state 0\.bank is missing; given are"):
         session.load_state({name: value for name, value in state.items() if name != "0.bank"})
     assert_same(session.read_state(), state)
+
+
+WRONG_STATES = {
+    "text": ("0.tail", np.full((2, WIDTH), "x"), "has the dtype float32; given <U1"),
+    "complex": ("0.tail", np.zeros((2, WIDTH), complex), "has the dtype float32; given complex128"),
+    "fractions for a count": ("lane.count", np.zeros(2), "has the dtype int64; given float64"),
+    "numbers for a mask": ("0.mask", np.ones((2, 3), np.int64), "has the dtype bool; given int64"),
+    "a huge count": ("lane.count", np.full(2, 2**63, np.uint64), r"takes numbers of int64; given 9223372036854775808"),
+    "NaN": ("0.written", np.full((2, 3), np.nan, np.float32), "finite in float32; given NaN or infinity"),
+    "one infinity": ("0.bank", np.full((2, 3, WIDTH), -np.inf), "finite in float32; given NaN or infinity"),
+    "beyond float32": ("0.written", np.full((2, 3), 1e39), "finite in float32; given NaN or infinity"),
+    "a negative offset": ("lane.offset", np.array([0, -1]), rf"counts the tokens .*0 \.\. {CHUNK}; given -1 \.\. 0"),
+    "an offset too large": ("lane.offset", np.array([0, CHUNK + 1]), rf"counts .*0 \.\. {CHUNK}; given 0 \.\. 5"),
+}
+
+
+@pytest.mark.parametrize(("name", "value", "message"), WRONG_STATES.values(), ids=WRONG_STATES)
+def test_a_wrong_state_is_refused(name: str, value: Array, message: str) -> None:
+    session = fake_session()
+    session.step(ids(session))
+    before = session.read_state()
+    arrays = {**fake_initial(fake_spec()), name: value}
+    with pytest.raises(InputError, match=message):
+        session.load_state(arrays)
+    for lane in (None, 1):
+        held = arrays if lane is None else lane_of(arrays, lane)
+        with pytest.raises(SnapshotError, match=rf"does not fit this model: The state {name} .*{message[:20]}"):
+            session.restore(forged(session, held, lane), lane)
+    assert_same(session.read_state(), before)
+    assert not session.offsets.any()
+
+
+@pytest.mark.parametrize("spoil", [lambda value: value.astype(str), lambda value: value * np.float32(np.nan)])
+def test_nothing_is_written_where_the_last_state_is_wrong(session: Session, spoil: Callable[[Array], Array]) -> None:
+    session.step(ids(session))
+    before = session.read_state()
+    last = [state.name for state in session.spec.states if state.dtype == "float32"][-1]
+    arrays = {name: np.zeros_like(value) for name, value in before.items()}
+    arrays[last] = spoil(arrays[last])
+    with pytest.raises(InputError, match=f"The state {last} "):
+        session.load_state(arrays)
+    with pytest.raises(SnapshotError, match=f"The state {last} "):
+        session.restore(forged(session, arrays, None))
+    with pytest.raises(SnapshotError, match=f"The state {last} "):
+        session.restore(forged(session, lane_of(arrays, 0), 0), 0)
+    assert_same(session.read_state(), before)
+
+
+def forged(session: Session, arrays: Arrays, lane: int | None) -> bytes:
+    """A snapshot that a session would not take; its hash fits."""
+    header = np.array(
+        json.dumps({"fingerprint": session.fingerprint, "lanes": session.batch if lane is None else None})
+    )
+    buffer = io.BytesIO()
+    np.savez(buffer, allow_pickle=False, header=header, **{f"state/{key}": value for key, value in arrays.items()})
+    return snapshots._MAGIC + hashlib.sha256(buffer.getvalue()).digest() + buffer.getvalue()
+
+
+def test_states_of_other_widths_are_taken_as_what_they_are() -> None:
+    session = fake_session()
+    session.step(ids(session), [CHUNK, 1])
+    state = session.read_state()
+    session.reset()
+    wide = {"f": np.float64, "i": np.int32, "b": np.bool_}
+    session.load_state({name: value.astype(wide[value.dtype.kind]) for name, value in state.items()})
+    assert_same(session.read_state(), state)
+    assert session.offsets.tolist() == [0, 1]
 
 
 def test_load_state_puts_every_lane_where_it_stood(session: Session) -> None:
@@ -835,7 +958,7 @@ def test_a_poisoned_lane_raises_alone_and_can_be_reset(session: Session) -> None
     session.step(tokens[0])
     state = session.read_state()
     state["0.bank"][1] = np.nan
-    session.load_state(state)
+    put(session, state)
     with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
         session.step(tokens[1])
     session.reset(1)
@@ -851,7 +974,7 @@ def test_a_poisoned_lane_may_rest_while_the_other_goes_on(session: Session) -> N
     session.reset()
     state = session.read_state()
     state["0.bank"][1] = np.nan
-    session.load_state(state)
+    put(session, state)
     assert_same(lane_of(session.step(tokens[0], [length, 0]), 0), wanted)
     with pytest.raises(NonFiniteError, match=r"lanes \[1\]"):
         session.step(tokens[1])
@@ -870,7 +993,7 @@ def test_a_state_that_is_not_finite_is_not_kept() -> None:
     session = fake_session()
     state = session.read_state()
     state["0.tail"][1] = np.inf
-    session.load_state(state)
+    put(session, state)
     for lane in (None, 1):
         with pytest.raises(NonFiniteError, match=r"0\.tail"):
             session.snapshot(lane)
@@ -881,8 +1004,11 @@ def test_a_healthy_lane_can_be_kept_beside_a_poisoned_one() -> None:
     session.step(ids(session))
     state = session.read_state()
     state["0.tail"][1] = np.nan
-    session.load_state(state)
+    put(session, state)
     snapshot = session.snapshot(0)
+    session.restore(snapshot, 0)
+    session.fork(0, 0)
+    assert_same(session.read_state(), state)
     session.reset()
     session.restore(snapshot, 0)
     assert_same(lane_of(session.read_state(), 0), lane_of(state, 0))
