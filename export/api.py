@@ -10,6 +10,7 @@ from typing import Any
 from numpy.typing import ArrayLike, NDArray
 
 from nsm.bundle import Bundle
+from nsm.errors import InputError
 from nsm.export.pipeline import ExportOptions, export
 from nsm.export.torch_source import TorchSource
 from nsm.models.checkpoint import Checkpoint, fingerprint, split_samples
@@ -21,6 +22,7 @@ def export_model(
     targets: str | Sequence[str],
     output: str | os.PathLike[str],
     samples: Sequence[ArrayLike] | NDArray[Any] | None = None,
+    data: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Bundle:
     """Build a verified bundle from a model in memory, as `nsm-export` does from a file.
@@ -31,6 +33,7 @@ def export_model(
         output: the bundle to write.
         samples: real sequences, [T] ids or [T, *token] numbers each; some judge the export, the others calibrate int8.
             Without them it is checked on made-up ones.
+        data: a file of sequences (.npy, .npz, .txt), instead of samples.
         options: further `nsm.export.pipeline.ExportOptions`: precision="int8", batch=4, force=True, ...
 
     Returns:
@@ -43,7 +46,14 @@ def export_model(
         >>> step = nsm.as_step(nn.GRU(40, 128, num_layers=2))   # doctest: +SKIP
         >>> nsm.export_model(step, "openvino", "gru.nsm", samples=features)
     """
+    given: Any = model
+    if not isinstance(given, StepModel):
+        raise InputError(
+            f"export_model takes one of nsm's models, or what nsm.as_step made of a module; given "
+            f"{type(given).__name__}. Make a step model of it first: nsm.as_step(module, ...)."
+        )
     golden, calibration = split_samples(model, samples)
     source = TorchSource(Checkpoint(model, golden, calibration, fingerprint(model)))
+    path = None if data is None else Path(data)
     names = [targets] if isinstance(targets, str) else list(targets)
-    return export(source, ExportOptions(names, output=Path(output), **options))
+    return export(source, ExportOptions(names, output=Path(output), data=path, **options))

@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from nsm.errors import BuildError, NsmError
+from nsm.files import settled
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), onnxruntime-cuda (cuda), mobile, web or triton."
 _DEVICE_HELP = (
@@ -81,6 +82,14 @@ def with_mobile(targets: tuple[str, ...]) -> tuple[str, ...]:
     return (*targets, "mobile")
 
 
+def _say_if_replaced() -> None:
+    """Tell a person whose current directory was in a bundle that another took its place."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        click.echo('The folder you are in was replaced. Go into the new one: cd "$PWD"', err=True)
+
+
 _HELP = {"help_option_names": ["-h", "--help"]}
 
 
@@ -118,7 +127,10 @@ def main() -> None:
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams side by side (lanes).")
 @click.option(
-    "--opset", type=click.IntRange(18, 23), default=20, show_default=True, metavar="N", help="ONNX operator set."
+    "--opset",
+    type=click.IntRange(18, 23),
+    metavar="N",
+    help="ONNX operator set.  [default: 20, or that of a foreign .onnx if it is newer]",
 )
 @click.option("--device", metavar="D", help=_DEVICE_HELP)
 @click.option(
@@ -144,6 +156,13 @@ def main() -> None:
     metavar="NAME=VALUE",
     help="Of a foreign ONNX graph: an input that never changes. Repeatable.",
 )
+@click.option(
+    "--shape",
+    "shapes",
+    multiple=True,
+    metavar="NAME=SIZES",
+    help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,512. Repeatable.",
+)
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @_low_precision
 @click.option(
@@ -164,7 +183,7 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
     \b
     nsm-export model.pt --target openvino
     nsm-export model.pt -t onnxruntime -t openvino -t tensorrt --device sm86 -o model.nsm
-    nsm-export vad.onnx -t openvino --state state=stateN --constant sr=16000 --data frames.npy
+    nsm-export vad.onnx -t openvino --constant sr=16000 --shape input=batch,512 --data frames.npy
 
     Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
     NAME.nsm.failed), 6 damaged bundle, 7 not faster than fp32.
@@ -175,6 +194,8 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
         options["targets"] = with_mobile(options["targets"])
     command = shlex.join(["nsm-export", *sys.argv[2 if sys.argv[1:2] == ["export"] else 1 :]])
     export_command.export(model, as_json, dry_run, {**options, "command": command})
+    if not as_json:
+        _say_if_replaced()
 
 
 @main.command(short_help="Verify a bundle again by replaying its golden trace.")
@@ -196,7 +217,7 @@ def parity(
 
     --bisect steps the target from the reference's states. If that is over budget, it names the first operation whose
     result differs although what it takes agrees; if only the free run is, the state whose replacement by the
-    reference's helps most. It needs onnx and onnxruntime; a TensorRT engine cannot be bisected.
+    reference's helps most. It needs onnx and onnxruntime, and bisects onnx, onnxruntime and openvino.
 
     Exits with 5 if a target is over budget, or if none could be compared.
     """
@@ -224,7 +245,7 @@ def parity(
 )
 @click.option("--all", "everything", is_flag=True, help="Build and measure every target and precision of MODEL.pt.")
 @click.option("--overhead", "wrapper", is_flag=True, help="Measure what a session adds to the backend's bare call.")
-@click.option("--steps", type=int, default=500, show_default=True, metavar="N", help="Timed calls of each.")
+@click.option("--steps", type=int, metavar="N", help="Timed calls of each.  [default: 500; 2500 with --overhead]")
 @click.option("--threads", type=int, metavar="N", help="Threads of the backend and torch.  [default: their own choice]")
 @_shared
 def bench(
@@ -234,7 +255,7 @@ def bench(
     model: Path | None,
     everything: bool,
     wrapper: bool,
-    steps: int,
+    steps: int | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -261,8 +282,9 @@ def bench(
             raise InputError("--overhead measures a bundle by itself. Leave out --all, --against and --model.")
         from nsm.export.overhead_command import measure_overhead
 
-        measure_overhead(bundle, targets, threads, as_json)
+        measure_overhead(bundle, targets, steps, threads, as_json)
         return
+    steps = 500 if steps is None else steps
     if everything:
         if against is not None or model is not None:
             raise InputError(
@@ -316,7 +338,9 @@ def build(
     from nsm.export import commands
     from nsm.export.guard import Limits
 
-    commands.build(bundle, target, device, precision, Limits(max_float_share, allow_slower), as_json)
+    commands.build(settled(bundle), target, device, precision, Limits(max_float_share, allow_slower), as_json)
+    if not as_json:
+        _say_if_replaced()
 
 
 @main.command(short_help="Score a folder of long sequences.")

@@ -17,7 +17,7 @@ from nsm.export import doctor as doctor_module
 from nsm.export.adding import add_target
 from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, low_precision_lines, parity_row, size
 from nsm.export.guard import Limits
-from nsm.export.sequences import read_sequences
+from nsm.export.sequences import read_sequences, sequence_axes
 from nsm.files import replacing
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
@@ -156,7 +156,7 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
         raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
     bundle = Bundle(path)
     with open_bundle(bundle, target) as session:
-        sequences = _recorded(bundle) if data is None else read_sequences(data)
+        sequences = _recorded(bundle) if data is None else read_sequences(data, axes=sequence_axes(session.spec))
         results: dict[str, Array] = {}
         summaries: list[dict[str, Any]] = []
         with terminal.stage(f"Running on {session.target}") as progress:

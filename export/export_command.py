@@ -10,19 +10,31 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsm.bundle import FAILED_SUFFIX, Bundle
-from nsm.errors import ParityError
+from nsm.errors import InputError, ParityError, UnsupportedError
 from nsm.export import pipeline
 from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
+from nsm.export.source import OPSET
+from nsm.files import settled
 
 if TYPE_CHECKING:
     from nsm.export.pipeline import Plan
     from nsm.export.savings import Savings
 
+CHECKED_WHEN_BUILT = {"tensorrt": "the engines' inputs, outputs and states were checked against the model's"}
+"""What a builder makes sure of by itself, by target; for people who get an artifact that was not run."""
+
 
 def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -> None:
-    """Export MODEL; see `nsm-export --help`. The options are those of `ExportOptions`."""
+    """Export MODEL; see `nsm-export --help`. The options are those of `ExportOptions`; an `opset` of None is the
+    default.
+    """
     terminal = Terminal(quiet=as_json)
+    opset, output = options["opset"], options["output"]
+    options = {**options, "opset": opset or OPSET, "output": output and settled(output)}
     planned = pipeline.plan(model, pipeline.ExportOptions(**options))
+    _check_debug_outputs(planned)
+    if opset is not None and model.suffix.lower() == ".onnx":
+        _check_opset(planned, opset)
     for remark in planned.source.remarks:
         terminal.remark(remark)
     if planned.origin == "synthetic":
@@ -63,6 +75,33 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         terminal.say(f"  python -c \"import nsm; session = nsm.open('{bundle.path}', target='{shown}')\"")
 
 
+def _check_debug_outputs(planned: Plan) -> None:
+    """Raise `UnsupportedError` where the model has none to give."""
+    options, source = planned.options, planned.source
+    if not options.debug_outputs:
+        return
+    without, with_them = (source.spec(options.batch, options.chunk, debug) for debug in (False, True))
+    if without == with_them:
+        raise UnsupportedError(
+            f"--debug-outputs shows how tokens are routed to the slots of a bank; a model of the kind {source.kind} "
+            "has none. Leave it out."
+        )
+
+
+def _check_opset(planned: Plan, opset: int) -> None:
+    """Raise `InputError` where the graph of a foreign file would stay in a newer operator set than was asked for."""
+    from nsm.export.onnx_source import OnnxSource
+
+    assert isinstance(planned.source, OnnxSource)
+    held = planned.source.given.foreign.model.opset_import
+    own = max((item.version for item in held if item.domain in ("", "ai.onnx")), default=0)
+    if own > opset:
+        raise InputError(
+            f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; a graph is "
+            f"converted to newer ones only. Give --opset {own} or leave it out, or export the file again in {opset}."
+        )
+
+
 def _show_savings(terminal: Terminal, saved: Savings) -> None:
     columns = [
         ("slots", *saved.slots, "{:,}"),
@@ -83,9 +122,11 @@ def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
     terminal.table(PARITY_COLUMNS, rows)
     for artifact in bundle.manifest.artifacts:
         if artifact.parity["status"] == "not_run":
-            checked = "the engine's inputs, outputs and states were checked against the model's"
             terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
-            terminal.say(f"Instead, {checked}; {'; '.join(artifact.notes)}.")
+            if artifact.target in CHECKED_WHEN_BUILT:
+                terminal.say(f"Instead, {CHECKED_WHEN_BUILT[artifact.target]}.")
+            for note in artifact.notes:
+                terminal.say(f"{note[0].upper()}{note[1:]}.")
             terminal.say(
                 "On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}"
             )

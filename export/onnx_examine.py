@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nsm.errors import NsmError, UnsupportedError
+from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given
-from nsm.export.onnx_normal import Foreign
 from nsm.trace import Array, Arrays
 
 TOLERANCE = 1e-4
@@ -61,29 +61,46 @@ def examine(given: Given, tokens: Array, kind: str) -> None:
                 "length is built into it, or something is not carried as state. If it only ever takes a fixed number "
                 "of tokens, export it with a static axis 1: then these are one token."
             )
-    if len(tokens) > 1:
-        others = _tried(given, _other_lanes(tokens), tokens.shape[1] if timed else 1, kind)
-        different = _first_difference(*(_lane(given.foreign, run, 0) for run in (whole, others)))
+    for lane in range(len(tokens)) if len(tokens) > 1 else ():
+        others = _tried(given, _other_lanes(tokens, lane), tokens.shape[1] if timed else 1, kind)
+        different = _first_difference(*(_lane(given.foreign, run, lane) for run in (whole, others)))
         if different:
             raise UnsupportedError(
-                f"{kind} mixes its lanes: with other tokens in lane 1, lane 0 has another {different}. Streams are "
-                "independent of each other here. Export the model for one stream, with an axis 0 of size 1."
+                f"{kind} mixes its lanes: with other tokens in the others, lane {lane} has another {different}. "
+                "Streams are independent of each other here. Take one stream at a time: --shape "
+                f"{given.foreign.main.name}=1,..., or an export with an axis 0 of size 1."
             )
 
 
-def sample_tokens(foreign: Foreign, shape: Sequence[int], maximum: int | None) -> Array:
+def sample_tokens(given: Given, shape: Sequence[int], maximum: int | None, kind: str) -> Array:
     """Random tokens [B, K, *token] for `examine`: two lanes, where the graph takes any number.
 
     Args:
-        foreign: the graph.
+        given: the graph.
         shape: of a token.
         maximum: the largest id; None for vectors.
+        kind: what the graph is, for people.
+
+    Raises:
+        UnsupportedError: what it makes of them is not finite.
     """
+    foreign = given.foreign
     full = (foreign.lanes or 2, _LONG if foreign.timed else _SHORT, *shape)
     random = np.random.default_rng(0)
+    kinds: list[Array]
     if maximum is not None:
-        return random.integers(0, maximum + 1, full)
-    return random.standard_normal(full).astype(np.float32)
+        kinds = [random.integers(0, maximum + 1, full)]
+    else:
+        normal = random.standard_normal(full).astype(np.float32)
+        kinds = [normal, np.abs(normal) + np.float32(0.1)]  # powers and amplitudes, of which there may be a logarithm
+    for tokens in kinds:
+        outputs, states = _tried(given, tokens, full[1] if foreign.timed else 1, kind)
+        if all(np.isfinite(value).all() for value in (*outputs.values(), *states.values())):
+            return tokens
+    raise UnsupportedError(
+        f"{kind} gives numbers that are not finite, on random tokens and on positive ones as well, so that it cannot "
+        "be seen to be a step. Is it an overflow? Does a state divide by itself at the start?"
+    )
 
 
 def same(one: Array, other: Array) -> bool:
@@ -129,12 +146,12 @@ def _lane(foreign: Foreign, run: tuple[Arrays, Arrays], lane: int) -> tuple[Arra
     return alone, {name: value[lane] for name, value in states.items()}
 
 
-def _other_lanes(tokens: Array) -> Array:
-    """The same tokens in lane 0, others in the rest."""
+def _other_lanes(tokens: Array, lane: int = 0) -> Array:
+    """The same tokens in one lane, others in the rest."""
     changed = np.roll(tokens, 1, axis=1)
     if tokens.dtype.kind == "f":
-        changed = -changed
-    changed[0] = tokens[0]
+        changed = changed[..., ::-1] * np.float32(0.75) if tokens.min() > 0 else -changed
+    changed[lane] = tokens[lane]
     return changed
 
 
@@ -146,5 +163,5 @@ def _tried(given: Given, tokens: Array, size: int, kind: str) -> tuple[Arrays, A
     except (NsmError, ValueError) as error:
         raise UnsupportedError(
             f"{kind} does not run with calls of {size} tokens: {error} Does the graph hold for other sizes than those "
-            "that it was exported with?"
+            f"that it was exported with? Fix those that are said to be open: --shape {given.foreign.main.name}=1,512"
         ) from error

@@ -12,12 +12,13 @@ import numpy as np
 import onnx
 from onnx import TensorProto, ValueInfoProto, numpy_helper
 from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx.inliner import inline_local_functions
 
 from nsm.errors import InputError, UnsupportedError
 from nsm.trace import Array
 
 OLDEST = 13
-"""Operator set below which a file is converted first: there, many operators took as attributes what are inputs now."""
+"""Operator set that any file must be convertible to: before it, operators took as attributes what are inputs now."""
 
 _MOST_BYTES = 2**31 - 2**24
 
@@ -48,36 +49,59 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         raise InputError(f"There is no file {path}.") from error
     except Exception as error:  # protobuf has no common base for what it raises
         raise InputError(f"{path} cannot be read as an ONNX model: {error}. Was it copied whole?") from error
+    if model.functions:
+        model = inline_local_functions(model)
     _check_size(path, model)
     for tensor in _tensors(model):
         if uses_external_data(tensor):
             _load_beside(path, tensor)
     _check_operators(path, model)
-    version = next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
-    if version >= OLDEST:
-        return model
-    try:
-        return onnx.version_converter.convert_version(model, OLDEST)
-    except Exception as error:  # the converter raises what its C++ code throws
-        raise UnsupportedError(
-            f"{path} has operator set {version}, and cannot be converted to {OLDEST}: {error}. Export it anew with "
-            f"opset_version >= {OLDEST}."
-        ) from error
+    _name_axes(model)
+    version = opset_of(model)
+    if version < OLDEST:
+        try:
+            onnx.version_converter.convert_version(model, OLDEST)
+        except Exception as error:  # the converter raises what its C++ code throws
+            raise UnsupportedError(
+                f"{path} has operator set {version}, and cannot be converted to {OLDEST}: {error}. Export it anew with "
+                f"opset_version >= {OLDEST}."
+            ) from error
+    return model
 
 
-def _graphs(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
+def opset_of(model: onnx.ModelProto) -> int:
+    """The version of the standard operators that a model takes; 0 where it does not say."""
+    return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
+
+
+def is_read(model: onnx.ModelProto, name: str) -> bool:
+    """Whether any operation takes an input, or it is an output itself."""
+    if any(value.name == name for value in model.graph.output):
+        return True
+    return any(name in node.input for graph in graphs_of(model.graph) for node in graph.node)
+
+
+def _name_axes(model: onnx.ModelProto) -> None:
+    """Give a name to each open axis of an input that has none."""
+    for value in model.graph.input:
+        for axis, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.HasField("dim_value") and not dim.dim_param:
+                dim.dim_param = f"{value.name}.{axis}"
+
+
+def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph, and those inside its nodes: branches and bodies of loops."""
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in (attribute.g, *attribute.graphs):
                 if inner.node or inner.initializer or inner.output:
-                    yield from _graphs(inner)
+                    yield from graphs_of(inner)
 
 
 def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
     """All tensors of a file: weights, and constants that nodes have as attributes."""
-    for graph in _graphs(model.graph):
+    for graph in graphs_of(model.graph):
         yield from graph.initializer
         for sparse in graph.sparse_initializer:
             yield from (sparse.values, sparse.indices)
@@ -118,7 +142,7 @@ def _load_beside(path: Path, tensor: TensorProto) -> None:
 
 
 def _check_operators(path: Path, model: onnx.ModelProto) -> None:
-    for node in (node for graph in _graphs(model.graph) for node in graph.node):
+    for node in (node for graph in graphs_of(model.graph) for node in graph.node):
         if node.domain not in ("", "ai.onnx"):
             scopes = [item.value for item in node.metadata_props if item.key.endswith("name_scopes")]
             where = f", from {scopes[0]}" if scopes else ""
@@ -128,11 +152,6 @@ def _check_operators(path: Path, model: onnx.ModelProto) -> None:
                 "is not in the ONNX standard, so that no other backend has it. Export without it: for graphs that ONNX "
                 "Runtime has optimised, take the one from before."
             )
-    if model.functions:
-        raise UnsupportedError(
-            f"{path} has functions of its own ({model.functions[0].name}). Have them inlined: "
-            "onnx.inliner.inline_local_functions."
-        )
 
 
 def ports(values: list[ValueInfoProto]) -> dict[str, Port]:
@@ -151,9 +170,57 @@ def ports(values: list[ValueInfoProto]) -> dict[str, Port]:
 
 
 def real_inputs(model: onnx.ModelProto) -> dict[str, Port]:
-    """The inputs that are not weights: old files list these as well."""
+    """The inputs that are not weights: old files list these as well, and what has a default value counts as one."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return ports([value for value in model.graph.input if value.name not in weights])
+
+
+def default_inputs(model: onnx.ModelProto) -> dict[str, Port]:
+    """The inputs that need not be given, since they have a default value; and what old files list of their weights."""
+    weights = {tensor.name for tensor in model.graph.initializer}
+    return ports([value for value in model.graph.input if value.name in weights])
+
+
+def take_default(model: onnx.ModelProto, name: str) -> Array:
+    """The default value of an input, which has none from then on."""
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    array: Array = numpy_helper.to_array(tensor)
+    model.graph.initializer.remove(tensor)
+    return array
+
+
+def fix_shapes(model: onnx.ModelProto, shapes: Mapping[str, str]) -> None:
+    """Put sizes, or other names, in the place of open axes of inputs, in place, from text: `1,512` or `batch,512`.
+
+    A name that several inputs have is given the size in all of them.
+
+    Raises:
+        InputError: no such input, another number of axes, or a size that the graph has otherwise.
+    """
+    inputs = real_inputs(model)
+    known: dict[str, int | str] = {}
+    for name, text in shapes.items():
+        if name not in inputs:
+            raise InputError(f"--shape {name}={text}: there is no input {name!r}; there are {', '.join(inputs)}.")
+        shape = inputs[name].shape
+        wanted = [int(part) if part.isdecimal() else part for part in map(str.strip, text.split(","))]
+        fits = len(wanted) == len(shape) and all(
+            part == size or (isinstance(size, str) and part and known.get(size, part) == part)
+            for part, size in zip(wanted, shape, strict=True)
+        )
+        if not fits or 0 in wanted:
+            raise InputError(
+                f"--shape {name}={text}: the input {name} has the shape {list(shape)}; expected is a size, or a name "
+                "to leave it open, for each of its axes, and where the graph has a size, that one."
+            )
+        known |= {size: part for part, size in zip(wanted, shape, strict=True) if isinstance(size, str)}
+    for value in (*model.graph.input, *model.graph.output):
+        for dim in value.type.tensor_type.shape.dim:
+            new = known.get(dim.dim_param, dim.dim_param)
+            if isinstance(new, int):
+                dim.dim_value = new
+            elif new:
+                dim.dim_param = new
 
 
 def fix_inputs(model: onnx.ModelProto, constants: Mapping[str, str]) -> None:
@@ -162,6 +229,9 @@ def fix_inputs(model: onnx.ModelProto, constants: Mapping[str, str]) -> None:
     Raises:
         InputError: no such input, no such numbers, or too many.
     """
+    for name in constants:
+        if name in default_inputs(model):
+            take_default(model, name)
     inputs = real_inputs(model)
     for name, text in constants.items():
         if name not in inputs:
@@ -170,7 +240,7 @@ def fix_inputs(model: onnx.ModelProto, constants: Mapping[str, str]) -> None:
         sizes = [size if isinstance(size, int) else 1 for size in port.shape]
         try:
             given = _numbers(text, np.dtype(port.dtype))
-            array = np.broadcast_to(given if given.size > 1 else given.reshape(()), sizes)
+            array = np.broadcast_to(given.reshape(()), sizes) if given.size == 1 else given.reshape(sizes)
         except (ValueError, OverflowError) as error:
             raise InputError(
                 f"--constant {name}={text}: the input {name} takes {port.dtype}{list(port.shape)}; expected are a "

@@ -9,7 +9,8 @@ import numpy as np
 import onnxruntime as ort
 
 from nsm.errors import RunError, UnsupportedError
-from nsm.export.onnx_normal import Foreign
+from nsm.export.onnx_file import Port
+from nsm.export.onnx_foreign import Foreign
 from nsm.runtimes.base import State
 from nsm.runtimes.checks import all_finite
 from nsm.spec import VALID, StepSpec
@@ -21,6 +22,7 @@ class Given:
 
     def __init__(self, foreign: Foreign) -> None:
         self.foreign = foreign
+        self._shapes: dict[tuple[int, int], dict[str, Port]] = {}
 
     @cached_property
     def _session(self) -> ort.InferenceSession:
@@ -36,6 +38,36 @@ class Given:
                 f"ONNX Runtime cannot open the graph ({error}), so there is nothing that what is made of it could be "
                 "compared with."
             ) from error
+
+    def shapes(self, batch: int, length: int) -> dict[str, Port]:
+        """The outputs that are not states, in a call of so many tokens on so many streams: found by a call.
+
+        Raises:
+            UnsupportedError: it does not run so, or a state has another shape after the call.
+        """
+        if (batch, length) not in self._shapes:
+            graph = self.foreign
+            count = [length] if graph.timed else [1]
+            tokens = np.zeros((batch, *count, *graph.token_shape), graph.main.dtype)
+            states = {state.name: state.initial_lanes(batch) for state in graph.states}
+            try:
+                answers, after = self.step(tokens, states)
+            except (RunError, ValueError) as error:  # the latter: an axis that there is not
+                raise UnsupportedError(
+                    f"The graph does not run with {batch} streams and {length} tokens a call: {error}. Is a size built "
+                    "in that is said to be open? Fix it: --shape INPUT=1,512"
+                ) from error
+            for state in graph.states:
+                if after[state.name].shape != states[state.name].shape:
+                    raise UnsupportedError(
+                        f"The state {state.past} has the shape {list(states[state.name].shape)} before a step, and "
+                        f"{state.present} has {list(after[state.name].shape)} after it, lanes first. Are they paired "
+                        "rightly? A state keeps its shape; a cache that grows cannot be one."
+                    )
+            self._shapes[batch, length] = {
+                name: Port(name, value.shape, str(value.dtype)) for name, value in answers.items()
+            }
+        return self._shapes[batch, length]
 
     def step(self, tokens: Array, states: Mapping[str, Array]) -> tuple[Arrays, Arrays]:
         """One call.

@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -17,83 +16,24 @@ import onnx_ir
 from onnx import TensorProto, helper, numpy_helper
 
 from nsm.errors import BuildError, UnsupportedError
-from nsm.export.onnx_file import Port, Shape, ports, real_inputs
+from nsm.export.onnx_file import Port, Shape, graphs_of, opset_of, real_inputs
+from nsm.export.onnx_foreign import Foreign
+from nsm.export.onnx_given import Given
 from nsm.export.onnx_states import GraphState
 from nsm.export.passes import optimise
 from nsm.export.state_table import STATES_KEY, state_table
 from nsm.spec import VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
 
 _PREFIX = "model/"
-# A tensor below this is kept for shape inference, which reads the shapes that graphs compute with.
-_SMALL = 4096
 
 
-@dataclass(frozen=True)
-class Foreign:
-    """A foreign graph, and what was found out about it.
+def spec_of(given: Given, batch: int, length: int, chunk: int, token: TensorSpec) -> StepSpec:
+    """The declaration of a graph's entries.
 
-    Args:
-        model: with weights; its constants are no inputs any more.
-        main: the input that takes tokens.
-        answers: the outputs that are not states.
-        states: in the order in which they were named.
-        timed: whether axis 1 of the main input takes any number of tokens.
+    Raises:
+        UnsupportedError: it does not run with so many streams and tokens, or its outputs are no step's.
     """
-
-    model: onnx.ModelProto
-    main: Port
-    answers: tuple[str, ...]
-    states: tuple[GraphState, ...]
-    timed: bool
-
-    @property
-    def batch(self) -> int | str:
-        """The size of the streams' axis: a name where it may be any."""
-        return self.main.shape[0]
-
-    @property
-    def lanes(self) -> int | None:
-        """The only number of streams at a time; None where any will do."""
-        if any(state.lane_axis is None for state in self.states):
-            return 1
-        return None if isinstance(self.batch, str) else self.batch
-
-    @property
-    def token_shape(self) -> tuple[int, ...]:
-        """Of one token; all behind the streams and, where there is one, time."""
-        rest = self.main.shape[2 if self.timed else 1 :]
-        return tuple(int(size) for size in rest)
-
-    def static(self, batch: int, length: int) -> tuple[onnx.ModelProto, dict[str, Port]]:
-        """A copy of the graph with these sizes put in, and its outputs.
-
-        Raises:
-            UnsupportedError: an output's shape is still open.
-        """
-        sizes: dict[str, int] = {}
-        if isinstance(self.batch, str):
-            sizes[self.batch] = batch
-        if self.timed:
-            sizes[str(self.main.shape[1])] = length
-        model = onnx.ModelProto()
-        model.CopyFrom(self.model)
-        for value in model.graph.input:
-            for dim in value.type.tensor_type.shape.dim:
-                if dim.HasField("dim_param") and dim.dim_param in sizes:
-                    dim.dim_value = sizes[dim.dim_param]
-        outputs = _inferred(model)
-        for name, port in outputs.items():
-            opened = [size for size in port.shape if not isinstance(size, int)]
-            if opened:
-                raise UnsupportedError(
-                    f"The output {name} has the shape {list(port.shape)} when the streams are {batch} and a call has "
-                    f"{length} tokens. A step has static shapes: export the model with this size fixed."
-                )
-        return model, outputs
-
-
-def spec_of(foreign: Foreign, batch: int, length: int, chunk: int, token: TensorSpec) -> StepSpec:
-    """The declaration of its entries."""
+    foreign = given.foreign
     states = tuple(
         StateSpec(s.name, lane_first(s, batch), s.dtype, init="learned" if s.initial.any() else "zeros")
         for s in foreign.states
@@ -104,7 +44,7 @@ def spec_of(foreign: Foreign, batch: int, length: int, chunk: int, token: Tensor
         inputs = [TensorSpec("tokens", (batch, count, *token.shape), token.dtype, 1, token.minimum, token.maximum)]
         if batch > 1 and count == 1:
             inputs.append(TensorSpec(VALID, (batch,), "int64", None, 0, 1))
-        _, shapes = foreign.static(batch, count)
+        shapes = given.shapes(batch, count)
         outputs = tuple(
             TensorSpec(answer, _answer(foreign, shapes[answer], batch, count), "float32", 1)
             for answer in foreign.answers
@@ -150,9 +90,9 @@ def normal_graph(foreign: Foreign, spec: StepSpec, entry: EntrySpec, opset: int)
         BuildError: the operator set cannot be had, or the result is no valid graph.
     """
     length = entry.inputs[0].shape[1]
-    inner, _ = foreign.static(spec.batch, length)
+    inner = _converted(foreign.static(spec.batch, length), opset)
     inputs = real_inputs(inner)
-    inner = onnx.compose.add_prefix(inner, _PREFIX)
+    _rename(inner)
     around = _Around(entry)
     around.give(entry.inputs[0].name, foreign.main.name, inputs[foreign.main.name].shape)
     specs = {state.name: state for state in spec.states}
@@ -173,7 +113,7 @@ def normal_graph(foreign: Foreign, spec: StepSpec, entry: EntrySpec, opset: int)
     )
     model = helper.make_model(graph, opset_imports=list(inner.opset_import), producer_name="nsm")
     model.ir_version = min(model.ir_version, 10)
-    model = _tidied(model, opset)
+    model = _tidied(model)
     table = model.metadata_props.add()
     table.key, table.value = STATES_KEY, json.dumps(state_table(spec, entry))
     return model
@@ -223,9 +163,16 @@ class _Around:
             self.take(taken, state.present, spec.shape)
         else:
             order = [state.lane_axis, *(index for index in range(len(state.shape)) if index != state.lane_axis)]
+            # Its shape need not follow from the graph.
+            given = [self._lanes if index == state.lane_axis else size for index, size in enumerate(state.shape)]
+            self.take(f"normal/{state.present}/given", state.present, given)
             self.after.append(
                 helper.make_node(
-                    "Transpose", [_PREFIX + state.present], [taken], f"normal/{state.present}/take", perm=order
+                    "Transpose",
+                    [f"normal/{state.present}/given"],
+                    [taken],
+                    f"normal/{state.present}/turn",
+                    perm=order,
                 )
             )
         if self._choose:
@@ -260,16 +207,32 @@ def _value(name: str, shape: Sequence[int], dtype: str) -> onnx.ValueInfoProto:
     return helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(np.dtype(dtype)), list(shape))
 
 
-def _tidied(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
-    """In the operator set that was asked for, and through the passes that our own graphs go through."""
-    version = next(item.version for item in model.opset_import if item.domain in ("", "ai.onnx"))
-    if version < opset:
-        try:
-            model = onnx.version_converter.convert_version(model, opset)
-        except Exception as error:  # the converter raises what its C++ code throws
-            raise BuildError(
-                f"The graph has operator set {version} and cannot be converted to {opset}: {error}"
-            ) from error
+def _rename(model: onnx.ModelProto) -> None:
+    """Put the prefix before all names, in place; inside branches and loops too, which may use names from outside."""
+    for graph in graphs_of(model.graph):
+        for node in graph.node:
+            node.name = _PREFIX + node.name if node.name else ""
+            for names in (node.input, node.output):
+                names[:] = [_PREFIX + name if name else "" for name in names]
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            value.name = _PREFIX + value.name
+        for sparse in graph.sparse_initializer:
+            sparse.values.name = _PREFIX + sparse.values.name
+
+
+def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
+    """A graph in the operator set that was asked for, or the later one that it has."""
+    version = opset_of(model)
+    if version >= opset:
+        return model
+    try:
+        return onnx.version_converter.convert_version(model, opset)
+    except Exception as error:  # the converter raises what its C++ code throws
+        raise BuildError(f"The graph has operator set {version} and cannot be converted to {opset}: {error}") from error
+
+
+def _tidied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Through the passes that our own graphs go through."""
     try:
         made = onnx_ir.from_proto(model)
         optimise(made)
@@ -277,33 +240,3 @@ def _tidied(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
     except Exception as error:  # the passes' errors have no common base
         raise BuildError(f"The graph cannot be simplified: {error}") from error
     return result
-
-
-def _inferred(model: onnx.ModelProto) -> dict[str, Port]:
-    """The outputs with their shapes as they follow from the inputs'; they are put into the model as well.
-
-    Weights are left out of what is inferred over, so that their size does not matter.
-    """
-    del model.graph.value_info[:]
-    light = onnx.ModelProto(ir_version=model.ir_version, opset_import=model.opset_import)
-    for part in ("node", "input", "output", "sparse_initializer"):
-        getattr(light.graph, part).extend(getattr(model.graph, part))
-    for tensor in model.graph.initializer:
-        if math.prod(tensor.dims) > _SMALL:
-            light.graph.initializer.add(
-                name=tensor.name, dims=tensor.dims, data_type=tensor.data_type, data_location=TensorProto.EXTERNAL
-            )
-        else:
-            light.graph.initializer.add().CopyFrom(tensor)
-    light.graph.name = model.graph.name
-    for value in light.graph.output:
-        value.type.tensor_type.ClearField("shape")
-    try:
-        light = onnx.shape_inference.infer_shapes(light, strict_mode=True, data_prop=True)
-    except Exception as error:  # raised from C++
-        raise UnsupportedError(
-            f"The shapes of the graph do not follow from its inputs' ({error}). Is a size built in that is to be open?"
-        ) from error
-    for value, known in zip(model.graph.output, light.graph.output, strict=True):
-        value.CopyFrom(known)
-    return ports(list(model.graph.output))

@@ -13,14 +13,23 @@ import onnx
 
 from nsm.errors import BuildError, InputError, UnsupportedError
 from nsm.export.onnx_examine import examine, lane_axes, sample_tokens
-from nsm.export.onnx_file import Port, fix_inputs, ports, read_onnx, real_inputs
+from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, is_read, ports, read_onnx, real_inputs
+from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given, GivenRuntime
-from nsm.export.onnx_normal import Foreign, normal_graph, spec_of
-from nsm.export.onnx_states import choose_states, possible_axes, settle_ours, state_of
+from nsm.export.onnx_normal import normal_graph, spec_of
+from nsm.export.onnx_states import (
+    check_growth,
+    choose_states,
+    join_lanes,
+    possible_axes,
+    settle_ours,
+    state_of,
+    take_defaults,
+)
 from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.weights import save_shared
 from nsm.runtimes.session import Session
-from nsm.spec import StepSpec, TensorSpec
+from nsm.spec import VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 WEIGHTS = "weights.bin"
@@ -79,7 +88,7 @@ class OnnxSource:
         if self.lanes is not None and batch != self.lanes:
             raise UnsupportedError(
                 f"{self.kind} takes {self.lanes} streams at a time; asked for are {batch} lanes. Export it with a "
-                "dynamic first axis of its input and of its states."
+                "dynamic first axis of its input and of its states, or leave that axis open (--shape)."
             )
         length = self.chunk_size if tokens_per_call is None else tokens_per_call
         if length < 1 or (not self._foreign.timed and length != 1):
@@ -87,7 +96,7 @@ class OnnxSource:
                 f"{self.kind} takes {'at least one token' if self._foreign.timed else 'one token'} a call; given "
                 f"{length}."
             )
-        return spec_of(self._foreign, batch, length, 1, self.token_spec)
+        return spec_of(self.given, batch, length, 1, self.token_spec)
 
     def check_sequence(self, sequence: Array) -> None:
         spec = self.token_spec
@@ -121,14 +130,16 @@ def load_onnx(
     states: Sequence[StateOption] = (),
     constants: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
+    shapes: Mapping[str, str] | None = None,
 ) -> OnnxSource:
     """Read a file, find its states, and see that it is the step it says it is.
 
     Args:
         path: of the `.onnx`; weights beside it may lie in other files.
-        states: those that were named; without any they are found by our metadata or by their names.
+        states: those that were named; all others are found by our metadata or by their names.
         constants: inputs that are always the same, by name, as text: {"sr": "16000"}.
         vocab_size: of a graph over ids, where the number of embeddings does not tell.
+        shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,512"}.
 
     Raises:
         InputError: no such file, or inputs, outputs and states that do not fit together.
@@ -138,8 +149,20 @@ def load_onnx(
     fix_inputs(model, constants or {})
     if not states:
         settle_ours(path, model)
-    inputs, outputs = real_inputs(model), ports(list(model.graph.output))
-    chosen = choose_states(path, model, inputs, outputs, states)
+    defaults = take_defaults(model, states)
+    fix_shapes(model, shapes or {})
+    outputs = ports(list(model.graph.output))
+    chosen = choose_states(path, model, real_inputs(model), outputs, states, defaults)
+    inputs = real_inputs(model)
+    unread = [option.past for option in chosen if not is_read(model, option.past)]
+    if unread:
+        raise InputError(
+            f"{path} never reads its states {', '.join(unread)}. Where an exporter is given one tensor for two "
+            "arguments, it may take them for the same: export again with a tensor of its own for each state. If the "
+            "model does not need them, leave them out of it."
+        )
+    for option in chosen:
+        check_growth(inputs[option.past])
     pasts, presents = [option.past for option in chosen], [option.present for option in chosen]
     left = [port for port in inputs.values() if port.name not in pasts]
     if len(left) != 1:
@@ -149,10 +172,17 @@ def load_onnx(
             f"{', '.join(port.name for port in left) or 'none'}. Make one that never changes a constant (--constant "
             "sr=16000), or name further states (--state INPUT=OUTPUT)."
         )
+    join_lanes(model, left[0], [option.past for option in chosen])
+    inputs = real_inputs(model)
     answers = tuple(name for name in outputs if name not in presents)
     if not answers:
         raise InputError(f"All outputs of {path}, {', '.join(outputs)}, are states; a step answers something.")
-    (main,) = left
+    main = inputs[left[0].name]
+    if "tokens" in answers or VALID in answers:
+        raise InputError(
+            f"{path} has the outputs {', '.join(answers)}; tokens and {VALID} are what a step takes here. Give the "
+            "output another name."
+        )
     if not main.shape:
         raise InputError(f"The input {main.name} is a single number; expected is [streams, ...].")
     timed = len(main.shape) > 1 and isinstance(main.shape[1], str)
@@ -169,12 +199,13 @@ def load_onnx(
 
     if main.shape[0] != 1 and any(len(found) > 1 for found in axes.values()):
         guess = graph([replace(option, init=ZEROS) for option in chosen])
-        tokens = sample_tokens(guess, guess.token_shape, _token(model, guess, vocab_size).maximum)
-        axes |= lane_axes(Given(guess), tokens, axes)
+        attempt = Given(guess)
+        tokens = sample_tokens(attempt, guess.token_shape, _token(model, guess, vocab_size).maximum, str(path))
+        axes |= lane_axes(attempt, tokens, axes)
     foreign = graph(chosen)
     token = _token(model, foreign, vocab_size)
     source = OnnxSource(path, foreign, token, _fingerprint(foreign))
-    tokens = sample_tokens(foreign, token.shape, token.maximum)
+    tokens = sample_tokens(source.given, token.shape, token.maximum, source.kind)
     source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
     examine(source.given, tokens, source.kind)
     return source
@@ -199,12 +230,22 @@ def _check_closed(main: Port, timed: bool) -> None:
     if opened:
         raise UnsupportedError(
             f"The input {main.name} has the shape {list(main.shape)}: axis {opened[0]} is dynamic besides the "
-            "streams (axis 0) and time (axis 1). Export the model with this size fixed."
+            f"streams (axis 0) and time (axis 1). Fix its size: --shape {main.name}={_example(main)}"
         )
+
+
+def _example(main: Port) -> str:
+    """What a user could write for its shape: all after the streams fixed."""
+    return ",".join(str(size) if isinstance(size, int) or not axis else "512" for axis, size in enumerate(main.shape))
 
 
 def _token(model: onnx.ModelProto, foreign: Foreign, vocab_size: int | None) -> TensorSpec:
     main, shape = foreign.main, foreign.token_shape
+    if vocab_size is not None and (vocab_size < 1 or main.dtype != "int64"):
+        raise InputError(
+            f"--vocab-size {vocab_size}: it is the number of ids, at least 1, of a graph over ids; the input "
+            f"{main.name} is {main.dtype}."
+        )
     if main.dtype == "float32":
         return TensorSpec("tokens", shape, "float32")
     if main.dtype != "int64":
@@ -215,6 +256,8 @@ def _token(model: onnx.ModelProto, foreign: Foreign, vocab_size: int | None) -> 
         for n in model.graph.node
         if n.op_type == "Gather" and n.input[1] == main.name and n.input[0] in rows
     ]
+    if vocab_size is not None and sizes and vocab_size > sizes[0]:
+        raise InputError(f"--vocab-size {vocab_size}: the graph has embeddings for {sizes[0]} ids.")
     size = vocab_size or (sizes[0] if sizes else None)
     if size is None:
         raise InputError(

@@ -14,7 +14,7 @@ import onnx
 
 from nsm.bundle import STATE_INIT
 from nsm.errors import InputError, UnsupportedError
-from nsm.export.onnx_file import Port, ports
+from nsm.export.onnx_file import Port, default_inputs, ports, real_inputs, take_default
 from nsm.export.state_options import ZEROS, StateOption, find_states, state_name
 from nsm.export.state_table import STATES_KEY
 from nsm.trace import Array
@@ -65,13 +65,27 @@ def choose_states(
     inputs: Mapping[str, Port],
     outputs: Mapping[str, Port],
     named: Sequence[StateOption],
+    defaults: Mapping[str, Array],
 ) -> list[StateOption]:
-    """Those that were named; else those of our own metadata; else those that names give away.
+    """Those of our own metadata, or else those that names give away, and those that were named in their place.
+
+    Args:
+        path, model: the file.
+        inputs, outputs: of the graph.
+        named: by the user.
+        defaults: values that inputs had, from which their states start.
 
     Raises:
         InputError: a name that there is not, two states with one output, or none at all.
     """
-    options = list(named) or _ours(path, model) or find_states(list(inputs), list(outputs))
+    taken = {name for option in named for name in (option.past, option.present)}
+    taken |= {list(outputs)[int(name)] for name in taken if name.isdigit() and int(name) < len(outputs)}
+    found = _ours(path, model) or find_states(list(inputs), list(outputs))
+    options = [*named, *(option for option in found if not taken & {option.past, option.present})]
+    options = [
+        replace(option, value=defaults[option.past]) if option.past in defaults and option.init == ZEROS else option
+        for option in options
+    ]
     if not options:
         raise InputError(
             f"No states were found by the names of the inputs, {', '.join(inputs)}, and outputs, "
@@ -91,6 +105,50 @@ def choose_states(
         pasts = [option.past for option in chosen if option.present == twice]
         raise InputError(f"The output {twice} is to become the states {' and '.join(pasts)}; each has one of its own.")
     return chosen
+
+
+def take_defaults(model: onnx.ModelProto, named: Sequence[StateOption]) -> dict[str, Array]:
+    """The default values of inputs that are states, by name or by convention; they have none any more, in place.
+
+    Before version 4 of the format all weights were listed as inputs, which none of them is.
+    """
+    if model.ir_version < 4:
+        return {}
+    outputs = [value.name for value in model.graph.output]
+    states = {option.past for option in (*named, *find_states(list(default_inputs(model)), outputs))}
+    return {name: take_default(model, name) for name in default_inputs(model) if name in states}
+
+
+def check_growth(past: Port) -> None:
+    """Refuse a state with more open axes than that of the streams.
+
+    Raises:
+        UnsupportedError: it has.
+    """
+    opened = [index for index, size in enumerate(past.shape) if isinstance(size, str)]
+    if len(opened) > 1:
+        raise UnsupportedError(
+            f"The state {past.name} has the shape {list(past.shape)}: axes {' and '.join(map(str, opened))} are "
+            "open, and at most that of the streams may be. A step has static shapes, so a cache that grows cannot be "
+            f"its state: carry a window of fixed length, or fix what is of one size: --shape {past.name}=..."
+        )
+
+
+def join_lanes(model: onnx.ModelProto, main: Port, pasts: Sequence[str]) -> None:
+    """Where a state has one open axis, and it has a name of its own, it is that of the streams; in place.
+
+    Exporters often give the streams another name in every input, or none. That they are is seen when the graph runs.
+    """
+    inputs = real_inputs(model)
+    for value in model.graph.input:
+        opened = [size for size in inputs[value.name].shape if isinstance(size, str)] if value.name in pasts else []
+        if main.shape and len(opened) == 1 and opened[0] not in main.shape:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param == opened[0]:
+                    if isinstance(main.shape[0], int):
+                        dim.dim_value = main.shape[0]
+                    else:
+                        dim.dim_param = main.shape[0]
 
 
 def settle_ours(path: Path, model: onnx.ModelProto) -> None:

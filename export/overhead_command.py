@@ -10,9 +10,10 @@ from pathlib import Path
 import click
 
 from nsm.bundle import Bundle
-from nsm.errors import DeviceUnavailableError, MissingDependencyError, UnsupportedError
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, UnsupportedError
 from nsm.export.bench_command import check_options, lane_tokens
 from nsm.export.console import Terminal
+from nsm.runtimes import bench
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.overhead import CALLS, ROUNDS, overhead
 from nsm.runtimes.targets import find_target
@@ -20,9 +21,16 @@ from nsm.runtimes.targets import find_target
 COLUMNS = ("target", "precision", "session us", "bare us", "wrapper us", "95 %")
 
 
-def measure_overhead(path: Path, targets: Sequence[str], threads: int | None, as_json: bool) -> None:
-    """Measure; see `nsm bench --help`."""
-    check_options(10, threads)
+def measure_overhead(path: Path, targets: Sequence[str], steps: int | None, threads: int | None, as_json: bool) -> None:
+    """Measure; see `nsm bench --help`. Without `steps`, `ROUNDS` rounds."""
+    steps = ROUNDS * CALLS if steps is None else steps
+    if steps < bench.ROUNDS * CALLS:
+        raise InputError(
+            f"--overhead is measured in at least {bench.ROUNDS} rounds of {CALLS} calls; given --steps {steps}. Give "
+            f"{bench.ROUNDS * CALLS} or more, or leave it out: {ROUNDS * CALLS}."
+        )
+    check_options(steps, threads)
+    rounds = -(-steps // CALLS)
     terminal = Terminal(quiet=as_json)
     bundle = Bundle(path)
     bundle.verify()
@@ -36,7 +44,7 @@ def measure_overhead(path: Path, targets: Sequence[str], threads: int | None, as
                 open_artifact(bundle, artifact, threads=threads) as session,
                 terminal.stage(f"Measuring {name} in turns") as progress,
             ):
-                found.append((artifact, overhead(session, session.runtime, tokens, progress=progress)))
+                found.append((artifact, overhead(session, session.runtime, tokens, rounds, progress)))
         except (DeviceUnavailableError, MissingDependencyError, UnsupportedError) as error:
             if targets:
                 raise
@@ -44,7 +52,8 @@ def measure_overhead(path: Path, targets: Sequence[str], threads: int | None, as
     if not found:
         raise UnsupportedError("None of the bundle's targets can be measured on this machine.")
     if as_json:
-        rows = [{"target": a.target, "precision": a.precision, **asdict(item)} for a, item in found]
+        taken = {"steps": rounds * CALLS}
+        rows = [{"target": a.target, "precision": a.precision, **taken, **asdict(item)} for a, item in found]
         click.echo(json.dumps({"threads": threads, "results": rows}))
         return
     lines = [
@@ -58,7 +67,7 @@ def measure_overhead(path: Path, targets: Sequence[str], threads: int | None, as
         ]
         for artifact, item in found
     ]
-    terminal.table(COLUMNS, lines, f"A call of step, {ROUNDS} rounds of {CALLS} calls of each in turn")
+    terminal.table(COLUMNS, lines, f"A call of step, {rounds} rounds of {CALLS} calls of each in turn")
     terminal.say(
         "\nsession: inputs checked and copied, the call, outputs copied, finiteness looked at; bare: the graph alone, "
         "bound once.\nwrapper: the median over rounds of their difference, and its 95 % interval."

@@ -21,7 +21,7 @@ from nsm.export.guard import Limits, build_checked
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
-from nsm.export.state_options import parse_constants, parse_states
+from nsm.export.state_options import parse_constants, parse_shapes, parse_states
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -62,6 +62,7 @@ class ExportOptions:
         compact: whether slots that are never used are removed first; see `nsm.compaction`.
         states: of a foreign model, `past=present[:init]` each; see `nsm.export.state_options`.
         constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
+        shapes: sizes of open axes of its inputs, `name=size,size,...` each.
         vocab_size: of a foreign model over ids that does not say how many there are.
     """
 
@@ -79,6 +80,7 @@ class ExportOptions:
     compact: bool = False
     states: Sequence[str] = ()
     constants: Sequence[str] = ()
+    shapes: Sequence[str] = ()
     vocab_size: int | None = None
     max_float_share: float = 0.3
     allow_slower: bool = False
@@ -136,12 +138,14 @@ def open_source(model: Path, options: ExportOptions) -> Source:
         _require(("onnx", "onnxruntime"), "export,onnxruntime")
         from nsm.export.onnx_source import load_onnx
 
-        return load_onnx(model, states, parse_constants(options.constants), options.vocab_size)
+        shapes = parse_shapes(options.shapes)
+        return load_onnx(model, states, parse_constants(options.constants), options.vocab_size, shapes)
     _require(("torch", "onnx", "onnxscript"), "export")
     from nsm.export.torch_source import TorchSource
 
-    if options.constants:
-        raise InputError(f"--constant belongs to a foreign .onnx; {model} is none.")
+    for option, given in (("--constant", options.constants), ("--shape", options.shapes)):
+        if given:
+            raise InputError(f"{option} belongs to a foreign .onnx; {model} is none.")
     if suffix == ".pt2":
         from nsm.export.torch_program import load_program
 
@@ -316,7 +320,8 @@ def _sequences(source: Source, options: ExportOptions, static: bool) -> tuple[li
     """Sequences that judge; with `static` a text is cut in two, and they are of its first half."""
     if options.data is not None:
         parts = 2 * options.num_samples if static else options.num_samples
-        return read_sequences(options.data, parts)[: options.num_samples], "recorded"
+        axes = 1 + len(source.token_spec.shape)
+        return read_sequences(options.data, parts, axes)[: options.num_samples], "recorded"
     if source.golden:
         return source.golden[: options.num_samples], "recorded"
     length = options.steps * (options.chunk or source.chunk_size)
@@ -332,7 +337,8 @@ def _calibration(source: Source, options: ExportOptions) -> list[Array]:
     if options.data is not None:
         count = 2 * options.num_samples if options.data.suffix.lower() == ".txt" else None
         # All are checked, so that a message counts as the file does.
-        found = checked_sequences(source, read_sequences(options.data, count))[options.num_samples :]
+        axes = 1 + len(source.token_spec.shape)
+        found = checked_sequences(source, read_sequences(options.data, count, axes))[options.num_samples :]
     else:
         found = checked_sequences(source, source.calibration)
     length = options.chunk or source.chunk_size

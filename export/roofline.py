@@ -28,7 +28,7 @@ from nsm.spec import EntrySpec, StepSpec, TensorSpec
 
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 # Whole recurrent layers: products with the weights of their second and third inputs, for every token.
-_RECURRENT = ("LSTM", "GRU")
+_RECURRENT = ("LSTM", "GRU", "RNN")
 # Large enough that neither fits in a cache, or is over before the threads have started.
 _PEAK_SIDE, _STREAM_BYTES = 1024, 256_000_000
 

@@ -17,7 +17,7 @@ from nsm.bundle import Bundle
 from nsm.errors import InputError, MissingDependencyError, NsmError
 from nsm.export.console import Terminal
 from nsm.export.score_log import ScoreLog
-from nsm.export.sequences import read_sequences
+from nsm.export.sequences import read_sequences, sequence_axes
 from nsm.runtimes.opening import chosen_artifact, open_bundle
 from nsm.runtimes.scoring import digest, score
 
@@ -54,7 +54,7 @@ class Scorer:
         task = Task(**row)
         path = Path(task.folder) / task.file
         if self._read[0] != path:  # the sequences of a file follow each other
-            self._read = path, read_sequences(path)
+            self._read = path, read_sequences(path, axes=sequence_axes(self._session.spec))
         line = {"file": task.file, "index": task.index, "sha256": task.sha256}
         try:
             return {"line": json.dumps({**line, **score(self._session, self._read[1][task.index])})}
@@ -84,7 +84,7 @@ def score_folder(
     options = Options(str(path.resolve()), artifact.target, threads)
     try:
         with terminal.stage("Reading") as progress:
-            tasks, bad = _tasks(folder, files, progress)
+            tasks, bad = _tasks(folder, files, sequence_axes(bundle.manifest.spec), progress)
         left = [task for task in tasks if (task.file, task.index, task.sha256) not in log.done]
         skipped = len(tasks) - len(left)
         with terminal.stage(f"Scoring on {artifact.target}") as progress:
@@ -114,14 +114,14 @@ def _files(folder: Path, output: Path) -> list[Path]:
     return found
 
 
-def _tasks(folder: Path, files: list[Path], progress: Any) -> tuple[list[Task], list[dict[str, Any]]]:
+def _tasks(folder: Path, files: list[Path], axes: int, progress: Any) -> tuple[list[Task], list[dict[str, Any]]]:
     """A task for each sequence, and a line for each file that cannot be read."""
     tasks: list[Task] = []
     bad: list[dict[str, Any]] = []
     for number, path in enumerate(files, 1):
         name = path.relative_to(folder).as_posix()
         try:
-            sequences = read_sequences(path)
+            sequences = read_sequences(path, axes=axes)
         except InputError as error:
             bad.append({"file": name, "error": str(error)})
         else:

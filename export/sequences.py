@@ -7,18 +7,25 @@ from pathlib import Path
 import numpy as np
 
 from nsm.errors import InputError
+from nsm.spec import StepSpec
 from nsm.trace import Array
 
 
-def read_sequences(path: Path, count: int | None = None) -> list[Array]:
+def sequence_axes(spec: StepSpec) -> int:
+    """How many axes a sequence has that a model takes: 1 of ids, 2 of vectors."""
+    return len(spec.entry("step").inputs[0].shape) - 1
+
+
+def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[Array]:
     """Sequences of tokens from a file.
 
-    .npy: an array [N, T] of ids or [N, T, input_dim] of vectors; [T] is one sequence.
+    .npy: an array [N, T, *token], or one sequence [T, *token]: ids [T], vectors [T, input_dim].
     .npz: every array in it likewise.
     .txt: the bytes of the text as ids, cut into `count` (default 1) equal parts.
 
     Args:
         count: at most so many sequences.
+        axes: of one sequence, its tokens' included; see `sequence_axes`.
 
     Raises:
         InputError: no such file, another suffix, or nothing in it.
@@ -46,7 +53,7 @@ def read_sequences(path: Path, count: int | None = None) -> list[Array]:
                 f"{path} holds an array of shape {list(array.shape)} and dtype {array.dtype}; expected are ids [N, T] "
                 "or vectors [N, T, input_dim]."
             )
-        rows = [array] if array.ndim == 1 else list(array)
+        rows = [array] if array.ndim in (1, axes) else list(array)
         sequences += [row for row in rows if row.ndim and len(row)]
     if not sequences:
         raise InputError(f"{path} holds no sequence of at least one token.")

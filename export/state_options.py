@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import numpy as np
 
@@ -26,6 +25,7 @@ class StateOption:
         init: a .npy file with the value before the first step, of one stream; or "zeros".
         found: how it was found, for people.
         key: of a bundle's own file of initial values, which `init` is then: the value in it, for all its lanes.
+        value: instead of `init`: the value before the first step, of one stream or several that start alike.
     """
 
     past: str
@@ -33,6 +33,7 @@ class StateOption:
     init: str = ZEROS
     found: str = "--state"
     key: str | None = None
+    value: Array | None = None
 
     def initial(self, shape: tuple[int, ...], dtype: str) -> Array:
         """The value before the first step.
@@ -40,6 +41,8 @@ class StateOption:
         Raises:
             InputError: the file cannot be read, or holds something else.
         """
+        if self.value is not None:
+            return _fitting(_first_lane(self.value, shape), shape, dtype, f"the default value of the input {self.past}")
         if self.init == ZEROS:
             return np.zeros(shape, dtype)
         try:
@@ -53,12 +56,16 @@ class StateOption:
                 f"The initial value of the state {self.past} cannot be read from {self.init}: {error}. Expected is a "
                 ".npy file written by numpy.save, or the word zeros: --state PAST=PRESENT:FILE.npy"
             ) from error
-        if array.shape != shape or array.dtype.kind != np.dtype(dtype).kind or not np.isfinite(array).all():
-            raise InputError(
-                f"The initial value of the state {self.past} in {self.init} is {array.dtype}{list(array.shape)}; "
-                f"expected are finite numbers, {dtype}{list(shape)}: those of one stream."
-            )
-        return array.astype(dtype)
+        return _fitting(array, shape, dtype, f"the initial value of the state {self.past} in {self.init}")
+
+
+def _fitting(array: Array, shape: tuple[int, ...], dtype: str, what: str) -> Array:
+    if array.shape != shape or array.dtype.kind != np.dtype(dtype).kind or not np.isfinite(array).all():
+        raise InputError(
+            f"{what[0].upper()}{what[1:]} is {array.dtype}{list(array.shape)}; expected are finite numbers, "
+            f"{dtype}{list(shape)}: those of one stream."
+        )
+    return array.astype(dtype)
 
 
 def _first_lane(array: Array, shape: tuple[int, ...]) -> Array:
@@ -101,36 +108,43 @@ def parse_constants(texts: Iterable[str]) -> dict[str, str]:
     Raises:
         InputError: one is no such pair, or a name stands twice.
     """
+    return _pairs(texts, "--constant", "NAME=VALUE, once for each input that never changes", "sr=16000")
+
+
+def parse_shapes(texts: Iterable[str]) -> dict[str, str]:
+    """`--shape NAME=SIZE,SIZE,...`, by name.
+
+    Raises:
+        InputError: one is no such pair, or a name stands twice.
+    """
+    return _pairs(texts, "--shape", "NAME=SIZES, once for each input with open axes", "input=batch,512")
+
+
+def _pairs(texts: Iterable[str], option: str, expected: str, example: str) -> dict[str, str]:
     found: dict[str, str] = {}
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals or not value or name in found:
-            raise InputError(
-                f"--constant {text}: expected is NAME=VALUE, once for each input that never changes. For instance: "
-                "--constant sr=16000"
-            )
+            raise InputError(f"{option} {text}: expected is {expected}. For instance: {option} {example}")
         found[name] = value
     return found
 
 
-# (pattern of an input, what the output is called); groups are put in. The first that fits counts. Where they come from:
-# ours; Hugging Face's decoders; streaming encoders of WeNet and icefall; Silero's voice activity detector; by hand.
-CONVENTIONS: Mapping[str, str] = MappingProxyType(
-    {
-        r"past_state\.(.+)": r"present_state.\1",
-        r"past_key_values\.(.+)": r"present.\1",
-        r"past_(.+)": r"present_\1",
-        r"cache_(.+)": r"new_cache_\1",
-        r"cached_(.+)": r"new_cached_\1",
-        r"(.+)_in": r"\1_out",
-        r"(.+)_cache": r"\1_cache_out",
-        r"(cache.*)": r"\1_out",
-        r"state": r"stateN",
-        r"(state.*)": r"new_\1",
-        r"(h|c|hidden|cell)_?0?": r"\1n",
-        r"(h|c)0?": r"\1_n",
-        r"(hidden|cell)": r"new_\1",
-    }
+# (pattern of an input, what the output is called); groups are put in. The first whose output exists counts. Where they
+# come from: ours; Hugging Face's decoders; by hand; Silero's voice activity detector; torch's names; streaming encoders
+# of WeNet (`att_cache`, `r_att_cache`) and icefall (`cached_key_0`, `embed_states`, `new_...`).
+CONVENTIONS: Sequence[tuple[str, str]] = (
+    (r"past_state\.(.+)", r"present_state.\1"),
+    (r"past_key_values\.(.+)", r"present.\1"),
+    (r"past_(.+)", r"present_\1"),
+    (r"(.+)_in", r"\1_out"),
+    (r"(.+)_cache", r"\1_cache_out"),
+    (r"(cache.*)", r"\1_out"),
+    (r"state", r"stateN"),
+    (r"(h|c|hidden|cell)_?0?", r"\1n"),
+    (r"(h|c)0?", r"\1_n"),
+    (r"(.+_cache)", r"r_\1"),
+    (r"(.+)", r"new_\1"),
 )
 
 
@@ -138,7 +152,7 @@ def find_states(inputs: Sequence[str], outputs: Sequence[str]) -> list[StateOpti
     """The states that names give away, by `CONVENTIONS`."""
     found: list[StateOption] = []
     for name in inputs:
-        for pattern, present in CONVENTIONS.items():
+        for pattern, present in CONVENTIONS:
             match = re.fullmatch(pattern, name)
             if match and (wanted := match.expand(present)) in outputs and wanted != name:
                 found.append(StateOption(name, wanted, found="its name"))

@@ -5,13 +5,14 @@ from __future__ import annotations
 import difflib
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind, TensorArgument
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from nsm.adapters.adapted import AdaptedModel
@@ -71,9 +72,13 @@ def load_program(
             "it takes them for the same: export again with a tensor of its own for each state. If the model does not "
             "need them, leave them out of it."
         )
-    answers = [index for index in range(len(outputs)) if index not in places]
-    if not answers:
-        raise InputError(f"All outputs of {path}, {outputs}, are states; a step answers something.")
+    tensors = _tensors(program)
+    answers = [index for index in tensors if index not in places]
+    if not answers or not set(places) <= set(tensors):
+        raise InputError(
+            f"Of the outputs of {path}, {outputs}, {[outputs[place] for place in places]} are to be states; a state is "
+            "a tensor, and so is what is left, the answer of a step. Do the places in --state fit?"
+        )
     model = _adapted(program, left[0], found, places, answers, vocab_size)
     remarks = [
         f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
@@ -85,20 +90,36 @@ def load_program(
 
 
 class Program(nn.Module):
-    """The module of a program, called with its inputs in their order; what it gives is taken out of its nesting."""
+    """The module of a program, called with the inputs that `names` has, in that order.
 
-    def __init__(self, program: ExportedProgram, order: Sequence[str], names: Sequence[str]) -> None:
+    Arguments that are no tensors are those that it was exported with. What it gives is taken out of its nesting.
+    """
+
+    def __init__(self, program: ExportedProgram, names: Sequence[str]) -> None:
         super().__init__()
         self.program = program.module(check_guards=False)
-        self._places = [list(names).index(name) for name in order]
+        self._arguments = [_argument(spec, names) for spec in _given(program)]
         self._nesting = program.call_spec.in_spec
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
-        arguments, named = pytree.tree_unflatten([given[place] for place in self._places], self._nesting)
+        leaves = [given[place] if place is not None else constant for place, constant in self._arguments]
+        arguments, named = pytree.tree_unflatten(leaves, self._nesting)
         return tuple(pytree.tree_leaves(self.program(*arguments, **named)))
 
-    def eval(self) -> Program:  # a program is what it was exported as
+    def train(self, mode: bool = True) -> Program:  # noqa: ARG002 - a program is what it was exported as
         return self
+
+
+def _argument(spec: InputSpec, names: Sequence[str]) -> tuple[int | None, Any]:
+    """Where an argument is among the inputs, or what it always is."""
+    if isinstance(spec.arg, ConstantArgument):
+        return None, spec.arg.value
+    if not isinstance(spec.arg, TensorArgument):
+        raise UnsupportedError(
+            f"The program takes the number {spec.arg.name}, which may be another with each call. Export it with one "
+            "that is fixed."
+        )
+    return list(names).index(spec.arg.name), None
 
 
 def _adapted(
@@ -110,8 +131,13 @@ def _adapted(
     vocab_size: int | None,
 ) -> AdaptedModel:
     inputs = _inputs(program)
-    module = Program(program, list(inputs), [main, *(option.past for option in found)])
+    module = Program(program, [main, *(option.past for option in found)])
     value = inputs[main]
+    if value.dtype not in (torch.float32, torch.int64, torch.int32):
+        raise UnsupportedError(
+            f"The input {main} is {value.dtype}; expected are numbers in float32, or ids in int64 or int32. Convert "
+            "the module with .float() before torch.export.export; a lower precision is asked for with --precision."
+        )
     sizes: list[Any] = list(value.shape)
     lanes = None if isinstance(sizes[0], torch.SymInt) else int(sizes[0])
     timed = len(sizes) > 1 and isinstance(sizes[1], torch.SymInt)
@@ -148,14 +174,21 @@ def _adapted(
 
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     """What the program takes by name, with its (symbolic) shapes."""
-    names = [
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
-    ]
+    names = [spec.arg.name for spec in _given(program) if isinstance(spec.arg, TensorArgument)]
     return {
         node.name: node.meta["val"] for node in program.graph.nodes if node.name in names and node.op == "placeholder"
     }
+
+
+def _given(program: ExportedProgram) -> list[InputSpec]:
+    """The arguments of the program, in the order of its nesting."""
+    return [spec for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+
+
+def _tensors(program: ExportedProgram) -> list[int]:
+    """The places of the outputs that are tensors; others, as a None, are always the same."""
+    given = [spec for spec in program.graph_signature.output_specs if spec.kind == OutputKind.USER_OUTPUT]
+    return [index for index, spec in enumerate(given) if isinstance(spec.arg, TensorArgument)]
 
 
 def _read(program: ExportedProgram, name: str) -> bool:
@@ -197,8 +230,10 @@ def _carried(option: StateOption, value: Tensor, batch: int | torch.SymInt) -> C
             "dynamic. A step has static shapes: carry a window of fixed length."
         )
     shape = tuple(1 if i == axis else int(size) for i, size in enumerate(sizes))
+    # Made first, for it refuses dtypes that numpy has no name for.
+    carried = Carried(state_name(option.past), torch.zeros(shape, dtype=value.dtype), axis)
     initial = option.initial(shape, str(value.dtype).removeprefix("torch."))
-    return Carried(state_name(option.past), torch.from_numpy(initial), axis)
+    return replace(carried, initial=torch.from_numpy(initial))
 
 
 def _shown(inputs: dict[str, Tensor]) -> str:

@@ -31,7 +31,8 @@ class TorchSource:
         self.checkpoint = checkpoint
         self.remarks = tuple(remarks)
         # A copy, since a model that somebody is training is to stay as it is.
-        self.model = checkpoint.model if not checkpoint.model.training else copy.deepcopy(checkpoint.model).eval()
+        training = any(part.training for part in checkpoint.model.modules())
+        self.model = copy.deepcopy(checkpoint.model).eval() if training else checkpoint.model
 
     @classmethod
     def of(cls, model: StepModel) -> TorchSource:

@@ -129,7 +129,9 @@ class Watched:
         model = onnx.load(str(graph))
         self.products: list[Product] = products_of(model)
         if not self.products:
-            raise UnsupportedError(f"{graph} has no product with constant weights, so there is nothing to quantise.")
+            raise UnsupportedError(
+                "The model has no product with constant weights, so there is nothing to quantise. Keep fp32."
+            )
         outputs = list(dict.fromkeys(product.activation for product in self.products))
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)

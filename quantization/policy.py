@@ -53,14 +53,16 @@ class Policy:
     levels: int = SAFE_LEVELS
 
     def chosen(self, products: Sequence[Product]) -> tuple[list[Product], dict[str, str]]:
-        """The products to quantise, and the others by name with the reason."""
-        kept = {}
+        """The products to quantise, and the others by name with the reason; small sums have no need of one."""
+        low, kept = [], {}
         for product in products:
             if any(fnmatch.fnmatch(product.node, pattern) for pattern in self.keep):
                 kept[product.node] = "it decides about slots"
-            elif product.size < SMALLEST:
+            elif product.size >= SMALLEST:
+                low.append(product)
+            elif not product.sums:
                 kept[product.node] = f"its {product.shape[0]} x {product.shape[1]} numbers are too few to gain"
-        return [product for product in products if product.node not in kept], kept
+        return low, kept
 
 
 POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(

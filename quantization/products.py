@@ -20,6 +20,7 @@ class Product:
     activation, weight: names of x and W in the graph.
     shape: (D, N).
     key: of the numbers of W, the same in every entry of a model.
+    sums: W is of zeros and ones alone, and no weights.
     """
 
     node: str
@@ -27,6 +28,7 @@ class Product:
     weight: str
     shape: tuple[int, int]
     key: str
+    sums: bool = False
 
     @property
     def size(self) -> int:
@@ -34,10 +36,7 @@ class Product:
 
 
 def products_of(model: onnx.ModelProto) -> list[Product]:
-    """The products with matrices of weights, in the order of the graph. Weights must be loaded.
-
-    A constant matrix of zeros and ones is none: it sums.
-    """
+    """The products with constant matrices, in the order of the graph. Weights must be loaded."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
@@ -45,10 +44,9 @@ def products_of(model: onnx.ModelProto) -> list[Product]:
         if tensor is None or len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT:
             continue
         numbers = numpy_helper.to_array(tensor)
-        if np.isin(numbers, (0.0, 1.0)).all():
-            continue
         shape = int(tensor.dims[0]), int(tensor.dims[1])
-        found.append(Product(node.name, node.input[0], tensor.name, shape, weight_key(numbers)))
+        sums = bool(np.isin(numbers, (0.0, 1.0)).all())
+        found.append(Product(node.name, node.input[0], tensor.name, shape, weight_key(numbers), sums))
     return found
 
 

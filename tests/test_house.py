@@ -43,6 +43,7 @@ WITH_ONNX = {
     "nsm.export.low_precision",
     "nsm.export.onnx_examine",
     "nsm.export.onnx_file",
+    "nsm.export.onnx_foreign",
     "nsm.export.onnx_given",
     "nsm.export.onnx_normal",
     "nsm.export.onnx_source",

@@ -54,6 +54,7 @@ class AdaptedModel(StepModel):
             raise ConfigError("A step model has at least one state; given none. Name them with states=[...].")
         if chunk_size < 1:
             raise ConfigError(f"chunk_size is at least 1; given {chunk_size}.")
+        _check_dtypes(module, states)
         self.module = module.eval()
         self.token_spec = token
         self.chunk_size = chunk_size if timed else 1
@@ -65,7 +66,7 @@ class AdaptedModel(StepModel):
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._why = ""
         for index, state in enumerate(states):
-            self.register_buffer(f"initial_{index}", state.initial.detach().clone())
+            self.register_buffer(f"initial_{index}", state.initial.clone())
         # What tells two modules with equal weights apart, as far as it can be told.
         self.config = {
             "module": repr(module),
@@ -73,6 +74,7 @@ class AdaptedModel(StepModel):
             "timed": timed,
             "chunk_size": self.chunk_size,
         }
+        self.eval()
 
     @property
     def kind(self) -> str:
@@ -169,6 +171,19 @@ class AdaptedModel(StepModel):
             parts.append(outputs)
         result = torch.cat(parts, 1)
         return (result, state) if return_state else result
+
+
+def _check_dtypes(module: nn.Module, states: Sequence[Carried]) -> None:
+    """Raise unless it is a model in float32. Buffers may be finer: a module rounds them where it takes them."""
+    found = [(f"its weight {name}", value.dtype) for name, value in module.named_parameters()]
+    found += [(f"its buffer {name}", v.dtype) for name, v in module.named_buffers() if v.dtype != torch.float64]
+    found += [(f"its state {state.name}", state.initial.dtype) for state in states]
+    for what, dtype in found:
+        if dtype.is_floating_point and dtype != torch.float32:
+            raise ConfigError(
+                f"{type(module).__name__} is to be exported from float32; {what} is {dtype}. Convert the module, and "
+                "the states, with .float(); a lower precision is asked for at the export: precision=..."
+            )
 
 
 def _where(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -27,6 +28,7 @@ def as_step(
     timed: bool = False,
     outputs: Sequence[str] = ("outputs",),
     chunk_size: int = 16,
+    samples: Sequence[ArrayLike] | NDArray[Any] | None = None,
 ) -> AdaptedModel:
     """Make a step model of a torch module, to be exported and checked like our own.
 
@@ -40,18 +42,22 @@ def as_step(
        `forward(x, (h, c)) -> (y, (h, c))`: `states` has the arguments behind x, in the same nesting, as `Carried`s,
        which say where the streams are, or as tensors with one stream on axis 0.
 
-    The module is examined on made-up tokens before anything else is done with it.
+    The module is examined before anything else is done with it, on made-up tokens (standard normal numbers, or any ids)
+    or on `samples`.
 
     Args:
-        module: put into eval mode; it must not change anything of its own in forward.
+        module: in float32; put into eval mode; it must not change anything of its own in forward.
         states: for the third kind.
         vocab_size: where tokens are ids, 0 .. vocab_size - 1.
         token_shape: where they are numbers, the shape of one of them: (512,) for frames of 512 samples, () for one.
         timed: whether x has a time axis behind that of the streams, [B, T, *token]; else x is one token [B, *token].
         outputs: names of the outputs, the main one first, where there are several.
         chunk_size: tokens a call of `step` takes unless another multiple is asked for, with a time axis.
+        samples: a few real sequences, [T] ids or [T, *token] numbers each, to examine a module on that gives nothing
+            finite for made-up tokens, as one that takes logarithms.
 
     Raises:
+        InputError: samples that the module does not take.
         ConfigError: what is said of the module does not fit it; the message names the state or output.
         UnsupportedError: a module that cannot be a step model (bidirectional, or it keeps something to itself).
     """
@@ -65,7 +71,7 @@ def as_step(
             structure, carried = _declared(states)
             call = _flat(structure, len(outputs))
             model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
-    examine(model)
+    examine(model, samples)
     return model
 
 
@@ -91,8 +97,7 @@ def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:
         raise UnsupportedError(
             "An LSTM with proj_size does not export to ONNX. Train it without, or put a Linear behind it."
         )
-    weight = next(module.parameters())
-    start = torch.zeros(module.num_layers, 1, module.hidden_size, dtype=weight.dtype)
+    start = torch.zeros(module.num_layers, 1, module.hidden_size, dtype=torch.float32)
     names = ("hidden", "cell") if isinstance(module, nn.LSTM) else ("hidden",)
 
     def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
@@ -132,7 +137,7 @@ def _protocol(
             raise ConfigError(f"step took the states {sorted(names)} and gave {found}; it has to give the same ones.")
         return list(given) if isinstance(given, tuple | list) else [given], [after[name] for name in names]
 
-    carried = [Carried(name, value.detach()) for name, value in start.items()]
+    carried = [Carried(name, value) for name, value in start.items()]
     return AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
 
 
@@ -147,7 +152,7 @@ def _declared(states: Any) -> tuple[pytree.TreeSpec, list[Carried]]:
     found = []
     for index, leaf in enumerate(leaves):
         if isinstance(leaf, Tensor):
-            leaf = Carried(f"state_{index}", leaf.detach())
+            leaf = Carried(f"state_{index}", leaf)
         if not isinstance(leaf, Carried):
             raise ConfigError(f"A state is a Carried or a tensor of one stream; given {leaf!r}.")
         found.append(leaf)

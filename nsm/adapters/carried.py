@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,10 +27,10 @@ class Carried:
 
     Args:
         name: how it is called in a bundle.
-        initial: its value before the first step, of one lane, in the module's own layout.
+        initial: its value before the first step, of one lane, in the module's own layout. It is copied as it is now:
+            one that is learned after that is not seen.
         lane_axis: the axis of the lanes there, of size 1 in `initial`; None where it has none, so that one lane is all
             there can be.
-        nonzero: whether the initial value is part of the model ("learned" in a `StateSpec`).
     """
 
     name: str
@@ -37,12 +38,23 @@ class Carried:
     lane_axis: int | None = 0
 
     def __post_init__(self) -> None:
-        axis, shape = self.lane_axis, list(self.initial.shape)
         if not self.name:
             raise ConfigError("A state needs a name.")
+        given: Any = self.initial
+        if not isinstance(given, Tensor):
+            raise ConfigError(
+                f"The initial value of the state {self.name} is of type {type(given).__name__}; expected is a tensor. "
+                "Of an array torch.from_numpy makes one."
+            )
+        # A result of other tensors could not be copied with the model.
+        object.__setattr__(self, "initial", given.detach().clone())
+        axis, shape = self.lane_axis, list(self.initial.shape)
         if self.initial.dtype not in _DTYPES:
             known = ", ".join(dict.fromkeys(_DTYPES.values()))
-            raise ConfigError(f"The state {self.name} is {self.initial.dtype}; a state may be {known}.")
+            raise ConfigError(
+                f"The state {self.name} is {self.initial.dtype}; a state may be {known}. Convert it, and a module that "
+                "computes in low precision, with .float(): what is exported gets its precision by precision=..."
+            )
         if axis is not None and (not 0 <= axis < len(shape) or shape[axis] != 1):
             raise ConfigError(
                 f"The state {self.name} of shape {shape} is to have its lanes on axis {axis}, which has to be there "

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from nsm.adapters.adapted import AdaptedModel
-from nsm.errors import ConfigError, UnsupportedError
+from nsm.errors import ConfigError, InputError, UnsupportedError
+from nsm.models.checkpoint import split_samples
 from nsm.models.step import State
 
 TOLERANCE = 1e-4
@@ -16,19 +19,25 @@ TOLERANCE = 1e-4
 
 
 @torch.no_grad()
-def examine(model: AdaptedModel) -> None:
-    """Run a module on made-up tokens, and declare what it gives.
+def examine(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] | None = None) -> None:
+    """Run a module on made-up tokens, or on samples, and declare what it gives.
 
-    Its states must keep their shapes and dtypes; the same call must give the same answer, and leave no buffer changed;
-    with a time axis any split of a sequence must give the same; and lanes must not mix. Where it does not run for two
-    lanes at all, it is declared to take one.
+    What it gives must be finite; its states must keep their shapes and dtypes; the same call must give the same answer,
+    and leave no buffer changed; with a time axis any split of a sequence must give the same; and lanes must not mix.
+    Where it does not run for two lanes side by side, it is declared to take one.
+
+    Args:
+        model: the module, in the form of a step model.
+        samples: real sequences, [T, *token] each, for a module that makes nothing of made-up tokens.
 
     Raises:
+        InputError: samples that the model does not take.
         ConfigError, UnsupportedError: says what it does, what was expected, and what to do.
     """
-    length = 2 * model.chunk_size if model.timed else 1
-    tokens = _tokens(model, 1, length)
+    length = 2 * model.chunk_size if model.timed else 2
+    tokens = _made_up(model, length) if samples is None else _drawn(model, samples, length)
     kept = _kept(model)
+    _check_finite(model, tokens.split(1, 1)[:2], samples is None)
     first, after = _run(model, tokens[:, :1], model.initial_state(1))
     _check_states(model, after)
     _check_outputs(model, first)
@@ -38,20 +47,36 @@ def examine(model: AdaptedModel) -> None:
     _check_consumed(model, tokens[:, :1])
     if model.timed:
         # Over several tokens a module may do what it does not over one, so it is looked at before lengths are compared.
-        _run(model, tokens, model.initial_state(1))
+        _check_finite(model, [tokens], samples is None)
         _check_kept(model, kept)
         _check_lengths(model, tokens)
-    model.declare(model._shapes, *_lanes(model))
+    model.declare(model._shapes, *_lanes(model, tokens[0, :2, None]))
     _check_kept(model, kept)
 
 
-def _tokens(model: AdaptedModel, batch: int, length: int) -> Tensor:
+def _made_up(model: AdaptedModel, length: int) -> Tensor:
+    """Tokens [1, length, *token]: uniform ids, or standard normal numbers."""
     generator = torch.Generator().manual_seed(0)
     spec = model.token_spec
-    shape = (batch, length, *spec.shape)
+    shape = (1, length, *spec.shape)
     if spec.maximum is not None:
         return torch.randint(0, spec.maximum + 1, shape, generator=generator)
     return torch.randn(shape, generator=generator, dtype=model.dtype)
+
+
+def _drawn(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any], length: int) -> Tensor:
+    """Tokens [1, length, *token] of the samples, one after the other, from where two that follow each other differ."""
+    golden, others = split_samples(model, samples)
+    if not golden:
+        raise InputError("samples holds no sequence; give a few, [T, *token] each, or leave it out.")
+    stream = torch.cat([torch.from_numpy(item) for item in (*golden, *others)])
+    start = next((i for i in range(len(stream) - 1) if not torch.equal(stream[i], stream[i + 1])), None)
+    if start is None:
+        raise InputError(
+            f"The samples hold the same token {len(stream)} times, which shows neither lengths nor lanes that are "
+            "confused. Give some that differ."
+        )
+    return stream.roll(-start, 0)[None, torch.arange(length) % len(stream)]
 
 
 def _run(model: AdaptedModel, tokens: Tensor, state: State) -> tuple[list[Tensor], State]:
@@ -67,6 +92,26 @@ def _run(model: AdaptedModel, tokens: Tensor, state: State) -> tuple[list[Tensor
             f"of shapes {states} (lanes first): {type(error).__name__}: {error}. Do token_shape, timed and the states "
             "fit it?"
         ) from error
+
+
+def _check_finite(model: AdaptedModel, calls: Sequence[Tensor], made_up: bool) -> None:
+    """Raise unless each of these calls, from the beginning of a stream, gives numbers that can be compared."""
+    for tokens in calls:
+        outputs, after = _run(model, tokens, model.initial_state(1))
+        values: list[tuple[str, Any]] = [*zip(model.outputs, outputs, strict=False), *after.items()]
+        odd = [name for name, value in values if isinstance(value, Tensor) and not bool(torch.isfinite(value).all())]
+        if odd:
+            what = "made-up tokens" + (", standard normal numbers" if tokens.is_floating_point() else "")
+            raise ConfigError(
+                f"{type(model.module).__name__} gives NaN or infinity in {odd} for "
+                f"{what if made_up else 'the samples'}; only finite numbers can be compared. "
+                + (
+                    "If it takes others, as only positive ones where it takes a logarithm, give as_step a few real "
+                    "sequences to examine it on: samples=[...], [T, *token] each."
+                    if made_up
+                    else "Look at its weights, its initial states, and these samples."
+                )
+            )
 
 
 def _kept(model: AdaptedModel) -> dict[str, Tensor]:
@@ -156,8 +201,8 @@ def _check_lengths(model: AdaptedModel, tokens: Tensor) -> None:
             )
 
 
-def _lanes(model: AdaptedModel) -> tuple[int | None, str]:
-    """None where two lanes run as they do alone; 1, and why, where they do not run side by side.
+def _lanes(model: AdaptedModel, tokens: Tensor) -> tuple[int | None, str]:
+    """None where two lanes, of a token each, run as they do alone; 1, and why, where they do not run side by side.
 
     Raises:
         UnsupportedError: they do, but one has to do with the other.
@@ -165,11 +210,16 @@ def _lanes(model: AdaptedModel) -> tuple[int | None, str]:
     fixed = [state.name for state in model.carried if state.lane_axis is None]
     if fixed:
         return 1, f"its states {fixed} have no axis for streams"
-    tokens = _tokens(model, 2, 1)
     try:
         both, state = model.run(tokens, model.initial_state(2))
     except Exception as error:  # whatever a module raises that was written for one stream
         return 1, f"with two it fails ({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})"
+    values = [*zip(model.outputs, both, strict=True), *state.items()]
+    shapes = {name: (2, 1, *shape) for name, shape in model._shapes.items()}
+    shapes |= {name: tuple(value.shape) for name, value in model.initial_state(2).items()}
+    odd = next((f"{name} {list(value.shape)}" for name, value in values if value.shape != shapes[name]), None)
+    if odd is not None:
+        return 1, f"with two it gives {odd} (lanes first)"
     for lane in range(2):
         alone, after = _run(model, tokens[lane : lane + 1], model.initial_state(1))
         beside = {name: value[lane : lane + 1] for name, value in state.items()}

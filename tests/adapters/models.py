@@ -115,6 +115,42 @@ class Fault(nn.Module):
         return y, h
 
 
+class Logarithm(nn.Module):
+    """Powers x [B, 3], or [B, T, 3] of any length, of which logarithms are taken, and their mean h [B, 3]."""
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        rows = []
+        for row in torch.log(x).reshape(x.shape[0], -1, 3).unbind(1):
+            h = 0.9 * h + 0.1 * row
+            rows.append(h)
+        return torch.stack(rows, 1).reshape(x.shape), h
+
+
+class OneStream(nn.Module):
+    """A GRU that takes its one stream out of x [1, 3] and h [1, 4] and puts it back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.GRUCell(3, 4)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.memory(x.squeeze(0), h.squeeze(0)).unsqueeze(0)
+        return h * 2, h
+
+
+class Learned(nn.Module):
+    """h0 [layers, H] is learned: a state that begins with a row of it is a result of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.start = nn.Parameter(torch.linspace(-1, 1, 6).reshape(2, 3))
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = 0.5 * h + self.drop(x)
+        return h * 2, h
+
+
 class InPlace(nn.Module):
     """Writes into the state that it is given."""
 

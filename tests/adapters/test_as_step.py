@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,17 @@ from nsm import Carried
 from nsm.adapters import AdaptedModel
 from nsm.errors import ConfigError, InputError, NsmError, UnsupportedError
 from nsm.runtimes.session import Session
-from tests.adapters.models import Decay, Fault, InPlace, Language, VoiceActivity, Window
+from tests.adapters.models import (
+    Decay,
+    Fault,
+    InPlace,
+    Language,
+    Learned,
+    Logarithm,
+    OneStream,
+    VoiceActivity,
+    Window,
+)
 
 H = torch.zeros(1, 3)
 
@@ -133,6 +144,20 @@ def test_a_module_written_for_one_stream_is_found_out() -> None:
         model.spec(2)
 
 
+def test_a_module_that_runs_for_two_streams_but_gives_other_shapes_takes_one() -> None:
+    model = nsm.as_step(OneStream(), [torch.zeros(1, 4)], token_shape=(3,))
+    assert model.lanes == 1
+    with pytest.raises(UnsupportedError, match=r"with two it gives outputs \[1, 1, 2, 4\] .*Asked for are 2 lanes"):
+        model.spec(2)
+
+
+def test_an_initial_value_that_is_learned_is_copied_and_the_module_is_exported_in_eval_mode() -> None:
+    module = Learned()
+    model = nsm.as_step(module, [Carried("h", module.start[:1])], token_shape=(3,))
+    torch.testing.assert_close(copy.deepcopy(model).initial_state(2)["h"], module.start[:1].detach().expand(2, 3))
+    assert not any(part.training for part in model.modules())
+
+
 def test_several_outputs_have_names() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -219,6 +244,15 @@ def test_a_state_that_is_written_in_place_is_refused() -> None:
         (nn.Linear(3, 3), {"states": [H]}, ConfigError, "needs to know the tokens"),
         (nn.Linear(3, 3), {"states": [H], "vocab_size": 0}, ConfigError, "vocab_size=0"),
         (Decay(), {"token_shape": (4,)}, ConfigError, r"fails on tokens of shape \[1, 1, 4\]"),
+        (nn.LSTM(3, 3).bfloat16(), {}, ConfigError, r"weight_ih_l0 is torch.bfloat16. Convert .* with .float\(\)"),
+        (nn.LSTM(3, 3).double(), {}, ConfigError, "weight_ih_l0 is torch.float64"),
+        (
+            nn.Linear(3, 3),
+            {"states": [H.double()], "token_shape": (3,)},
+            ConfigError,
+            "its state state_0 is torch.f.*64",
+        ),
+        (Fault("none").bfloat16(), {"states": [H], "token_shape": (3,)}, ConfigError, "its buffer total is torch.bf"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -234,13 +268,49 @@ def test_what_does_not_fit_is_refused(
         (("", H), "needs a name"),
         (("h", H, 1), "lanes on axis 1, which has to be there and of size 1"),
         (("h", H, 2), "lanes on axis 2"),
-        (("h", H.half()), "float16; a state may be float32, int64, int32, bool"),
+        (("h", H.half()), r"float16; a state may be float32, int64, int32, bool. Convert it, .* with .float\(\)"),
+        (("h", H.numpy()), "is of type ndarray; expected is a tensor. .*torch.from_numpy"),
         (("h", H * float("nan")), "holds NaN or infinity"),
     ],
 )
 def test_a_state_that_makes_no_sense_is_refused(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Carried(*arguments)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_a_module_that_makes_nothing_finite_of_made_up_tokens_is_examined_on_samples(timed: bool) -> None:
+    powers = [value**2 + 0.1 for value in np.random.default_rng(0).standard_normal((2, 7, 3))]
+    silence = [np.ones((9, 3)), *powers]
+    options: dict[str, Any] = {"token_shape": (3,), "timed": timed, "chunk_size": 4}
+    with pytest.raises(ConfigError, match=r"NaN or infinity in \['outputs', 'state_0'\] for made-up .*samples=\[...\]"):
+        nsm.as_step(Logarithm(), [H], **options)
+    for samples in (powers, silence):
+        assert nsm.as_step(Logarithm(), [H], samples=samples, **options).lanes is None
+    with pytest.raises(ConfigError, match=r"NaN or infinity in .* for the samples; .*Look at its weights"):
+        nsm.as_step(Logarithm(), [H], samples=[-item for item in powers], **options)
+
+
+@pytest.mark.parametrize("kind", ["buffer", "random", "frozen", "drops", "mixes"])
+def test_on_samples_a_fault_is_found_too(kind: str) -> None:
+    error, message = FAULTS[kind]
+    samples = np.random.default_rng(0).standard_normal((1, 5, 3))
+    with pytest.raises(error, match=message):
+        nsm.as_step(Fault(kind), [H], token_shape=(3,), timed=True, chunk_size=4, samples=samples)
+
+
+@pytest.mark.parametrize(
+    ("samples", "message"),
+    [
+        ([], "samples holds no sequence"),
+        ([np.zeros((5, 3))], "hold the same token 5 times"),
+        ([np.ones((1, 3))], "hold the same token 1 times"),
+        ([np.zeros((5, 4))], r"samples\[0\] is not a sequence for this model: The model takes vectors \[B, T, 3\]"),
+    ],
+)
+def test_samples_that_show_nothing_are_refused(samples: list[Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        nsm.as_step(Fault("none"), [H], token_shape=(3,), timed=True, samples=samples)
 
 
 def test_a_protocol_that_is_not_kept_is_refused() -> None:

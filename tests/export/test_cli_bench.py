@@ -9,8 +9,9 @@ import pytest
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.export import bench_command
+from nsm.export import bench_command, overhead_command
 from nsm.runtimes.bench import Latency, Steppable
+from nsm.runtimes.overhead import Overhead
 from nsm.runtimes.parity import Progress
 from nsm.trace import Array
 from tests.conftest import make_model, make_sequences
@@ -141,6 +142,10 @@ def test_one_target_stands_alone(exported: Path, fake_times: Times) -> None:
         (["--model", "model.pt"], ["--model is the checkpoint for --against eager or compile"]),
         (["--against", "b.nsm", "--model", "model.pt"], ["--model is the checkpoint for --against eager or compile"]),
         (["--against", "b.nsm"], ["There is no bundle b.nsm"]),
+        (["--overhead", "--steps", "-3"], ["at least 5 rounds of 100 calls; given --steps -3. Give 500 or more"]),
+        (["--overhead", "--steps", "499"], ["given --steps 499. Give 500 or more, or leave it out: 2500."]),
+        (["--overhead", "--threads", "0"], ["--threads is at least 1; given 0"]),
+        (["--overhead", "--all"], ["--overhead measures a bundle by itself. Leave out --all"]),
         (["--all"], ["--all takes a checkpoint", "is a folder. For a bundle: nsm bench"]),
         (["--all", "--against", "eager"], ["--against and --model belong to measuring a bundle"]),
         (["--all", "--model", "model.pt"], ["--against and --model belong to measuring a bundle"]),
@@ -162,6 +167,28 @@ def test_bench_of_a_target_without_its_hardware_ends_with_3(exported: Path, no_g
 def test_bench_of_a_bundle_that_runs_nowhere_here_ends_with_3(bundle_copy: Path, no_gpu: None) -> None:
     keep_only(bundle_copy, "tensorrt")
     refused(invoke("bench", bundle_copy, "--json"), 3, "None of the bundle's targets runs on this machine")
+
+
+# -- what a session adds ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("options", "rounds"), [([], 25), (["--steps", "500"], 5), (["--steps", "601"], 7)])
+def test_the_overhead_is_measured_over_as_many_calls_as_were_asked_for(
+    exported: Path, monkeypatch: pytest.MonkeyPatch, options: list[str], rounds: int
+) -> None:
+    asked: list[int] = []
+
+    def fake(_session: object, _runtime: object, _tokens: Array, count: int, _progress: Progress) -> Overhead:
+        asked.append(count)
+        return Overhead(12.0, 10.0, 2.0, 1.5, 2.5)
+
+    monkeypatch.setattr(overhead_command, "overhead", fake)
+    text = succeeded(invoke("bench", exported, "-t", "ort", "--overhead", *options))
+    assert f"A call of step, {rounds} rounds of 100 calls of each in turn" in text
+    assert ["onnxruntime", "fp32", "12", "10", "2.0", "1.5-2.5"] in words(text)
+    (result,) = the_json(invoke("bench", exported, "-t", "ort", "--overhead", *options, "--json"))["results"]
+    assert (result["steps"], result["step_us"], result["median"]) == (100 * rounds, 12.0, 2.0)
+    assert asked == [rounds, rounds]
 
 
 # -- against another bundle ------------------------------------------------------------------------------------------

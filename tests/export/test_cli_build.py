@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from nsm.bundle import Bundle
 from tests.export.helpers import (
     invoke,
     keep_only,
+    names,
     refused,
     succeeded,
     the_json,
@@ -26,6 +28,22 @@ def test_build_adds_a_target(bundle_copy: Path) -> None:
     assert (artifact["target"], artifact["parity"]["status"]) == ("openvino", "passed")
     assert [item.target for item in Bundle(bundle_copy).manifest.artifacts] == ["onnx", "openvino"]
     Bundle(bundle_copy).verify()
+
+
+@pytest.mark.parametrize(("inside", "given"), [(".", "."), ("graphs", ".."), (".", "graphs/.."), (".", "../copy.nsm")])
+def test_build_adds_to_the_bundle_that_one_is_in(bundle_copy: Path, inside: str, given: str) -> None:
+    keep_only(bundle_copy, "onnx")
+    before = names(bundle_copy.parent)
+    with contextlib.chdir(bundle_copy / inside):
+        result = invoke("build", given, "-t", "ort")
+        again = invoke("build", bundle_copy, "-t", "ort", "--json")
+    text = succeeded(result)
+    assert f"Added to {bundle_copy}. Next:\n  nsm parity {bundle_copy} --target onnxruntime" in text
+    assert 'The folder you are in was replaced. Go into the new one: cd "$PWD"' in result.stderr
+    assert (the_json(again)["bundle"], again.stderr) == (str(bundle_copy), "")
+    assert [item.target for item in Bundle(bundle_copy).manifest.artifacts] == ["onnx", "onnxruntime"]
+    Bundle(bundle_copy).verify()
+    assert names(bundle_copy.parent) == before
 
 
 def test_build_of_an_engine_says_that_it_was_not_run(bundle_copy: Path, no_gpu: None) -> None:

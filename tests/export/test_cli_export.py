@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -9,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
 import nsm
 from nsm.bundle import Bundle
+from nsm.errors import DeviceUnavailableError
 from nsm.models.simple import SimpleNSM
+from nsm.runtimes import onnxruntime_cuda
 from tests.export.helpers import (
     invoke,
     names,
@@ -24,6 +28,7 @@ from tests.export.helpers import (
     succeeded,
     the_json,
 )
+from tests.export.test_foreign_onnx import silero
 
 # -- export ----------------------------------------------------------------------------------------------------------
 
@@ -66,6 +71,9 @@ def test_export_ends_with_what_was_found_and_what_comes_next(
     assert rows["tensorrt"][1:3] == ["sm86", "fp32"]
     assert "not_run" in rows["tensorrt"]
     assert "tensorrt: NOT RUN. There is no usable NVIDIA GPU" in text
+    assert (
+        "Instead, the engines' inputs, outputs and states were checked against the model's.\nBuilt by tensorrt" in text
+    )
     for following in (
         f"nsm inspect {output}",
         f"nsm bench {output} --target onnx",
@@ -74,6 +82,33 @@ def test_export_ends_with_what_was_found_and_what_comes_next(
         assert following in text
     assert "synthetic" in " ".join(result.stderr.split())
     assert "Building onnx" in result.stderr
+
+
+def test_of_graphs_that_were_not_run_nothing_is_said_to_be_checked(
+    checkpoint: Path, tmp_path: Path, ready_graph: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*_arguments: object) -> None:
+        raise DeviceUnavailableError("There is no GPU.")
+
+    monkeypatch.setattr(onnxruntime_cuda, "load", absent)
+    text = succeeded(invoke(*short(checkpoint, tmp_path / "m.nsm", "-t", "cuda")))
+    said = text[text.index("onnxruntime-cuda: NOT RUN.") :].splitlines()
+    assert said[:2] == [
+        "onnxruntime-cuda: NOT RUN. There is no GPU.",
+        f"On a machine that has the hardware: nsm parity {tmp_path / 'm.nsm'} --target onnxruntime-cuda",
+    ]
+
+
+def test_an_export_replaces_the_bundle_that_one_is_in(
+    checkpoint: Path, bundle_copy: Path, ready_graph: Callable[[float], None]
+) -> None:
+    with contextlib.chdir(bundle_copy):
+        refused(invoke(*short(checkpoint, Path())), 2, f"{bundle_copy} exists", "--force")
+        result = invoke(*short(checkpoint, Path(), "-t", "ort", "--force"))
+    assert f"Wrote {bundle_copy}. Next:" in succeeded(result)
+    assert 'Go into the new one: cd "$PWD"' in result.stderr
+    assert [item.target for item in Bundle(bundle_copy).manifest.artifacts] == ["onnxruntime"]
+    Bundle(bundle_copy).verify()
 
 
 def test_export_json_of_a_synthetic_trace_says_so(
@@ -188,6 +223,36 @@ def test_without_torch_export_names_the_extra(
     refused(
         invoke("export", checkpoint, "-t", "ort"), 3, f"Exporting needs {missing} not installed", "nsm-toolkit[export]"
     )
+
+
+# -- of foreign graphs -----------------------------------------------------------------------------------------------
+
+
+def _newer(model: onnx.ModelProto) -> None:
+    model.opset_import[0].version, model.ir_version = 21, 10
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "parts"),
+    [
+        (["--debug-outputs"], 3, ["--debug-outputs shows how tokens are routed", "ONNX graph vad.onnx has none"]),
+        (["--opset", "20"], 2, ["--opset 20 is older than", "ONNX graph vad.onnx, which is 21", "Give --opset 21 or"]),
+    ],
+)
+def test_what_a_foreign_graph_cannot_have_is_refused(
+    tmp_path: Path, options: list[str], code: int, parts: list[str], no_work: None
+) -> None:
+    path = silero(tmp_path / "vad.onnx", _newer)
+    refused(invoke("export", path, "-t", "ort", "--constant", "sr=16000", "--dry-run", *options), code, *parts)
+    assert names(tmp_path) == ["vad.onnx"]
+
+
+@pytest.mark.parametrize("options", [[], ["--opset", "21"], ["--opset", "22"]])
+def test_a_foreign_graph_stays_in_its_operator_set_or_gets_a_newer_one(tmp_path: Path, options: list[str]) -> None:
+    path, output = silero(tmp_path / "vad.onnx", _newer), tmp_path / "vad.nsm"
+    succeeded(invoke(*short(path, output, "-t", "ort", "--constant", "sr=16000", *options)))
+    found = onnx.load(str(output / "graphs" / "step.onnx"), load_external_data=False).opset_import
+    assert [(item.domain, item.version) for item in found] == [("", int((options or ["21"])[-1]))]
 
 
 # -- checkpoints that are none ---------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def test_convolutions(group: int, tmp_path: Path) -> None:
     assert work.operations == (("p", 2.0 * 2 * 12 * 8 * inner * 3, 4.0 * (120 + 36 * inner + 192)),)
 
 
-@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3)])
+@pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
 def test_recurrent_layers_count_their_weights_for_every_token(kind: str, gates: int, tmp_path: Path) -> None:
     nodes = [helper.make_node(kind, ["x", "w", "r"], ["y"], name="p", hidden_size=5)]
     weights = {"w": floats(1, gates * 5, 3), "r": floats(1, gates * 5, 5)}

@@ -180,6 +180,14 @@ def test_parity_looks_at_the_routing(compacted: Compacted) -> None:
     assert report.one_step.tensor == "routing.1"
 
 
+@pytest.mark.usefixtures("no_work")
+def test_a_model_without_routing_is_refused(tmp_path: Path) -> None:
+    nsm.save(RecurrentLM(20, 8, 1), tmp_path / "lstm.pt", samples=make_sequences(2, 40))
+    result = invoke("export", tmp_path / "lstm.pt", "-t", "ort", "-o", tmp_path / "lstm.nsm", "--debug-outputs")
+    refused(result, 3, "--debug-outputs shows how tokens are routed", "of the kind RecurrentLM has none. Leave it out.")
+    assert not (tmp_path / "lstm.nsm").exists()
+
+
 def test_without_the_option_there_is_no_routing(bundle: Bundle) -> None:
     assert [item.name for item in bundle.manifest.spec.entry("step").outputs] == ["outputs"]
     assert set(bundle.trace().outputs) == {"outputs"}

@@ -37,6 +37,13 @@ def test_vectors_keep_their_width_and_dtype(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.stack(read), vectors)
 
 
+def test_one_sequence_of_vectors_is_one_where_vectors_are_taken(tmp_path: Path) -> None:
+    frames = np.random.default_rng(0).standard_normal((7, 3)).astype(np.float32)
+    np.savez(tmp_path / "frames.npz", one=frames, two=np.stack([frames, frames]))
+    read = read_sequences(tmp_path / "frames.npz", axes=2)
+    assert [item.shape for item in read] == [(7, 3)] * 3
+
+
 def test_every_array_of_an_npz_counts_and_lengths_may_differ(tmp_path: Path) -> None:
     np.savez(tmp_path / "ids.npz", a=np.arange(4), b=np.arange(6).reshape(2, 3))
     read = read_sequences(tmp_path / "ids.npz")

@@ -288,5 +288,5 @@ def test_states_that_settle_or_grow_slowly_are_fine(tmp_path: Path, keep: float)
 
 def test_a_graph_without_products_is_refused(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, products=False)
-    with pytest.raises(UnsupportedError, match=r"step\.onnx has no product with constant weights, so there is nothing"):
+    with pytest.raises(UnsupportedError, match="The model has no product with constant weights, so there is nothing"):
         calibrate(toy.graph, toy.open(), [ones(2)])

@@ -1,0 +1,45 @@
+"""export_model: what it takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import nsm
+from nsm.errors import InputError
+from nsm.export.torch_source import TorchSource
+from tests.adapters.models import Learned
+
+SMALL: dict[str, Any] = {"num_samples": 2, "golden_steps": 4}
+
+
+def test_a_module_that_is_no_step_model_is_told_what_makes_it_one(tmp_path: Path) -> None:
+    module: Any = nn.LSTM(8, 8)
+    with pytest.raises(InputError, match=r"given LSTM\. Make a step model of it first: nsm\.as_step\(module"):
+        nsm.export_model(module, "onnx", tmp_path / "m.nsm")
+
+
+def test_a_learned_initial_value_and_a_file_of_sequences_by_its_name(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    module = Learned()
+    model = nsm.as_step(module, [nsm.Carried("h", module.start[:1])], token_shape=(3,))
+    data = np.random.default_rng(0).standard_normal((3, 6, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", data)
+    bundle = nsm.export_model(model, "onnxruntime", tmp_path / "m.nsm", data=str(tmp_path / "x.npy"), **SMALL)
+    np.testing.assert_array_equal(bundle.trace().inputs["tokens"][:, :, 0], data[:2, :4])
+    with nsm.open(bundle) as session:
+        np.testing.assert_allclose(session.read_state()["h"], module.start[:1].detach())
+
+
+def test_a_module_that_was_trained_again_is_exported_in_eval_mode_and_stays_as_it_is() -> None:
+    module = Learned()
+    model = nsm.as_step(module, [torch.zeros(1, 3)], token_shape=(3,))
+    module.train()
+    source = TorchSource.of(model)
+    assert not any(part.training for part in source.model.modules())
+    assert module.drop.training
