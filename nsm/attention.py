@@ -260,9 +260,9 @@ class HybridAttention(nn.Module):
         """
         address, content = bank.flatten(1, 2).chunk(2, 1)
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
-        # In this order: OpenVINO's fused attention in bf16 is wrong where a vector is added on the right.
-        scores = nn.functional.logsigmoid(importance) + scores
         scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
+        # Only now: OpenVINO's fused attention in bf16 is wrong where a vector is added before the selection.
+        scores = nn.functional.logsigmoid(importance) + scores
         return join_heads(scores.softmax(-1) @ content)
 
     def heads(self, made: Tensor) -> tuple[Heads, Tensor, Tensor]:

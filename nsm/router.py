@@ -16,7 +16,7 @@ from nsm.sparse import entmax15, sparsemax, top_k
 # Full strength would make log(1 - w) infinite; 2^-10 is exact in fp16 and bf16 as well.
 MAX_WRITE = 1.0 - 2.0**-10
 # A score that softmax turns into an exact 0. It replaces scores and is never added to one, nor compared with one: a
-# product with what a masked slot holds may be infinite, or not a number.
+# product with what a masked slot holds may be infinite, or not a number. A prior on slots may be added to it.
 MASKED_SCORE = -1.0e9
 
 Routing = Literal["softmax", "topk", "sparsemax", "entmax"]
