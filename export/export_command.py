@@ -90,11 +90,11 @@ def _check_debug_outputs(planned: Plan) -> None:
 
 def _check_opset(planned: Plan, opset: int) -> None:
     """Raise `InputError` where the graph of a foreign file would stay in a newer operator set than was asked for."""
+    from nsm.export.onnx_file import opset_of
     from nsm.export.onnx_source import OnnxSource
 
     assert isinstance(planned.source, OnnxSource)
-    held = planned.source.given.foreign.model.opset_import
-    own = max((item.version for item in held if item.domain in ("", "ai.onnx")), default=0)
+    own = opset_of(planned.source.given.foreign.model)
     if own > opset:
         raise InputError(
             f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; a graph is "

@@ -114,3 +114,8 @@ def test_every_product_is_either_chosen_or_kept(products: list[Product], row: tu
     for item in products:
         decides = ".router.product/" in item.node or ".lift." in item.node
         assert (item.node in kept) == (decides or item.size < SMALLEST)
+
+
+def test_a_small_sum_stays_float_and_needs_no_reason() -> None:
+    sums = Product("later/MatMul", "x", "w", (16, 17), "key", sums=True)
+    assert Policy("dynamic").chosen([sums, product("large")]) == ([product("large")], {})

@@ -286,3 +286,17 @@ def test_a_bundle_that_is_replaced_while_it_is_open_does_not_change_the_model(bu
         except BundleError:
             return
         np.testing.assert_array_equal(given, wanted)
+
+
+def test_what_is_slower_on_a_processor_is_really_left_out(exported: Path, tmp_path: Path) -> None:
+    """ONNX Runtime says nothing about the name of an optimisation that there is not."""
+
+    def operators(without: tuple[str, ...]) -> bytes:
+        options = ort.SessionOptions()
+        options.optimized_model_filepath = str(tmp_path / "optimised.onnx")
+        options.log_severity_level = 3
+        onnxruntime.open_graph(exported / "graphs" / "step.onnx", options, without=without)
+        return (tmp_path / "optimised.onnx").read_bytes()
+
+    assert b"SkipLayerNormalization" in operators(())
+    assert b"SkipLayerNormalization" not in operators(onnxruntime.SLOWER_ON_CPU)
