@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import gcd
 from typing import NamedTuple
 
@@ -9,7 +10,17 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError
-from nsm.layout import Counted, clear_lanes, join_heads, keep_open, select_lanes, split_heads, to_bank
+from nsm.layout import (
+    Counted,
+    chunks,
+    clear_lanes,
+    join_heads,
+    keep_open,
+    merge_chunks,
+    select_lanes,
+    split_heads,
+    to_bank,
+)
 from nsm.router import MASKED_SCORE
 from nsm.spec import StateSpec
 
@@ -26,9 +37,9 @@ class LocalAttention(nn.Module):
     """Causal attention over the last W tokens, the current one included, in a stream cut into chunks.
 
     Letters: B lanes, T tokens, C = `chunk_size`, W = `window`, H heads, d = `token_dim`, e = d / H, and
-    P = C * `chunks`, the rows of the earlier chunks that a window can reach.
+    P = `rows`, those of the earlier chunks that a window can reach, a multiple of C.
 
-    Keys and values of the last P tokens before the open chunk are carried as state, chunk by chunk, and those of
+    Keys and values of the last P tokens before the open chunk are carried as state, and those of
     the open chunk apart from them, so nothing has to be shifted inside a chunk. Places count within the window: what
     a score gets from the distance of two tokens is learned, one number per head and distance (Shaw et al. 2018;
     Raffel et al. 2020). Nothing depends on how old the stream is. `filled` says how many of the P rows are there, so
@@ -36,7 +47,7 @@ class LocalAttention(nn.Module):
 
     With `causal=False` tokens also see the later ones of their own chunk.
 
-    State by role: key, value [B, P / C, H, C, e]; open_key, open_value [B, H, C, e], zero from the offset on.
+    State by role: key, value [B, H, P, e]; open_key, open_value [B, H, C, e], zero from the offset on.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -59,8 +70,7 @@ class LocalAttention(nn.Module):
         self.num_heads = num_heads
         self.window = window
         self.chunk_size = chunk_size
-        self.chunks = -(-(window - 1) // chunk_size)
-        self.rows = self.chunks * chunk_size
+        self.rows = -(-(window - 1) // chunk_size) * chunk_size
         self.qkv = nn.Linear(token_dim, 3 * token_dim, bias=False)
         ahead = 0 if causal else chunk_size - 1
         self.ahead = ahead
@@ -84,7 +94,7 @@ class LocalAttention(nn.Module):
         return self.bias[:, index], torch.where(inside, place, -1)
 
     def attend(self, heads: Heads, keys: Tensor, values: Tensor, bias: Tensor, visible: Tensor) -> Tensor:
-        """Attention of queries [N, H, T, e] over rows keys, values [N, H, P + C, e] -> [N, T, d].
+        """Attention of queries [N, H, T, e] over rows keys, values [N, H, P + C, e] -> heads [N, H, T, e].
 
         Args:
             bias: [.., H, T, P + C], from `tables`.
@@ -92,12 +102,12 @@ class LocalAttention(nn.Module):
         """
         scores = heads.query @ keys.transpose(-1, -2) * heads.query.shape[-1] ** -0.5
         scores = torch.where(visible, scores + bias, MASKED_SCORE)
-        return join_heads(scores.softmax(-1) @ values)
+        return scores.softmax(-1) @ values
 
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
         """The states, named `{prefix}.{role}`."""
-        rows = (self.num_heads, self.chunk_size, self.qkv.in_features // self.num_heads)
-        window, opened = (batch, self.chunks, *rows), (batch, *rows)
+        width = self.qkv.in_features // self.num_heads
+        window, opened = ((batch, self.num_heads, rows, width) for rows in (self.rows, self.chunk_size))
         shapes = {"key": window, "value": window, "open_key": opened, "open_value": opened}
         return [StateSpec(f"{prefix}.{role}", shape, "float32") for role, shape in shapes.items()]
 
@@ -113,12 +123,12 @@ class LocalAttention(nn.Module):
             counted: which tokens count (default: all).
 
         Returns:
-            [B * n, C, d] and the state they leave, by role; without `counted` the open chunk is not part of it.
+            Heads [B * n, H, C, e], and the state left, by role; without `counted` the open chunk is not part of it.
         """
         count = heads.key.shape[0] // filled.shape[0]
         seen, left = {}, {}
         for role, rows in (("key", heads.key), ("value", heads.value)):
-            seen[role], windows = self._windows(state[role], rows, count)
+            seen[role], windows = self._windows(state[role], chunks(rows, count))
             left[role] = windows[-1] if counted is None else state[role]
             if counted is not None:
                 for index, window in enumerate(windows):
@@ -139,7 +149,7 @@ class LocalAttention(nn.Module):
         """Attention of one token a lane, [B, H, 1, e] each, at `offset` [B] of the open chunk.
 
         Returns:
-            [B, 1, d] and the open chunk with the token in it, by role.
+            Heads [B, H, 1, e] and the open chunk with the token in it, by role.
         """
         place = torch.arange(self.chunk_size, device=offset.device)
         here = place == offset[:, None]
@@ -150,8 +160,8 @@ class LocalAttention(nn.Module):
             "open_key": torch.where(here, heads.key, state["open_key"]),
             "open_value": torch.where(here, heads.value, state["open_value"]),
         }
-        keys = torch.cat([_rows(state["key"]), opened["open_key"]], 2)
-        values = torch.cat([_rows(state["value"]), opened["open_value"]], 2)
+        keys = torch.cat([state["key"], opened["open_key"]], 2)
+        values = torch.cat([state["value"], opened["open_value"]], 2)
         # A full chunk has no place for a token; any row will do for a lane that is idle there.
         bias, table = self.tables()
         row = offset.clamp(max=self.chunk_size - 1)
@@ -163,17 +173,20 @@ class LocalAttention(nn.Module):
         result = {}
         for role in ("key", "value"):
             opened = state[f"open_{role}"]
-            result[role] = select_lanes(full, _shift(state[role], opened), state[role])
+            _, (window,) = self._windows(state[role], [opened])
+            result[role] = select_lanes(full, window, state[role])
             result[f"open_{role}"] = clear_lanes(full, opened)
         return result
 
-    def _windows(self, carried: Tensor, rows: Tensor, count: int) -> tuple[Tensor, list[Tensor]]:
-        """The rows that each of n chunks sees, [B * n, H, P + C, e], and the windows each leaves behind."""
-        if count == 1:
-            return torch.cat([_rows(carried), rows], 2), [_shift(carried, rows)]
-        joined = torch.cat([carried, rows.reshape(-1, count, *rows.shape[1:])], 1)
-        seen = torch.cat([joined[:, i : i + count] for i in range(self.chunks + 1)], 3).flatten(0, 1)
-        return seen, [joined[:, i : i + self.chunks] for i in range(1, count + 1)]
+    def _windows(self, carried: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What each of n chunks, `rows` [B, H, C, e], sees, [B * n, H, P + C, e], and the windows left behind."""
+        joined = torch.cat([carried, *rows], 2)
+        size = self.chunk_size
+        starts = range(0, len(rows) * size, size)
+        seen = [joined[:, :, start : start + self.rows + size] for start in starts] if len(rows) > 1 else [joined]
+        if self.rows == size:
+            return merge_chunks(seen), list(rows)
+        return merge_chunks(seen), [joined[:, :, start + size : start + size + self.rows] for start in starts]
 
     def _first(self, filled: Tensor) -> Tensor:
         """The place of the first row that is there, [B, 1, 1, 1], from how many of the carried ones are, [B]."""
@@ -188,7 +201,7 @@ class LocalAttention(nn.Module):
         same_chunk = place[:, None] // self.chunk_size == place // self.chunk_size
         inside = (distance < self.window) & ((distance >= 0) | (same_chunk & (distance >= -self.ahead)))
         index = (distance + self.ahead).clamp(0, self.bias.shape[1] - 1)
-        return self.attend(heads, heads.key, heads.value, self.bias[:, index], inside[None, None])
+        return join_heads(self.attend(heads, heads.key, heads.value, self.bias[:, index], inside[None, None]))
 
 
 class HybridAttention(nn.Module):
@@ -238,6 +251,7 @@ class HybridAttention(nn.Module):
         self.local = LocalAttention(token_dim, num_heads, window, chunk_size, causal)
         self.half_dim = state_dim // 2
         self.bank_heads = gcd(num_heads if bank_heads is None else bank_heads, self.half_dim)
+        self.one_width = token_dim // num_heads == self.half_dim // self.bank_heads
         self.read_query = nn.Linear(token_dim, self.half_dim, bias=False)
         self.fuse = nn.Linear(token_dim + self.half_dim, token_dim, bias=False)
 
@@ -248,50 +262,51 @@ class HybridAttention(nn.Module):
         query = split_heads(self.read_query(tokens), self.bank_heads)
         importance = states.new_zeros(states.shape[1])
         read = self.read(query, to_bank(states, self.bank_heads), mask, importance)
-        return self.combine(self.local(tokens), read)
+        fused: Tensor = self.fuse(torch.cat([self.local(tokens), join_heads(read)], -1))
+        return fused
 
     @staticmethod
     def read(query: Tensor, bank: Tensor, mask: Tensor, importance: Tensor) -> Tensor:
-        """Attention of queries [N, R, T, f] over a bank [N, 2, R, S, f] -> [N, T, D / 2].
+        """Attention of queries [N, R, T, f] over a bank [N, 2 R, S, f] -> heads [N, R, T, f].
 
         Args:
             mask: [N, S] bool, the active slots.
             importance: [S], logits; their log-sigmoid is added to the scores.
         """
-        address, content = bank.flatten(1, 2).chunk(2, 1)
+        address, content = bank.chunk(2, 1)
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
         scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
         # Only now: OpenVINO's fused attention in bf16 is wrong where a vector is added before the selection.
         scores = nn.functional.logsigmoid(importance) + scores
-        return join_heads(scores.softmax(-1) @ content)
+        found: Tensor = scores.softmax(-1) @ content
+        return found
 
     def heads(self, made: Tensor) -> tuple[Heads, Tensor, Tensor]:
         """One product for the window and the bank, [N, T, 3 d + 3 D / 2], by heads.
 
         Returns:
             queries, keys and values of the window [N, H, T, e] each; queries [N, R, T, f] and what is written
-            [N, 2, R, T, f] of the bank.
+            [N, 2 R, T, f] of the bank.
         """
         local, bank = self.local.num_heads, self.bank_heads
-        if self.local.qkv.in_features // local == self.half_dim // bank:  # heads of one width are moved at once
+        if self.one_width:  # then all heads are moved at once
             *parts, query, values = split_heads(made, 3 * (local + bank)).split([*[local] * 3, bank, 2 * bank], 1)
-            return Heads(*parts), query, values.unflatten(1, (2, bank))
+            return Heads(*parts), query, values
         window, rest = made.split([3 * self.local.qkv.in_features, 3 * self.half_dim], -1)
         query, values = split_heads(rest, 3 * bank).split([bank, 2 * bank], 1)
-        return self.local.heads(window), query, values.unflatten(1, (2, bank))
+        return self.local.heads(window), query, values
 
     def combine(self, local: Tensor, read: Tensor) -> Tensor:
-        """The learned fusion: one linear map of what the window and what the bank gave."""
-        fused: Tensor = self.fuse(torch.cat([local, read], -1))
+        """The learned fusion: one linear map of what the window and what the bank gave.
+
+        Args:
+            local: heads [N, H, T, e].
+            read: heads [N, R, T, f].
+
+        Returns:
+            [N, T, d].
+        """
+        parts = [torch.cat([local, read], 1)] if self.one_width else [local, read]
+        joined = [join_heads(part) for part in parts]
+        fused: Tensor = self.fuse(joined[0] if self.one_width else torch.cat(joined, -1))
         return fused
-
-
-def _rows(window: Tensor) -> Tensor:
-    """[B, P / C, H, C, e] -> [B, H, P, e]."""
-    return window.squeeze(1) if window.shape[1] == 1 else window.transpose(1, 2).flatten(2, 3)
-
-
-def _shift(window: Tensor, rows: Tensor) -> Tensor:
-    """The window [B, P / C, H, C, e] after one more chunk of rows [B, H, C, e]."""
-    new = rows.unsqueeze(1)
-    return new if window.shape[1] == 1 else torch.cat([window[:, 1:], new], 1)

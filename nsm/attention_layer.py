@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from nsm.attention import LocalAttention
 from nsm.errors import ConfigError
 from nsm.layer import Clock, LayerState
-from nsm.layout import count_tokens
+from nsm.layout import count_tokens, join_heads
 from nsm.spec import StateSpec
 
 
@@ -90,7 +90,7 @@ class AttentionLayer(nn.Module):
         projected = self.attention.qkv(self.norm(tokens)).reshape(-1, self.chunk_size, 3 * tokens.shape[-1])
         counted = None if valid is None else count_tokens(valid, count, self.chunk_size)
         attended, state = self.attention.scan(self.attention.heads(projected), state, clock.filled, counted)
-        return self._rest(tokens, attended.reshape(tokens.shape)), state, None
+        return self._rest(tokens, join_heads(attended).reshape(tokens.shape)), state, None
 
     def decode(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
@@ -98,7 +98,7 @@ class AttentionLayer(nn.Module):
         """Take one token a lane; see `NSMLayer.decode`."""
         heads = self.attention.heads(self.attention.qkv(self.norm(tokens)))
         attended, state = self.attention.decode(heads, state, clock.filled, clock.offset, valid)
-        return self._rest(tokens, attended), state, None
+        return self._rest(tokens, join_heads(attended)), state, None
 
     def commit(self, state: LayerState, full: Tensor, clock: Clock) -> LayerState:  # noqa: ARG002
         """End the chunk on the lanes where it is full."""

@@ -17,7 +17,7 @@ from nsm.router import TokenToStateRouter
 class Consolidation(nn.Module):
     """Gates between a bank and what it was, communication between slots, and writes into slower banks.
 
-    Letters: B lanes, S slots in all, S1 of one time scale, D = `state_dim`, R bank heads of f = D / (2 R).
+    Letters: B lanes, S slots in all, S1 of one time scale, D = `state_dim`, R bank heads of f = D / (2 R), G = 2 R.
 
     Args:
         state_dim: D.
@@ -33,6 +33,8 @@ class Consolidation(nn.Module):
     Raises:
         ConfigError: sizes that do not fit together.
     """
+
+    unit: Tensor
 
     def __init__(
         self,
@@ -66,7 +68,9 @@ class Consolidation(nn.Module):
         self.level_size = num_states // levels
         self.has_cell = bool(every) and gate_type == "lstm"
         if every:
-            self.bank_norm = nn.Parameter(torch.ones(2 * heads, 1, state_dim // (2 * heads)))
+            width = state_dim // (2 * heads)
+            self.bank_norm = nn.Parameter(torch.ones(2 * heads, 1, width))
+            self.register_buffer("unit", torch.ones(width), persistent=False)
             self.propagator = StatePropagator(state_dim, gate_type, communication, heads, 2 * heads)
         self.lift = nn.ModuleList(TokenToStateRouter(state_dim, state_dim, self.level_size, heads) for _ in hierarchy)
 
@@ -81,7 +85,7 @@ class Consolidation(nn.Module):
         """The bank, and the cell of an LSTM, after a chunk.
 
         Args:
-            bank: [B, 2, R, S, f], with what the chunk wrote; empty slots are zero and stay so.
+            bank: [B, G, S, f], with what the chunk wrote; empty slots are zero and stay so.
             cell: like the bank; None unless `has_cell`.
             mask: [B, S] bool, the active slots.
             turn: [B], the number of the chunk, from 1, within the cycle of the periods; None without periods.
@@ -96,11 +100,11 @@ class Consolidation(nn.Module):
     def _gated(
         self, bank: Tensor, cell: Tensor | None, mask: Tensor, turn: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        blocks = bank.flatten(1, 2)
-        new = blocks / torch.sqrt(torch.square(blocks).mean(-1, keepdim=True) + 1e-6)
-        kept = None if cell is None else torch.where(slots_of(mask), cell, 0.0).flatten(1, 2)
-        next_bank, next_cell = self.propagator.transition(blocks, new, kept, self.bank_norm)
-        next_bank = next_bank.reshape(bank.shape)
+        # By heads, `bank_norm` is done to the gates' matrices. ONNX Runtime has one kernel for this norm (Zhang and
+        # Sennrich 2019), where it ends in a product with a vector.
+        new = bank / torch.sqrt(torch.square(bank).mean(-1, keepdim=True) + 1e-6) * self.unit
+        kept = None if cell is None else torch.where(slots_of(mask), cell, 0.0)
+        next_bank, next_cell = self.propagator.transition(bank, new, kept, self.bank_norm)
         if self.propagator.enable_communication:
             next_bank = to_bank(self.propagator.communicate(to_states(next_bank), mask), self.heads)
         # Gates have biases: an empty slot stays empty.
@@ -115,7 +119,7 @@ class Consolidation(nn.Module):
             changes = changes & torch.cat([torch.ones_like(slower[0]), *slower], 1)
         changed = slots_of(changes)
         if next_cell is not None and cell is not None:
-            cell = torch.where(changed, next_cell.reshape(bank.shape), cell)
+            cell = torch.where(changed, next_cell, cell)
         return torch.where(changed, next_bank, bank), cell
 
     def _lifted(self, bank: Tensor, mask: Tensor, level: int, router: TokenToStateRouter, due: Tensor | None) -> Tensor:

@@ -55,7 +55,7 @@ class _Projected(NamedTuple):
     mixed: Tensor  # [N, T, d]
     heads: Heads  # [N, H, T, e]
     query: Tensor  # [N, R, T, f]
-    values: Tensor  # [N, 2, R, T, f]
+    values: Tensor  # [N, G, T, f]
     scores: Tensor  # [N, R, T, S1]
     gate: Tensor  # [N, R, T, 1]
 
@@ -64,7 +64,7 @@ class NSMLayer(nn.Module):
     """One layer of a Neural State Machine.
 
     Letters: B lanes, T tokens, C = `chunk_size`, n chunks, W = `window`, S = `num_states`, D = `state_dim`,
-    d = `token_dim`, H heads of e = d / H, R bank heads of f = D / (2 R), P the carried rows of the window.
+    d = `token_dim`, H heads of e = d / H, R bank heads of f = D / (2 R), G = 2 R, P the carried rows of the window.
 
     Tokens read the *committed* bank, the bank as it was when the last chunk ended. What they write waits, exactly as
     it was computed, until the chunk is full: then it is applied to the bank, the bank is consolidated, and the result
@@ -73,8 +73,8 @@ class NSMLayer(nn.Module):
     a chunk is read and attended to as a whole, after it was written, and there is no `decode`.
 
     State by role, B lanes on axis 0 each:
-        bank [B, 2, R, S, f]; mask [B, S] bool; key, value [B, P / C, H, C, e]; tail [B, conv_width - 1, d];
-        the open chunk, zero from its offset on: open_key, open_value [B, H, C, e], open_write [B, 2, R, C, f] what
+        bank [B, G, S, f]; mask [B, S] bool; key, value [B, H, P, e]; tail [B, conv_width - 1, d];
+        the open chunk, zero from its offset on: open_key, open_value [B, H, C, e], open_write [B, G, C, f] what
         its tokens write, open_weight [B, R, C, S] how strongly;
         cell like bank for gate_type="lstm"; importance [B, S] with `adaptation`; memory_* with `memory_rows`,
         and open_mixed [B, C, d] then.
@@ -182,12 +182,12 @@ class NSMLayer(nn.Module):
         """The layer's states, named `{prefix}.{role}`."""
         slots, dim = self.manager.bank.shape
         width, d = self.mixing.width - 1, self.norm.normalized_shape[0]
-        chunk, bank = self.chunk_size, (batch, 2, self.heads, slots, dim // (2 * self.heads))
+        chunk, bank = self.chunk_size, (batch, 2 * self.heads, slots, dim // (2 * self.heads))
         shapes: list[tuple[str, tuple[int, ...], str, bool]] = [
             ("bank", bank, "float32", True),
             ("mask", (batch, slots), "bool", True),
             ("tail", (batch, width, d), "float32", False),
-            ("open_write", (*bank[:3], chunk, bank[-1]), "float32", False),
+            ("open_write", (*bank[:2], chunk, bank[-1]), "float32", False),
             ("open_weight", (batch, self.heads, chunk, self.written_slots), "float32", False),
         ]
         if self.consolidation.has_cell:
@@ -332,7 +332,7 @@ class NSMLayer(nn.Module):
         if valid is not None:
             here = here & (valid > 0)[:, None]
         row = here[:, None, :, None]
-        opened["open_write"] = torch.where(row.unsqueeze(1), made.values, state["open_write"])
+        opened["open_write"] = torch.where(row, made.values, state["open_write"])
         opened["open_weight"] = torch.where(row, routing * made.gate, state["open_weight"])
         read = self.attention.read(made.query, state["bank"], state["mask"], self.manager.importance)
         output = self.attention.combine(attended, read)
@@ -426,7 +426,7 @@ class NSMLayer(nn.Module):
         """The state after a full chunk: write, consolidate, lift to slower banks, adapt, write the memory.
 
         Args:
-            weights, values: what the chunk writes, [B, R, C, S1] and [B, 2, R, C, f].
+            weights, values: what the chunk writes, [B, R, C, S1] and [B, G, C, f].
             turn: [B], the number of the chunk, from 1, within the cycle of the model's periods.
             full: [B] bool, the lanes on which this happens (default: all).
             mixed, counts: the chunk's mixed tokens [B, C, d] and which count [B, C], for the memory.
@@ -452,8 +452,9 @@ class NSMLayer(nn.Module):
         }
 
     def _feed_forward(self, tokens: Tensor) -> Tensor:
-        fed: Tensor = tokens + self.feed_forward(self.forward_norm(tokens))
-        return fed
+        # As rows [B * T, d]: ONNX Runtime adds a bias in the same kernel only there.
+        fed: Tensor = self.feed_forward(self.forward_norm(tokens).flatten(0, 1))
+        return tokens + fed.reshape(tokens.shape)
 
 
 def _memory_of(state: LayerState) -> Memory:

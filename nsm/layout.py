@@ -1,8 +1,9 @@
 """How tokens are laid out by heads, slots and chunks, and lanes chosen among.
 
 A slot's D numbers are an address half and a content half, each shared out among R bank heads of f = D / (2 R)
-numbers. A bank is carried as [B, 2, R, S, f], which is what reading, writing and consolidating work on without
-moving anything; people see it as states [B, S, D].
+numbers. A bank is carried by these G = 2 R parts, first the R of the addresses and then the R of the contents, as
+[B, G, S, f], which is what reading, writing and consolidating work on without moving anything; people see it as
+states [B, S, D].
 """
 
 from __future__ import annotations
@@ -26,19 +27,18 @@ def join_heads(x: Tensor) -> Tensor:
 
 
 def to_bank(states: Tensor, heads: int) -> Tensor:
-    """States [B, S, D] -> bank [B, 2, R, S, f]."""
-    return states.reshape(*states.shape[:2], 2, heads, -1).permute(0, 2, 3, 1, 4)
+    """States [B, S, D] -> bank [B, G, S, f], for G / 2 = `heads`."""
+    return split_heads(states, 2 * heads)
 
 
 def to_states(bank: Tensor) -> Tensor:
-    """Bank [B, 2, R, S, f] -> states [B, S, D]."""
-    states: Tensor = bank.permute(0, 3, 1, 2, 4).flatten(2)
-    return states
+    """Bank [B, G, S, f] -> states [B, S, D]."""
+    return join_heads(bank)
 
 
 def slots_of(mask: Tensor) -> Tensor:
-    """A mask of slots [B, S], to select in a bank [B, 2, R, S, f]."""
-    return mask[:, None, None, :, None]
+    """A mask of slots [B, S], to select in a bank [B, G, S, f]."""
+    return mask[:, None, :, None]
 
 
 def chunks(part: Tensor, count: int) -> Sequence[Tensor]:

@@ -131,10 +131,10 @@ class TokenToStateRouter(nn.Module):
 
         Args:
             weights: w = gate * routing weight, [B, R, T, S], in [0, 1 - 2^-10].
-            values: [B, 2, R, T, f].
+            values: [B, G, T, f], for addresses and contents, G = 2 R.
 
         Returns:
-            keep [B, 1, R, S, 1] and update [B, 2, R, S, f].
+            keep [B, G, S, 1] and update [B, G, S, f].
         """
         length = weights.shape[2]
         # Column t sums what comes after token t; the last column sums everything.
@@ -142,7 +142,8 @@ class TokenToStateRouter(nn.Module):
         later = torch.cat([later, torch.ones_like(later[:, :1])], 1)
         written = weights.transpose(-1, -2)
         after, keep = torch.split(torch.exp(log_of_rest(written) @ later), [length, 1], -1)
-        return keep.unsqueeze(1), (written * after).unsqueeze(1) @ values
+        left = written * after
+        return torch.cat([keep, keep], 1), torch.cat([left, left], 1) @ values
 
     def forward(self, tokens: Tensor, states: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Write `tokens` [B, T, d] into `states` [B, S, D].

@@ -8,7 +8,8 @@ export class StateView {
   /** @param {HTMLElement} place @param {HTMLElement} legend @param {HTMLElement} title @param {any} spec */
   constructor(place, legend, title, spec) {
     this._states = spec.states;
-    const banks = spec.states.filter((/** @type {any} */ state) => state.name.endsWith(".bank") && state.shape.length === 5);
+    const banks = spec.states.filter((/** @type {any} */ state) => state.name.endsWith(".bank") && state.shape.length === 4);
+    this._banks = banks.length > 0;
     this._shown = banks.length ? banks : spec.states.filter((/** @type {any} */ state) => isFloat(state.dtype) && state.shape.length > 1);
     title.textContent = banks.length ? "Bank and mask" : "State";
     legend.innerHTML = banks.length
@@ -37,24 +38,22 @@ export class StateView {
       if (view === undefined) continue;
       const mask = states[name.replace(/\.bank$/, ".mask")];
       const own = takeAt(states[name], axis, 0);
-      const rows = own.shape.length === 4 ? slots(own) : fields(own);
-      const active = own.shape.length === 4 && mask ? Array.from(takeAt(mask, 0, 0).data, Boolean) : rows.map(() => true);
-      paint(view, rows, active, own.shape.length === 4 ? 2 : 1);
+      const rows = this._banks ? slots(own) : fields(own);
+      const active = this._banks && mask ? Array.from(takeAt(mask, 0, 0).data, Boolean) : rows.map(() => true);
+      paint(view, rows, active, this._banks ? 2 : 1);
     }
   }
 }
 
-/** A bank [2, R, S, f] as S rows of numbers. @param {NdArray} bank */
+/** A bank [G, S, f] as S rows of numbers, G * f each. @param {NdArray} bank */
 function slots(bank) {
-  const [halves, heads, count, width] = bank.shape;
+  const [parts, count, width] = bank.shape;
   const numbers = /** @type {Float32Array} */ (bank.data);
   return Array.from({ length: count }, (_, slot) => {
-    const row = new Float32Array(halves * heads * width);
-    for (let half = 0; half < halves; half++) {
-      for (let head = 0; head < heads; head++) {
-        const start = ((half * heads + head) * count + slot) * width;
-        row.set(numbers.subarray(start, start + width), (half * heads + head) * width);
-      }
+    const row = new Float32Array(parts * width);
+    for (let part = 0; part < parts; part++) {
+      const start = (part * count + slot) * width;
+      row.set(numbers.subarray(start, start + width), part * width);
     }
     return row;
   });

@@ -114,6 +114,6 @@ class Recording:
 
 
 def bank_states(bank: Array) -> Array:
-    """Bank [..., 2, R, S, f] -> states [..., S, D], as `nsm.layout.to_states` does."""
-    moved = np.moveaxis(bank, -2, -4)
-    return moved.reshape(*moved.shape[:-3], -1)
+    """Bank [..., G, S, f] -> states [..., S, D], as `nsm.layout.to_states` does."""
+    moved = np.moveaxis(bank, -2, -3)
+    return moved.reshape(*moved.shape[:-2], -1)

@@ -53,7 +53,7 @@ def test_the_bundle_has_fewer_slots(compacted: Compacted, masked: Path) -> None:
     bundle, _ = compacted
     states = {state.name: state.shape for state in bundle.manifest.spec.states}
     for index in range(2):
-        assert states[f"{index}.bank"][3] == ACTIVE
+        assert states[f"{index}.bank"][2] == ACTIVE
         assert states[f"{index}.mask"] == (2, ACTIVE)
     assert bundle.manifest.model["config"]["num_states"] == [ACTIVE, ACTIVE]
     assert load_checkpoint(masked).model.config["num_states"] == SLOTS

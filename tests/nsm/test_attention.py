@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from nsm.attention import HybridAttention, LocalAttention
 from nsm.errors import ConfigError
-from nsm.layout import count_tokens, split_heads, to_bank
+from nsm.layout import count_tokens, join_heads, split_heads, to_bank
 
 DIM, STATE, SLOTS, CHUNK = 12, 12, 5, 3
 # token_dim 12 over 1, 2, 3, 12 heads: even, odd and single-number heads
@@ -92,7 +92,7 @@ def read_slot_by_slot(
 
 def read(attention: HybridAttention, tokens: Tensor, bank: Tensor, mask: Tensor, importance: Tensor) -> Tensor:
     query = split_heads(attention.read_query(tokens), attention.bank_heads)
-    return attention.read(query, to_bank(bank, attention.bank_heads), mask, importance)
+    return join_heads(attention.read(query, to_bank(bank, attention.bank_heads), mask, importance))
 
 
 def fresh_state(local: LocalAttention, lanes: int) -> LocalState:
@@ -107,7 +107,7 @@ def scan(
     heads = local.heads(local.qkv(tokens).reshape(-1, local.chunk_size, 3 * DIM))
     counted = None if valid is None else count_tokens(valid, count, local.chunk_size)
     mixed, left = local.scan(heads, state, filled, counted)
-    return mixed.reshape(tokens.shape), {**state, **left}
+    return join_heads(mixed).reshape(tokens.shape), {**state, **left}
 
 
 def run(
@@ -123,7 +123,8 @@ def run(
             filled = min(local.rows, filled + taken)
         else:
             taken, heads = 1, local.heads(local.qkv(tokens[:, :1]))
-            mixed, opened = local.decode(heads, state, now, torch.full((lanes,), offset), None)
+            attended, opened = local.decode(heads, state, now, torch.full((lanes,), offset), None)
+            mixed = join_heads(attended)
             state, offset = {**state, **opened}, offset + 1
             full = torch.full((lanes,), offset == local.chunk_size)
             state = local.commit(state, full)
@@ -187,7 +188,7 @@ def test_the_state_is_the_keys_and_values_of_the_last_tokens(window: int) -> Non
         made = local.qkv(tokens[lane]).unflatten(-1, (3, 2, -1))  # [T, 3, H, e]
         whole = count // CHUNK * CHUNK
         for role, part in (("key", 1), ("value", 2)):
-            rows = state[role][lane].transpose(1, 2).flatten(0, 1)  # [P, H, e]
+            rows = state[role][lane].transpose(0, 1)  # [P, H, e]
             there = min(whole, local.rows)
             assert torch.equal(rows[local.rows - there :], made[whole - there : whole, part])
             assert not bool(rows[: local.rows - there].any())
@@ -244,7 +245,7 @@ def test_carried_rows_that_are_out_of_reach_are_nothing(poison: float) -> None:
     state = {role: torch.randn_like(value.float()) for role, value in fresh_state(local, 1).items()}
     spoiled = {role: value.clone() for role, value in state.items()}
     for role in ("key", "value"):
-        spoiled[role][:, 0, :, :2] = poison
+        spoiled[role][:, :, :2] = poison
     assert torch.equal(scan(local, tokens, state, filled)[0], scan(local, tokens, spoiled, filled)[0])
 
 

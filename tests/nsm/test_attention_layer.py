@@ -114,7 +114,7 @@ def test_the_initial_state_is_what_the_specs_declare(batch: int, window: int, ca
         assert value.dtype == getattr(torch, spec.dtype)
         assert spec.init == "zeros"
         assert not bool(value.any())
-    assert state["key"].shape == (batch, carried // CHUNK, 2, CHUNK, DIM // 2)
+    assert state["key"].shape == (batch, 2, carried, DIM // 2)
 
 
 def test_gradients_reach_every_parameter() -> None:

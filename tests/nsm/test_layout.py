@@ -25,12 +25,12 @@ def test_a_bank_is_an_address_and_a_content_half_shared_out_among_heads(dim: int
     states = torch.randn(3, 5, dim)
     bank = to_bank(states, heads)
     width = dim // (2 * heads)
-    assert bank.shape == (3, 2, heads, 5, width)
+    assert bank.shape == (3, 2 * heads, 5, width)
     for half in range(2):
         for head in range(heads):
             for number in range(width):
                 place = half * (dim // 2) + head * width + number
-                assert torch.equal(bank[:, half, head, :, number], states[:, :, place])
+                assert torch.equal(bank[:, half * heads + head, :, number], states[:, :, place])
     assert torch.equal(to_states(bank), states)
 
 

@@ -140,7 +140,7 @@ def poisoned(state: State, poison: float) -> State:
             continue
         for slotted in (f"{layer}.bank", f"{layer}.cell"):
             if slotted in state:
-                result[slotted] = torch.where(mask[:, None, None, :, None], state[slotted], poison)
+                result[slotted] = torch.where(mask[:, None, :, None], state[slotted], poison)
     return result
 
 

@@ -262,7 +262,7 @@ def test_slots_that_begin_masked_may_hold_anything(name: str, target: str, opene
             layer, _, role = key.partition(".")
             for slotted in (f"{layer}.bank", f"{layer}.cell"):
                 if role == "mask" and slotted in state:
-                    np.moveaxis(state[slotted], 3, 1)[~mask] = poison
+                    np.moveaxis(state[slotted], 2, 1)[~mask] = poison
                     poisoned += int((~mask).sum())
         assert poisoned
         session.load_state(state)
@@ -273,7 +273,7 @@ def test_slots_that_begin_masked_may_hold_anything(name: str, target: str, opene
             if key.endswith(".mask"):
                 for slotted in (key.replace("mask", "bank"), key.replace("mask", "cell")):
                     if slotted in after:
-                        np.moveaxis(after[slotted], 3, 1)[~mask] = 0
+                        np.moveaxis(after[slotted], 2, 1)[~mask] = 0
         results.append({**after, "outputs": np.concatenate(outputs, 1)})
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])

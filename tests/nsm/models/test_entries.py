@@ -201,10 +201,10 @@ def test_the_learned_states_begin_where_the_managers_say(model: StreamModel) -> 
         manager, heads = layer.manager, layer.heads
         start = torch.where(manager.mask[:, None], manager.bank, 0.0)
         for role in ("bank", *(["cell"] if f"{index}.cell" in state else [])):
-            # [B, 2, R, S, f] -> [B, S, 2 * R * f]
-            states = state[f"{index}.{role}"].permute(0, 3, 1, 2, 4).reshape(2, *manager.bank.shape)
+            # [B, G, S, f] -> [B, S, G * f]
+            states = state[f"{index}.{role}"].transpose(1, 2).reshape(2, *manager.bank.shape)
             assert torch.equal(states, start.expand(2, -1, -1)), role
-            assert state[f"{index}.{role}"].shape[1:3] == (2, heads)
+            assert state[f"{index}.{role}"].shape[1] == 2 * heads
         assert torch.equal(state[f"{index}.mask"], manager.mask.expand(2, -1))
         if f"{index}.importance" in state:
             assert torch.equal(state[f"{index}.importance"], manager.get_importance_scores().expand(2, -1))

@@ -59,8 +59,8 @@ def test_rows_of_the_longest_window_are_counted_and_the_others_have_enough() -> 
     model = make_hybrid()
     _, state = run(model, random_tokens(model, 2, 5 * CHUNK))
     assert state["lane.filled"].tolist() == [8, 8]
-    assert state["0.key"].shape == (2, 2, 2, 4, 4)
-    assert state["2.key"].shape == (2, 1, 2, 4, 4)
+    assert state["0.key"].shape == (2, 2, 8, 4)
+    assert state["2.key"].shape == (2, 2, 4, 4)
 
 
 @torch.no_grad()

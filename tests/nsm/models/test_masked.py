@@ -50,7 +50,7 @@ def same_but_in_masked_slots(one: State, other: State) -> None:
     for name, value in one.items():
         layer, _, role = name.partition(".")
         if role in ("bank", "cell"):
-            active = one[f"{layer}.mask"][:, None, None, :, None].expand(value.shape)
+            active = one[f"{layer}.mask"][:, None, :, None].expand(value.shape)
             assert torch.equal(value[active], other[name][active]), name
             assert bool(torch.isfinite(other[name]).all()), name
         else:

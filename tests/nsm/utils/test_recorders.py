@@ -193,5 +193,5 @@ def test_a_span_is_a_part_of_a_recording(model: SimpleNSM) -> None:
 
 
 def test_banks_become_states_as_in_the_model() -> None:
-    bank = torch.randn(3, 2, 4, 5, 6)
+    bank = torch.randn(3, 8, 5, 6)
     np.testing.assert_array_equal(bank_states(bank.numpy()), to_states(bank).numpy())
