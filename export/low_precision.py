@@ -16,12 +16,16 @@ from nsm.quantization import forms
 from nsm.quantization.policy import Policy
 from nsm.quantization.products import Product, products_of
 from nsm.quantization.recipe import Calibration
+from nsm.quantization.recurrent import unroll
 from nsm.spec import StepSpec
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was made of the products of `step`: those in low precision, and the others by name with the reason."""
+    """What was made of the products of `step`: those in low precision, and the others by name with the reason.
+
+    Of products that share a matrix, as the steps of a recurrent layer do, the first.
+    """
 
     low: tuple[Product, ...]
     kept: dict[str, str]
@@ -38,8 +42,10 @@ def products_of_step(directory: Path, policy: Policy) -> Lowered:
     Raises:
         UnsupportedError: it leaves none to compute in low precision.
     """
-    found = products_of(load_shared(directory / GRAPHS / "step.onnx"))
-    low, kept = policy.chosen(found)
+    by_matrix: dict[str, Product] = {}
+    for product in _products(_load(directory, "step", policy), policy):
+        by_matrix.setdefault(product.key, product)
+    low, kept = policy.chosen(list(by_matrix.values()))
     if not low:
         raise UnsupportedError(
             "The model has no product with constant weights that is large enough to gain from low precision. Keep fp32."
@@ -72,10 +78,22 @@ def write_graphs(
     folder.mkdir(parents=True)
     graphs = {}
     for entry in spec.entries:
-        model = load_shared(directory / GRAPHS / f"{entry.name}.onnx")
-        chosen = [product for product in policy.chosen(products_of(model))[0] if product.key not in put_back]
+        model = _load(directory, entry.name, policy)
+        chosen = [product for product in policy.chosen(_products(model, policy))[0] if product.key not in put_back]
         graphs[entry.name] = _lowered(model, chosen, policy, calibration)
     save_shared(graphs, folder, "weights.bin")
+
+
+def _load(directory: Path, entry: str, policy: Policy) -> onnx.ModelProto:
+    """A graph of a bundle with products in it wherever there are some."""
+    model = load_shared(directory / GRAPHS / f"{entry}.onnx")
+    unroll(model, keep=("LSTM",) if policy.form == "dynamic" else ())
+    return model
+
+
+def _products(model: onnx.ModelProto, policy: Policy) -> list[Product]:
+    """Only ONNX Runtime's dynamic form has an operator for a whole LSTM."""
+    return products_of(model, lstm=policy.form == "dynamic")
 
 
 def _lowered(

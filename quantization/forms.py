@@ -52,9 +52,17 @@ def static(
 def dynamic(model: onnx.ModelProto, products: Sequence[Product], levels: int = LEVELS) -> onnx.ModelProto:
     """An integer product whose activations get their scale at each call: ONNX Runtime's fast form on a CPU.
 
-    One scale for all lanes and tokens of a call; `levels` are those of the matrices.
+    One scale for all lanes and tokens of a call; `levels` are those of the matrices. An LSTM becomes ONNX Runtime's own
+    operator, which does the same at every step.
     """
-    return _Rewriter(model, products, levels).run(lambda rewriter, product: rewriter.integer_product(product))
+    rewriter = _Rewriter(model, products, levels)
+    if any(product.operator == "LSTM" for product in products):
+        rewriter.use_domain("com.microsoft")
+
+    def rewrite(rewriter: _Rewriter, product: Product) -> None:
+        (rewriter.integer_lstm if product.operator == "LSTM" else rewriter.integer_product)(product)
+
+    return rewriter.run(rewrite)
 
 
 def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 32) -> onnx.ModelProto:
@@ -63,7 +71,7 @@ def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 32
     Its kernel quantises the activations too, token by token and block by block.
     """
     rewriter = _Rewriter(model, products)
-    rewriter.model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    rewriter.use_domain("com.microsoft")
     return rewriter.run(lambda self, product: self.blocked_product(product, block))
 
 
@@ -113,6 +121,10 @@ class _Rewriter:
         del graph.value_info[:]  # of values that may have gone, or have another type now
         return self.model
 
+    def use_domain(self, domain: str) -> None:
+        if all(item.domain != domain for item in self.model.opset_import):
+            self.model.opset_import.append(helper.make_opsetid(domain, 1))
+
     # -- forms of one product ------------------------------------------------------------------------------------
 
     def dequantised_weight(self, product: Product) -> None:
@@ -154,6 +166,24 @@ class _Rewriter:
         self._node("Cast", [f"{product.node}.integer"], f"{product.node}.float", to=TensorProto.FLOAT)
         self._node("Mul", [f"{stem}.scale", scale], f"{product.node}.scale")
         self._node("Mul", [f"{product.node}.float", f"{product.node}.scale"], self.node.output[0])
+
+    def integer_lstm(self, product: Product) -> None:
+        """Of an operator with matrices [directions, 4 H, D]; those in int8 are [directions, D, 4 H]."""
+        inputs = [*self.node.input, *[""] * (8 - len(self.node.input))]
+        scales = []
+        for place in (1, 2):
+            name = inputs[place]
+            numbers = numpy_helper.to_array(self.constants[name])
+            parts = [quantised_weight(matrix.T, self.levels) for matrix in numbers]
+            inputs[place] = self._constant(f"{name}.int8", np.stack([levels for levels, _ in parts]))
+            scale = np.stack([scale for _, scale in parts])
+            scales.append(self._constant(f"{name}.scale", scale))
+            scales.append(self._constant(f"{name}.zero", np.zeros(scale.shape, np.int8)))
+        node = helper.make_node(
+            "DynamicQuantizeLSTM", [*inputs, *scales], list(self.node.output), product.node, domain="com.microsoft"
+        )
+        node.attribute.extend(item for item in self.node.attribute if item.name != "layout")
+        self.here.append(node)
 
     def blocked_product(self, product: Product, block: int) -> None:
         numbers = numpy_helper.to_array(self.constants[product.weight])

@@ -19,7 +19,7 @@ _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloa
 # What computes the products of a precision: one is in the graph, or the precision is not what was asked. Products in
 # fp16 have casts around them, which are named so.
 _OPERATORS = {
-    "int8": (b"MatMulInteger", b"DynamicQuantizeMatMul"),
+    "int8": (b"MatMulInteger", b"DynamicQuantizeMatMul", b"DynamicQuantizeLSTM"),
     "int8-weights": (b"MatMulNBits",),
     "fp16": (b".activation.half",),
 }

@@ -52,6 +52,7 @@ WITH_ONNX = {
     "nsm.export.roofline",
     "nsm.export.weights",
     "nsm.quantization.calibration",
+    "nsm.quantization.recurrent",
     "nsm.quantization.forms",
     "nsm.quantization.products",
 }

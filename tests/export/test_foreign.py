@@ -13,6 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from torch import nn
 
 import nsm
 from nsm.errors import CheckpointError, InputError, NsmError, UnsupportedError
@@ -46,6 +47,39 @@ def test_a_module_becomes_a_verified_bundle(name: str, tmp_path: Path) -> None:
         wanted.restore(session.snapshot(1), 0)
         first = session.spec.state_names[0]
         np.testing.assert_array_equal(wanted.read_state()[first][0], session.read_state()[first][1])
+
+
+@pytest.mark.parametrize(
+    ("kind", "target", "inside"),
+    [
+        (nn.LSTM, "onnxruntime", ["module/LSTM"]),
+        (nn.LSTM, "openvino", ["module/LSTM/input", "module/LSTM/recurrent"]),
+        (nn.GRU, "onnxruntime", ["module/GRU/input", "module/GRU/recurrent"]),
+    ],
+)
+def test_int8_reaches_the_inside_of_recurrent_layers(
+    kind: type[nn.LSTM | nn.GRU], target: str, inside: list[str], tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    model = nsm.as_step(kind(96, 96), chunk_size=3)
+    samples = np.random.default_rng(0).standard_normal((4, 48, 96)).astype(np.float32)
+    exact = nsm.export_model(model, target, tmp_path / "fp32.nsm", samples, **SMALL)
+    bundle = nsm.export_model(
+        model, target, tmp_path / "int8.nsm", samples, precision="int8", allow_slower=True, **SMALL
+    )
+    (artifact,) = bundle.manifest.artifacts
+    assert artifact.quantization["low"] == inside
+    assert artifact.quantization["float"] == {}
+    assert 0 < artifact.parity["free_run_mean"] < 0.03
+    sizes = [
+        sum(file.size for file in item.manifest.artifacts[0].files if file.path.endswith(".bin"))
+        for item in (exact, bundle)
+    ]
+    assert sizes[1] < 0.35 * sizes[0]
+    given = tokens(model, 1, 10)
+    with nsm.open(bundle) as session, nsm.reference(model, batch=1) as wanted:
+        expected = wanted.feed(given)["outputs"]
+        assert np.abs(session.feed(given)["outputs"] - expected).max() < 0.05 * np.abs(expected).max()
 
 
 # -- programs of torch.export ------------------------------------------------------------------------------------------
