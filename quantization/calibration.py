@@ -21,7 +21,6 @@ from nsm.errors import InputError, NonFiniteError, UnsupportedError
 from nsm.quantization.policy import LEVELS
 from nsm.quantization.products import Product, products_of
 from nsm.quantization.recipe import Calibration
-from nsm.quantization.recurrent import unroll
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
@@ -128,7 +127,6 @@ class Watched:
 
     def __init__(self, graph: Path) -> None:
         model = onnx.load(str(graph))
-        unroll(model)
         self.products: list[Product] = products_of(model)
         if not self.products:
             raise UnsupportedError(

@@ -1,8 +1,8 @@
 """Recurrent operators as products, so that low precision finds what is inside them.
 
 The graphs in fp32 keep `LSTM`, `GRU` and `RNN`, for which every backend has a kernel. In low precision kernels differ
-or are missing; but a step of an operator is two products and a few operations on numbers, and a call of a stream has
-few steps.
+or are missing, as that of a GRU in ONNX Runtime; but a step of an operator is two products and a few operations on
+numbers, and a call of a stream has few steps.
 """
 
 from __future__ import annotations
