@@ -6,7 +6,7 @@ lanes that rest, resets, snapshots inside a chunk and restores, on the same lane
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -80,6 +80,11 @@ ADAPTIVE, PLAIN, MINGRU = "adaptive, vectors", "transformer", "mingru, some mask
 LSTM = "lstm, every third chunk, wide window"
 MASKED = ("lstm, every third chunk, wide window", ADAPTIVE, "mingru, some masked")
 TARGETS = ("onnx", "onnxruntime", "openvino")
+
+
+def but_long(names: Iterable[str]) -> list[Any]:
+    """All of them on all targets take minutes: those of which others show as much are left to the long tests."""
+    return [pytest.param(name, marks=pytest.mark.slow if name in (MINGRU, LSTM) else ()) for name in names]
 
 
 @dataclass(frozen=True)
@@ -175,7 +180,6 @@ TURNS = st.tuples(st.sampled_from(["reset", "snapshot", "restore"]), st.integers
 EVENTS = st.lists(st.one_of(FEEDS, FEEDS, TURNS), min_size=4, max_size=9)
 
 
-# All of them on all targets take minutes: those of which others show as much are left to the long tests.
 ALL_STREAMS = [
     pytest.param(
         name, target, marks=pytest.mark.slow if name in (MINGRU, LSTM) or (target == "onnx" and name != PLAIN) else ()
@@ -236,7 +240,7 @@ def test_any_split_is_the_stream_in_one_piece(
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", but_long(VARIANTS))
 def test_reset_is_fresh_bit_by_bit(name: str, target: str, opener: Opener) -> None:
     exported, session = opener(name, target)
     fresh = exported.open(target)
@@ -250,7 +254,7 @@ def test_reset_is_fresh_bit_by_bit(name: str, target: str, opener: Opener) -> No
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", MASKED)
+@pytest.mark.parametrize("name", but_long(MASKED))
 def test_slots_that_begin_masked_may_hold_anything(name: str, target: str, opener: Opener) -> None:
     exported, session = opener(name, target)
     tokens = make_tokens(exported.model, exported.spec.batch, 9 * CHUNK + 2, 2)

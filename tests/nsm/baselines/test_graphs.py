@@ -88,7 +88,7 @@ def write(spec: StepSpec, state: dict[str, np.ndarray], given: list[np.ndarray],
 
 @torch.no_grad()
 @pytest.mark.usefixtures("quiet")
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_graphs_are_the_model_over_a_stream_of_calls(model: CausalLM, batch: int) -> None:
     model = type(model)(**model.config).eval()
     spec = model.spec(batch)
