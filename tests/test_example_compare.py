@@ -26,6 +26,7 @@ SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "compare.py"
 WIDE, DEEP, ODD_WIDE, ODD_DEEP = (
     f"transformer d={shape}, {context}" for context in (512, 40) for shape in ("384 L=4", "256 L=10")
 )
+pytestmark = pytest.mark.slow
 TARGET = "onnxruntime"
 
 

@@ -15,7 +15,7 @@ from nsm.models.simple import SimpleNSM
 
 
 @pytest.mark.parametrize("entry", ["step", "decode"])
-@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("heads", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_one_call_in_bf16_is_the_call_in_fp32(heads: int, entry: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = SimpleNSM(
