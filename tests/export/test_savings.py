@@ -23,6 +23,7 @@ from nsm.runtimes.parity import compare
 from tests.conftest import CHUNK, make_model, make_sequences
 from tests.export.helpers import invoke, refused, succeeded, the_json
 
+pytestmark = pytest.mark.slow
 SLOTS, ACTIVE = 24, 3
 
 

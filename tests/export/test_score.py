@@ -120,6 +120,7 @@ def refused_with_output(result: Any) -> str:
     return str(result.stderr.strip().splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_goes_on(predictor: Path, tmp_path: Path) -> None:
     """With the same answers as one that was not."""
     folder, output = tmp_path / "data", tmp_path / "scores.jsonl"

@@ -100,6 +100,7 @@ def test_an_entry_changes_no_state_but_those_it_writes(model: StreamModel) -> No
         assert all(name.endswith(".mask") for name in idle), (entry.name, spec.batch, idle)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("as_a_graph")
 def test_a_state_that_an_entry_does_not_read_changes_nothing_that_it_gives(model: StreamModel) -> None:
@@ -116,6 +117,7 @@ def test_a_state_that_an_entry_does_not_read_changes_nothing_that_it_gives(model
                 assert torch.equal(after[name], other_after[name]), (entry.name, spec.batch, name)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.usefixtures("as_a_graph")
 def test_a_state_that_an_entry_reads_matters_to_what_it_gives(model: StreamModel) -> None:
