@@ -32,6 +32,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_report_compares_every_target(digits: Path) -> None:
     shown = _run(digits, str(EXAMPLES / "report_digits.py"), "digits.pt", "digits.nsm", "--steps", "10")
     assert "pytorch" in shown
@@ -41,6 +42,7 @@ def test_the_report_compares_every_target(digits: Path) -> None:
     assert "built, not run: no GPU here" in shown or "tensorrt" in shown
 
 
+@pytest.mark.slow
 def test_plain_onnxruntime_streams_the_graph(digits: Path) -> None:
     shown = _run(digits, str(EXAMPLES / "plain_onnxruntime.py"), "digits.nsm")
     assert [line.split()[0] for line in shown.splitlines()] == [str(step) for step in range(8)]

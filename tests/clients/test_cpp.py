@@ -24,7 +24,10 @@ from tests.conftest import CHUNK, make_model, make_sequences
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"cmake": "cmake", "c++": "g++"}
 MISSING = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs a C++ compiler: apt-get install {' '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,  # compiling takes a minute
+    pytest.mark.skipif(bool(MISSING), reason=f"needs a C++ compiler: apt-get install {' '.join(MISSING)}"),
+]
 
 
 @pytest.fixture(scope="module")
