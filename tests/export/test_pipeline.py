@@ -431,6 +431,7 @@ def test_required_parity_without_a_gpu_fails_and_keeps_the_bundle_aside(
 # -- another form of model, for real ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_stream_of_vectors_with_two_chunks_a_call(model_factory: Callable[..., SimpleNSM], tmp_path: Path) -> None:
     """The whole path once more: vectors, an LSTM gate, consolidation now and then, a larger chunk, a newer opset."""
     model = model_factory(
