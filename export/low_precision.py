@@ -92,7 +92,7 @@ def _load(directory: Path, entry: str, policy: Policy) -> onnx.ModelProto:
     """
     model = load_shared(directory / GRAPHS / f"{entry}.onnx")
     if policy.form == "dynamic":
-        unroll(model, keep=("LSTM",))
+        unroll(model)
     return model
 
 

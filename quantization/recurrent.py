@@ -1,13 +1,12 @@
 """Recurrent operators as products, so that low precision finds what is inside them.
 
-The graphs in fp32 keep `LSTM`, `GRU` and `RNN`, for which every backend has a kernel. In low precision kernels differ
-or are missing, as that of a GRU in ONNX Runtime; but a step of an operator is two products and a few operations on
-numbers, and a call of a stream has few steps.
+The graphs in fp32 keep `GRU` and `RNN`, for which every backend has a kernel. ONNX Runtime has none in int8 for them,
+as it has for an LSTM; but a step is two products and a few operations on numbers, and a call of a stream has few steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -19,29 +18,27 @@ from nsm.trace import Array
 LONGEST = 16
 """Steps in a call above which an operator stays as it is: its graph would be long, and start-up with it."""
 
-_GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 # Defaults of the operators; others stay as they are.
-_ACTIVATIONS = {"LSTM": (["Sigmoid", "Tanh", "Tanh"],), "GRU": (["Sigmoid", "Tanh"],), "RNN": (["Tanh"], ["Relu"])}
+_ACTIVATIONS = {"GRU": (["Sigmoid", "Tanh"],), "RNN": (["Tanh"], ["Relu"])}
 # Split and Unsqueeze take their sizes and axes as inputs from here on.
 _OPSET = 13
 
 
-def unroll(model: onnx.ModelProto, keep: Collection[str] = ()) -> None:
-    """Replace, in place, recurrent operators of up to `LONGEST` steps, but those in `keep`; weights must be loaded.
+def unroll(model: onnx.ModelProto) -> None:
+    """Replace, in place, each `GRU` and `RNN` of up to `LONGEST` steps; weights must be loaded.
 
     An operator is replaced where it runs forward, from a given state, with constant matrices, no lengths of its own,
-    no peepholes, no clipping and the usual activations. The others stay.
+    no clipping and the usual activations. The others stay.
     """
     graph = model.graph
     opset = max((item.version for item in model.opset_import if not item.domain), default=0)
-    kinds = set(_GATES) - set(keep)
-    if opset < _OPSET or not any(node.op_type in kinds for node in graph.node):
+    if opset < _OPSET or not any(node.op_type in _ACTIVATIONS for node in graph.node):
         return
     lengths = _lengths(model)
     constants = {tensor.name: tensor for tensor in graph.initializer}
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        length = lengths.get(node.input[0]) if node.op_type in kinds and not node.domain else None
+        length = lengths.get(node.input[0]) if node.op_type in _ACTIVATIONS and not node.domain else None
         if length is None or not 1 <= length <= LONGEST or not _is_plain(node, constants):
             nodes.append(node)
             continue
@@ -69,19 +66,16 @@ def _lengths(model: onnx.ModelProto) -> dict[str, int]:
 def _is_plain(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> bool:
     attributes: dict[str, Any] = {item.name: helper.get_attribute_value(item) for item in node.attribute}
     activations = [name.decode() for name in attributes.get("activations", [])]
-    states = 2 if node.op_type == "LSTM" else 1
-    inputs = [*node.input, *[""] * (8 - len(node.input))]
+    inputs = [*node.input, *[""] * (6 - len(node.input))]
     return (
         attributes.get("direction", b"forward") == b"forward"
         and not attributes.get("layout", 0)
-        and not attributes.get("input_forget", 0)
         and "clip" not in attributes
         and (not activations or activations in _ACTIVATIONS[node.op_type])
         and all(name in constants for name in inputs[1:3])
         and (not inputs[3] or inputs[3] in constants)
         and not inputs[4]
-        and all(inputs[5 : 5 + states])
-        and not inputs[7]
+        and bool(inputs[5])
     )
 
 
@@ -104,40 +98,20 @@ class _Writer:
         # [T, B, I] -> [T, B, G H], all steps at once; a step is [1, B, ..] from here on, as the states are.
         made = self._product(node.input[0], weight, "input", of_input)
         steps = [made] if length == 1 else self._split(made, [1] * length, "steps", axis=0)
-        state, cell = node.input[5], node.input[6] if node.op_type == "LSTM" else ""
-        step = {"LSTM": self._lstm, "GRU": self._gru, "RNN": self._rnn}[node.op_type]
+        state = node.input[5]
+        step = {"GRU": self._gru, "RNN": self._rnn}[node.op_type]
         states = []
         for index, part in enumerate(steps):
-            state, cell = step(part, state, cell, recurrent, of_state, f".{index}" if index else "")
+            state = step(part, state, recurrent, of_state, f".{index}" if index else "")
             states.append(state)
-        outputs = [*node.output, *[""] * (3 - len(node.output))]
+        outputs = [*node.output, *[""] * (2 - len(node.output))]
         if outputs[0]:
             joined = states[0] if length == 1 else self._node("Concat", states, "states", axis=0)
             self._node("Unsqueeze", [joined, self._constant("one", np.array([1], np.int64))], output=outputs[0])
-        for name, value in ((outputs[1], state), (outputs[2], cell)):
-            if name:
-                self._node("Identity", [value], output=name)
+        if outputs[1]:
+            self._node("Identity", [state], output=outputs[1])
 
-    def _lstm(
-        self, made: str, state: str, cell: str, recurrent: Array, bias: Array | None, step: str
-    ) -> tuple[str, str]:
-        """One step: c' = f c + i tanh(g);  h' = o tanh(c'). The operator has the gates in the order i, o, f, g."""
-        gates = self._node("Add", [made, self._product(state, recurrent, "recurrent", bias, step)], f"gates{step}")
-        opening, fresh = self._split(gates, [3 * self._size, self._size], f"parts{step}")
-        opening = self._node("Sigmoid", [opening], f"open{step}")
-        i, o, f = self._split(opening, [self._size] * 3, f"gate{step}")
-        fresh = self._node("Tanh", [fresh], f"fresh{step}")
-        kept, added = (
-            self._node("Mul", [f, cell], f"kept{step}"),
-            self._node("Mul", [i, fresh], f"added{step}"),
-        )
-        cell = self._node("Add", [kept, added], f"cell{step}")
-        shown = self._node("Tanh", [cell], f"shown{step}")
-        return self._node("Mul", [o, shown], f"hidden{step}"), cell
-
-    def _gru(
-        self, made: str, state: str, cell: str, recurrent: Array, bias: Array | None, step: str
-    ) -> tuple[str, str]:
+    def _gru(self, made: str, state: str, recurrent: Array, bias: Array | None, step: str) -> str:
         """One step: h' = n + z (h - n).
 
         n = tanh(x W + r (h R + b)), or tanh(x W + (r h) R + b) without `linear_before_reset`.
@@ -157,19 +131,17 @@ class _Writer:
             candidate = self._product(reset, recurrent[2 * size :], "candidate", last, step)
         fresh = self._node("Tanh", [self._node("Add", [fresh, candidate], f"sum{step}")], f"fresh{step}")
         change = self._node("Mul", [z, self._node("Sub", [state, fresh], f"change{step}")], f"kept{step}")
-        return self._node("Add", [fresh, change], f"hidden{step}"), cell
+        return self._node("Add", [fresh, change], f"hidden{step}")
 
     def _gates(self, of_input: str, of_state: str, step: str) -> list[str]:
         gates = self._node("Sigmoid", [self._node("Add", [of_input, of_state], f"gates{step}")], f"open{step}")
         return self._split(gates, [self._size, self._size], f"gate{step}")
 
-    def _rnn(
-        self, made: str, state: str, cell: str, recurrent: Array, bias: Array | None, step: str
-    ) -> tuple[str, str]:
+    def _rnn(self, made: str, state: str, recurrent: Array, bias: Array | None, step: str) -> str:
         """One step: h' = tanh(x W + h R + b), or relu."""
         (kind,) = self._attributes.get("activations", [b"Tanh"])
         total = self._node("Add", [made, self._product(state, recurrent, "recurrent", bias, step)], f"sum{step}")
-        return self._node(kind.decode(), [total], f"hidden{step}"), cell
+        return self._node(kind.decode(), [total], f"hidden{step}")
 
     # -- nodes ---------------------------------------------------------------------------------------------------
 
