@@ -300,3 +300,5 @@ def test_what_is_slower_on_a_processor_is_really_left_out(exported: Path, tmp_pa
 
     assert b"SkipLayerNormalization" in operators(())
     assert b"SkipLayerNormalization" not in operators(onnxruntime.SLOWER_ON_CPU)
+    # The norm before the gates is written so that it becomes one operation.
+    assert b"SimplifiedLayerNormalization" in operators(onnxruntime.SLOWER_ON_CPU)
