@@ -43,10 +43,10 @@ def products_of_step(directory: Path, policy: Policy) -> Lowered:
         UnsupportedError: it leaves none to compute in low precision.
     """
     by_matrix: dict[str, Product] = {}
-    for product in _products(_load(directory, "step", policy), policy):
+    for product in products_of(_load(directory, "step", policy), policy.operators):
         by_matrix.setdefault(product.key, product)
     low, kept = policy.chosen(list(by_matrix.values()))
-    if not low:
+    if all(product.operator == "Gather" for product in low):
         raise UnsupportedError(
             "The model has no product with constant weights that is large enough to gain from low precision. Keep fp32."
         )
@@ -79,8 +79,11 @@ def write_graphs(
     graphs = {}
     for entry in spec.entries:
         model = _load(directory, entry.name, policy)
-        chosen = [product for product in policy.chosen(_products(model, policy))[0] if product.key not in put_back]
-        graphs[entry.name] = _lowered(model, chosen, policy, calibration)
+        low, _ = policy.chosen(products_of(model, policy.operators))
+        chosen = [product for product in low if product.key not in put_back]
+        tables = [product for product in chosen if product.operator == "Gather"]
+        others = [product for product in chosen if product.operator != "Gather"]
+        graphs[entry.name] = _lowered(forms.looked_up(model, tables, policy.tables), others, policy, calibration)
     save_shared(graphs, folder, "weights.bin")
 
 
@@ -94,10 +97,6 @@ def _load(directory: Path, entry: str, policy: Policy) -> onnx.ModelProto:
     if policy.form == "dynamic":
         unroll(model)
     return model
-
-
-def _products(model: onnx.ModelProto, policy: Policy) -> list[Product]:
-    return products_of(model, lstm=policy.form == "dynamic")
 
 
 def _lowered(

@@ -1,4 +1,4 @@
-"""The forms in which a graph computes its products in low precision: functions from one ONNX graph to another.
+"""The forms of a graph in low precision, of its products and its tables: functions from one ONNX graph to another.
 
 All are symmetric: a number q stands for scale * q, with no zero point. TensorRT takes nothing else, and OpenVINO
 loses less that way. Matrices have a scale for each column. Biases and everything between the products stay float.
@@ -14,7 +14,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from nsm.quantization.policy import LEVELS
+from nsm.quantization.policy import LEVELS, Tables
 from nsm.quantization.products import Product
 from nsm.trace import Array
 
@@ -78,6 +78,27 @@ def blocked(model: onnx.ModelProto, products: Sequence[Product], block: int = 32
 def half(model: onnx.ModelProto, products: Sequence[Product], kind: int = TensorProto.FLOAT16) -> onnx.ModelProto:
     """Products in half precision, each between two casts; state, norms, softmax and sums stay fp32."""
     return _Rewriter(model, products).run(lambda rewriter, product: rewriter.half_product(product, kind))
+
+
+def looked_up(model: onnx.ModelProto, tables: Sequence[Product], kept: Tables) -> onnx.ModelProto:
+    """Tables of embeddings in less room: the rows that a call looks up are made float, and no others.
+
+    Args:
+        model: the graph.
+        tables: products of the operator Gather.
+        kept: as int8 with a scale for each row, or in half precision.
+    """
+
+    def rewrite(rewriter: _Rewriter, product: Product) -> None:
+        if kept == "int8":
+            rewriter.rows_of_bytes(product)
+        else:
+            rewriter.rows_of_halves(product, _HALVES[kept])
+
+    return _Rewriter(model, tables).run(rewrite)
+
+
+_HALVES = {"half": TensorProto.FLOAT16, "brain": TensorProto.BFLOAT16}
 
 
 def _scales(largest: Array, levels: int = LEVELS) -> NDArray[np.float32]:
@@ -213,14 +234,22 @@ class _Rewriter:
         if key not in self.made:
             self.made[key] = f"{product.node}.activation.half"
             self._node("Cast", [product.activation], self.made[key], to=kind)
-        weight = f"{product.weight}.half"
-        if weight not in self.added:
-            numbers = numpy_helper.to_array(self.constants[product.weight])
-            halves = numbers.astype(np.float16) if kind == TensorProto.FLOAT16 else _brain(numbers)
-            # As raw bytes: OpenVINO misreads bf16 that is stored number by number.
-            self.added[weight] = helper.make_tensor(weight, kind, numbers.shape, halves.tobytes(), raw=True)
+        weight = self._half(product, kind, "half")
         self._node("MatMul", [self.made[key], weight], f"{product.node}.half")
         self._node("Cast", [f"{product.node}.half"], self.node.output[0], to=TensorProto.FLOAT)
+
+    def rows_of_halves(self, table: Product, kind: int) -> None:
+        self._node("Gather", [self._half(table, kind, "rows"), table.activation], f"{table.node}.half")
+        self._node("Cast", [f"{table.node}.half"], self.node.output[0], to=TensorProto.FLOAT)
+
+    def rows_of_bytes(self, table: Product) -> None:
+        numbers, scale = quantised_weight(numpy_helper.to_array(self.constants[table.weight]).T)
+        weight = self._constant(f"{table.weight}.rows", np.ascontiguousarray(numbers.T))
+        scales = self._constant(f"{table.weight}.rows.scale", scale[:, None])
+        self._node("Gather", [weight, table.activation], f"{table.node}.bytes")
+        self._node("Cast", [f"{table.node}.bytes"], f"{table.node}.float", to=TensorProto.FLOAT)
+        self._node("Gather", [scales, table.activation], f"{table.node}.scale")
+        self._node("Mul", [f"{table.node}.float", f"{table.node}.scale"], self.node.output[0])
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
@@ -231,6 +260,16 @@ class _Rewriter:
             self._constant(f"{product.weight}.int8", numbers),
             self._constant(f"{product.weight}.scale", scale),
         )
+
+    def _half(self, product: Product, kind: int, suffix: str) -> str:
+        """Name of the matrix in half precision."""
+        name = f"{product.weight}.{suffix}"
+        if name not in self.added:
+            numbers = numpy_helper.to_array(self.constants[product.weight])
+            halves = numbers.astype(np.float16) if kind == TensorProto.FLOAT16 else _brain(numbers)
+            # As raw bytes: OpenVINO misreads bf16 that is stored number by number.
+            self.added[name] = helper.make_tensor(name, kind, numbers.shape, halves.tobytes(), raw=True)
+        return name
 
     def _constant(self, name: str, value: Array | np.generic) -> str:
         if name not in self.added:

@@ -12,7 +12,13 @@ from nsm.errors import UnsupportedError
 from nsm.runtimes.processor import CPU_DOT
 
 if TYPE_CHECKING:
-    from nsm.quantization.products import Product
+    from nsm.quantization.products import Operator, Product
+
+Tables = Literal["int8", "half", "brain"]
+"""How a table's numbers are kept: with a scale for each row, or rounded to half precision.
+
+int8-weights is the precision for those who want to lose little, and int8 rows would double what it loses.
+"""
 
 LEVELS = 127
 """Largest number that an int8 stands for; -128 is left out, so that the range is symmetric."""
@@ -30,6 +36,12 @@ Form = Literal["float", "static", "dynamic", "blocked", "weights", "half", "brai
 SMALLEST = 16_384
 """Numbers of a matrix below which quantising costs more time than it saves."""
 
+SMALLEST_TABLE = 262_144
+"""Numbers of a table of embeddings below which int8 precisions leave it: less room costs time, and saves none."""
+
+LARGEST_HALF = 65_504.0
+"""Largest number of fp16."""
+
 # Scores decide which slot is written and read: a rounded one changes what a stream remembers. They are products of
 # their own, small ones, so that keeping them costs next to nothing.
 _ALWAYS_FLOAT = ("*.router.product/*", "*.lift.*")
@@ -45,20 +57,32 @@ class Policy:
         note: what a user should know.
         levels: largest number of a matrix, where activations are int8 too. On processors `SAFE_LEVELS`, so that an
             artifact is right on those without VNNI as well.
+        tables: what the numbers of tables that ids are looked up in are kept in. They are computed with in float.
     """
 
     form: Form
     keep: tuple[str, ...] = _ALWAYS_FLOAT
     note: str = ""
     levels: int = SAFE_LEVELS
+    tables: Tables = "int8"
+
+    @property
+    def operators(self) -> tuple[Operator, ...]:
+        """Those whose products the form has a way for."""
+        return ("MatMul", "LSTM", "Gather") if self.form == "dynamic" else ("MatMul", "Gather")
 
     def chosen(self, products: Sequence[Product]) -> tuple[list[Product], dict[str, str]]:
         """The products to quantise, and the others by name with the reason; small sums have no need of one."""
         low, kept = [], {}
         for product in products:
+            table = product.operator == "Gather"
+            smallest = SMALLEST_TABLE if table and self.form not in ("half", "brain") else SMALLEST
+            half = self.form == "half" or (table and self.tables == "half")
             if any(fnmatch.fnmatch(product.node, pattern) for pattern in self.keep):
                 kept[product.node] = "it decides about slots"
-            elif product.size >= SMALLEST:
+            elif half and not product.largest <= LARGEST_HALF:
+                kept[product.node] = f"its numbers reach {product.largest:.3g}, and fp16 ends at {LARGEST_HALF:.0f}"
+            elif product.size >= smallest:
                 low.append(product)
             elif not product.sums:
                 kept[product.node] = f"its {product.shape[0]} x {product.shape[1]} numbers are too few to gain"
@@ -69,23 +93,27 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
     {
         ("openvino", "int8"): Policy("static"),
         ("openvino", "int8-weights"): Policy(
-            "weights", note="OpenVINO quantises the activations of these products too, token by token, where it gains"
+            "weights",
+            tables="half",
+            note="OpenVINO quantises the activations of these products too, token by token, where it gains",
         ),
         ("openvino", "bf16"): Policy("float"),
         ("onnxruntime", "int8"): Policy(
             "dynamic",
             note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
         ),
-        ("onnxruntime", "int8-weights"): Policy("blocked", note="uses the operator MatMulNBits of ONNX Runtime"),
+        ("onnxruntime", "int8-weights"): Policy(
+            "blocked", tables="half", note="uses the operator MatMulNBits of ONNX Runtime"
+        ),
         ("mobile", "int8"): Policy(
             "dynamic",
             note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
         ),
-        ("tensorrt", "int8"): Policy("static", levels=LEVELS),
-        ("tensorrt", "int8-weights"): Policy("weights"),
-        ("tensorrt", "fp16"): Policy("half"),
-        ("tensorrt", "bf16"): Policy("brain"),
-        ("onnxruntime-cuda", "fp16"): Policy("half"),
+        ("tensorrt", "int8"): Policy("static", levels=LEVELS, tables="half"),  # it has no look-up of bytes
+        ("tensorrt", "int8-weights"): Policy("weights", tables="half"),
+        ("tensorrt", "fp16"): Policy("half", tables="half"),
+        ("tensorrt", "bf16"): Policy("brain", tables="brain"),
+        ("onnxruntime-cuda", "fp16"): Policy("half", tables="half"),
     }
 )
 

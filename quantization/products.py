@@ -1,9 +1,10 @@
-"""The products of a graph that low precision is about: tokens, or tokens and a state, times constant matrices."""
+"""What low precision is about in a graph: products with constant matrices, and the tables that ids are looked up in."""
 
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -11,6 +12,8 @@ import onnx
 from onnx import numpy_helper
 
 from nsm.trace import Array
+
+Operator = Literal["MatMul", "LSTM", "Gather"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,9 @@ class Product:
     key: of the numbers of W, the same in every entry of a model.
     sums: W is of zeros and ones alone, and no weights.
     operator: "LSTM" for the products of such an operator, taken together: x is its input, W has those of the input and
-        those of the state, D = I + H, for all gates, N = 4 H.
+        those of the state, D = I + H, for all gates, N = 4 H. "Gather" for rows of a table W that the ids x name, as an
+        embedding's: the product of x, one-hot, and W.
+    largest: magnitude of the numbers of W.
     """
 
     node: str
@@ -32,34 +37,49 @@ class Product:
     shape: tuple[int, int]
     key: str
     sums: bool = False
-    operator: Literal["MatMul", "LSTM"] = "MatMul"
+    operator: Operator = "MatMul"
+    largest: float = 0.0
 
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
 
 
-def products_of(model: onnx.ModelProto, lstm: bool = False) -> list[Product]:
-    """The products with constant matrices, in the order of the graph. Weights must be loaded.
-
-    Args:
-        model: the graph.
-        lstm: whether those of the operator `LSTM` count.
-    """
+def products_of(model: onnx.ModelProto, operators: Collection[str] = ("MatMul",)) -> list[Product]:
+    """The products with constant matrices by these operators, in the order of the graph. Weights must be loaded."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
-        if lstm and node.op_type == "LSTM" and (product := _of_lstm(node, constants)) is not None:
+        if node.op_type not in operators:
+            continue
+        if node.op_type == "LSTM":
+            product = _of_lstm(node, constants)
+        elif node.op_type == "Gather":
+            product = _of_table(node, constants)
+        else:
+            product = _of_matrix(node, node.input[1], node.input[0], constants)
+        if product is not None:
             found.append(product)
-            continue
-        tensor = constants.get(node.input[1]) if node.op_type == "MatMul" else None
-        if tensor is None or len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT:
-            continue
-        numbers = numpy_helper.to_array(tensor)
-        shape = int(tensor.dims[0]), int(tensor.dims[1])
-        sums = bool(np.isin(numbers, (0.0, 1.0)).all())
-        found.append(Product(node.name, node.input[0], tensor.name, shape, weight_key(numbers), sums))
     return found
+
+
+def _of_matrix(
+    node: onnx.NodeProto, weight: str, activation: str, constants: dict[str, onnx.TensorProto]
+) -> Product | None:
+    tensor = constants.get(weight)
+    if tensor is None or len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT:
+        return None
+    numbers = numpy_helper.to_array(tensor)
+    sums = bool(np.isin(numbers, (0.0, 1.0)).all())
+    shape = int(tensor.dims[0]), int(tensor.dims[1])
+    return Product(node.name, activation, weight, shape, weight_key(numbers), sums, largest=_largest(numbers))
+
+
+def _of_table(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> Product | None:
+    if any(item.name == "axis" and item.i for item in node.attribute):
+        return None
+    product = _of_matrix(node, node.input[0], node.input[1], constants)
+    return None if product is None else replace(product, operator="Gather")
 
 
 def _of_lstm(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> Product | None:
@@ -70,7 +90,13 @@ def _of_lstm(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> Pr
     arrays = [numpy_helper.to_array(constants[name]) for name in node.input[1:3]]
     joined = np.concatenate(arrays, -1)
     shape = joined.shape[-1], joined.shape[0] * joined.shape[1]
-    return Product(node.name, node.input[0], node.input[1], shape, weight_key(joined), operator="LSTM")
+    return Product(
+        node.name, node.input[0], node.input[1], shape, weight_key(joined), operator="LSTM", largest=_largest(joined)
+    )
+
+
+def _largest(numbers: Array) -> float:
+    return float(np.abs(numbers).max(initial=0.0))
 
 
 def weight_key(numbers: Array) -> str:

@@ -163,7 +163,7 @@ def test_an_lstm_in_int8_is_the_lstm_to_int8s_rounding(direction: str, length: i
     inputs = {4: "lengths"} if direction == "reverse" else {}
     model = recurrent("LSTM", length, direction=direction, layout=0, inputs=inputs)
     unroll(model)
-    (product,) = products_of(model, lstm=True)
+    (product,) = products_of(model, ("LSTM",))
     directions = 2 if direction == "bidirectional" else 1
     assert (product.node, product.activation, product.weight, product.operator) == ("memory/LSTM", "x", "w", "LSTM")
     assert product.shape == (WIDTH + SIZE, directions * 4 * SIZE)
@@ -183,17 +183,17 @@ def test_an_lstm_in_int8_is_the_lstm_to_int8s_rounding(direction: str, length: i
 def test_an_lstm_is_a_product_for_who_asks_and_only_where_its_operator_takes_it() -> None:
     model = recurrent("LSTM")
     assert products_of(model) == []
-    assert products_of(recurrent("GRU"), lstm=True) == []
+    assert products_of(recurrent("GRU"), ("LSTM",)) == []
     node = model.graph.node[0]
     node.attribute.append(helper.make_attribute("layout", 1))
-    assert products_of(model, lstm=True) == []
+    assert products_of(model, ("LSTM",)) == []
     del node.attribute[-1], model.graph.initializer[:]
-    assert products_of(model, lstm=True) == []
+    assert products_of(model, ("LSTM",)) == []
 
 
 def test_the_products_of_an_lstm_are_known_by_both_matrices() -> None:
     model, other = recurrent("LSTM"), recurrent("LSTM")
     (r,) = (tensor for tensor in other.graph.initializer if tensor.name == "r")
     r.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(r) * 2, "r"))
-    (first,), (again,), (second,) = (products_of(item, lstm=True) for item in (model, recurrent("LSTM", 1), other))
+    (first,), (again,), (second,) = (products_of(item, ("LSTM",)) for item in (model, recurrent("LSTM", 1), other))
     assert first.key == again.key != second.key
