@@ -26,10 +26,11 @@ from rich.progress import track
 from rich.table import Table
 
 import nsm
-from nsm.bundle import FAILED_SUFFIX, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import NsmError
 from nsm.export.pipeline import ExportOptions, export
 from nsm.runtimes.session import Session
+from nsm.staging import FAILED_SUFFIX
 
 LANES = 8
 CASES = tuple(

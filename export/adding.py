@@ -6,13 +6,15 @@ from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
-from nsm.bundle import GRAPHS, Artifact, Bundle, staged_copy, write_manifest
+from nsm.bundle import GRAPHS, Bundle
 from nsm.export.build import check_request, require_all, write_parity
 from nsm.export.guard import Limits, build_checked
+from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import read_calibration
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import find_target
+from nsm.staging import staged_copy, write_manifest
 
 
 def add_target(

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from nsm.bundle import FAILED_SUFFIX, Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import InputError, NsmError, UnsupportedError
 from nsm.export import doctor, pipeline
 from nsm.export.bench_command import (
@@ -30,9 +30,11 @@ from nsm.export.bench_command import (
 )
 from nsm.export.build import PRECISIONS
 from nsm.export.console import Terminal, number, size
+from nsm.manifest import Artifact
 from nsm.runtimes.bench import bench
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import TARGETS, find_target
+from nsm.staging import FAILED_SUFFIX
 
 COLUMNS = (
     "target",

@@ -13,9 +13,10 @@ from typing import Any
 import click
 import numpy as np
 
-from nsm.bundle import Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError
 from nsm.export.console import Terminal, lanes_of, size
+from nsm.manifest import Artifact
 from nsm.runtimes.bench import Latency, Ratio, Steppable, bench, check_steps, paired_ratio
 from nsm.runtimes.memory import fresh_peak_mb
 from nsm.runtimes.opening import open_artifact

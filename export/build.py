@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from nsm.bundle import GRAPHS, PARITY, Artifact, Bundle, file_record, write_json
+from nsm.bundle import GRAPHS, PARITY, Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
+from nsm.files import write_json
+from nsm.manifest import Artifact, file_record
 from nsm.quantization.policy import find_policy
 from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import find_budget

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nsm.bundle import Artifact
+from nsm.manifest import Artifact
 from nsm.runtimes.parity import Progress as Step
 
 _TABLE_WIDTH = 140
@@ -94,12 +94,8 @@ def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
     row = [artifact["target"], artifact["device"], artifact["precision"], size(nbytes), parity["status"]]
     if parity["status"] == "not_run":
         return [*row, "-", "-", "-"]
-    return [
-        *row,
-        number(parity["one_step"]["p99"]),
-        number(parity["free_run"]["p99"]),
-        f"{parity['argmax_agreement']:.2%}",
-    ]
+    errors = [number(parity[name]["p99"]) if name in parity else "-" for name in ("one_step", "free_run")]
+    return [*row, *errors, f"{parity['argmax_agreement']:.2%}" if "argmax_agreement" in parity else "-"]
 
 
 PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step", "free-run", "argmax")

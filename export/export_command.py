@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from nsm.bundle import FAILED_SUFFIX, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import InputError, ParityError, UnsupportedError
 from nsm.export import pipeline
 from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
 from nsm.export.source import OPSET
 from nsm.files import settled
+from nsm.staging import FAILED_SUFFIX
 
 if TYPE_CHECKING:
     from nsm.export.pipeline import Plan

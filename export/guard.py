@@ -15,9 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from nsm.bundle import GRAPHS, Artifact, Bundle
+from nsm.bundle import GRAPHS, Bundle
 from nsm.errors import InputError, MissingDependencyError, SlowerError
 from nsm.export.build import CULPRITS, build_target, check_artifact
+from nsm.manifest import Artifact
 from nsm.quantization.policy import SAFE_LEVELS, Policy, find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.bench import Latency, bench, paired_ratio

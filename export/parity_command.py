@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from nsm.bundle import Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
 from nsm.export.parity_page import write_page
+from nsm.manifest import Artifact
 from nsm.runtimes.bisect import BISECTABLE, bisect, check_bisectable
 from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import find_budget
@@ -77,7 +78,7 @@ def parity(
             results.append({"target": name, "precision": artifact.precision, "status": "not_run", "reason": str(error)})
     not_run = {result["target"]: result["reason"] for result in results if result["status"] == "not_run"}
     if html is not None:
-        write_page(html, path.name, reports, not_run, bisections)
+        write_page(html, path.resolve().name, reports, not_run, bisections)
     if as_json:
         passed = bool(reports) and all(report.passed for report in reports)
         click.echo(json.dumps({"passed": passed, "results": results}))

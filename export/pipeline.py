@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Artifact, Bundle, Manifest, check_output, staged, write_manifest
+from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.export.build import build_target, check_request, require_all, write_parity
 from nsm.export.guard import Limits, build_checked
@@ -22,6 +22,7 @@ from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
 from nsm.export.state_options import parse_constants, parse_shapes, parse_states
+from nsm.manifest import Artifact, Manifest
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -29,6 +30,7 @@ from nsm.runtimes.parity import Progress
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
 from nsm.spec import StepSpec
+from nsm.staging import check_output, staged, write_manifest
 from nsm.trace import Array, Origin
 
 _PACKAGES = (

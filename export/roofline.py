@@ -8,9 +8,10 @@ and writes of inputs, outputs and states: a lower bound that no amount of interm
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from nsm.runtimes.session import Session
 from nsm.runtimes.targets import Target
 from nsm.spec import EntrySpec, StepSpec, TensorSpec
 
-_PRODUCTS = ("MatMul", "Gemm", "Conv")
+_PRODUCTS = ("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum")
 # Whole recurrent layers: products with the weights of their second and third inputs, for every token.
 _RECURRENT = ("LSTM", "GRU", "RNN")
 # Large enough that neither fits in a cache, or is over before the threads have started.
@@ -90,16 +91,33 @@ def work_of(graph: Path) -> Work:
         if any(name not in shapes for name in names):
             raise BuildError(f"{graph}: the shapes of {node.name} are not known. Export the bundle again.")
         nbytes = float(sum(shapes[name][0] * shapes[name][1] for name in names))
-        flops = 0.0
-        if node.op_type in _RECURRENT:
-            tokens = np.prod(dims[node.input[0]][:2])
-            flops = 2.0 * float(tokens) * sum(shapes[name][0] for name in node.input[1:3])
-        elif product:
-            depth = np.prod(dims[node.input[1]][1:]) if node.op_type == "Conv" else dims[node.input[0]][-1]
-            flops = 2.0 * shapes[node.output[0]][0] * float(depth)
+        flops = _flops(node, dims) if product else 0.0
         if flops or nbytes:
             operations.append((node.name, flops, nbytes))
     return Work(tuple(operations))
+
+
+def _flops(node: onnx.NodeProto, dims: Mapping[str, Sequence[int]]) -> float:
+    """Of a product: two for each multiplication with what is added."""
+    first, second = dims[node.input[0]], dims[node.input[1]] if len(node.input) > 1 else ()
+    if node.op_type in _RECURRENT:
+        return 2.0 * math.prod(first[:2]) * sum(math.prod(dims[name]) for name in node.input[1:3])
+    if node.op_type == "ConvTranspose":  # every input meets every weight of its channel
+        return 2.0 * math.prod(first) * math.prod(second[1:])
+    if node.op_type == "Einsum":
+        equation = next(item.s.decode() for item in node.attribute if item.name == "equation").replace(" ", "")
+        sizes: dict[str, int] = {}
+        for term, name in zip(equation.split("->")[0].split(","), node.input, strict=True):
+            before, _, after = term.partition("...")
+            sizes |= dict(zip(before, dims[name], strict=False))
+            sizes |= dict(zip(reversed(after), reversed(dims[name]), strict=False))
+            rest = dims[name][len(before) : len(dims[name]) - len(after)]
+            sizes |= {
+                f"...{place}": max(size, sizes.get(f"...{place}", 1)) for place, size in enumerate(reversed(rest))
+            }
+        return 2.0 * math.prod(sizes.values())
+    depth = math.prod(second[1:]) if node.op_type == "Conv" else first[-1]
+    return 2.0 * math.prod(dims[node.output[0]]) * depth
 
 
 @dataclass(frozen=True)

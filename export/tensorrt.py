@@ -6,9 +6,9 @@ import importlib
 from pathlib import Path
 from typing import Any
 
-from nsm.bundle import write_json
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export.build import Built, Request
+from nsm.files import write_json
 from nsm.runtimes.targets import find_target
 from nsm.spec import EntrySpec, StepSpec
 

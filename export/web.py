@@ -10,9 +10,9 @@ import tempfile
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from nsm.bundle import sha256
 from nsm.errors import BuildError, MissingDependencyError
 from nsm.export.build import Built, Request
+from nsm.files import sha256
 from nsm.runtimes.web import CLIENT, ORT, client_files
 
 VERSION = "1.30.0"

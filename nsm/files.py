@@ -1,15 +1,21 @@
-"""Writing a file whole or not at all, and the names of what is replaced."""
+"""Writing a file whole or not at all, the names of what is replaced, and reading JSON that may be hostile."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import hashlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
-from nsm.errors import InputError
+from nsm.errors import BundleDamagedError, InputError
+
+JSON_LIMIT = 64 << 20
+"""Bytes of the largest JSON file that is read; a manifest has some ten thousand."""
 
 
 def settled(path: Path) -> Path:
@@ -90,3 +96,30 @@ def _opened(path: Path) -> IO[bytes] | None:
             if os.path.samestat(path.stat(), os.fstat(stream)):
                 return os.fdopen(os.dup(stream), "wb")
     return None
+
+
+def write_json(path: Path, data: Mapping[str, Any]) -> None:
+    """Write JSON beside `path` and rename it, so that a reader sees the old text or the new one."""
+    with replacing(path) as file:
+        file.write((json.dumps(data, indent=2, allow_nan=False) + "\n").encode())
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def json_bytes(path: Path) -> bytes:
+    """The bytes of a JSON file.
+
+    Raises:
+        OSError: it cannot be read, or is no regular file, which might have no end or never give anything.
+        BundleDamagedError: no export writes one of that size: parsed, it takes many times as much.
+    """
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    size = path.stat().st_size
+    if size > JSON_LIMIT:
+        raise BundleDamagedError(f"{path} has {size:,} bytes; expected are at most {JSON_LIMIT:,}. Export it again.")
+    return path.read_bytes()

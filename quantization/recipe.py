@@ -8,9 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from nsm.bundle import CALIBRATION, Bundle, write_json
+from nsm.bundle import CALIBRATION, Bundle
 from nsm.decode import decode
 from nsm.errors import ConfigError, InputError
+from nsm.files import write_json
 
 
 @dataclass(frozen=True)

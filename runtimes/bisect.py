@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from nsm.bundle import Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import NonFiniteError, UnsupportedError
+from nsm.manifest import Artifact
 from nsm.runtimes.bisect_operation import find_operation
 from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import Budget

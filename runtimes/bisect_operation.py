@@ -12,8 +12,9 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from nsm.bundle import GRAPHS, Artifact, Bundle
+from nsm.bundle import GRAPHS, Bundle
 from nsm.errors import NonFiniteError
+from nsm.manifest import Artifact
 from nsm.runtimes.budgets import Budget
 from nsm.runtimes.findings import Findings
 from nsm.runtimes.measures import probed_error, quantile

@@ -6,8 +6,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
-from nsm.bundle import Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import BundleDamagedError, DeviceUnavailableError, InputError, MissingDependencyError, UnsupportedError
+from nsm.manifest import Artifact
 from nsm.runtimes.base import Loader
 from nsm.runtimes.processor import require_device
 from nsm.runtimes.session import Session
@@ -55,14 +56,17 @@ def open_bundle(
 
 
 def chosen_artifact(bundle: Bundle, target: str | None) -> Artifact:
-    """The artifact of a target by name or alias; where none is named, the first that passed and can be run with what
-    is installed and on this processor. One of a target that is only built when asked for comes last.
+    """The artifact of a target by name or alias; where none is named, the first that passed and can be run here.
+    One of a target that is only built when asked for comes last.
 
     Raises:
         InputError: the bundle has none for the target.
+        BundleDamagedError: one that is to be opened to see that is damaged.
     """
     found = _candidates(bundle, target)
-    return next(filter(_fits_here, found), found[0])
+    if len(found) == 1:
+        return found[0]
+    return next((artifact for artifact in found if _fits_here(bundle, artifact)), found[0])
 
 
 def _candidates(bundle: Bundle, target: str | None) -> list[Artifact]:
@@ -74,11 +78,14 @@ def _candidates(bundle: Bundle, target: str | None) -> list[Artifact]:
     return sorted(known, key=lambda item: TARGETS[item.target].asked_only) or [bundle.artifact()]
 
 
-def _fits_here(artifact: Artifact) -> bool:
-    """Whether its backend is installed and its processor is here; that of a GPU is seen when it is opened."""
+def _fits_here(bundle: Bundle, artifact: Artifact) -> bool:
+    """Whether its backend is installed and its processor is here; whether its GPU is, opening it shows."""
     try:
         find_target(artifact.target).require()
         require_device(artifact.device, artifact.precision)
+        if not artifact.device.lower().startswith("cpu"):
+            bundle.verify(artifact.files)
+            open_artifact(bundle, artifact).close()
     except (DeviceUnavailableError, MissingDependencyError):
         return False
     return True

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from nsm.bundle import sha256
 from nsm.errors import BundleDamagedError, DeviceUnavailableError, RunError, StreamError
+from nsm.files import sha256
 from nsm.runtimes.base import Runtime, State
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays

@@ -13,16 +13,27 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"nsm": "nsm", "export": "nsm.export", "quantization": "nsm.quantization", "runtimes": "nsm.runtimes"}
 
-# What a room may import of the project, besides itself. One way: errors -> decode -> spec -> trace -> bundle, then the
-# torch models on one side and the runtimes on the other, and export above all.
-VOCABULARY = ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec", "nsm.trace", "nsm.bundle")
+# What a room may import of the project, besides itself. One way: errors -> decode -> spec -> trace -> manifest ->
+# bundle -> staging, then the torch models on one side and the runtimes on the other, and export above all.
+VOCABULARY = (
+    "nsm.errors",
+    "nsm.decode",
+    "nsm.files",
+    "nsm.spec",
+    "nsm.trace",
+    "nsm.manifest",
+    "nsm.bundle",
+    "nsm.staging",
+)
 ALLOWED = {
     "nsm.errors": (),
     "nsm.decode": ("nsm.errors",),
     "nsm.files": ("nsm.errors",),
     "nsm.spec": ("nsm.errors", "nsm.decode"),
     "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.spec"),
-    "nsm.bundle": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec", "nsm.trace"),
+    "nsm.manifest": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec"),
+    "nsm.bundle": ("nsm.errors", "nsm.files", "nsm.spec", "nsm.trace", "nsm.manifest"),
+    "nsm.staging": ("nsm.errors", "nsm.files", "nsm.manifest", "nsm.bundle"),
     "models": (*VOCABULARY, "models"),
     "nsm.runtimes": (*VOCABULARY, "nsm.runtimes"),
     "nsm.quantization": (*VOCABULARY, "nsm.runtimes", "nsm.quantization"),

@@ -42,8 +42,8 @@ def as_step(
        `forward(x, (h, c)) -> (y, (h, c))`: `states` has the arguments behind x, in the same nesting, as `Carried`s,
        which say where the streams are, or as tensors with one stream on axis 0.
 
-    The module is examined before anything else is done with it, on made-up tokens (standard normal numbers, or any ids)
-    or on `samples`.
+    The module is examined before anything else is done with it, on made-up tokens (standard normal numbers, positive
+    ones where those give nothing finite, or any ids) or on `samples`.
 
     Args:
         module: in float32; put into eval mode; it must not change anything of its own in forward.
@@ -54,7 +54,7 @@ def as_step(
         outputs: names of the outputs, the main one first, where there are several.
         chunk_size: tokens a call of `step` takes unless another multiple is asked for, with a time axis.
         samples: a few real sequences, [T] ids or [T, *token] numbers each, to examine a module on that gives nothing
-            finite for made-up tokens, as one that takes logarithms.
+            finite for made-up tokens.
 
     Raises:
         InputError: samples that the module does not take.

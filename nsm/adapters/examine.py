@@ -35,9 +35,12 @@ def examine(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] | N
         ConfigError, UnsupportedError: says what it does, what was expected, and what to do.
     """
     length = 2 * model.chunk_size if model.timed else 2
+    made_up = samples is None
     tokens = _made_up(model, length) if samples is None else _drawn(model, samples, length)
     kept = _kept(model)
-    _check_finite(model, tokens.split(1, 1)[:2], samples is None)
+    if made_up and tokens.is_floating_point() and _not_finite(model, tokens.split(1, 1)[:2]):
+        tokens = tokens.abs() + 0.1  # powers and amplitudes, of which there may be a logarithm
+    _check_finite(model, tokens.split(1, 1)[:2], made_up)
     first, after = _run(model, tokens[:, :1], model.initial_state(1))
     _check_states(model, after)
     _check_outputs(model, first)
@@ -47,7 +50,7 @@ def examine(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] | N
     _check_consumed(model, tokens[:, :1])
     if model.timed:
         # Over several tokens a module may do what it does not over one, so it is looked at before lengths are compared.
-        _check_finite(model, [tokens], samples is None)
+        _check_finite(model, [tokens], made_up)
         _check_kept(model, kept)
         _check_lengths(model, tokens)
     model.declare(model._shapes, *_lanes(model, tokens[0, :2, None]))
@@ -94,24 +97,31 @@ def _run(model: AdaptedModel, tokens: Tensor, state: State) -> tuple[list[Tensor
         ) from error
 
 
-def _check_finite(model: AdaptedModel, calls: Sequence[Tensor], made_up: bool) -> None:
-    """Raise unless each of these calls, from the beginning of a stream, gives numbers that can be compared."""
+def _not_finite(model: AdaptedModel, calls: Sequence[Tensor]) -> list[str]:
+    """What is not finite after one of these calls, each from the beginning of a stream."""
     for tokens in calls:
         outputs, after = _run(model, tokens, model.initial_state(1))
         values: list[tuple[str, Any]] = [*zip(model.outputs, outputs, strict=False), *after.items()]
         odd = [name for name, value in values if isinstance(value, Tensor) and not bool(torch.isfinite(value).all())]
         if odd:
-            what = "made-up tokens" + (", standard normal numbers" if tokens.is_floating_point() else "")
-            raise ConfigError(
-                f"{type(model.module).__name__} gives NaN or infinity in {odd} for "
-                f"{what if made_up else 'the samples'}; only finite numbers can be compared. "
-                + (
-                    "If it takes others, as only positive ones where it takes a logarithm, give as_step a few real "
-                    "sequences to examine it on: samples=[...], [T, *token] each."
-                    if made_up
-                    else "Look at its weights, its initial states, and these samples."
-                )
-            )
+            return odd
+    return []
+
+
+def _check_finite(model: AdaptedModel, calls: Sequence[Tensor], made_up: bool) -> None:
+    """Raise unless each of these calls, from the beginning of a stream, gives numbers that can be compared."""
+    if not (odd := _not_finite(model, calls)):
+        return
+    numbers = ", standard normal numbers and positive ones" if calls[0].is_floating_point() else ""
+    raise ConfigError(
+        f"{type(model.module).__name__} gives NaN or infinity in {odd} for "
+        f"{f'made-up tokens{numbers}' if made_up else 'the samples'}; only finite numbers can be compared. "
+        + (
+            "If it takes others, give as_step a few real sequences to examine it on: samples=[...], [T, *token] each."
+            if made_up
+            else "Look at its weights, its initial states, and these samples."
+        )
+    )
 
 
 def _kept(model: AdaptedModel) -> dict[str, Tensor]:

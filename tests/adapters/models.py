@@ -116,11 +116,15 @@ class Fault(nn.Module):
 
 
 class Logarithm(nn.Module):
-    """Powers x [B, 3], or [B, T, 3] of any length, of which logarithms are taken, and their mean h [B, 3]."""
+    """Powers x [B, 3], or [B, T, 3] of any length, above a number: the mean h [B, 3] of their logarithms."""
+
+    def __init__(self, above: float = 0.0) -> None:
+        super().__init__()
+        self.above = above
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         rows = []
-        for row in torch.log(x).reshape(x.shape[0], -1, 3).unbind(1):
+        for row in torch.log(x - self.above).reshape(x.shape[0], -1, 3).unbind(1):
             h = 0.9 * h + 0.1 * row
             rows.append(h)
         return torch.stack(rows, 1).reshape(x.shape), h

@@ -280,15 +280,23 @@ def test_a_state_that_makes_no_sense_is_refused(arguments: tuple[Any, ...], mess
 
 @pytest.mark.parametrize("timed", [False, True])
 def test_a_module_that_makes_nothing_finite_of_made_up_tokens_is_examined_on_samples(timed: bool) -> None:
-    powers = [value**2 + 0.1 for value in np.random.default_rng(0).standard_normal((2, 7, 3))]
-    silence = [np.ones((9, 3)), *powers]
+    powers = [value**2 + 9.1 for value in np.random.default_rng(0).standard_normal((2, 7, 3))]
+    silence = [np.full((9, 3), 10.0), *powers]
     options: dict[str, Any] = {"token_shape": (3,), "timed": timed, "chunk_size": 4}
-    with pytest.raises(ConfigError, match=r"NaN or infinity in \['outputs', 'state_0'\] for made-up .*samples=\[...\]"):
-        nsm.as_step(Logarithm(), [H], **options)
+    with pytest.raises(
+        ConfigError,
+        match=r"NaN or infinity in \['outputs', 'state_0'\] for made-up .* and positive ones; .*samples=\[...\]",
+    ):
+        nsm.as_step(Logarithm(9.0), [H], **options)
     for samples in (powers, silence):
-        assert nsm.as_step(Logarithm(), [H], samples=samples, **options).lanes is None
+        assert nsm.as_step(Logarithm(9.0), [H], samples=samples, **options).lanes is None
     with pytest.raises(ConfigError, match=r"NaN or infinity in .* for the samples; .*Look at its weights"):
-        nsm.as_step(Logarithm(), [H], samples=[-item for item in powers], **options)
+        nsm.as_step(Logarithm(9.0), [H], samples=[-item for item in powers], **options)
+
+
+@pytest.mark.parametrize("timed", [False, True])
+def test_what_takes_a_logarithm_is_examined_on_positive_numbers(timed: bool) -> None:
+    assert nsm.as_step(Logarithm(), [H], token_shape=(3,), timed=timed, chunk_size=4).lanes is None
 
 
 @pytest.mark.parametrize("kind", ["buffer", "random", "frozen", "drops", "mixes"])

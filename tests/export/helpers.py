@@ -15,8 +15,10 @@ import openvino
 import pytest
 from click.testing import CliRunner, Result
 
-from nsm.bundle import Bundle, file_record, write_manifest
+from nsm.bundle import Bundle
 from nsm.export.cli import main
+from nsm.manifest import file_record
+from nsm.staging import write_manifest
 
 needs_bf16 = pytest.mark.skipif(
     "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),

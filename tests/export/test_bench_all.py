@@ -11,13 +11,14 @@ from typing import Any
 import pytest
 
 import nsm
-from nsm.bundle import FAILED_SUFFIX, Bundle, write_manifest
+from nsm.bundle import Bundle
 from nsm.errors import BuildError, InputError, NsmError, ParityError, SlowerError, UnsupportedError
 from nsm.export import bench_all, bench_command, guard, pipeline
 from nsm.export.build import PRECISIONS
 from nsm.export.pipeline import ExportOptions, Stages
 from nsm.runtimes.bench import Latency, Steppable
 from nsm.runtimes.parity import Progress
+from nsm.staging import FAILED_SUFFIX, write_manifest
 from nsm.trace import Array
 from tests.conftest import make_model
 from tests.export.helpers import invoke, refused, succeeded, the_json

@@ -16,7 +16,7 @@ import openvino
 import pytest
 
 import nsm
-from nsm.bundle import PARITY, Bundle, write_manifest
+from nsm.bundle import PARITY, Bundle
 from nsm.errors import (
     BuildError,
     BundleDamagedError,
@@ -30,6 +30,7 @@ from nsm.export import adding, build
 from nsm.export.adding import add_target
 from nsm.export.build import PRECISIONS, check_request, require_all
 from nsm.runtimes.targets import TARGETS, find_target
+from nsm.staging import write_manifest
 
 
 def contents(directory: Path) -> dict[str, bytes]:

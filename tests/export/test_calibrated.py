@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 import nsm
-from nsm.bundle import CALIBRATION, MANIFEST, Bundle, write_manifest
+from nsm.bundle import CALIBRATION, Bundle
 from nsm.errors import BundleError, InputError
 from nsm.export.adding import add_target
 from nsm.export.guard import Limits
 from nsm.export.pipeline import ExportOptions, Plan, plan
+from nsm.manifest import MANIFEST
 from nsm.models.checkpoint import load_checkpoint
+from nsm.staging import write_manifest
 from nsm.trace import Array
 from tests.conftest import CHUNK, make_model, make_sequences
 from tests.export.helpers import invoke, names, refused, succeeded, the_json

@@ -6,8 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nsm.bundle import Bundle
+from nsm.files import write_json
+from nsm.manifest import MANIFEST
 from tests.export.helpers import (
     invoke,
+    refused,
     succeeded,
     the_json,
 )
@@ -40,6 +43,21 @@ def test_inspect_prints_one_json_object(exported: Path, bundle: Bundle) -> None:
     assert (data["bundle"], data["verified"]) == (str(exported), True)
     assert data["spec"] == json.loads(json.dumps(bundle.manifest.spec.to_json()))
     assert {item["target"] for item in data["artifacts"]} == {"onnx", "onnxruntime", "openvino", "tensorrt"}
+
+
+def test_a_parity_that_lost_its_errors_is_shown_without_them(exported: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(exported, tmp_path / "model.nsm"))
+    manifest = json.loads((path / MANIFEST).read_text())
+    for artifact in manifest["artifacts"]:
+        for name in ("one_step", "argmax_agreement"):
+            artifact["parity"].pop(name, None)
+    write_json(path / MANIFEST, manifest)
+    lines = [line.split() for line in succeeded(invoke("inspect", path)).splitlines()]
+    (line,) = (line for line in lines if line[:3] == ["openvino", "cpu", "fp32"])
+    assert (line[5:7], line[-1]) == (["passed", "-"], "-")
+    manifest["artifacts"][0]["parity"]["free_run"] = 3
+    write_json(path / MANIFEST, manifest)
+    refused(invoke("inspect", path), 6, "edited by hand")
 
 
 def test_brackets_in_a_path_are_shown(exported: Path, tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from nsm.bundle import Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.export import parity_command
+from nsm.manifest import Artifact
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import compare
 from nsm.runtimes.report import ParityReport
@@ -205,6 +206,15 @@ def test_the_page_shows_every_target(exported: Path, no_gpu: None, tmp_path: Pat
     assert "? tensorrt not run" in written
     assert "There is no usable NVIDIA GPU" in written
     assert "Parity of model.nsm" in written
+
+
+def test_the_page_of_the_folder_one_is_in_has_its_name(
+    bundle_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bundle_copy)
+    page = tmp_path / "parity.html"
+    succeeded(invoke("parity", ".", "-t", "ort", "--steps", "4", "--html", page))
+    assert f"<title>Parity of {bundle_copy.name}</title>" in page.read_text(encoding="utf-8")
 
 
 def test_a_failure_gets_its_page_too(bundle_copy: Path, tmp_path: Path) -> None:

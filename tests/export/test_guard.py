@@ -12,13 +12,14 @@ import numpy as np
 import onnx
 import pytest
 
-from nsm.bundle import PARITY, Artifact, Bundle
+from nsm.bundle import PARITY, Bundle
 from nsm.errors import ParityError, SlowerError, UnsupportedError
 from nsm.export import guard
 from nsm.export.adding import add_target
 from nsm.export.build import check_artifact
 from nsm.export.guard import Limits, Maker
 from nsm.export.pipeline import ExportOptions, export
+from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
 from nsm.runtimes import onnxruntime
 from nsm.runtimes.bench import Latency, Steppable

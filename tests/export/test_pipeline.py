@@ -16,11 +16,12 @@ import pytest
 import torch
 
 import nsm
-from nsm.bundle import PARITY, Artifact, Bundle
+from nsm.bundle import PARITY, Bundle
 from nsm.errors import BuildError, CheckpointError, InputError, OutputExistsError, ParityError, UnsupportedError
 from nsm.export import guard, pipeline, torch_source
 from nsm.export.build import build_target
 from nsm.export.pipeline import ExportOptions, export, plan, versions
+from nsm.manifest import Artifact
 from nsm.models.checkpoint import load_checkpoint
 from nsm.models.simple import SimpleNSM
 from nsm.runtimes.parity import Progress

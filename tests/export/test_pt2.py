@@ -14,6 +14,7 @@ import nsm
 from nsm.errors import ConfigError, InputError, NsmError, UnsupportedError
 from nsm.export.state_options import parse_states
 from nsm.export.torch_program import load_program
+from tests.adapters.models import Logarithm
 from tests.export.helpers import invoke, succeeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says of its own deprecated parts
@@ -68,6 +69,16 @@ def test_arguments_that_are_no_tensors_are_those_it_was_exported_with(
     for step in range(5):
         wanted, state = Scaled()(torch.from_numpy(x[:, step]), state, scale=0.25)
         np.testing.assert_allclose(given[:, step], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_what_takes_a_logarithm_is_examined_on_positive_numbers(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt2", Logarithm(), (X + 1, H))
+    checkpoint, _ = load_program(path, parse_states(["h=1"]))
+    assert checkpoint.model.token_spec.shape == (3,)
+    frames = np.random.default_rng(0).uniform(0.1, 9, (3, 24, 3)).astype(np.float32)
+    np.save(tmp_path / "frames.npy", frames)
+    options = ["-t", "ort", "--state", "h=1", "--data", tmp_path / "frames.npy", "-o", tmp_path / "m.nsm"]
+    succeeded(invoke("export", path, *options, "--golden-steps", "8"))
 
 
 def test_an_output_that_is_no_tensor_is_no_answer(tmp_path: Path) -> None:

@@ -85,6 +85,33 @@ def test_convolutions(group: int, tmp_path: Path) -> None:
     assert work.operations == (("p", 2.0 * 2 * 12 * 8 * inner * 3, 4.0 * (120 + 36 * inner + 192)),)
 
 
+@pytest.mark.parametrize("group", [1, 6])
+def test_transposed_convolutions(group: int, tmp_path: Path) -> None:
+    """Each of the 2 x 6 x 8 numbers meets the 3 weights of each output channel of its group."""
+    nodes = [helper.make_node("ConvTranspose", ["x", "w"], ["y"], name="p", group=group, strides=[2])]
+    inner = 12 // group
+    work = work_of(graph(tmp_path / "g.onnx", nodes, {"x": [2, 6, 8]}, [2, 12, 17], w=floats(6, inner, 3)))
+    assert work.operations == (("p", 2.0 * 2 * 6 * 8 * inner * 3, 4.0 * (96 + 18 * inner + 408)),)
+
+
+@pytest.mark.parametrize(
+    ("equation", "x", "w", "y"),
+    [
+        ("bij,jk->bik", [7, 2, 3], [3, 5], [7, 2, 5]),
+        ("b i j, j k -> b i k", [7, 2, 3], [3, 5], [7, 2, 5]),
+        ("...ij,jk", [7, 2, 3], [3, 5], [7, 2, 5]),
+        ("...j,kj->...k", [7, 2, 3], [5, 3], [7, 2, 5]),
+        ("bj...,jk->bk...", [7, 3, 2], [3, 5], [7, 5, 2]),
+    ],
+)
+def test_sums_by_einstein_multiply_every_combination_of_indices(
+    equation: str, x: list[int], w: list[int], y: list[int], tmp_path: Path
+) -> None:
+    nodes = [helper.make_node("Einsum", ["x", "w"], ["y"], name="p", equation=equation)]
+    work = work_of(graph(tmp_path / "g.onnx", nodes, {"x": x}, y, w=floats(*w)))
+    assert work.operations == (("p", 2.0 * 7 * 2 * 3 * 5, 4.0 * (42 + 15 + 70)),)
+
+
 @pytest.mark.parametrize(("kind", "gates"), [("LSTM", 4), ("GRU", 3), ("RNN", 1)])
 def test_recurrent_layers_count_their_weights_for_every_token(kind: str, gates: int, tmp_path: Path) -> None:
     nodes = [helper.make_node(kind, ["x", "w", "r"], ["y"], name="p", hidden_size=5)]

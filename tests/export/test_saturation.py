@@ -12,11 +12,12 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
-from nsm.bundle import Artifact, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError
 from nsm.export import guard
 from nsm.export.low_precision import write_graphs
 from nsm.export.weights import load_shared
+from nsm.manifest import Artifact
 from nsm.quantization import forms
 from nsm.quantization.policy import LEVELS, POLICIES, SAFE_LEVELS, find_policy
 from nsm.quantization.products import products_of

@@ -20,7 +20,7 @@ from google.protobuf import text_format
 
 import nsm
 from nsm.baselines.transformer import TransformerLM
-from nsm.bundle import Bundle, file_record, write_manifest
+from nsm.bundle import Bundle
 from nsm.errors import (
     BuildError,
     BundleDamagedError,
@@ -33,9 +33,11 @@ from nsm.errors import (
 from nsm.export import triton
 from nsm.export.adding import add_target
 from nsm.export.pipeline import ExportOptions, export
+from nsm.manifest import file_record
 from nsm.models.simple import SimpleNSM
 from nsm.runtimes.triton import KINDS, as_paired, parse
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.staging import write_manifest
 from nsm.trace import Arrays
 from tests.conftest import CHUNK, make_sequences
 from tests.export.helpers import invoke, keep_only, refused, succeeded, the_json

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import json
 import os
 import shutil
 import stat
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
 from nsm.errors import InputError
-from nsm.files import followed, replacing, settled
+from nsm.files import followed, replacing, settled, write_json
 
 
 def test_the_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -154,3 +157,20 @@ def test_other_paths_stay_as_they_were_given(tmp_path: Path) -> None:
         assert [settled(path) for path in paths] == paths
         shutil.rmtree(tmp_path / "here")
         assert [settled(path) for path in paths] == paths
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "parity.json"
+    write_json(path, {"passed": True, "text": "ü"})
+    assert json.loads(path.read_text(encoding="utf-8")) == {"passed": True, "text": "ü"}
+    before = path.read_bytes()
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        write_json(path, {"error": float("nan")})
+
+    def refuse(source: Path, target: Path) -> NoReturn:
+        raise OSError(errno.EIO, "disk error")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="disk error"):
+        write_json(path, {"passed": False})
+    assert path.read_bytes() == before

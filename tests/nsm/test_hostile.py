@@ -17,10 +17,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nsm.bundle import CALIBRATION, GOLDEN, JSON_LIMIT, MANIFEST, STATE_INIT, Bundle, write_manifest
+from nsm.bundle import CALIBRATION, GOLDEN, STATE_INIT, Bundle
 from nsm.errors import BundleDamagedError, SnapshotError
+from nsm.files import JSON_LIMIT
+from nsm.manifest import MANIFEST
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
+from nsm.staging import write_manifest
 from nsm.trace import Trace, load_arrays
 
 TERABYTES = 1 << 42

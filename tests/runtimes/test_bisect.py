@@ -12,8 +12,9 @@ import onnx
 import pytest
 from onnxruntime.quantization import QuantType, quantize_dynamic
 
-from nsm.bundle import Bundle, file_record
+from nsm.bundle import Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
+from nsm.manifest import file_record
 from nsm.runtimes.bisect import bisect, check_bisectable, find_state
 from nsm.runtimes.bisect_operation import compare_probes, feeds_of, find_operation, first_at_fault
 from nsm.runtimes.budgets import find_budget

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import nsm
-from nsm.bundle import MANIFEST, Bundle
+from nsm.bundle import Bundle
 from nsm.errors import (
     BundleDamagedError,
     BundleError,
@@ -20,6 +20,7 @@ from nsm.errors import (
     MissingDependencyError,
     StreamError,
 )
+from nsm.manifest import MANIFEST
 from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino, processor
 from nsm.runtimes.base import Runtime
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
@@ -210,6 +211,21 @@ def test_the_default_is_not_one_for_other_processors(bundle: Bundle, monkeypatch
     assert chosen_artifact(bundle, None) is elsewhere
     with pytest.raises(DeviceUnavailableError, match="built for processors with VNNI"):
         open_bundle(bundle)
+
+
+def test_the_default_is_not_one_for_a_gpu_that_is_not_here(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a bundle that was made where there is one: its engine passed there."""
+    first, *others = bundle.manifest.artifacts
+    engine = replace(first, device="sm86")
+    bundle.manifest = replace(bundle.manifest, artifacts=(engine, *others))
+    assert chosen_artifact(bundle, None) is engine  # the device is all there
+
+    def refuse(*_: object) -> Runtime:
+        raise DeviceUnavailableError("no GPU here")
+
+    monkeypatch.setattr(onnxruntime_plain, "load", refuse)
+    assert chosen_artifact(bundle, None).target == "onnxruntime"
+    assert chosen_artifact(bundle, "onnx") is engine
 
 
 def test_the_default_is_not_one_that_is_built_only_when_asked_for(bundle: Bundle) -> None:

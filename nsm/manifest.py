@@ -1,0 +1,137 @@
+"""The manifest: what a bundle says of itself, its files, and what each target runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nsm.decode import decode
+from nsm.errors import BundleVersionError, ConfigError
+from nsm.files import sha256
+from nsm.spec import StepSpec
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One payload file: its path inside the bundle (with /), size in bytes, SHA-256."""
+
+    path: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What one target runs.
+
+    `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
+    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people. `quantization`, of an artifact in
+    low precision, holds the `form` of its products, the `float` ones by name with the reason, and `speed` against fp32.
+    """
+
+    target: str
+    device: str
+    precision: str
+    effective_precision: str
+    files: tuple[FileRecord, ...]
+    parity: Mapping[str, Any]
+    notes: tuple[str, ...] = ()
+    quantization: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_parity(self.target, self.parity)
+        _check_quantization(self.target, self.quantization)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(record.size for record in self.files)
+
+
+def _check_parity(target: str, parity: Mapping[str, Any]) -> None:
+    """The errors may be missing; what is there is what readers take it for."""
+    status = parity.get("status")
+    if status not in ("passed", "failed", "not_run"):
+        raise ConfigError(f"The parity of {target} has no status that is passed, failed or not_run.")
+    if status == "not_run" and not isinstance(parity.get("reason"), str):
+        raise ConfigError(f"The parity of {target} is not_run, without a reason.")
+    for name in ("one_step", "free_run"):
+        error = parity.get(name, {"p99": None})
+        if not isinstance(error, Mapping) or not _is_number(error.get("p99", ""), none=True):
+            raise ConfigError(
+                f"The parity of {target} has as {name} {error!r}; expected is an object with the number p99."
+            )
+    if not _is_number(parity.get("argmax_agreement", 1.0)):
+        raise ConfigError(f"The argmax_agreement of {target} is {parity['argmax_agreement']!r}; expected is a number.")
+
+
+def _check_quantization(target: str, facts: Mapping[str, Any]) -> None:
+    if not facts:
+        return
+    kept, speed = facts.get("float"), facts.get("speed", {})
+    if not isinstance(facts.get("form"), str) or not isinstance(kept, Mapping):
+        raise ConfigError(f"The quantization of {target} lacks its form, or what stays float.")
+    if not all(isinstance(reason, str) for reason in kept.values()):
+        raise ConfigError(f"What stays float of {target} is {dict(kept)!r}; expected is a reason for each name.")
+    ratios = list(speed.values()) if isinstance(speed, Mapping) else [None]
+    names = ("median", "low", "high")
+    if not all(isinstance(ratio, Mapping) and all(_is_number(ratio.get(name)) for name in names) for ratio in ratios):
+        raise ConfigError(f"The speed of {target} is {speed!r}; expected is median, low and high for each entry.")
+
+
+def _is_number(value: object, none: bool = False) -> bool:
+    return (none and value is None) or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+_MODEL = {"class": str, "config": Mapping, "parameters": int}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a bundle says of itself. `model` holds at least its `class`, its `config`, and how many `parameters`."""
+
+    spec: StepSpec
+    fingerprint: str
+    model: Mapping[str, Any]
+    artifacts: tuple[Artifact, ...]
+    files: tuple[FileRecord, ...]
+    versions: Mapping[str, str]
+    command: str
+    created: str
+    format_version: int = field(default=FORMAT_VERSION)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, kind in _MODEL.items() if not isinstance(self.model.get(name), kind)]
+        if wrong:
+            raise ConfigError(
+                f"The model's {wrong[0]} is {self.model.get(wrong[0])!r}; expected is {_MODEL[wrong[0]].__name__}."
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Manifest:
+        """Inverse of `to_json`.
+
+        Raises:
+            BundleVersionError: another format version.
+            BundleError: something is missing or of the wrong kind.
+        """
+        version = data.get("format_version")
+        if version != FORMAT_VERSION:
+            raise BundleVersionError(
+                f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
+                "Export it again with this version, or install the nsm that wrote it."
+            )
+        return decode(cls, data, MANIFEST)
+
+
+def file_record(directory: Path, relative: str) -> FileRecord:
+    """Size and hash of a file in the bundle directory."""
+    path = directory / relative
+    return FileRecord(relative, path.stat().st_size, sha256(path))
