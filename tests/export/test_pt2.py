@@ -77,7 +77,16 @@ def test_what_takes_a_logarithm_is_examined_on_positive_numbers(tmp_path: Path) 
     assert checkpoint.model.token_spec.shape == (3,)
     frames = np.random.default_rng(0).uniform(0.1, 9, (3, 24, 3)).astype(np.float32)
     np.save(tmp_path / "frames.npy", frames)
-    options = ["-t", "ort", "--state", "h=1", "--data", tmp_path / "frames.npy", "-o", tmp_path / "m.nsm"]
+    options: list[str | Path] = [
+        "-t",
+        "ort",
+        "--state",
+        "h=1",
+        "--data",
+        tmp_path / "frames.npy",
+        "-o",
+        tmp_path / "m.nsm",
+    ]
     succeeded(invoke("export", path, *options, "--golden-steps", "8"))
 
 

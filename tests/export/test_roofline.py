@@ -105,7 +105,7 @@ def test_transposed_convolutions(group: int, tmp_path: Path) -> None:
     ],
 )
 def test_sums_by_einstein_multiply_every_combination_of_indices(
-    equation: str, x: list[int], w: list[int], y: list[int], tmp_path: Path
+    equation: str, x: Dims, w: list[int], y: Dims, tmp_path: Path
 ) -> None:
     nodes = [helper.make_node("Einsum", ["x", "w"], ["y"], name="p", equation=equation)]
     work = work_of(graph(tmp_path / "g.onnx", nodes, {"x": x}, y, w=floats(*w)))
