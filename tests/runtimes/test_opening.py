@@ -59,7 +59,7 @@ def test_the_default_is_the_first_target_that_passed(bundle: Bundle, bundle_copy
         assert session.target == "onnx"
 
     def fail_the_first(data: Any) -> None:
-        data["artifacts"][0]["parity"]["status"] = "not_run"
+        data["artifacts"][0]["parity"]["status"] = "failed"
 
     edit(bundle_copy, fail_the_first)
     with open_bundle(bundle_copy) as session:
