@@ -43,8 +43,8 @@ check: setup
 	$(BIN)/ruff check .
 	$(BIN)/python tests/typecheck.py
 
-test-long: setup  ## the checks that CI has no time for (the one of Ray needs the extra ray)
-	$(BIN)/pytest -m "slow and not gpu"
+test-long: setup  ## the checks that CI has no time for, about an hour on 2 cores (that of Ray needs the extra ray)
+	$(BIN)/pytest -m "slow and not gpu" --numprocesses auto --dist loadfile --durations 15
 
 gpu: setup  ## the tests that need an NVIDIA GPU (with the extra gpu in place of onnxruntime)
 	$(BIN)/pytest -m gpu

@@ -1,4 +1,4 @@
-"""The checks that CI has no time for: `make test-long`, about ten minutes on 2 cores. Results: docs/measurements.md."""
+"""What takes longest of `make test-long`: training, and streams of 4096 steps. Results: docs/measurements.md."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from nsm.bundle import PARITY, Bundle
+from nsm.errors import ParityError
 from nsm.export.pipeline import ExportOptions, export
 from nsm.runtimes.budgets import find_budget
-from nsm.runtimes.opening import open_artifact
-from nsm.runtimes.parity import compare
+from nsm.staging import FAILED_SUFFIX
 
 pytestmark = pytest.mark.slow
 
@@ -28,20 +29,26 @@ def _train(folder: Path, example: str) -> float:
     return float(found[1]) / 100
 
 
-def test_digits_are_learned_and_4096_steps_of_them_do_not_drift(tmp_path: Path) -> None:
-    """The model was trained on chained digits, so its streams may go on for as long as they like."""
+def test_digits_are_learned_and_4096_steps_of_them_are_as_exact_as_the_model_is(tmp_path: Path) -> None:
+    """It depends on how training went whether a model amplifies rounding over streams far longer than it has seen.
+
+    Where this one does, its own fp32 is further from its fp64 than any artifact is from its fp32, and the export is
+    refused with that reason; where it does not, the artifacts are within their budget.
+    """
     assert _train(tmp_path, "train_digits.py") >= 0.95
-    targets = ["onnxruntime", "openvino"]
-    options = ExportOptions(targets=targets, output=tmp_path / "long.nsm", batch=8, golden_steps=4096)
-    bundle = export(tmp_path / "digits.pt", options)
-    trace = bundle.trace()
-    assert (trace.streams, trace.steps) == (8, 4096)
-    for artifact in bundle.manifest.artifacts:
-        with open_artifact(bundle, artifact) as session:
-            report = compare(trace, session, find_budget("fp32"))
-        assert report.passed
-        assert report.drift is not None
-        assert report.drift.high < 0.1
+    options = ExportOptions(["onnxruntime", "openvino"], output=tmp_path / "long.nsm", batch=8, golden_steps=4096)
+    try:
+        bundle = export(tmp_path / "digits.pt", options)
+    except ParityError as error:
+        assert "The model itself amplifies rounding" in str(error)
+        bundle = Bundle(tmp_path / f"long.nsm{FAILED_SUFFIX}")
+    reports = bundle.json(PARITY)["results"]
+    assert [(report["streams"], report["steps"]) for report in reports] == [(8, 4096)] * 2
+    for report in reports:
+        assert report["one_step"]["p99"] <= find_budget("fp32").one_step_p99
+        assert report["argmax_agreement"] > 0.999
+        if report["status"] == "failed":
+            assert report["reference_floor"] > report["free_run"]["p99"]
 
 
 def test_recall_is_learned(tmp_path: Path) -> None:

@@ -155,7 +155,7 @@ def test_numbers_that_fp16_does_not_hold_stay_float(target: str, precision: str)
     assert (policy.chosen([matrix])[0] == []) == (precision == "fp16")
 
 
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("target", ["onnxruntime", pytest.param("openvino", marks=pytest.mark.slow)])
 def test_a_model_of_many_words_is_small_in_int8(target: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nsm.SimpleNSM(vocab_size=2048, d_model=128, num_states=4, num_layers=1, chunk_size=8).eval()
