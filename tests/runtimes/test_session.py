@@ -463,6 +463,21 @@ def test_a_wrong_step_is_refused_and_leaves_the_state_untouched(tokens: Any, val
     assert not session.offsets.any()
 
 
+@pytest.mark.parametrize("batch", [2, 100])  # few ids and many are looked at in different ways
+@pytest.mark.parametrize("bad", [-1, VOCABULARY, 2**62, -(2**63)])
+def test_an_id_outside_the_vocabulary_is_seen_wherever_it_is(batch: int, bad: int) -> None:
+    session = fake_session(fake_spec(batch=batch))
+    for place in ((0, 0), (batch // 2, 1), (-1, -1)):
+        for order in ("C", "F"):
+            tokens = np.array(ids(session), order=order)
+            session.step(tokens)
+            tokens[place] = bad
+            before = session.read_state()
+            with pytest.raises(InputError, match="tokens must lie in"):
+                session.step(tokens)
+            assert_same(session.read_state(), before)
+
+
 def test_backends_never_see_an_id_outside_the_vocabulary(bundle: Bundle, target: str) -> None:
     with open_bundle(bundle, target) as session:
         tokens, before = ids(session), session.read_state()
