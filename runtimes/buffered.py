@@ -105,14 +105,14 @@ class BufferedRuntime:
 class Banks:
     """The buffers of all states: `buffers[name]` are the two of a state, the same one twice where it is appended to.
 
-    States of float32 lie one behind the other in one array for each side, so that a look at all of them is a look at
-    one array.
+    States of float32 lie one behind the other in one array for each side, those together that the same entries write,
+    so that a look at what a call wrote is a look at one array.
     """
 
     def __init__(self, spec: StepSpec) -> None:
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
-        for state in spec.states:
+        for state in sorted(spec.states, key=lambda state: [state.name not in entry.writes for entry in spec.entries]):
             if state.append_axis is None and state.dtype == "float32":
                 size = int(np.prod(state.shape))
                 self._places[state.name] = end, size

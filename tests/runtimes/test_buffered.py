@@ -10,6 +10,7 @@ from nsm.runtimes.buffered import Banks, Bind, BufferedRuntime, Run, _Ring
 from nsm.runtimes.session import Session
 from nsm.spec import COUNT, OFFSET, StateSpec, StepSpec
 from nsm.trace import Array, Arrays
+from tests.conftest import make_model
 from tests.runtimes.fake import (
     CHUNK,
     ENTRIES,
@@ -316,6 +317,19 @@ def test_all_states_are_one_array_to_look_at() -> None:
         assert np.shares_memory(whole, banks.buffers[name][1])
         assert not np.shares_memory(whole, banks.buffers[name][0])
         assert banks.buffers[name][0].ctypes.data % 64 == 0
+
+
+def test_what_a_step_writes_is_one_array_although_it_does_not_write_all() -> None:
+    spec = make_model().spec(1)
+    written = [state.name for state in spec.states_of(spec.entry("step").writes) if state.dtype == "float32"]
+    others = [state.name for state in spec.states if state.dtype == "float32" and state.name not in written]
+    assert written
+    assert others
+    sides = {name: int(name in written) for name in spec.state_names}
+    banks = Banks(spec)
+    (whole,) = banks.flat(written, sides)
+    assert all(np.shares_memory(whole, banks.buffers[name][1]) for name in written)
+    assert not any(np.shares_memory(whole, banks.buffers[name][1]) for name in others)
 
 
 @pytest.mark.parametrize("pattern", range(8))
