@@ -38,9 +38,12 @@ def examine(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] | N
     made_up = samples is None
     tokens = _made_up(model, length) if samples is None else _drawn(model, samples, length)
     kept = _kept(model)
-    if made_up and tokens.is_floating_point() and _not_finite(model, tokens.split(1, 1)[:2]):
+    if odd := _not_finite(model, tokens.split(1, 1)[:2]):
+        if not (made_up and tokens.is_floating_point()):
+            raise _no_numbers(model, odd, tokens, made_up)
         tokens = tokens.abs() + 0.1  # powers and amplitudes, of which there may be a logarithm
-    _check_finite(model, tokens.split(1, 1)[:2], made_up)
+        if odd := _not_finite(model, tokens.split(1, 1)[:2]):
+            raise _no_numbers(model, odd, tokens, made_up)
     first, after = _run(model, tokens[:, :1], model.initial_state(1))
     _check_states(model, after)
     _check_outputs(model, first)
@@ -50,7 +53,8 @@ def examine(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] | N
     _check_consumed(model, tokens[:, :1])
     if model.timed:
         # Over several tokens a module may do what it does not over one, so it is looked at before lengths are compared.
-        _check_finite(model, [tokens], made_up)
+        if odd := _not_finite(model, [tokens]):
+            raise _no_numbers(model, odd, tokens, made_up)
         _check_kept(model, kept)
         _check_lengths(model, tokens)
     model.declare(model._shapes, *_lanes(model, tokens[0, :2, None]))
@@ -108,12 +112,10 @@ def _not_finite(model: AdaptedModel, calls: Sequence[Tensor]) -> list[str]:
     return []
 
 
-def _check_finite(model: AdaptedModel, calls: Sequence[Tensor], made_up: bool) -> None:
-    """Raise unless each of these calls, from the beginning of a stream, gives numbers that can be compared."""
-    if not (odd := _not_finite(model, calls)):
-        return
-    numbers = ", standard normal numbers and positive ones" if calls[0].is_floating_point() else ""
-    raise ConfigError(
+def _no_numbers(model: AdaptedModel, odd: Sequence[str], tokens: Tensor, made_up: bool) -> ConfigError:
+    """What to raise where these outputs or states are not finite on these tokens, and cannot be compared."""
+    numbers = ", standard normal numbers and positive ones" if tokens.is_floating_point() else ""
+    return ConfigError(
         f"{type(model.module).__name__} gives NaN or infinity in {odd} for "
         f"{f'made-up tokens{numbers}' if made_up else 'the samples'}; only finite numbers can be compared. "
         + (
