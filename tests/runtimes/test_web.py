@@ -11,7 +11,7 @@ from nsm.errors import RunError, StreamError
 from nsm.runtimes.web import WebRuntime
 from nsm.trace import Array, Arrays
 from tests.runtimes.fake import fake_initial, fake_spec
-from tests.runtimes.test_session import with_a_deadline
+from tests.runtimes.sessions import with_a_deadline
 
 # Takes frames and answers each with nothing, as node.js does after a load.
 ANSWERS = """
