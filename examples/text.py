@@ -8,6 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import compare
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,8 +21,8 @@ _CORPUS_BYTES = 4_000_000
 
 Ids = NDArray[np.int64]
 
-# Models over bytes with 1.0 to 1.2 million parameters, to be trained side by side.
-SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
+# Models over bytes: with 1.0 to 1.2 million parameters, to be trained side by side; and the NSM of compare.py.
+MODELS: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
     {
         "nsm": (
             SimpleNSM,
@@ -53,14 +54,15 @@ SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyTyp
         "gru": (RecurrentLM, {"d_model": 236, "num_layers": 3, "kind": "gru"}),
         "rwkv": (RWKVLM, {"d_model": 144, "num_layers": 4, "num_heads": 4}),
         "mamba": (MambaLM, {"d_model": 128, "num_layers": 8}),
+        "nsm-compared": (SimpleNSM, compare.NSM),
     }
 )
 
 
 def build(name: str) -> StepModel:
-    """A new small model of that name."""
-    kind, arguments = SMALL[name]
-    return kind(vocab_size=BYTES, **arguments)
+    """A new model of that name."""
+    kind, arguments = MODELS[name]
+    return kind(**{"vocab_size": BYTES, **arguments})
 
 
 def corpus(path: Path | None = None) -> tuple[Ids, Ids]:
