@@ -6,170 +6,47 @@ lanes that rest, resets, snapshots inside a chunk and restores, on the same lane
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
-from nsm.baselines.transformer import TransformerLM
-from nsm.export import openvino
-from nsm.export.build import Request
-from nsm.export.onnx import export_onnx, initial_arrays
+from nsm.errors import StreamError
+from nsm.export.onnx import initial_arrays
 from nsm.export.record import record, synthetic
 from nsm.export.torch_source import TorchSource
-from nsm.models import AdaptiveNSM, HybridModel, SimpleNSM, StepModel, fingerprint
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.parity import compare
-from nsm.runtimes.session import Session
-from nsm.runtimes.targets import find_target
-from nsm.spec import COUNT, OFFSET, StepSpec
-from nsm.trace import Array, Arrays
+from nsm.spec import COUNT, OFFSET
+from nsm.trace import Array
 from tests.runtimes.fake import assert_same
+from tests.runtimes.streams import (
+    ADAPTIVE,
+    CHUNK,
+    DEFAULTS,
+    LSTM,
+    PLAIN,
+    TOP_K,
+    VARIANTS,
+    Exporter,
+    Opener,
+    assert_close,
+    lane_of,
+    make_tokens,
+    offline,
+)
 
-CHUNK = 4
-_ANY: dict[str, Any] = {"d_model": 8, "num_heads": 2, "chunk_size": CHUNK}
-_NSM: dict[str, Any] = {**_ANY, "routing_heads": 2, "output_dim": 5, "feed_forward": 1.0}
-_IDS: dict[str, Any] = {**_NSM, "vocab_size": 20, "num_states": 6}
-
-# The model, lanes, and chunks a call of `step`.
-VARIANTS: dict[str, tuple[Callable[[], StepModel], int, int]] = {
-    "lstm, every third chunk, wide window": (
-        lambda: SimpleNSM(
-            **_IDS, num_layers=1, gate_type="lstm", window=40, consolidate_every=3, initial_states=4, communication=True
-        ),
-        3,
-        2,
-    ),
-    "hierarchy, sparsemax, memory": (
-        lambda: SimpleNSM(**_IDS, num_layers=1, hierarchy=(2, 3), routing="sparsemax", memory_rows=3),
-        3,
-        1,
-    ),
-    "adaptive, vectors": (
-        lambda: AdaptiveNSM(
-            **_NSM,
-            input_dim=3,
-            state_dim=16,
-            max_states=6,
-            initial_states=3,
-            num_layers=1,
-            prune_threshold=0.3,
-            allocate_threshold=0.35,
-            novelty_threshold=0.5,
-        ),
-        1,
-        2,
-    ),
-    "hybrid": (
-        lambda: HybridModel(**_IDS, num_attention_layers=1, num_nsm_layers=1, attention_window=7),
-        1,
-        1,
-    ),
-    "mingru, some masked": (lambda: SimpleNSM(**_IDS, num_layers=2, gate_type="mingru", initial_states=3), 3, 1),
-    "transformer": (lambda: TransformerLM(20, num_layers=1, context=10, **_ANY), 3, 1),
-}
-ADAPTIVE, PLAIN, MINGRU = "adaptive, vectors", "transformer", "mingru, some masked"
-LSTM = "lstm, every third chunk, wide window"
-MASKED = ("lstm, every third chunk, wide window", ADAPTIVE, "mingru, some masked")
+MASKED = (LSTM, ADAPTIVE, TOP_K)
 TARGETS = ("onnx", "onnxruntime", "openvino")
 
 
 def but_long(names: Iterable[str]) -> list[Any]:
     """All of them on all targets take minutes: those of which others show as much are left to the long tests."""
-    return [pytest.param(name, marks=pytest.mark.slow if name in (MINGRU, LSTM) else ()) for name in names]
-
-
-@dataclass(frozen=True)
-class Exported:
-    model: StepModel
-    spec: StepSpec
-    directory: Path
-
-    def open(self, target: str) -> Session:
-        found = find_target(target)
-        files = {e.name: self.directory / found.folder / f"{e.name}{found.suffix}" for e in self.spec.entries}
-        runtime = found.runtime_module().load(files, self.spec, "cpu", 1)
-        return Session(runtime, self.spec, initial_arrays(self.model, self.spec.batch), fingerprint(self.model), target)
-
-
-Exporter = Callable[[str], Exported]
-Opener = Callable[[str, str], tuple[Exported, Session]]
-
-
-@pytest.fixture(scope="session")
-def exporter(tmp_path_factory: pytest.TempPathFactory) -> Exporter:
-    """Exports a variant, once."""
-
-    @cache
-    @torch.no_grad()
-    def made(name: str) -> Exported:
-        torch.manual_seed(0)
-        make, batch, chunks = VARIANTS[name]
-        model = make().eval()
-        _stir(model)
-        spec, directory = model.spec(batch, chunks * CHUNK), tmp_path_factory.mktemp("streams")
-        (directory / "graphs").mkdir()
-        export_onnx(model, spec, directory / "graphs")
-        openvino.build(Request(directory, directory / "openvino", spec, None))
-        return Exported(model, spec, directory)
-
-    return made
-
-
-@pytest.fixture(scope="session")
-def opener(exporter: Exporter) -> Opener:
-    """Opens a variant on a target, once; the session is reset."""
-    sessions: dict[tuple[str, str], Session] = {}
-
-    def opened(name: str, target: str) -> tuple[Exported, Session]:
-        exported = exporter(name)
-        if (name, target) not in sessions:
-            sessions[name, target] = exported.open(target)
-        sessions[name, target].reset()
-        return exported, sessions[name, target]
-
-    return opened
-
-
-def _stir(model: nn.Module) -> None:
-    """Random weights all over, so that nothing hides behind a gate that starts closed."""
-    for name, parameter in model.named_parameters():
-        parameter.add_(torch.randn_like(parameter), alpha=1.0 if name.endswith("importance") else 0.3)
-
-
-def make_tokens(model: StepModel, lanes: int, length: int, seed: int) -> Array:
-    return np.stack(synthetic(TorchSource.of(model), lanes, length, seed))
-
-
-@torch.no_grad()
-def offline(model: StepModel, history: Array) -> tuple[Array, Arrays]:
-    """Outputs and state of one lane, which PyTorch runs in one piece from the beginning."""
-    if not len(history):
-        return np.empty(0), {name: value[0].numpy() for name, value in model.initial_state(1).items()}
-    outputs, state = model(torch.from_numpy(history[None]), return_state=True)
-    return outputs[0].numpy(), {name: value[0].numpy() for name, value in state.items()}
-
-
-def lane_of(session: Session, lane: int) -> Arrays:
-    state = session.read_state()
-    return {spec.name: state[spec.name][spec.lane_index(lane)] for spec in session.spec.states}
-
-
-def assert_close(given: Arrays, wanted: Arrays, about: str) -> None:
-    assert set(given) == set(wanted)
-    for name, value in wanted.items():
-        if value.dtype.kind == "f":
-            np.testing.assert_allclose(given[name], value, rtol=1e-5, atol=1e-5, err_msg=f"{about}: {name}")
-        else:
-            np.testing.assert_array_equal(given[name], value, err_msg=f"{about}: {name}")
+    return [pytest.param(name, marks=pytest.mark.slow if name in (LSTM, DEFAULTS) else ()) for name in names]
 
 
 # What happens: (how many tokens the lanes are given, how many of them count on each lane as a share), or to a lane.
@@ -180,22 +57,12 @@ TURNS = st.tuples(st.sampled_from(["reset", "snapshot", "restore"]), st.integers
 EVENTS = st.lists(st.one_of(FEEDS, FEEDS, TURNS), min_size=4, max_size=9)
 
 
-ALL_STREAMS = [
-    pytest.param(
-        name, target, marks=pytest.mark.slow if name in (MINGRU, LSTM) or (target == "onnx" and name != PLAIN) else ()
-    )
-    for name in VARIANTS
-    for target in TARGETS
-]
+Event = tuple[Any, Any]
 
 
-@pytest.mark.parametrize(("name", "target"), ALL_STREAMS)
-@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(events=EVENTS, seed=st.integers(0, 99))
-def test_any_split_is_the_stream_in_one_piece(
-    name: str, target: str, opener: Opener, events: list[tuple[Any, Any]], seed: int
-) -> None:
-    exported, session = opener(name, target)
+def check_streams(name: str, target: str, lanes: int | None, opener: Opener, events: list[Event], seed: int) -> None:
+    """What the lanes of a session answer, and are left with, after all that happens to them."""
+    exported, session = opener(name, target, lanes)
     model, lanes = exported.model, exported.spec.batch
     assert session.is_fresh()
     start = make_tokens(model, lanes, 1, 0)[:, :0]
@@ -217,6 +84,12 @@ def test_any_split_is_the_stream_in_one_piece(
         else:
             tokens = make_tokens(model, lanes, what, 100 * seed + turn)
             valid = np.array([round(what * share) for share in argument[:lanes]])
+            # Without `decode` a stream ends where a chunk does not become full.
+            ended = (session.offsets > 0) & (valid > 0) & (not exported.spec.has("decode"))
+            if ended.any():
+                with pytest.raises(StreamError, match=re.escape(f"on lanes {np.flatnonzero(ended).tolist()} stand")):
+                    session.feed(tokens, valid)
+                valid[ended] = 0
             outputs = session.feed(tokens, valid)["outputs"]
             touched = set(np.flatnonzero(valid).tolist())
             for lane in touched:
@@ -237,6 +110,37 @@ def test_any_split_is_the_stream_in_one_piece(
         assert_close(lane_of(session, lane), offline(model, history[lane])[1], f"lane {lane}")
         if OFFSET in exported.spec.state_names:
             assert session.offsets[lane] == len(history[lane]) % CHUNK
+
+
+ALL_STREAMS = [
+    pytest.param(
+        name,
+        target,
+        marks=pytest.mark.slow if name in (LSTM, DEFAULTS) or (target == "onnx" and name != PLAIN) else (),
+    )
+    for name in VARIANTS
+    for target in TARGETS
+]
+
+
+@pytest.mark.parametrize(("name", "target"), ALL_STREAMS)
+@settings(max_examples=3, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(events=EVENTS, seed=st.integers(0, 99))
+def test_any_split_is_the_stream_in_one_piece(
+    name: str, target: str, opener: Opener, events: list[Event], seed: int
+) -> None:
+    check_streams(name, target, None, opener, events, seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", VARIANTS)
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lanes=st.sampled_from([1, 3]), events=EVENTS, seed=st.integers(0, 10_000))
+def test_other_splits_at_every_run_are_the_stream_in_one_piece(
+    name: str, target: str, opener: Opener, lanes: int, events: list[Event], seed: int
+) -> None:
+    check_streams(name, target, lanes, opener, events, seed)
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -281,50 +185,6 @@ def test_slots_that_begin_masked_may_hold_anything(name: str, target: str, opene
         results.append({**after, "outputs": np.concatenate(outputs, 1)})
     assert_same(results[1], results[0])
     assert_same(results[2], results[0])
-
-
-# -- decisions --------------------------------------------------------------------------------------------------------
-
-CALLS = 1040
-
-
-@pytest.fixture(scope="module")
-@torch.no_grad()
-def decided(exporter: Exporter) -> tuple[Array, Array]:
-    """Tokens [calls, 1, K, 3] of a stream whose kind changes now and then, and PyTorch's masks after each call."""
-    exported = exporter(ADAPTIVE)
-    random = np.random.default_rng(5)
-    count = exported.spec.entry("step").inputs[0].shape[1]
-    kinds = random.standard_normal((CALLS // 80, 3)) * 3
-    spread = random.choice([0.1, 1.0, 3.0], CALLS // 80)
-    which = np.arange(CALLS) // 80
-    noise = random.standard_normal((CALLS, 1, count, 3))
-    tokens = (kinds[which][:, None, None] + spread[which][:, None, None, None] * noise).astype(np.float32)
-    state, masks = exported.model.initial_state(1), []
-    for call in torch.from_numpy(tokens):
-        _, state = exported.model.step(call, state)
-        masks.append(state["0.mask"][0].numpy())
-    return tokens, np.stack(masks)
-
-
-def test_slots_are_pruned_and_allocated_again_and_again(decided: tuple[Array, Array]) -> None:
-    """Otherwise the test below would compare masks that never change."""
-    _, masks = decided
-    changes = masks[1:].astype(int) - masks[:-1].astype(int)
-    assert (changes < 0).sum() >= 3, "pruned"
-    assert (changes > 0).sum() >= 3, "allocated"
-    assert masks.any(1).all()
-
-
-@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
-def test_backends_prune_and_allocate_the_slots_that_pytorch_does(
-    target: str, opener: Opener, decided: tuple[Array, Array]
-) -> None:
-    _, session = opener(ADAPTIVE, target)
-    tokens, masks = decided
-    for call, (piece, mask) in enumerate(zip(tokens, masks, strict=True)):
-        session.step(piece)
-        np.testing.assert_array_equal(session.read_state()["0.mask"][0], mask, err_msg=f"call {call}")
 
 
 # -- a model without chunks -------------------------------------------------------------------------------------------
