@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
@@ -77,6 +80,23 @@ def test_a_preset_made_narrow_runs(name: str) -> None:
         outputs = model(tokens)
     assert outputs.shape == (1, 20, 11)
     assert bool(torch.isfinite(outputs).all())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_at_its_full_size_is_exported_and_passes_parity(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    targets = ["onnxruntime", "openvino"]
+    model = from_preset(name).eval()
+    bundle = nsm.export_model(model, targets, tmp_path / "preset.nsm", num_samples=2, golden_steps=4)
+    assert bundle.manifest.model["parameters"] == parameters(model)
+    assert [(a.target, a.parity["status"]) for a in bundle.manifest.artifacts] == [(t, "passed") for t in targets]
+    trace = bundle.trace()
+    for target in targets:
+        with nsm.open(bundle.path, target) as session:
+            outputs = session.step(trace.inputs["tokens"][:1, 0])["outputs"]
+        assert outputs.shape == (1, 16, VOCABULARY)
+        np.testing.assert_allclose(outputs[:, trace.positions], trace.outputs["outputs"][:1, 0], rtol=1e-3, atol=1e-4)
 
 
 def test_an_unknown_preset_is_refused() -> None:
