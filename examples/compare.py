@@ -6,11 +6,13 @@ All models have about the same number of parameters and go through the same expo
 untrained: time does not depend on them. The transformers are in their strong form: a call takes 16 new tokens, reads
 a cache of N earlier ones in place, and gives their keys and values, which are written into it; nothing is copied.
 Every model takes turns with the NSM in blocks, two sessions in a process, so whatever else the machine does hits both.
+Memory is that of a process which does nothing but run the one model: Python, numpy, the backend, weights and state.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,6 +42,8 @@ CONTEXTS = (512, 1024, 2048, 4096, 16384)
 # claims about NSM have them, by context.
 GOALS = {512: 1.15, 1024: 1.45, 2048: 2.2, 4096: 3.3, 16384: 12.0}
 CLAIMS = {512: 1.5, 1024: 2.3, 2048: 3.7, 4096: 5.8}
+# Calls after which a process has all the memory it needs: the state is allocated whole before the first.
+SETTLED = 50
 
 NSM: Mapping[str, Any] = MappingProxyType(
     {
@@ -58,13 +62,14 @@ NSM: Mapping[str, Any] = MappingProxyType(
 @dataclass(frozen=True)
 class Row:
     """Of one model. Times are medians over rounds, in microseconds; `ratio` is the median of the paired ratios of its
-    time a call to the NSM's, `low` and `high` their quartiles.
+    time a call to the NSM's, `low` and `high` their quartiles. `resident_mb` is of a process of its own.
     """
 
     name: str
     parameters: int
     context: int | None
     state_bytes: int
+    resident_mb: float
     call_us: float
     decode_us: float
     ratio: float
@@ -128,7 +133,7 @@ def measure(sessions: Mapping[str, Session], rounds: int, calls: int) -> dict[st
 
 
 def memory_of(bundle: Path, target: str, tokens: int) -> dict[str, float]:
-    """Resident memory of a fresh process that streams so many tokens, in MB; the range is from step 1000 on."""
+    """Resident memory of a fresh process that streams so many tokens, in MB; see `stream`."""
     command = [sys.executable, __file__, "--stream", str(bundle), "--target", target, "--tokens", str(tokens)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(result.stdout)
@@ -136,8 +141,11 @@ def memory_of(bundle: Path, target: str, tokens: int) -> dict[str, float]:
 
 
 def stream(bundle: Path, target: str, tokens: int) -> dict[str, float]:
-    """Stream tokens in this process and watch its resident memory; no torch here, which takes memory of its own."""
-    statm = Path("/proc/self/statm")
+    """Stream tokens in this process and watch its resident memory; no torch here, which takes memory of its own.
+
+    `rss_mb` is the most that was seen, every 100 steps and at the end; `range_mb` and `slope_mb`, of the second half
+    against the first, are from step 1000 on, NaN for a stream that is shorter.
+    """
     resident = []
     with nsm.open(bundle, target=target) as session:
         length = session.spec.entry("step").inputs[0].shape[1]
@@ -145,17 +153,23 @@ def stream(bundle: Path, target: str, tokens: int) -> dict[str, float]:
         started = time.perf_counter()
         for step in range(tokens // length):
             session.step(inputs[step % 64])
-            if step >= 1000 and step % 100 == 0:
-                resident.append(int(statm.read_text().split()[1]) * 4096 / 1e6)
+            if step % 100 == 0:
+                resident.append(_resident_mb())
         took = time.perf_counter() - started
-    half = len(resident) // 2
+        settled = resident[10:]
+        resident.append(_resident_mb())
+    half = len(settled) // 2
     return {
-        "rss_mb": float(np.max(resident)) if resident else float("nan"),
-        "range_mb": float(np.ptp(resident)) if resident else float("nan"),
-        "slope_mb": float(np.mean(resident[half:]) - np.mean(resident[:half])) if half else float("nan"),
+        "rss_mb": float(np.max(resident)),
+        "range_mb": float(np.ptp(settled)) if settled else float("nan"),
+        "slope_mb": float(np.mean(settled[half:]) - np.mean(settled[:half])) if half else float("nan"),
         "tokens": tokens,
         "seconds": took,
     }
+
+
+def _resident_mb() -> float:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def pairs_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -> dict[str, np.ndarray]:
@@ -173,7 +187,7 @@ def pairs_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) 
 
 
 def rows_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -> list[Row]:
-    """Measure every model next to the NSM."""
+    """Measure the times of every model next to the NSM, and then the memory of each by itself."""
     times = pairs_of(bundles, target, rounds, calls)
     base = np.concatenate([pair[0] for pair in times.values()], 1)
     rows = []
@@ -184,14 +198,28 @@ def rows_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -
         call, decode = np.median(theirs, 1)
         context = int(name.rsplit(", ", 1)[1]) if "transformer" in name else None
         manifest = Bundle(path).manifest
-        parameters, state = manifest.model["parameters"], manifest.spec.state_nbytes
-        rows.append(Row(name, parameters, context, state, call, decode, ratio, low, high, float(np.median(paired[1]))))
+        length = manifest.spec.entry("step").inputs[0].shape[1]
+        rows.append(
+            Row(
+                name,
+                manifest.model["parameters"],
+                context,
+                manifest.spec.state_nbytes,
+                memory_of(path, target, SETTLED * length)["rss_mb"],
+                call,
+                decode,
+                ratio,
+                low,
+                high,
+                float(np.median(paired[1])),
+            )
+        )
     return rows
 
 
 def show(rows: list[Row], target: str) -> None:
     """The tables, for people."""
-    console = Console(width=120)
+    console = Console(width=130)
     table = Table(title=f"{target}: 16 tokens a call", header_style="bold", box=None)
     columns = (
         "model",
@@ -203,6 +231,7 @@ def show(rows: list[Row], target: str) -> None:
         "us/decode",
         "against",
         "state kB",
+        "MB resident",
     )
     for column in columns:
         table.add_column(column, justify="left" if column == "model" else "right", no_wrap=True)
@@ -217,6 +246,7 @@ def show(rows: list[Row], target: str) -> None:
             f"{row.decode_us:.0f}",
             f"{row.decode_ratio:.2f}x",
             f"{row.state_bytes / 1e3:,.0f}",
+            f"{row.resident_mb:.0f}",
         )
     console.print(table)
     base = rows[0]

@@ -89,6 +89,7 @@ def test_there_is_a_row_for_each_model(
         assert row.parameters == sum(p.numel() for p in model.parameters())
         assert row.state_bytes == model.spec(1).state_nbytes
         assert min(row.call_us, row.decode_us) > 0
+        assert 20 < row.resident_mb < 250
         assert 0 < row.low <= row.ratio <= row.high
         assert row.decode_ratio > 0
     base = rows[0]
@@ -102,6 +103,7 @@ def test_ratios_are_those_of_the_same_round(
     times = {name: np.array([[30.0, 30.0, 60.0, 600.0, 30.0], [8.0] * 5]) for name in bundles}
     times["nsm"] = np.array([[10.0, 15.0, 20.0, 200.0, 15.0], [4.0, 4.0, 4.0, 2.0, 2.0]])
     monkeypatch.setattr(compare, "measure", lambda *_: times)
+    monkeypatch.setattr(compare, "memory_of", lambda *_: {"rss_mb": 50.0})
     row = compare.rows_of(bundles, TARGET, 5, 1)[1]
     assert (row.low, row.ratio, row.high) == (2.0, 3.0, 3.0)
     assert (row.call_us, row.decode_us, row.decode_ratio) == (30.0, 8.0, 2.0)
@@ -135,7 +137,9 @@ def test_the_tables_name_all_models_and_the_goals(
     compare.show(rows, TARGET)
     lines = capsys.readouterr().out.splitlines()
     for row in rows:
-        assert any(line.strip().startswith(row.name) and f"{row.ratio:.2f}x" in line for line in lines), row.name
+        (line,) = [line.strip() for line in lines if line.strip().startswith(row.name)]
+        assert f"{row.ratio:.2f}x" in line
+        assert line.endswith(f" {row.resident_mb:.0f}")
     goals = {line.split()[0]: line.split() for line in lines if line.split()[:1] in (["512"], ["40"])}
     wide, deep = ({row.context: row for row in rows if part in row.name} for part in ("L=4", "L=10"))
     share = f"{1 - rows[0].state_bytes / rows[1].state_bytes:.1%}"
@@ -170,11 +174,12 @@ def test_the_script_writes_its_figures(
     result = CliRunner().invoke(compare.main, [*options, "--output", str(tmp_path / "found")])
     assert result.exit_code == 0, (result.output, result.exception)
     assert asked == [(40, 512)]
-    assert streamed == [(bundles["nsm"], TARGET, 1600), (bundles[WIDE], TARGET, 32_000)]
+    briefly = [(path, TARGET, 16 * compare.SETTLED) for path in bundles.values()]
+    assert streamed == [*briefly, (bundles["nsm"], TARGET, 1600), (bundles[WIDE], TARGET, 32_000)]
     assert "nsm: 1,600 tokens in 1 s, 50.0 MB resident" in result.stdout
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["target"] == TARGET
-    assert [row["name"] for row in found["rows"]] == list(bundles)
+    assert [(row["name"], row["resident_mb"]) for row in found["rows"]] == [(name, 50.0) for name in bundles]
     assert set(found["memory"]) == {"nsm", WIDE}
     assert (tmp_path / "found.png").is_file()
 
@@ -189,10 +194,22 @@ def test_memory_is_that_of_a_process_of_its_own(compare: ModuleType, made: Mappi
     assert math.isfinite(found["slope_mb"])
 
 
-def test_a_short_stream_has_no_memory_to_speak_of(compare: ModuleType, made: Mapping[str, Path]) -> None:
+def test_a_short_stream_shows_its_memory_but_no_change_of_it(compare: ModuleType, made: Mapping[str, Path]) -> None:
     found = compare.stream(made["nsm"], TARGET, 160)
-    assert math.isnan(found["rss_mb"])
+    assert found["rss_mb"] > 20
+    assert math.isnan(found["range_mb"])
+    assert math.isnan(found["slope_mb"])
     assert found["tokens"] == 160
+
+
+def test_a_longer_context_shows_in_the_memory_of_a_process(compare: ModuleType, tmp_path: Path) -> None:
+    """Keys and values of 16,384 tokens are 16.8 MB here, and are there twice: as at first, and as they are."""
+    torch.manual_seed(0)
+    sizes = {}
+    for context in (64, 16_384):
+        bundle = compare.make_bundle(TransformerLM(256, 128, 1, 2, context), TARGET, tmp_path / f"{context}.nsm")
+        sizes[context] = compare.memory_of(bundle, TARGET, 16 * compare.SETTLED)["rss_mb"]
+    assert sizes[16_384] - sizes[64] > 0.9 * 2 * 128 * 4 * 16_384 / 1e6
 
 
 def test_streaming_needs_no_torch() -> None:
