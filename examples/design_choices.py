@@ -33,9 +33,22 @@ from nsm.models import AdaptiveNSM, SimpleNSM, StepModel
 
 STEPS, LAST = 200, 50
 
+# Where depth and width change, the feed-forward part makes up for it.
+EQUAL_PARAMETERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "3 layers": {"num_layers": 3, "feed_forward": 4.7},
+        "4 layers": {"num_layers": 4, "feed_forward": 2.8},
+        "d=256": {"d_model": 256, "state_dim": 256, "feed_forward": 23.7},
+        "d=256, 4 layers": {"d_model": 256, "state_dim": 256, "num_layers": 4, "feed_forward": 10.1},
+        "d=512": {"d_model": 512, "state_dim": 512, "feed_forward": 3.37},
+    }
+)
 CHOICES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "as compared": {},
+        "consolidated every 2 chunks": {"consolidate_every": 2},
+        "consolidated every 4 chunks": {"consolidate_every": 4},
+        "consolidated every 8 chunks": {"consolidate_every": 8},
         "never consolidated": {"consolidate_every": 0},
         "gate gru": {"gate_type": "gru"},
         "gate lstm": {"gate_type": "lstm"},
@@ -52,8 +65,7 @@ CHOICES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "entmax routing": {"routing": "entmax"},
         "hierarchy, 4 and 16 chunks": {"num_states": 33, "hierarchy": (4, 16)},
         "memory of 256 rows": {"memory_rows": 256},
-        "3 layers": {"num_layers": 3, "feed_forward": 4.7},
-        "4 layers": {"num_layers": 4, "feed_forward": 2.8},
+        **EQUAL_PARAMETERS,
     }
 )
 

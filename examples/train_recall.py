@@ -15,6 +15,7 @@ from pathlib import Path
 import click
 import numpy as np
 import torch
+from click.core import ParameterSource
 from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional
@@ -59,6 +60,18 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
     return float((logits.argmax(-1) == wanted)[asked].mean())
 
 
+def chosen_options() -> str:
+    """What the command line says, but for the output, as it would be said again."""
+    context, words = click.get_current_context(), []
+    for parameter in context.command.params:
+        name = parameter.name or ""
+        if name != "output" and context.get_parameter_source(name) is ParameterSource.COMMANDLINE:
+            value = context.params[name]
+            for one in value if isinstance(value, tuple) else (value,):
+                words += [parameter.opts[0]] if one is True else [parameter.opts[0], str(one)]
+    return " ".join(words) or "the defaults"
+
+
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="recall.pt", show_default=True)
 @click.option("--steps", default=2000, show_default=True, help="Updates of the weights.")
@@ -71,6 +84,14 @@ def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
 @click.option("--top-k", type=int, help="For --routing topk.")
 @click.option("--gate", default="mingru", show_default=True, help="gru, lstm or mingru.")
 @click.option("--consolidate-every", default=1, show_default=True, help="Chunks between consolidations; 0: never.")
+@click.option("--communication", is_flag=True, help="Slots attend to each other when they are consolidated.")
+@click.option(
+    "--hierarchy",
+    type=int,
+    multiple=True,
+    help="A slower bank and its period in chunks; repeatable. They share the slots.",
+)
+@click.option("--memory-rows", default=0, show_default=True, help="Rows of an external memory.")
 @click.option("--streams", default=64, show_default=True, help="Streams of an update.")
 @click.option(
     "--grow", is_flag=True, help=f"Begin with {PAIRS} pairs and double them after every fifth of the updates."
@@ -88,6 +109,9 @@ def main(
     top_k: int | None,
     gate: GateType,
     consolidate_every: int,
+    communication: bool,
+    hierarchy: tuple[int, ...],
+    memory_rows: int,
     streams: int,
     grow: bool,
     seed: int,
@@ -107,6 +131,9 @@ def main(
         routing=routing,
         top_k=top_k,
         consolidate_every=consolidate_every,
+        communication=communication,
+        hierarchy=hierarchy,
+        memory_rows=memory_rows,
     )
     optimiser = torch.optim.AdamW(model.parameters(), 3e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, steps)
@@ -128,7 +155,9 @@ def main(
         found = accuracy(model.eval()(torch.from_numpy(ids)).numpy(), wanted)
     nsm.save(model, output, samples=ids[:16])
     parameters = sum(p.numel() for p in model.parameters())
-    click.echo(f"{output}: {parameters:,} parameters, recall {found:.2%} of {1000 * pairs} questions")
+    click.echo(
+        f"{output}: {parameters:,} parameters, recall {found:.2%} of {1000 * pairs} questions, with {chosen_options()}"
+    )
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -26,14 +27,20 @@ TINY: dict[str, Any] = {
 
 
 @pytest.fixture
-def design(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+def whole(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The example as it is."""
     monkeypatch.syspath_prepend(str(EXAMPLES))
     before = set(sys.modules)
-    module = importlib.import_module("design_choices")
-    monkeypatch.setattr(module.compare, "NSM", TINY)
-    yield module
+    yield importlib.import_module("design_choices")
     for name in {"design_choices", "compare"} - before:
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def design(whole: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The example on a tiny model."""
+    monkeypatch.setattr(whole.compare, "NSM", TINY)
+    return whole
 
 
 @pytest.mark.slow
@@ -43,6 +50,14 @@ def test_every_choice_makes_a_model(design: ModuleType) -> None:
     }
     assert sizes["gate gru"] > sizes["as compared"] > 0
     assert design.adaptive().state_manager.num_active_states == TINY["num_states"] // 2
+
+
+def test_depth_and_width_are_compared_at_equal_parameters(whole: ModuleType) -> None:
+    assert {"d=256", "d=512", "3 layers", "4 layers"} <= set(whole.EQUAL_PARAMETERS) <= set(whole.CHOICES)
+    with torch.device("meta"):
+        models = [whole.build(changes) for changes in ({}, *whole.EQUAL_PARAMETERS.values())]
+    sizes = [sum(p.numel() for p in model.parameters()) for model in models]
+    assert sizes == [pytest.approx(sizes[0], rel=0.03)] * len(sizes)
 
 
 @pytest.mark.slow

@@ -8,13 +8,16 @@ as it was, the answers must fall to chance.
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 
 import nsm
 from nsm.export.pipeline import ExportOptions, export
@@ -68,6 +71,30 @@ def session(recall_bundle: Path, target: str) -> Iterator[nsm.Session]:
 )
 def test_pairs_grow_up_to_what_was_asked_for(task: ModuleType, pairs: int, wanted: list[int]) -> None:
     assert [task.pairs_at(update, 10, pairs) for update in range(10)] == wanted
+
+
+@pytest.mark.parametrize(
+    ("options", "changed"),
+    [
+        ("--routing topk --top-k 2", {"routing": "topk", "top_k": 2}),
+        ("--routing sparsemax --consolidate-every 2", {"routing": "sparsemax", "consolidate_every": 2}),
+        ("--states 18 --hierarchy 2 --hierarchy 4", {"hierarchy": [2, 4], "num_states": 18}),
+        ("--routing entmax --gate lstm --communication", {"routing": "entmax", "communication": True}),
+        ("--gate lstm --memory-rows 3", {"memory_rows": 3, "gate_type": "lstm"}),
+    ],
+)
+def test_what_is_asked_for_is_trained_and_shown_with_what_it_recalls(
+    options: str, changed: dict[str, Any], task: ModuleType, tmp_path: Path
+) -> None:
+    small = "--steps 2 --width 8 --state-dim 8"
+    output = str(tmp_path / "r.pt")
+    result = CliRunner().invoke(task.main, [*small.split(), *options.split(), "--streams", "2", "--output", output])
+    assert result.exit_code == 0, (result.output, result.exception)
+    said = re.search(r"r\.pt: [\d,]+ parameters, recall [\d.]+% of 4000 questions, with (.*)\n", result.stdout)
+    assert said is not None, result.stdout
+    assert sorted(said[1].split()) == sorted(f"{small} {options} --streams 2".split())
+    config = nsm.load(tmp_path / "r.pt").config
+    assert {name: config[name] for name in changed} == changed
 
 
 def _with_fresh_banks(state: Arrays, initial: Arrays) -> Arrays:
