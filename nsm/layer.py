@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from nsm.adaptation import Adaptation
 from nsm.attention import Heads, HybridAttention
 from nsm.consolidation import Consolidation
-from nsm.errors import ConfigError
+from nsm.errors import ConfigError, InputError
 from nsm.joined import JoinedProduct
 from nsm.layout import (
     chunks,
@@ -227,7 +227,7 @@ class NSMLayer(nn.Module):
         learned = {
             "bank": torch.where(manager.mask[:, None], bank, 0.0),
             "mask": manager.mask.unsqueeze(0),
-            "importance": torch.sigmoid(manager.importance).unsqueeze(0),
+            "importance": manager.initial_importance().unsqueeze(0),
             "cell": torch.where(manager.mask[:, None], bank, 0.0),
         }
         state = {}
@@ -369,7 +369,11 @@ class NSMLayer(nn.Module):
 
         Returns:
             output [B, T, d]; states [B, S, D], the bank after the last token.
+
+        Raises:
+            InputError: tokens, states or a mask of another shape, or a mask that is not bool.
         """
+        self._check_forward(tokens, states, mask)
         batch, length, dim = tokens.shape
         state = self.initial_state(batch)
         if states is not None:
@@ -385,6 +389,25 @@ class NSMLayer(nn.Module):
         if missing:
             state = self._written(state, state["open_weight"], state["open_write"])
         return output[:, :length], to_states(state["bank"])
+
+    def _check_forward(self, tokens: Tensor, states: Tensor | None, mask: Tensor | None) -> None:
+        (slots, state_dim), (dim,) = self.manager.bank.shape, self.norm.normalized_shape
+        if tokens.dim() != 3 or tokens.shape[-1] != dim or 0 in tokens.shape:
+            raise InputError(
+                f"The layer takes tokens [B, T, {dim}], at least one; given {list(tokens.shape)}. Make the layer with "
+                "the token_dim of your tokens."
+            )
+        batch = tokens.shape[0]
+        if states is not None and states.shape != (batch, slots, state_dim):
+            raise InputError(
+                f"The layer starts from states [B, S, D] = [{batch}, {slots}, {state_dim}], its num_states by its "
+                f"state_dim; given {list(states.shape)}."
+            )
+        if mask is not None and (mask.shape != (batch, slots) or mask.dtype != torch.bool):
+            raise InputError(
+                f"The layer takes a mask [B, S] = [{batch}, {slots}] of bool, True for an active slot; given "
+                f"{list(mask.shape)} of {mask.dtype}."
+            )
 
     # -- parts ---------------------------------------------------------------------------------------------------
 

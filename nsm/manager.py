@@ -77,8 +77,15 @@ class StateManager(nn.Module):
         return self.num_active_states
 
     def get_importance_scores(self) -> Tensor:
-        """Learned importance of every slot, active or not: [max_states] in (0, 1)."""
-        return torch.sigmoid(self.importance.detach())
+        """Learned importance of every slot, active or not: [max_states], strictly between 0 and 1."""
+        return self.initial_importance().detach()
+
+    def initial_importance(self) -> Tensor:
+        """The importance scores with their gradient: where the trace of a bank that adapts begins, [max_states]."""
+        scores = torch.sigmoid(self.importance)
+        # Far out sigmoid rounds to its limits.
+        limits = torch.finfo(scores.dtype)
+        return scores.clamp(limits.tiny, 1.0 - limits.eps / 2)
 
     def get_state_info(self) -> dict[str, Any]:
         """A summary for people and logs."""

@@ -137,6 +137,20 @@ def test_memory_usage_is_the_active_part_in_megabytes() -> None:
     assert manager.memory_usage == pytest.approx(64 * 500 * 4 / 1e6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_importance_scores_stay_inside_however_far_the_weights_went(dtype: torch.dtype) -> None:
+    """In float32 sigmoid(20) is 1 and sigmoid(-120) is 0."""
+    manager = make_manager([0.5] * 6).to(dtype)
+    with torch.no_grad():
+        manager.importance.copy_(torch.tensor([-1e4, -120.0, -20.0, 20.0, 120.0, 1e4]))
+    scores = manager.get_importance_scores()
+    assert scores.dtype is dtype
+    assert bool(((scores > 0) & (scores < 1)).all())
+    assert bool((scores.diff() >= 0).all())
+    assert manager.initial_importance().requires_grad
+    assert manager.prune_low_importance_states() == 3
+
+
 def test_importance_scores_carry_no_gradient() -> None:
     assert not make_manager([0.5, 0.6]).get_importance_scores().requires_grad
 
