@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import gcd
 from typing import Literal, get_args, overload
 
 import torch
@@ -53,7 +54,8 @@ class StatePropagator(nn.Module):
         state_dim: D.
         gate_type: "gru", "lstm" or "mingru".
         enable_communication: whether slots attend to each other.
-        num_heads: heads of the communication; must divide D.
+        num_heads: heads of the communication; must divide D (default: 4, or the
+            largest divisor of it that does).
         num_blocks: G, diagonal blocks of the gates' matrices; must divide D. 1 is a dense gate.
 
     Raises:
@@ -65,7 +67,7 @@ class StatePropagator(nn.Module):
         state_dim: int = 128,
         gate_type: GateType = "gru",
         enable_communication: bool = True,
-        num_heads: int = 4,
+        num_heads: int | None = None,
         num_blocks: int = 1,
     ) -> None:
         super().__init__()
@@ -73,6 +75,7 @@ class StatePropagator(nn.Module):
             raise ConfigError(f"gate_type must be one of {', '.join(GATE_TYPES)}; given {gate_type!r}.")
         if state_dim < 1:
             raise ConfigError(f"state_dim must be >= 1; given {state_dim}.")
+        num_heads = gcd(4, state_dim) if num_heads is None else num_heads
         for name, value in (("num_heads", num_heads), ("num_blocks", num_blocks)):
             if (name == "num_blocks" or enable_communication) and (value < 1 or state_dim % value):
                 raise ConfigError(f"{name} must divide state_dim={state_dim}; given {value}.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import gcd
 from typing import Unpack
 
 from nsm.adaptation import Adaptation
@@ -29,7 +30,8 @@ class AdaptiveNSM(StreamModel):
         prune_threshold, allocate_threshold, novelty_threshold: see `Adaptation`.
         output_dim: width of the outputs (default: input_dim, or vocab_size).
         d_model: width of a token (default: state_dim / 2).
-        num_layers, num_heads: depth, and heads of the attention.
+        num_layers, num_heads: depth, and heads of the attention (default: 4, or the largest divisor of it that divides
+            d_model).
         options: of the layers, see `NSMLayer`.
 
     Raises:
@@ -50,7 +52,7 @@ class AdaptiveNSM(StreamModel):
         output_dim: int | None = None,
         d_model: int | None = None,
         num_layers: int = 2,
-        num_heads: int = 4,
+        num_heads: int | None = None,
         **options: Unpack[LayerOptions],
     ) -> None:
         check_one_form("AdaptiveNSM", vocab_size, input_dim)
@@ -59,16 +61,18 @@ class AdaptiveNSM(StreamModel):
             "output_dim": next(size for size in (output_dim, input_dim, vocab_size) if size is not None),
             "d_model": state_dim // 2 if d_model is None else d_model,
             "num_layers": num_layers,
-            "num_heads": num_heads,
+            "num_heads": 4 if num_heads is None else num_heads,
         }
         size = checked_sizes("AdaptiveNSM", {"vocab_size": vocab_size, "input_dim": input_dim, **sizes})
-        adaptation = Adaptation(prune_threshold, allocate_threshold, novelty_threshold)
         width = size["d_model"]
+        if num_heads is None:
+            size["num_heads"] = gcd(size["num_heads"], width)
+        adaptation = Adaptation(prune_threshold, allocate_threshold, novelty_threshold)
         layers = [
             NSMLayer(
                 state_dim,
                 width,
-                num_heads,
+                size["num_heads"],
                 count,
                 initial_states=initial_states,
                 prune_threshold=prune_threshold,

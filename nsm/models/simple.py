@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import gcd
 from typing import Literal, Unpack, overload
 
 from nsm.errors import ConfigError
@@ -40,7 +41,8 @@ class SimpleNSM(StreamModel):
         output_dim: width of the outputs.
         max_seq_length: the longest sequence `forward` takes in one call (ids; vectors: any). Positions are
             relative to the window, so no weight depends on it, and a stream through `step` has no limit.
-        num_layers, num_heads: depth, and heads of the attention.
+        num_layers, num_heads: depth, and heads of the attention (default: 8 over ids, 4 over vectors, or the largest
+            divisor of that which divides d_model).
         initial_states, prune_threshold: see `StateManager`.
         options: of the layers, see `NSMLayer`: chunk_size, window, gate_type, routing_heads, ...
 
@@ -112,6 +114,8 @@ class SimpleNSM(StreamModel):
         sizes.setdefault("output_dim", vocab_size)
         size = checked_sizes("SimpleNSM", {"vocab_size": vocab_size, "input_dim": input_dim, **sizes})
         width = size["d_model"]
+        if num_heads is None:
+            size["num_heads"] = gcd(size["num_heads"], width)
         slots = _STATES[form] if num_states is None else num_states
         layers = [
             NSMLayer(

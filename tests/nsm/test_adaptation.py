@@ -185,7 +185,7 @@ def test_lanes_decide_for_themselves() -> None:
 @pytest.mark.parametrize(
     ("prune", "allocate", "novelty", "rest"),
     # How many commits a slot rests at least: from the prune threshold to 0.4, 2 % of the way to 0.5 a commit.
-    [(0.1, 0.35, 0.9, 60), (0.3, 0.35, 0.9, 30), (0.3, 0.35, 0.2, 30), (0.35, 0.36, 0.0, 15)],
+    [(0.1, 0.45, 0.9, 60), (0.1, 0.35, 0.9, 60), (0.3, 0.35, 0.9, 30), (0.3, 0.35, 0.2, 30), (0.35, 0.36, 0.0, 15)],
 )
 def test_no_slot_flickers(prune: float, allocate: float, novelty: float, rest: int) -> None:
     """1000 commits of tokens that like now these slots, now those, on 8 lanes."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from nsm.adaptation import Adaptation
-from nsm.errors import ConfigError
+from nsm.errors import ConfigError, InputError
 from nsm.layer import LayerState, NSMLayer
 from nsm.layout import to_bank
 from tests.nsm.test_layer import (
@@ -227,6 +227,38 @@ def test_any_even_state_dim(state_dim: int) -> None:
     assert (state_dim // 2) % layer.heads == 0
     assert layer.router.num_heads == layer.consolidation.propagator.num_blocks // 2 == layer.heads
     assert layer(random_tokens(1, 5))[1].shape == (1, SLOTS, state_dim)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "states", "mask", "message"),
+    [
+        ((2, 5, DIM + 1), None, None, rf"takes tokens \[B, T, {DIM}\], at least one; given \[2, 5, {DIM + 1}\]"),
+        ((5, DIM), None, None, rf"takes tokens \[B, T, {DIM}\].*given \[5, {DIM}\]"),
+        ((2, 0, DIM), None, None, rf"at least one; given \[2, 0, {DIM}\]"),
+        (
+            (2, 5, DIM),
+            (2, SLOTS - 1, 12),
+            None,
+            rf"states \[B, S, D\] = \[2, {SLOTS}, 12\].*given \[2, {SLOTS - 1}, 12\]",
+        ),
+        ((2, 5, DIM), (2, SLOTS, 10), None, rf"given \[2, {SLOTS}, 10\]"),
+        ((2, 5, DIM), (1, SLOTS, 12), None, rf"given \[1, {SLOTS}, 12\]"),
+        (
+            (2, 5, DIM),
+            None,
+            torch.ones(2, SLOTS - 1).bool(),
+            rf"a mask \[B, S\] = \[2, {SLOTS}\].*given \[2, {SLOTS - 1}\]",
+        ),
+        ((2, 5, DIM), None, torch.ones(2, SLOTS), "of bool, True for an active slot.*of torch.float32"),
+    ],
+)
+def test_what_is_not_of_the_layer_s_sizes_is_refused(
+    tokens: tuple[int, ...], states: tuple[int, ...] | None, mask: Tensor | None, message: str
+) -> None:
+    layer = make_layer(state_dim=12)
+    bank = None if states is None else torch.zeros(states).double()
+    with pytest.raises(InputError, match=message):
+        layer(torch.zeros(tokens).double(), bank, mask)
 
 
 @pytest.mark.parametrize(

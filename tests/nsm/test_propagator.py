@@ -214,6 +214,14 @@ def test_only_communication_needs_heads_that_divide_the_state() -> None:
         StatePropagator(state_dim=6, num_heads=4)
 
 
+@pytest.mark.parametrize(("state_dim", "heads"), [(128, 4), (126, 2), (127, 1), (1, 1)])
+def test_any_width_communicates_with_the_heads_that_divide_it(state_dim: int, heads: int) -> None:
+    propagator = StatePropagator(state_dim=state_dim)
+    assert propagator.num_heads == heads
+    state = torch.randn(2, 3, state_dim)
+    assert propagator(state, state).shape == state.shape
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

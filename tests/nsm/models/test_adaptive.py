@@ -153,3 +153,10 @@ def test_thresholds_reach_the_layers() -> None:
 def test_what_makes_no_model_is_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         AdaptiveNSM(**arguments)
+
+
+@pytest.mark.parametrize(("state_dim", "heads"), [(256, 4), (126, 1), (100, 2)])
+def test_any_width_has_heads_that_divide_it(state_dim: int, heads: int) -> None:
+    with torch.device("meta"):
+        model = AdaptiveNSM(input_dim=3, state_dim=state_dim)
+    assert layers_of(model)[0].attention.local.num_heads == model.config["num_heads"] == heads

@@ -67,6 +67,20 @@ def test_over_vectors_the_defaults_are_the_documented_ones() -> None:
     assert model.max_seq_length is None
 
 
+@pytest.mark.parametrize(
+    ("sizes", "heads"),
+    [
+        ({"input_dim": 3, "state_dim": 126}, 1),
+        ({"input_dim": 3, "state_dim": 100}, 2),
+        ({"vocab_size": 9, "d_model": 60}, 4),
+        ({"vocab_size": 9, "d_model": 63}, 1),
+    ],
+)
+def test_any_width_has_heads_that_divide_it(sizes: dict[str, Any], heads: int) -> None:
+    model = SimpleNSM(**sizes)
+    assert sizes_of(model)["num_heads"] == model.config["num_heads"] == heads
+
+
 @pytest.mark.parametrize("arguments", [IDS, VECTORS], ids=["ids", "vectors"])
 def test_what_is_given_is_what_is_built(arguments: dict[str, Any]) -> None:
     given = {
