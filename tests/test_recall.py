@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHECKPOINT = ROOT / "tests" / "data" / "recall.pt"
 STREAMS = 250
 CHANCE = 1 / 32
-LEARNED = 0.95
+LEARNED = 0.99
 # Four standard deviations above chance for 1000 questions.
 AT_CHANCE = CHANCE + 4 * np.sqrt(CHANCE * (1 - CHANCE) / 1000)
 
