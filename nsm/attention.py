@@ -45,6 +45,10 @@ class LocalAttention(nn.Module):
     Raffel et al. 2020). Nothing depends on how old the stream is. `filled` says how many of the P rows are there, so
     an empty window is nothing and not zeros.
 
+    Rotary positions (Su et al. 2021) would do the same and cost more here: as places count within the window, the
+    carried keys would have to be turned anew in every call, beside the new queries and keys. What a distance adds comes
+    from the weights alone, so it is one constant table in an exported step, and one addition; in a decode, a row of it.
+
     With `causal=False` tokens also see the later ones of their own chunk.
 
     State by role: key, value [B, H, P, e]; open_key, open_value [B, H, C, e], zero from the offset on.

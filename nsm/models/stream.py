@@ -50,6 +50,9 @@ class StreamModel(StepModel):
     token anywhere in a chunk, and `commit` ends the chunks that are full. `forward` puts these together over a
     sequence, so a sequence in one call and the same sequence in any pieces give the same outputs and the same state.
 
+    No input says which lanes are active, for the counts do: a lane whose `valid` is 0 keeps its state as it was in
+    `step` and `decode`, and `commit` changes the lanes whose own offset says that their chunk is full.
+
     Args:
         embed: tokens [B, T] or [B, T, input_dim] -> [B, T, d].
         layers: all with the same chunk size.
