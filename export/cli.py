@@ -166,7 +166,9 @@ def main() -> None:
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @_low_precision
 @click.option(
-    "--debug-outputs", is_flag=True, help="Add outputs to look inside: routing.{layer}, [B, K, heads, slots]."
+    "--debug-outputs",
+    is_flag=True,
+    help="Add outputs to look inside: routing.{layer} [B, K, heads, slots] and, where slots adapt, mask.{layer}.",
 )
 @click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and say what it saved.")
 @click.option("--mobile", is_flag=True, help="With onnxruntime: build its .ort form as well, the target mobile.")

@@ -64,6 +64,11 @@ class AttentionLayer(nn.Module):
         """It routes nothing."""
         return None
 
+    @property
+    def adapts(self) -> bool:
+        """It has no slots that could come and go."""
+        return False
+
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
         return self.attention.state_specs(prefix, batch)
 

@@ -49,6 +49,13 @@ class Clock(NamedTuple):
     chunk: Tensor | None
 
 
+class Routed(NamedTuple):
+    """How the tokens of n chunks chose slots, [B, n, R, C, S1], and which slots were active, [B, n, S] bool."""
+
+    weights: Tensor
+    mask: Tensor
+
+
 class _Projected(NamedTuple):
     """What a layer makes of a run of T tokens in N runs before it touches a bank."""
 
@@ -178,6 +185,11 @@ class NSMLayer(nn.Module):
         """R and S1: bank heads, and the slots that tokens write to, those of the fastest time scale."""
         return self.heads, self.written_slots
 
+    @property
+    def adapts(self) -> bool:
+        """Whether the mask changes while a stream runs."""
+        return self.adaptation is not None
+
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
         """The layer's states, named `{prefix}.{role}`."""
         slots, dim = self.manager.bank.shape
@@ -245,7 +257,7 @@ class NSMLayer(nn.Module):
 
     def scan(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
-    ) -> tuple[Tensor, LayerState, Tensor]:
+    ) -> tuple[Tensor, LayerState, Routed]:
         """Take whole chunks, on lanes that stand at a chunk's beginning.
 
         Args:
@@ -256,7 +268,7 @@ class NSMLayer(nn.Module):
                 open; a lane with 0 keeps its state as it was.
 
         Returns:
-            The layer's output [B, n * C, d], the state, and the routing weights [B, n, R, C, S1].
+            The layer's output [B, n * C, d], the state, and how it routed.
         """
         batch, length, dim = tokens.shape
         size = self.chunk_size
@@ -309,7 +321,8 @@ class NSMLayer(nn.Module):
             if self.memory is not None:
                 opened["open_mixed"] = made.mixed
             result |= {role: keep_open(counted.opened, part, state[role]) for role, part in opened.items()}
-        return self._feed_forward(tokens + output), result, torch.stack(routings, 1)
+        routed_by = Routed(torch.stack(routings, 1), torch.stack(masks_read, 1))
+        return self._feed_forward(tokens + output), result, routed_by
 
     def decode(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None

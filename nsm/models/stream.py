@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError, InputError, StreamError
-from nsm.layer import Clock, LayerState
+from nsm.layer import Clock, LayerState, Routed
 from nsm.models.step import State, StepModel
 from nsm.spec import OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 
@@ -31,12 +31,14 @@ class StreamLayer(Protocol):
     def periods(self) -> tuple[int, ...]: ...
     @property
     def routing_shape(self) -> tuple[int, int] | None: ...
+    @property
+    def adapts(self) -> bool: ...
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]: ...
     def initial_state(self, batch: int) -> LayerState: ...
     def touched(self, entry: str, roles: Sequence[str], partial: bool) -> tuple[list[str], list[str]]: ...
     def scan(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
-    ) -> tuple[Tensor, LayerState, Tensor | None]: ...
+    ) -> tuple[Tensor, LayerState, Routed | None]: ...
     def decode(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
     ) -> tuple[Tensor, LayerState, Tensor | None]: ...
@@ -99,7 +101,7 @@ class StreamModel(StepModel):
         Args:
             batch: lanes.
             tokens_per_call: K of `step`, a multiple of the chunk size (default: one chunk).
-            debug_outputs: whether `step` also gives `routing.{layer}` [B, K, R, S1], how each token chose slots.
+            debug_outputs: whether `step` also gives what `traced_step` does.
         """
         count = self.checked_count(tokens_per_call)
         states = [StateSpec(name, (batch,), "int64") for name in self._lane_states()]
@@ -117,11 +119,11 @@ class StreamModel(StepModel):
                 inputs.append(TensorSpec("valid", (batch,), "int64", None, 0, length))
             outputs = [TensorSpec("outputs", (batch, length, self.output_dim), "float32", 1)] if length else []
             if name == "step" and debug_outputs:
-                outputs += [
-                    TensorSpec(f"routing.{index}", (batch, count, *shape), "float32", 1)
-                    for index, layer in enumerate(self._layers())
-                    if (shape := layer.routing_shape) is not None
-                ]
+                for index, layer in enumerate(self._layers()):
+                    if (shape := layer.routing_shape) is not None:
+                        outputs.append(TensorSpec(f"routing.{index}", (batch, count, *shape), "float32", 1))
+                        if layer.adapts:
+                            outputs.append(TensorSpec(f"mask.{index}", (batch, count, shape[1]), "float32", 1))
             reads, writes = self._touched(name, layered, partial)
             entries.append(EntrySpec(name, tuple(inputs), tuple(outputs), reads, writes))
         return StepSpec(tuple(entries), tuple(states), self.chunk_size, batch)
@@ -157,7 +159,12 @@ class StreamModel(StepModel):
     def traced_step(
         self, tokens: Tensor, state: State, valid: Tensor | None = None
     ) -> tuple[Tensor, State, dict[str, Tensor]]:
-        """`step`, and for every layer that routes `routing.{layer}` [B, K, R, S1], how its tokens chose slots."""
+        """`step`, and how the tokens chose slots.
+
+        Returns:
+            as of `step`; and for every layer that routes `routing.{layer}` [B, K, R, S1], and where its mask changes
+            `mask.{layer}` [B, K, S], 1 for the slots that were active for a token and 0 for the others.
+        """
         self.check_tokens(tokens)
         count = tokens.shape[1] // self.chunk_size
         if tokens.shape[1] % self.chunk_size:
@@ -174,12 +181,15 @@ class StreamModel(StepModel):
                 )
         clock = self._clock(state)
         hidden = self._embedded(tokens, valid)
-        result, routings = dict(state), {}
+        result, shown = dict(state), {}
         for index, layer in enumerate(self._layers()):
-            hidden, part, routing = layer.scan(hidden, _part(state, index), clock, valid)
+            hidden, part, routed = layer.scan(hidden, _part(state, index), clock, valid)
             result |= _named(part, index)
-            if routing is not None:
-                routings[f"routing.{index}"] = routing.transpose(2, 3).flatten(1, 2)
+            if routed is not None:
+                shown[f"routing.{index}"] = routed.weights.transpose(2, 3).flatten(1, 2)
+                if layer.adapts:
+                    by_token = routed.mask.unsqueeze(2).expand(-1, -1, self.chunk_size, -1).flatten(1, 2)
+                    shown[f"mask.{index}"] = by_token.to(hidden.dtype)
         if valid is None:
             chunks: Tensor | int = count
         else:
@@ -187,7 +197,7 @@ class StreamModel(StepModel):
             result[OFFSET] = torch.where(valid > 0, valid % self.chunk_size, state[OFFSET])
         self._advance_clock(result, state, chunks)
         outputs: Tensor = self.head(hidden)
-        return outputs, result, routings
+        return outputs, result, shown
 
     def decode(self, tokens: Tensor, state: State, valid: Tensor | None = None) -> tuple[Tensor, State]:
         """Take one token a lane, [B, 1] ids or [B, 1, input_dim]; `valid` [B] is 0 for a lane that has none.
@@ -237,8 +247,8 @@ class StreamModel(StepModel):
             return {"outputs": outputs}, state
         if entry != "step":
             raise InputError(f"There is no entry {entry!r}. Entries: step, decode, commit.")
-        outputs, state, routings = self.traced_step(inputs["tokens"], state, inputs.get("valid"))
-        return {"outputs": outputs, **routings}, state
+        outputs, state, shown = self.traced_step(inputs["tokens"], state, inputs.get("valid"))
+        return {"outputs": outputs, **shown}, state
 
     def forward(
         self, tokens: Tensor, state: State | None = None, return_state: bool = False

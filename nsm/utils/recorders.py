@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from nsm.models.stream import StreamModel
 
-ROUTING = "routing."
+ROUTING, MASK = "routing.", "mask."
 
 
 def record_model(model: StreamModel, tokens: ArrayLike, stream: int = 0) -> Recording:
@@ -80,9 +80,8 @@ def record_model(model: StreamModel, tokens: ArrayLike, stream: int = 0) -> Reco
 def read_trace(trace: Trace, stream: int = 0) -> Recording:
     """What a golden trace holds of one stream; needs no torch.
 
-    The trace must have the outputs `routing.{layer}` [N, T, P, R, S1]. Banks and masks are those around its sampled
-    steps. Which slots were active at the steps between is told by the last sampled one, and by the routing: a slot
-    that a token chose was active.
+    The trace must have the outputs `routing.{layer}` [N, T, P, R, S1], and `mask.{layer}` [N, T, P, S] for a layer
+    whose mask changes. Banks, and masks over time, are those around its sampled steps.
 
     Raises:
         InputError: a trace without routing, or no such stream among those whose states were kept.
@@ -115,8 +114,10 @@ def read_trace(trace: Trace, stream: int = 0) -> Recording:
     for index in names:
         routed = trace.outputs[f"{ROUTING}{index}"][stream][kept]
         mask, banks = at(f"{index}.mask"), bank_states(at(f"{index}.bank"))
-        began = np.repeat(starts, kept.sum(1))
-        known = mask[[recording.time_of(int(start)) for start in began], : routed.shape[-1]]
+        if f"{MASK}{index}" in trace.outputs:
+            active = trace.outputs[f"{MASK}{index}"][stream][kept] > 0
+        else:
+            active = np.broadcast_to(mask[0], (len(routed), mask.shape[-1]))
         change = _unknown(banks)
         for row, step in enumerate(sampled):
             around = [bank_states(group[f"{index}.bank"][stream, row]) for group in (trace.after, trace.before)]
@@ -125,7 +126,7 @@ def read_trace(trace: Trace, stream: int = 0) -> Recording:
             LayerRecording(
                 layer=index,
                 routing=routed,
-                routable=known | (routed > 0).any(1),
+                routable=active[:, : routed.shape[-1]],
                 states=banks,
                 change=change,
                 mask=mask,

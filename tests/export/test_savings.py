@@ -20,6 +20,7 @@ from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.parity import compare
+from nsm.utils.recorders import read_trace, record_model
 from tests.conftest import CHUNK, make_model, make_sequences
 from tests.export.helpers import invoke, refused, succeeded, the_json
 
@@ -187,6 +188,24 @@ def test_a_model_without_routing_is_refused(tmp_path: Path) -> None:
     result = invoke("export", tmp_path / "lstm.pt", "-t", "ort", "-o", tmp_path / "lstm.nsm", "--debug-outputs")
     refused(result, 3, "--debug-outputs shows how tokens are routed", "of the kind RecurrentLM has none. Leave it out.")
     assert not (tmp_path / "lstm.nsm").exists()
+
+
+def test_a_bank_that_adapts_shows_its_masks_too(tmp_path: Path) -> None:
+    """Of every token of calls of two chunks, so that a decision falls inside a call."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"state_dim": 16, "max_states": 6, "initial_states": 2, "num_layers": 1, "num_heads": 2}
+    model = AdaptiveNSM(vocab_size=20, routing="sparsemax", chunk_size=CHUNK, routing_heads=2, **sizes)
+    options: dict[str, Any] = {"debug_outputs": True, "chunk": 2 * CHUNK, "num_samples": 2, "golden_steps": 40}
+    bundle = nsm.export_model(model.eval(), ["onnxruntime", "openvino"], tmp_path / "adaptive.nsm", **options)
+    assert [item.parity["status"] for item in bundle.manifest.artifacts] == ["passed", "passed"]
+    masks = bundle.trace().outputs["mask.0"]
+    assert masks.shape == (2, 40, 2 * CHUNK, 6)
+    assert set(np.unique(masks)) == {0.0, 1.0}
+    within = masks.reshape(2, 40, 2, CHUNK, 6)
+    assert (within == within[:, :, :, :1]).all()
+    assert (within[:, :, 0] != within[:, :, 1]).any()
+    recording = record_model(model, bundle.trace().inputs["tokens"][0].ravel())
+    np.testing.assert_array_equal(read_trace(bundle.trace()).layers[0].routable, recording.layers[0].routable)
 
 
 def test_without_the_option_there_is_no_routing(bundle: Bundle) -> None:

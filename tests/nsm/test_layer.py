@@ -271,8 +271,12 @@ def scan(layer: NSMLayer, tokens: Tensor, chunks: int) -> tuple[Tensor, LayerSta
     for start in range(0, tokens.shape[1], chunks * CHUNK):
         piece = tokens[:, start : start + chunks * CHUNK]
         valid = torch.full((lanes,), min(length - start, piece.shape[1]))
-        output, state, routing = layer.scan(piece, state, clock(layer, start, lanes), valid)
-        assert routing.shape == (lanes, piece.shape[1] // CHUNK, layer.heads, CHUNK, layer.written_slots)
+        before = state["mask"]
+        output, state, routed_by = layer.scan(piece, state, clock(layer, start, lanes), valid)
+        count = piece.shape[1] // CHUNK
+        assert routed_by.weights.shape == (lanes, count, layer.heads, CHUNK, layer.written_slots)
+        assert routed_by.mask.shape == (lanes, count, SLOTS)
+        assert torch.equal(routed_by.mask[:, 0], before)
         outputs.append(output)
     return torch.cat(outputs, 1)[:, :length], state
 

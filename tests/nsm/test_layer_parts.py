@@ -141,9 +141,10 @@ def test_tokens_read_all_time_scales(slot: int) -> None:
 @torch.no_grad()
 def test_tokens_write_to_the_fastest_group_alone() -> None:
     layer = make_layer(hierarchy=(2, 3), consolidate_every=0)
-    _, _, routing = layer.scan(random_tokens(1, CHUNK), layer.initial_state(1), clock(layer, 0, 1))
-    assert routing.shape == (1, 1, layer.heads, CHUNK, 2)
-    assert_close(routing.sum(-1), torch.ones(1, 1, layer.heads, CHUNK).double())
+    _, _, (weights, mask) = layer.scan(random_tokens(1, CHUNK), layer.initial_state(1), clock(layer, 0, 1))
+    assert weights.shape == (1, 1, layer.heads, CHUNK, 2)
+    assert_close(weights.sum(-1), torch.ones(1, 1, layer.heads, CHUNK).double())
+    assert mask.tolist() == [[[True] * SLOTS]]
     assert layer.periods == (2, 3)
 
 

@@ -283,6 +283,11 @@ def test_with_debug_outputs_a_step_declares_all_that_it_gives(name: str) -> None
     assert [output.name for output in entry.outputs] == list(outputs)
     routings = [output for output in entry.outputs if output.name.startswith("routing.")]
     assert len(routings) == len(layers_of(model))
+    masks = [output for output in entry.outputs if output.name.startswith("mask.")]
+    assert [output.name for output in masks] == ([f"mask.{index}" for index in (0, 1)] if name == "adaptive" else [])
+    for mask, routing in zip(masks, routings, strict=False):
+        assert outputs[mask.name].shape == mask.shape
+        assert torch.equal(outputs[mask.name] > 0, (outputs[routing.name] > 0).all(2))
     for output in routings:
         found = outputs[output.name]
         assert found.shape == output.shape
