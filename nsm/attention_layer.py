@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from nsm.attention import LocalAttention
 from nsm.errors import ConfigError
-from nsm.layer import Clock, LayerState
 from nsm.layout import count_tokens, join_heads
 from nsm.spec import StateSpec
+from nsm.stream_layer import Clock, LayerState
 
 
 class AttentionLayer(nn.Module):

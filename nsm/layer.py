@@ -30,30 +30,9 @@ from nsm.mixing import LocalMixing
 from nsm.propagator import GateType
 from nsm.router import Routing, TokenToStateRouter
 from nsm.spec import StateSpec
-
-LayerState = dict[str, Tensor]
-"""A layer's part of the state by role; see `NSMLayer`."""
+from nsm.stream_layer import Clock, LayerState, Routed
 
 _MEMORY = ("memory_key", "memory_value", "memory_filled", "memory_next")
-
-
-class Clock(NamedTuple):
-    """Where the lanes stand when a run of tokens begins. Every member is [B] int64.
-
-    filled: rows that are there in the windows; offset: tokens in the open chunk; chunk: chunks since the start,
-    modulo the common cycle of the model's periods (None where every period is one chunk).
-    """
-
-    filled: Tensor
-    offset: Tensor
-    chunk: Tensor | None
-
-
-class Routed(NamedTuple):
-    """How the tokens of n chunks chose slots, [B, n, R, C, S1], and which slots were active, [B, n, S] bool."""
-
-    weights: Tensor
-    mask: Tensor
 
 
 class _Projected(NamedTuple):

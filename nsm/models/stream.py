@@ -4,45 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import lcm
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError, InputError, StreamError
-from nsm.layer import Clock, LayerState, Routed
 from nsm.models.step import State, StepModel
 from nsm.spec import OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.stream_layer import Clock, StreamLayer
 
 # States of the stream itself, beside OFFSET and those of the layers.
 FILLED = "lane.filled"  # rows that are there in the windows, [B]
 CHUNK = "lane.chunk"  # chunks since the start, modulo the common cycle of the periods, [B]; only where there is one
-
-
-class StreamLayer(Protocol):
-    """What a layer of a `StreamModel` offers; `NSMLayer` says what each of these means."""
-
-    chunk_size: int
-    causal: bool
-
-    @property
-    def carried_rows(self) -> int: ...
-    @property
-    def periods(self) -> tuple[int, ...]: ...
-    @property
-    def routing_shape(self) -> tuple[int, int] | None: ...
-    @property
-    def adapts(self) -> bool: ...
-    def state_specs(self, prefix: str, batch: int) -> list[StateSpec]: ...
-    def initial_state(self, batch: int) -> LayerState: ...
-    def touched(self, entry: str, roles: Sequence[str], partial: bool) -> tuple[list[str], list[str]]: ...
-    def scan(
-        self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
-    ) -> tuple[Tensor, LayerState, Routed | None]: ...
-    def decode(
-        self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
-    ) -> tuple[Tensor, LayerState, Tensor | None]: ...
-    def commit(self, state: LayerState, full: Tensor, clock: Clock) -> LayerState: ...
 
 
 class StreamModel(StepModel):

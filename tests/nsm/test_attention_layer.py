@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from nsm.attention_layer import AttentionLayer
 from nsm.errors import ConfigError
-from nsm.layer import Clock, LayerState
+from nsm.stream_layer import Clock, LayerState
 from tests.nsm.variants import stir
 
 CHUNK, DIM = 3, 6

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nsm.adaptation import Adaptation
-from nsm.layer import Clock, LayerState, NSMLayer
+from nsm.layer import NSMLayer
 from nsm.layout import to_states
 from nsm.memory import Memory
 from nsm.propagator import BlockLinear
 from nsm.router import MAX_WRITE, TokenToStateRouter
+from nsm.stream_layer import Clock, LayerState
 from tests.nsm.test_adaptation import decide_by_loop
 from tests.nsm.variants import stir
 

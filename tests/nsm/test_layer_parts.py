@@ -11,8 +11,9 @@ from torch.testing import assert_close
 
 from nsm.adaptation import Adaptation
 from nsm.errors import ConfigError, InputError
-from nsm.layer import LayerState, NSMLayer
+from nsm.layer import NSMLayer
 from nsm.layout import to_bank
+from nsm.stream_layer import LayerState
 from tests.nsm.test_layer import (
     CHUNK,
     DIM,
