@@ -219,7 +219,7 @@ def rows_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -
 
 def show(rows: list[Row], target: str) -> None:
     """The tables, for people."""
-    console = Console(width=130)
+    console = Console(width=140)
     table = Table(title=f"{target}: 16 tokens a call", header_style="bold", box=None)
     columns = (
         "model",
