@@ -9,6 +9,7 @@ and one output for each of them. All shapes are static and include the batch ("l
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -31,6 +32,9 @@ COUNT = "lane.count"
 
 LARGEST = 4 << 30
 """Bytes of the largest input or output of a call: runtimes take memory for it before a graph says what it gives."""
+
+# What an entry may be called: files are named after it, `step.onnx`, and a bundle from elsewhere may say anything.
+_ENTRY_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 # States whose role is one of these are a window of keys and values and take the names other tools know.
 _WINDOW_ROLES = ("key", "value")
@@ -96,6 +100,8 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
+        if not self.name.strip("."):
+            raise ConfigError(f"A state is called {self.name!r}; expected is a name that a file could have.")
         if self.shape and not 0 <= self.batch_axis < len(self.shape):
             raise ConfigError(f"{self.name} of shape {list(self.shape)} has no axis {self.batch_axis} for the lanes.")
         if self.append_axis is not None and not 0 <= self.append_axis < len(self.shape):
@@ -129,7 +135,8 @@ class StateSpec:
 class EntrySpec:
     """One exported graph: what it takes and gives, and which states it reads and writes, by name.
 
-    A state that an entry does not write stays as it is; one that it writes it also reads or replaces as a whole.
+    A state that an entry does not write stays as it is; one that it writes it also reads or replaces as a whole. The
+    name is one of letters, digits and underscores, as that of the entry's files.
     """
 
     name: str
@@ -139,6 +146,11 @@ class EntrySpec:
     writes: tuple[str, ...]
 
     def __post_init__(self) -> None:
+        if not _ENTRY_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"An entry is called {self.name[:80]!r}; expected are at most 64 letters, digits and underscores, as "
+                "files are named after it."
+            )
         if not self.inputs and not self.reads:
             raise ConfigError(f"The entry {self.name} has no inputs.")
         _check_unique(f"inputs and outputs of the entry {self.name}", (i.name for i in (*self.inputs, *self.outputs)))

@@ -20,6 +20,7 @@ from nsm.bundle import PARITY, Bundle
 from nsm.errors import (
     BuildError,
     BundleDamagedError,
+    BundleError,
     DeviceUnavailableError,
     InputError,
     MissingDependencyError,
@@ -29,6 +30,7 @@ from nsm.errors import (
 from nsm.export import adding, build
 from nsm.export.adding import add_target
 from nsm.export.build import PRECISIONS, check_request, require_all
+from nsm.manifest import MANIFEST
 from nsm.runtimes.targets import TARGETS, find_target
 from nsm.staging import write_manifest
 
@@ -229,6 +231,22 @@ def test_a_damaged_bundle_is_not_built_upon(bundle_copy: Path) -> None:
     with pytest.raises(BundleDamagedError, match=r"graphs/weights\.bin does not have the recorded SHA-256"):
         add_target(bundle_copy, "openvino")
     assert changed(before, bundle_copy) == set()
+
+
+@pytest.mark.parametrize("target", list(TARGETS))
+def test_an_entry_that_is_called_like_a_path_is_refused_and_nothing_is_written(bundle_copy: Path, target: str) -> None:
+    """A graph lies where the name leads, so that a builder would find it, and write its own file beside it."""
+    graph = bundle_copy / "graphs" / "decode.onnx"
+    (bundle_copy.parent / "evil.onnx").write_bytes(graph.read_bytes())
+    data = json.loads((bundle_copy / MANIFEST).read_text())
+    next(entry for entry in data["spec"]["entries"] if entry["name"] == "decode")["name"] = "../../evil"
+    (bundle_copy / MANIFEST).write_text(json.dumps(data))
+    before = contents(bundle_copy.parent)
+    for use in (add_target, nsm.open):
+        with pytest.raises(BundleError, match=r"called '\.\./\.\./evil'.*Was it edited by hand\?") as caught:
+            use(bundle_copy, target)
+        assert caught.value.exit_code == 6
+    assert changed(before, bundle_copy.parent) == set()
 
 
 @pytest.mark.parametrize(
