@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from nsm.errors import CheckpointError
+from nsm.models.checkpoint import check_records, load_plain
 
 # An expression over symbolic sizes as sympy writes it out, `Mul(Integer(2), Symbol('s0', integer=True))` or `2*s0 + 1`.
 # Of names, only these are evaluated.
@@ -79,6 +80,8 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
     for root, slash, inner in names:
         if root != names[0][0] or not _FILES.fullmatch(inner) or names.count((root, slash, inner)) > 1:
             raise _refusal(path, f"it holds {root}{slash}{inner}", "the files of torch.export.save, once each")
+    with path.open("rb") as file:
+        check_records(file)
     # Of two archives in one file Python and torch may see one each; what is looked at is what torch will read.
     reader = torch._C.PyTorchFileReader(str(path))
     if sorted(reader.get_all_records()) != sorted(inner for _, _, inner in names):
@@ -95,7 +98,9 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
 def _check_part(path: Path, name: str, part: Any) -> None:
     if isinstance(part, bytes):
         try:
-            torch.load(io.BytesIO(part), weights_only=True)
+            load_plain(io.BytesIO(part))
+        except ValueError:
+            raise
         except Exception as error:  # what torch raises for a pickle, and whatever a damaged one makes it raise
             raise _refusal(path, f"{name} holds Python objects", "example inputs that are tensors") from error
         return

@@ -8,7 +8,7 @@ import numpy as np
 
 from nsm.errors import InputError
 from nsm.spec import StepSpec
-from nsm.trace import Array
+from nsm.trace import Array, read_arrays
 
 
 def sequence_axes(spec: StepSpec) -> int:
@@ -20,7 +20,7 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
     """Sequences of tokens from a file.
 
     .npy: an array [N, T, *token], or one sequence [T, *token]: ids [T], vectors [T, input_dim].
-    .npz: every array in it likewise.
+    .npz: every array in it likewise, not compressed (`numpy.savez`).
     .txt: the bytes of the text as ids, cut into `count` (default 1) equal parts.
 
     Args:
@@ -42,10 +42,12 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
             with path.open("rb") as file:
                 arrays = [np.lib.format.read_array(file, allow_pickle=False)]
         else:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-                arrays = [archive[name] for name in archive.files]
+            with path.open("rb") as file:
+                arrays = list(read_arrays(file).values())
     except Exception as error:  # on damaged files zipfile and numpy raise whatever they stumble over
-        raise InputError(f"{path} cannot be read as sequences: {error}") from error
+        raise InputError(
+            f"{path} cannot be read as sequences: {error}. Expected is what numpy.save or numpy.savez writes, or text."
+        ) from error
     sequences: list[Array] = []
     for array in arrays:
         if array.ndim < 1 or array.dtype.kind not in "iuf":

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, the names of what is replaced, and reading JSON that may be hostile."""
+"""Writing a file whole or not at all, the names of what is replaced, and reading what may be hostile."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -123,3 +124,31 @@ def json_bytes(path: Path) -> bytes:
     if size > JSON_LIMIT:
         raise BundleDamagedError(f"{path} has {size:,} bytes; expected are at most {JSON_LIMIT:,}. Export it again.")
     return path.read_bytes()
+
+
+def check_stored(archive: zipfile.ZipFile, size: int) -> None:
+    """Hold what a zip archive declares against the bytes that are there, before memory is taken for it.
+
+    A few hundred bytes can declare an array of terabytes, and deflated ones unpack to a thousand times as many. What
+    numpy.savez and torch.save write is stored as it is, so nothing else is read: our own files and those of others.
+
+    Args:
+        size: bytes of the archive itself.
+
+    Raises:
+        ValueError: a member is compressed, or together they declare more than the archive holds.
+    """
+    members = archive.infolist()
+    packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
+    if packed:
+        raise ValueError(
+            f"{packed[0]} in it is compressed; expected are members that are stored as they are, as numpy.savez and "
+            "torch.save write them"
+        )
+    check_declared(sum(member.file_size for member in members), size)
+
+
+def check_declared(declared: int, size: int) -> None:
+    """Raise `ValueError` where an archive of `size` bytes declares more than that."""
+    if declared > size:
+        raise ValueError(f"what is in it declares {declared:,} bytes, and it has {size:,}")

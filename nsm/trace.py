@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsm.errors import BundleDamagedError
+from nsm.files import check_stored
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -131,8 +132,7 @@ def load_arrays(path: Path) -> Arrays:
 def read_arrays(file: IO[bytes]) -> Arrays:
     """All arrays of an open .npz, as `numpy.savez` writes it, never unpickling.
 
-    What the archive declares is held against the bytes that are there before memory is taken for it: a few hundred
-    bytes can declare an array of terabytes, or unpack to gigabytes.
+    What the archive and each array in it declare is held against the bytes that are there; see `check_stored`.
 
     Raises:
         ValueError: it is compressed, or declares more than it holds.
@@ -140,14 +140,8 @@ def read_arrays(file: IO[bytes]) -> Arrays:
     """
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        members = archive.infolist()
-        packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-        if packed:
-            raise ValueError(f"{packed[0]} in it is compressed, and nsm writes arrays as they are")
-        declared = sum(member.file_size for member in members)
-        if declared > size:
-            raise ValueError(f"what is in it declares {declared:,} bytes, and it has {size:,}")
-        return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in members}
+        check_stored(archive, size)
+        return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in archive.infolist()}
 
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:

@@ -8,20 +8,22 @@ import json
 import os
 import pickle
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nsm.errors import CheckpointError, InputError
-from nsm.files import replacing
+from nsm.files import check_declared, check_stored, replacing
 from nsm.models.step import StepModel
 
+_ZIP = b"PK\x03\x04"
 FORMAT = "nsm-checkpoint"
 VERSION = 2
 # Class of a model -> the module it is in, imported when it is needed.
@@ -159,6 +161,33 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(model.eval(), golden, calibration, recorded)
 
 
+def load_plain(file: IO[bytes]) -> Any:
+    """What `torch.save` wrote to an open file, if that is tensors and plain data: nothing in it is executed.
+
+    torch stores what it writes and inflates what it reads, so an archive is held against its own size first.
+
+    Raises:
+        ValueError: something in it is compressed, or declares more than there is.
+        Exception: whatever torch raises for a pickle of other objects, and on what is no such file.
+    """
+    if file.read(len(_ZIP)) == _ZIP:  # as torch tells: files from before 1.6 are no archives
+        check_records(file)
+    file.seek(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what torch says of foreign files
+        return torch.load(file, map_location="cpu", weights_only=True)
+
+
+def check_records(file: IO[bytes]) -> None:
+    """Raise `ValueError` for an open archive of torch that would unpack to more than it holds."""
+    size = file.seek(0, os.SEEK_END)
+    with zipfile.ZipFile(file) as archive:
+        check_stored(archive, size)
+    file.seek(0)
+    reader = torch._C.PyTorchFileReader(file)  # of two archives in one file Python and torch may see one each
+    check_declared(sum(reader.get_record_size(name) for name in reader.get_all_records()), size)
+
+
 def fingerprint(model: StepModel) -> str:
     """SHA-256 over the class and config of the model and the names, dtypes, shapes and bytes of its weights."""
     digest = hashlib.sha256(json.dumps([type(model).__name__, model.config], sort_keys=True).encode())
@@ -171,11 +200,15 @@ def fingerprint(model: StepModel) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what torch says of foreign files; our own message follows
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file:
+            return load_plain(file)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} was refused: {error}. If a program for archives packed it anew, take the file from before; "
+            "expected is a .pt written by nsm.save."
+        ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} was refused: it holds pickled Python objects (a whole module, perhaps), and loading those would "

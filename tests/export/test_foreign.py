@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import pickle
 import zipfile
@@ -334,6 +335,27 @@ def test_of_two_archives_in_one_file_neither_is_believed(program: Path, tmp_path
     assert any(name.endswith("weight_0") for name in seen)
     assert "data/weights/weight_9" in torch._C.PyTorchFileReader(str(path)).get_all_records()
     with pytest.raises(CheckpointError, match="was refused: it has two tables of contents"):
+        load_program(path, parse_states(["hidden=1"]))
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_program_that_unpacks_to_more_than_it_has_is_refused(inside: bool, program: Path, tmp_path: Path) -> None:
+    """The archive itself, or the one in it that holds the example inputs."""
+
+    def packed(data: bytes) -> bytes:
+        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made := io.BytesIO(), "w", 8) as new:
+            for name in old.namelist():
+                new.writestr(name, old.read(name))
+        return made.getvalue()
+
+    path = tmp_path / "m.pt2"
+    if inside:
+        rewritten(program, path, lambda name, data: packed(data) if "sample_inputs" in name else data)
+    else:
+        path.write_bytes(packed(program.read_bytes()))
+    with pytest.raises(
+        CheckpointError, match=r"cannot be read as a program \(ValueError: \S+ in it is compressed; exp"
+    ):
         load_program(path, parse_states(["hidden=1"]))
 
 

@@ -143,6 +143,13 @@ def test_a_file_that_is_not_what_its_suffix_says_is_refused(
         read_sequences(tmp_path / name)
 
 
+def test_what_would_unpack_to_a_thousand_times_its_size_is_refused(tmp_path: Path) -> None:
+    np.savez_compressed(tmp_path / "ids.npz", a=np.zeros((1000, 10_000), np.int64))
+    assert (tmp_path / "ids.npz").stat().st_size < 1 << 20
+    with pytest.raises(InputError, match=r"a\.npy in it is compressed; .*Expected is what numpy\.save or numpy\.savez"):
+        read_sequences(tmp_path / "ids.npz")
+
+
 @pytest.mark.parametrize(
     "array", [np.array(3), np.array([["a", "b"]]), np.ones((2, 3), bool), np.ones((2, 3), np.complex64)]
 )

@@ -16,9 +16,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
+import nsm
 from nsm.bundle import CALIBRATION, GOLDEN, STATE_INIT, Bundle
-from nsm.errors import BundleDamagedError, SnapshotError
+from nsm.errors import BundleDamagedError, CheckpointError, SnapshotError
 from nsm.files import JSON_LIMIT
 from nsm.manifest import MANIFEST
 from nsm.runtimes.opening import open_artifact
@@ -232,6 +234,54 @@ def test_a_forged_snapshot_costs_no_memory(make: Callable[[], bytes], message: s
     finally:
         tracemalloc.stop()
     assert message == "cannot be read" or re.search(message, str(caught.value))
+
+
+# -- files of torch ------------------------------------------------------------------------------------------------
+
+
+def packed(data: bytes) -> bytes:
+    """An archive again, with its members compressed."""
+    with zipfile.ZipFile(io.BytesIO(data)) as old:
+        return archive({name: old.read(name) for name in old.namelist()}, zipfile.ZIP_DEFLATED)
+
+
+@pytest.fixture
+def bomb(monkeypatch: pytest.MonkeyPatch) -> bytes:
+    """128 MB of zeros as torch would inflate them, in a thousandth of it; torch is not to be asked."""
+    buffer = io.BytesIO()
+    torch.save({"format": "nsm-checkpoint", "weights": torch.zeros(1 << 25)}, buffer)
+    data = packed(buffer.getvalue())
+    assert len(data) < 1 << 20
+    assert len(torch.load(io.BytesIO(data), weights_only=True)["weights"]) == 1 << 25
+
+    def loaded(*_: object, **_options: object) -> None:
+        raise AssertionError("it was loaded")
+
+    monkeypatch.setattr(torch, "load", loaded)
+    return data
+
+
+def test_a_checkpoint_that_unpacks_to_a_thousand_times_its_size_is_not_loaded(bomb: bytes, tmp_path: Path) -> None:
+    (tmp_path / "model.pt").write_bytes(bomb)
+    with pytest.raises(CheckpointError, match=r"was refused: \S+ in it is compressed; .*torch\.save .*by nsm\.save"):
+        nsm.load(tmp_path / "model.pt")
+
+
+def test_a_checkpoint_is_held_against_the_table_that_torch_reads(bomb: bytes, tmp_path: Path) -> None:
+    """Python takes the table that lies before the end of an archive, torch the one whose place is written there."""
+    end = bomb.rindex(b"PK\x05\x06")
+    start = struct.unpack("<I", bomb[end + 16 : end + 20])[0]
+    table, place = bytearray(bomb[start:end]), 0
+    while place < len(table):  # a second table: nothing is compressed
+        table[place + 10 : place + 12] = bytes(2)
+        table[place + 24 : place + 28] = table[place + 20 : place + 24]
+        place += 46 + sum(struct.unpack("<HHH", table[place + 28 : place + 34]))
+    path = tmp_path / "model.pt"
+    path.write_bytes(bomb[:end] + table + bomb[end:])
+    with zipfile.ZipFile(path) as seen:
+        assert all(member.file_size < 1 << 20 for member in seen.infolist())
+    with pytest.raises(CheckpointError, match=r"was refused: what is in it declares 134,\d+,\d+ bytes, and it has"):
+        nsm.load(path)
 
 
 @pytest.mark.parametrize(
