@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
-from onnx import TensorProto, ValueInfoProto, numpy_helper
-from onnx.external_data_helper import load_external_data_for_tensor, uses_external_data
+from onnx import ValueInfoProto, numpy_helper
 from onnx.inliner import inline_local_functions
 
 from nsm.errors import InputError, UnsupportedError
+from nsm.export.onnx_graph import dtype_of, nodes_of
+from nsm.export.onnx_limits import check_functions, load_weights
+from nsm.export.onnx_operators import check_operators
+from nsm.spec import LARGEST
 from nsm.trace import Array
 
 OLDEST = 13
 """Operator set that any file must be convertible to: before it, operators took as attributes what are inputs now."""
-
-_MOST_BYTES = 2**31 - 2**24
 
 Shape = tuple[int | str, ...]
 
@@ -38,8 +39,9 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     """The model of a file, with its weights in memory.
 
     Raises:
-        InputError: no such file, no ONNX model, or weights that are missing or lie outside the file's folder.
-        UnsupportedError: operators that are not in the ONNX standard, or an operator set that cannot be converted.
+        InputError: no such file, no ONNX model, or weights that are damaged, missing, or outside the file's folder.
+        UnsupportedError: it is too large, has operators that are no step's, or an operator set that cannot be
+            converted.
     """
     try:
         model = onnx.load(str(path), load_external_data=False)
@@ -50,12 +52,10 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     except Exception as error:  # protobuf has no common base for what it raises
         raise InputError(f"{path} cannot be read as an ONNX model: {error}. Was it copied whole?") from error
     if model.functions:
+        check_functions(path, model)
         model = inline_local_functions(model)
-    _check_size(path, model)
-    for tensor in _tensors(model):
-        if uses_external_data(tensor):
-            _load_beside(path, tensor)
-    _check_operators(path, model)
+    load_weights(path, model)
+    check_operators(path, model)
     _name_axes(model)
     version = opset_of(model)
     if version < OLDEST:
@@ -78,84 +78,24 @@ def is_read(model: onnx.ModelProto, name: str) -> bool:
     """Whether any operation takes an input, or it is an output itself."""
     if any(value.name == name for value in model.graph.output):
         return True
-    return any(name in node.input for graph in graphs_of(model.graph) for node in graph.node)
+    return any(name in node.input for node in nodes_of(model.graph))
 
 
 def _name_axes(model: onnx.ModelProto) -> None:
-    """Give a name to each open axis of an input that has none."""
+    """Give a name to each open axis of an input that has none; old exporters write -1 for one."""
     for value in model.graph.input:
         for axis, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.HasField("dim_value") and not dim.dim_param:
+            if _size(dim) == "?":
                 dim.dim_param = f"{value.name}.{axis}"
 
 
-def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
-    """A graph, and those inside its nodes: branches and bodies of loops."""
-    yield graph
-    for node in graph.node:
-        for attribute in node.attribute:
-            for inner in (attribute.g, *attribute.graphs):
-                if inner.node or inner.initializer or inner.output:
-                    yield from graphs_of(inner)
-
-
-def _tensors(model: onnx.ModelProto) -> Iterator[TensorProto]:
-    """All tensors of a file: weights, and constants that nodes have as attributes."""
-    for graph in graphs_of(model.graph):
-        yield from graph.initializer
-        for sparse in graph.sparse_initializer:
-            yield from (sparse.values, sparse.indices)
-        for node in graph.node:
-            for attribute in node.attribute:
-                yield from (tensor for tensor in (attribute.t, *attribute.tensors) if tensor.data_type)
-
-
-def _check_size(path: Path, model: onnx.ModelProto) -> None:
-    """Refuse weights that one protobuf message cannot hold, before any of them is read."""
-    sizes = [
-        math.prod(tensor.dims) * onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
-        for tensor in _tensors(model)
-    ]
-    if sum(sizes) > _MOST_BYTES:
-        raise UnsupportedError(
-            f"{path} has {sum(sizes) / 1e9:.1f} GB of weights; graphs are put together in memory here, up to "
-            "2 GB. Split the model, or take a smaller one."
-        )
-
-
-def _load_beside(path: Path, tensor: TensorProto) -> None:
-    location = next((item.value for item in tensor.external_data if item.key == "location"), "")
-    pure = PurePosixPath(location)
-    file = path.parent / location
-    inside = not pure.is_absolute() and ".." not in pure.parts and file.resolve().is_relative_to(path.parent.resolve())
-    if not location or not inside:
-        raise InputError(
-            f"{path}: the weight {tensor.name} is to lie in {location!r}, which is outside the folder of the file. "
-            "Put all files of a model into one folder."
-        )
-    try:
-        load_external_data_for_tensor(tensor, str(path.parent))
-    except Exception as error:  # missing, too short, or refused by the loader itself
-        raise InputError(f"{path}: the weight {tensor.name} cannot be read from {location!r}: {error}") from error
-    tensor.data_location = TensorProto.DEFAULT
-    del tensor.external_data[:]
-
-
-def _check_operators(path: Path, model: onnx.ModelProto) -> None:
-    for node in (node for graph in graphs_of(model.graph) for node in graph.node):
-        if node.domain not in ("", "ai.onnx"):
-            scopes = [item.value for item in node.metadata_props if item.key.endswith("name_scopes")]
-            where = f", from {scopes[0]}" if scopes else ""
-            raise UnsupportedError(
-                f"{path}: the node {node.name or node.output[0]} is the operator "
-                f"{node.domain}::{node.op_type}{where}, which "
-                "is not in the ONNX standard, so that no other backend has it. Export without it: for graphs that ONNX "
-                "Runtime has optimised, take the one from before."
-            )
-
-
 def ports(values: list[ValueInfoProto]) -> dict[str, Port]:
-    """Inputs or outputs by name."""
+    """Inputs or outputs by name.
+
+    Raises:
+        UnsupportedError: one is no tensor, or too large.
+        InputError: one has an element type that there is not.
+    """
     found = {}
     for value in values:
         kind = value.type.tensor_type
@@ -163,10 +103,23 @@ def ports(values: list[ValueInfoProto]) -> dict[str, Port]:
             raise UnsupportedError(
                 f"{value.name} is no tensor. Sequences and optional values cannot be states or inputs."
             )
-        shape = tuple(dim.dim_value if dim.HasField("dim_value") else dim.dim_param or "?" for dim in kind.shape.dim)
-        dtype = str(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type)))
-        found[value.name] = Port(value.name, shape, dtype)
+        shape = tuple(map(_size, kind.shape.dim))
+        dtype = dtype_of(kind.elem_type, value.name)
+        nbytes = math.prod(size for size in shape if isinstance(size, int)) * dtype.itemsize
+        if nbytes > LARGEST:
+            raise UnsupportedError(
+                f"{value.name} is {dtype}{list(shape)}, {nbytes:,} bytes; a call takes and gives at most {LARGEST:,} "
+                "bytes of each. Was the file damaged? Export a smaller step."
+            )
+        found[value.name] = Port(value.name, shape, str(dtype))
     return found
+
+
+def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str:
+    """Of an axis: its name where it is open, "?" where it has none."""
+    if dim.HasField("dim_value"):
+        return dim.dim_value if dim.dim_value >= 0 else "?"
+    return dim.dim_param or "?"
 
 
 def real_inputs(model: onnx.ModelProto) -> dict[str, Port]:

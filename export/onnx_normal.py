@@ -16,9 +16,10 @@ import onnx_ir
 from onnx import TensorProto, helper, numpy_helper
 
 from nsm.errors import BuildError, UnsupportedError
-from nsm.export.onnx_file import Port, Shape, graphs_of, opset_of, real_inputs
+from nsm.export.onnx_file import Port, Shape, opset_of, real_inputs
 from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given
+from nsm.export.onnx_graph import graphs_of
 from nsm.export.onnx_states import GraphState
 from nsm.export.passes import optimise
 from nsm.export.state_table import STATES_KEY, state_table
