@@ -19,7 +19,7 @@ _ALARMING = ("missing", "not_run", "failed")
 
 
 class Terminal:
-    """Output of one command. With `quiet` (for --json) nothing is printed but errors.
+    """Output of one command. With `quiet` (for --json) nothing is printed but errors and what is announced.
 
     Results go to stdout, progress and remarks to stderr, so that a pipe carries results only.
     """
@@ -29,6 +29,7 @@ class Terminal:
         # A table that does not fit is easier to read with its lines wrapped by the terminal than with folded cells.
         self.out.width = max(self.out.width, _TABLE_WIDTH)
         self.err = Console(stderr=True, quiet=quiet, highlight=False)
+        self._always = Console(stderr=True, highlight=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Step]:
@@ -54,6 +55,10 @@ class Terminal:
 
     def remark(self, text: str, style: str = "") -> None:
         self.err.print(Text(text, style))
+
+    def announce(self, text: str, style: str = "") -> None:
+        """A remark that a person has to see before the work is done, and a log beside the JSON too."""
+        self._always.print(Text(text, style))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """Text columns to the left, columns whose cells start with a digit to the right; "missing" stands out."""

@@ -37,7 +37,7 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
     if opset is not None and model.suffix.lower() == ".onnx":
         _check_opset(planned, opset)
     for remark in planned.source.remarks:
-        terminal.remark(remark)
+        terminal.announce(remark, "yellow" if remark.startswith("WARNING") else "")
     if planned.origin == "synthetic":
         terminal.remark(
             "The model came without sequences, so parity is checked on made-up tokens (synthetic). "

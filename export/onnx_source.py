@@ -18,6 +18,7 @@ from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given, GivenRuntime
 from nsm.export.onnx_normal import normal_graph, spec_of
 from nsm.export.onnx_states import (
+    check_answers,
     check_growth,
     choose_states,
     join_lanes,
@@ -26,6 +27,7 @@ from nsm.export.onnx_states import (
     state_of,
     take_defaults,
 )
+from nsm.export.state_names import crossed, find_states
 from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.weights import save_shared
 from nsm.runtimes.session import Session
@@ -43,7 +45,9 @@ class OnnxSource:
     golden: list[Array]
     calibration: list[Array]
 
-    def __init__(self, path: Path, foreign: Foreign, token: TensorSpec, fingerprint: str) -> None:
+    def __init__(
+        self, path: Path, foreign: Foreign, token: TensorSpec, fingerprint: str, doubts: Sequence[str] = ()
+    ) -> None:
         self.kind = f"ONNX graph {path.name}"
         self.fingerprint = fingerprint
         self.token_spec = token
@@ -51,6 +55,7 @@ class OnnxSource:
         self.golden, self.calibration = [], []
         self.parameters = sum(math.prod(tensor.dims) for tensor in foreign.model.graph.initializer)
         self._foreign, self.given = foreign, Given(foreign)
+        self._doubts = doubts
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -76,7 +81,7 @@ class OnnxSource:
                 f"state {state.name}: input {state.past}, output {state.present}, {state.dtype}{list(state.shape)}, "
                 f"lanes on axis {state.lane_axis}, starts from {start}; found by {state.found}"
             )
-        return tuple(lines)
+        return (*lines, *self._doubts)
 
     def spec(
         self,
@@ -203,8 +208,11 @@ def load_onnx(
         tokens = sample_tokens(attempt, guess.token_shape, _token(model, guess, vocab_size).maximum, str(path))
         axes |= lane_axes(attempt, tokens, axes)
     foreign = graph(chosen)
+    settled = [option.present for option in find_states(list(constants or {}), list(outputs))]
+    check_answers(path, [name for name in answers if name not in settled], chosen)
     token = _token(model, foreign, vocab_size)
-    source = OnnxSource(path, foreign, token, _fingerprint(foreign))
+    doubts = crossed(chosen, list(inputs), list(outputs))
+    source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts)
     tokens = sample_tokens(source.given, token.shape, token.maximum, source.kind)
     source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
     examine(source.given, tokens, source.kind)

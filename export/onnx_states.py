@@ -15,7 +15,8 @@ import onnx
 from nsm.bundle import STATE_INIT
 from nsm.errors import InputError, UnsupportedError
 from nsm.export.onnx_file import Port, default_inputs, ports, real_inputs, take_default
-from nsm.export.state_options import ZEROS, StateOption, find_states, state_name
+from nsm.export.state_names import find_orphans, find_states, state_name
+from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.state_table import STATES_KEY
 from nsm.trace import Array
 
@@ -105,6 +106,27 @@ def choose_states(
         pasts = [option.past for option in chosen if option.present == twice]
         raise InputError(f"The output {twice} is to become the states {' and '.join(pasts)}; each has one of its own.")
     return chosen
+
+
+def check_answers(path: Path, answers: Sequence[str], states: Sequence[StateOption]) -> None:
+    """Refuse outputs that are no states here, and by their names are.
+
+    Args:
+        path: of the file.
+        answers: the outputs that are left when those of states are taken away.
+        states: as they are paired.
+
+    Raises:
+        InputError: what a step gives for the next one would be lost.
+    """
+    orphans = find_orphans(answers)
+    if orphans:
+        pairs = ", ".join(f"{option.past}={option.present}" for option in states)
+        raise InputError(
+            f"{path} gives {', '.join(orphans)}: by the name a state after a step, which no input takes in (the states "
+            f"are {pairs}). Export the model with that state as an input, or name the input that takes it: --state "
+            f"INPUT={orphans[0]}. If it is an answer, give the output another name; if nobody needs it, remove it."
+        )
 
 
 def take_defaults(model: onnx.ModelProto, named: Sequence[StateOption]) -> dict[str, Array]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,38 +128,3 @@ def _pairs(texts: Iterable[str], option: str, expected: str, example: str) -> di
             raise InputError(f"{option} {text}: expected is {expected}. For instance: {option} {example}")
         found[name] = value
     return found
-
-
-# (pattern of an input, what the output is called); groups are put in. The first whose output exists counts. Where they
-# come from: ours; Hugging Face's decoders; by hand; Silero's voice activity detector; torch's names; streaming encoders
-# of WeNet (`att_cache`, `r_att_cache`) and icefall (`cached_key_0`, `embed_states`, `new_...`).
-CONVENTIONS: Sequence[tuple[str, str]] = (
-    (r"past_state\.(.+)", r"present_state.\1"),
-    (r"past_key_values\.(.+)", r"present.\1"),
-    (r"past_(.+)", r"present_\1"),
-    (r"(.+)_in", r"\1_out"),
-    (r"(.+)_cache", r"\1_cache_out"),
-    (r"(cache.*)", r"\1_out"),
-    (r"state", r"stateN"),
-    (r"(h|c|hidden|cell)_?0?", r"\1n"),
-    (r"(h|c)0?", r"\1_n"),
-    (r"(.+_cache)", r"r_\1"),
-    (r"(.+)", r"new_\1"),
-)
-
-
-def find_states(inputs: Sequence[str], outputs: Sequence[str]) -> list[StateOption]:
-    """The states that names give away, by `CONVENTIONS`."""
-    found: list[StateOption] = []
-    for name in inputs:
-        for pattern, present in CONVENTIONS:
-            match = re.fullmatch(pattern, name)
-            if match and (wanted := match.expand(present)) in outputs and wanted != name:
-                found.append(StateOption(name, wanted, found="its name"))
-                break
-    return found
-
-
-def state_name(past: str) -> str:
-    """What a state is called, from the name of its input: without the prefix that ours will have."""
-    return re.sub(r"^(past_state|past_key_values)\.", "", past)

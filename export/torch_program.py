@@ -20,7 +20,8 @@ from nsm.adapters.carried import Carried
 from nsm.adapters.examine import examine
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.pt2 import check_archive
-from nsm.export.state_options import StateOption, find_states, state_name
+from nsm.export.state_names import find_states, state_name
+from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
 from nsm.spec import TensorSpec
 

@@ -19,7 +19,8 @@ from torch import nn
 import nsm
 from nsm.errors import CheckpointError, InputError, NsmError, UnsupportedError
 from nsm.export.pt2 import check_archive
-from nsm.export.state_options import StateOption, find_states, parse_constants, parse_states
+from nsm.export.state_names import find_states
+from nsm.export.state_options import StateOption, parse_constants, parse_states
 from nsm.export.torch_program import load_program
 from tests.adapters.models import VoiceActivity
 from tests.adapters.test_as_step import MODELS, tokens
