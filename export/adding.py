@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from nsm.bundle import GRAPHS, Bundle
-from nsm.export.build import check_request, require_all, write_parity
+from nsm.export.build import check_request, merge_parity, require_all
 from nsm.export.guard import Limits, build_checked
 from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
@@ -45,7 +45,7 @@ def add_target(
         )
         kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
         _remove_unused(stage, bundle.manifest.artifacts, (*kept, artifact))
-        write_parity(stage, [] if report is None else [report], merge=True)
+        merge_parity(bundle, [] if report is None else [report])
         write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
         require_all([artifact], [] if report is None else [report], False)
     return artifact

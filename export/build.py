@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nsm.bundle import GRAPHS, PARITY, Bundle
-from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
+from nsm.errors import BundleDamagedError, DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.files import write_json
 from nsm.manifest import Artifact, file_record
 from nsm.quantization.policy import find_policy
@@ -181,10 +180,32 @@ def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_
         )
 
 
-def write_parity(directory: Path, reports: list[ParityReport], merge: bool = False) -> None:
-    """Write `parity.json`: the full reports, by target. With `merge` those of other targets stay."""
-    path = directory / PARITY
-    old = json.loads(path.read_text(encoding="utf-8"))["results"] if merge and path.is_file() else []
+def write_parity(directory: Path, reports: list[ParityReport]) -> None:
+    """Write `parity.json`: the full reports, by target."""
+    _write_results(directory, [report.to_json() for report in reports])
+
+
+def merge_parity(bundle: Bundle, reports: list[ParityReport]) -> None:
+    """Write `parity.json` anew; what it says of other targets stays.
+
+    Raises:
+        BundleDamagedError: it holds something else than reports.
+    """
     new = {report.target: report.to_json() for report in reports}
-    results = [item for item in old if item["target"] not in new] + list(new.values())
-    write_json(path, {"passed": all(item["status"] == "passed" for item in results), "results": results})
+    held = bundle.json(PARITY)
+    old = [] if held is None else held.get("results") if isinstance(held, dict) else None
+    if not isinstance(old, list) or not all(map(_is_report, old)):
+        raise BundleDamagedError(
+            f"{bundle.path / PARITY} is no object with the list results, of reports with target and status. Was it "
+            "edited by hand? Export the bundle again."
+        )
+    _write_results(bundle.path, [item for item in old if item["target"] not in new] + list(new.values()))
+
+
+def _is_report(item: object) -> bool:
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("target", "status"))
+
+
+def _write_results(directory: Path, results: list[dict[str, Any]]) -> None:
+    passed = all(item["status"] == "passed" for item in results)
+    write_json(directory / PARITY, {"passed": passed, "results": results})

@@ -196,7 +196,7 @@ def test_a_full_disk_late_in_a_build_leaves_the_bundle_as_it_was(
     def full(*_args: Any, **_options: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(adding, "write_parity", full)
+    monkeypatch.setattr(adding, "merge_parity", full)
     with pytest.raises(OSError, match="No space left"):
         add_target(bundle_copy, target, "sm86" if target == "tensorrt" else None)
     assert changed(before, bundle_copy) == set()
@@ -231,6 +231,31 @@ def test_a_damaged_bundle_is_not_built_upon(bundle_copy: Path) -> None:
     with pytest.raises(BundleDamagedError, match=r"graphs/weights\.bin does not have the recorded SHA-256"):
         add_target(bundle_copy, "openvino")
     assert changed(before, bundle_copy) == set()
+
+
+@pytest.mark.parametrize(
+    "text", ["[]", "3", "{}", '{"results": {}}', '{"results": [3]}', '{"results": [{"target": "onnx"}]}']
+)
+def test_reports_that_are_none_are_damage_and_nothing_is_changed(bundle_copy: Path, text: str) -> None:
+    """With a record that fits, so that the hash tells nothing."""
+    (bundle_copy / PARITY).write_text(text)
+    write_manifest(bundle_copy, Bundle(bundle_copy).manifest)
+    before = contents(bundle_copy)
+    with pytest.raises(
+        BundleDamagedError, match=r"parity\.json is no object with the list results.*edited by hand"
+    ) as caught:
+        add_target(bundle_copy, "onnx")
+    assert caught.value.exit_code == 6
+    assert changed(before, bundle_copy) == set()
+    Bundle(bundle_copy).verify()
+
+
+def test_reports_that_are_not_there_are_begun(bundle_copy: Path) -> None:
+    (bundle_copy / PARITY).unlink()
+    write_manifest(bundle_copy, Bundle(bundle_copy).manifest)
+    add_target(bundle_copy, "onnx")
+    report = json.loads((bundle_copy / PARITY).read_text())
+    assert (report["passed"], [item["target"] for item in report["results"]]) == (True, ["onnx"])
 
 
 @pytest.mark.parametrize("target", list(TARGETS))
