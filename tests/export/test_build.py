@@ -234,7 +234,16 @@ def test_a_damaged_bundle_is_not_built_upon(bundle_copy: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["[]", "3", "{}", '{"results": {}}', '{"results": [3]}', '{"results": [{"target": "onnx"}]}']
+    "text",
+    [
+        "[]",
+        '{"results": [{"target": [], "status": "passed"}]}',
+        "3",
+        "{}",
+        '{"results": {}}',
+        '{"results": [3]}',
+        '{"results": [{"target": "onnx"}]}',
+    ],
 )
 def test_reports_that_are_none_are_damage_and_nothing_is_changed(bundle_copy: Path, text: str) -> None:
     """With a record that fits, so that the hash tells nothing."""

@@ -17,7 +17,6 @@ import nsm
 from nsm.errors import InputError, UnsupportedError
 from nsm.export.onnx_source import load_onnx
 from nsm.export.pipeline import ExportOptions, export
-from nsm.export.state_names import find_orphans, find_states
 from nsm.export.state_options import parse_shapes, parse_states
 from tests.export.graphs import FLOAT, HALF, PLAIN, Ports, leaky, write
 from tests.export.helpers import invoke, refused, succeeded
@@ -227,91 +226,6 @@ def test_states_are_named_besides_those_that_are_found(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="name further states"):
         load_onnx(path)
     assert list(load_onnx(path, parse_states(["memory=later"])).config["states"]) == ["memory", "h"]
-
-
-def two_states(path: Path, past: str = "c", **more: Any) -> Path:
-    """States h and c of one shape; with another name for c it is a state that nobody takes in, a constant."""
-    nodes = [
-        *leaky()[:2],
-        helper.make_node("Mul", [past, "half"], ["less"]),
-        helper.make_node("Add", ["less", "hn"], ["cn"]),
-    ]
-    nodes.append(helper.make_node("Sub", ["hn", "cn"], ["y"]))
-    inputs: Ports = {**PLAIN[0], **({"c": ["batch", 3]} if past == "c" else {})}
-    constants = {**HALF, **({} if past == "c" else {past: np.zeros((1, 3), np.float32)})}
-    return write(path, nodes, inputs, {**PLAIN[1], "cn": ["batch", 3]}, constants, **more)
-
-
-def test_a_state_that_comes_out_and_never_goes_in_is_refused(tmp_path: Path) -> None:
-    path = two_states(tmp_path / "m.onnx", "nothing")
-    with pytest.raises(
-        InputError, match=r"gives cn: .*which no input takes in \(the states are h=hn\).*--state INPUT=cn"
-    ):
-        load_onnx(path)
-    two_states(path)
-    assert list(load_onnx(path).config["states"]) == ["h", "c"]
-    assert load_onnx(path, constants={"c": "0"}).config["outputs"] == ["y", "cn"], "whoever says so knows it"
-
-
-@pytest.mark.parametrize(
-    ("output", "telling"),
-    [
-        ("hn", True),
-        ("h_n", True),
-        ("cn", True),
-        ("stateN", True),
-        ("present.0.key", True),
-        ("present_state.0.bank", True),
-        ("r_att_cache", True),
-        ("new_cached_key_0", True),
-        ("conv_cache_out", True),
-        ("cache_0_out", True),
-        ("encoder_out", False),
-        ("output", False),
-        ("y", False),
-        ("new_tokens", False),
-        ("state", False),
-    ],
-)
-def test_outputs_that_only_a_state_is_called_like(output: str, telling: bool) -> None:
-    assert find_orphans(["logits", output]) == [output] * telling
-
-
-def test_states_that_are_paired_otherwise_than_their_names_say_are_told_loudly(tmp_path: Path) -> None:
-    """It may be meant so: names are conventions. But nothing else would show it, for the reference is wired so too."""
-    path, output = two_states(tmp_path / "m.onnx"), tmp_path / "m.nsm"
-    options = ("-t", "ort", "--num-samples", "2", "--golden-steps", "4", "-o", output)
-    for json in ((), ("--json",)):
-        result = invoke("export", path, "--state", "h=cn", "--state", "c=hn", *options, *json, "--force")
-        succeeded(result)
-        told = " ".join(result.stderr.split())
-        assert "state h: input h, output cn" in told
-        assert "WARNING: --state pairs h with cn; by their names h goes with hn and c goes with cn." in told
-        assert "WARNING: --state pairs c with hn; by their names c goes with cn and h goes with hn." in told
-        assert told.index("WARNING") < (told.index("Building") if not json else len(told))
-    result = invoke("export", path, "--state", "h=hn", "--state", "c=cn", *options, "--force")
-    succeeded(result)
-    assert "WARNING" not in result.stderr
-    assert not load_onnx(path).remarks[-1].startswith("WARNING")
-
-
-@pytest.mark.parametrize(
-    ("past", "present"),
-    [
-        ("att_cache", "r_att_cache"),  # WeNet
-        ("cached_key_0", "new_cached_key_0"),  # icefall
-        ("embed_states", "new_embed_states"),
-        ("processed_lens", "new_processed_lens"),
-        ("state", "stateN"),  # Silero
-        ("past_key_values.0.key", "present.0.key"),  # decoders of Hugging Face
-        ("h0", "hn"),
-        ("conv_cache", "conv_cache_out"),
-        ("state_in", "state_out"),
-    ],
-)
-def test_the_names_that_people_give_to_states(past: str, present: str) -> None:
-    (found,) = find_states(["x", past], ["y", present])
-    assert (found.past, found.present) == (past, present)
 
 
 def test_a_cache_that_grows_is_said_before_anything_else_about_the_inputs(tmp_path: Path) -> None:
