@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nsm.bundle import GRAPHS, PARITY, Bundle
-from nsm.errors import BundleDamagedError, DeviceUnavailableError, InputError, MissingDependencyError, ParityError
+from nsm.errors import (
+    BundleDamagedError,
+    DeviceUnavailableError,
+    InputError,
+    MissingDependencyError,
+    ParityError,
+    UnsupportedError,
+)
 from nsm.files import write_json
 from nsm.manifest import Artifact, file_record
 from nsm.quantization.policy import find_policy
@@ -63,6 +71,22 @@ class Built:
     notes: tuple[str, ...] = ()
 
 
+def lacking(target: str, graph: Path, nodes: Sequence[tuple[str, str]], reason: str) -> UnsupportedError:
+    """What a builder raises for operators that its target does not have.
+
+    Args:
+        target: for people, as its makers write it.
+        graph: that has them.
+        nodes: operator and name of each, the name "" where it is not known.
+        reason: in the words of the target's own converter.
+    """
+    named = ", ".join(f"{operator} (the node {name})" if name else operator for operator, name in nodes)
+    return UnsupportedError(
+        f"{target} does not support these operators of {graph.name} as they are: {named}. Build the model for another "
+        "target, for instance onnxruntime, or without them. The converter says: " + " ".join(reason.split())
+    )
+
+
 def check_request(targets: list[Target], precision: str, device: str | None) -> None:
     """Refuse what cannot be built before any work is done.
 
@@ -109,6 +133,7 @@ def build_target(
         folder: where the files go (default: the target's own folder in the bundle).
 
     Raises:
+        UnsupportedError: the target lacks an operator of the graphs.
         BuildError: the converter or builder failed; its log is kept and named.
     """
     folder = folder or directory / target.folder

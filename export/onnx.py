@@ -12,13 +12,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import click
 import numpy as np
 import onnx
 import torch
 from torch import Tensor, nn
 
 from nsm.errors import BuildError
+from nsm.export.onnx_failure import failure
 from nsm.export.passes import optimise
 from nsm.export.source import OPSET
 from nsm.export.state_table import STATES_KEY, state_table
@@ -72,6 +72,7 @@ def export_onnx(model: StepModel, spec: StepSpec, directory: Path, opset: int = 
         Paths of the graphs.
 
     Raises:
+        UnsupportedError: ONNX lacks an operator of the model; names it and its module.
         BuildError: the exporter failed, or a graph does not have the declared inputs and outputs.
     """
     graphs = {}
@@ -95,6 +96,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     examples += [state[item.name].detach().clone() for item in reads]
     inputs = [*(item.name for item in entry.inputs), *(item.past for item in reads)]
     outputs = [*(item.name for item in entry.outputs), *(item.present for item in writes)]
+    module = EntryModule(model, spec, entry).eval()
     logger = logging.getLogger("torch.onnx")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -103,7 +105,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
             # What the exporter warns of concerns its own use of torch; what matters here is checked below.
             warnings.simplefilter("ignore")
             program = torch.onnx.export(
-                EntryModule(model, spec, entry).eval(),
+                module,
                 tuple(examples),
                 dynamo=True,
                 opset_version=opset,
@@ -113,7 +115,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
                 optimize=False,  # `optimise` does it
             )
     except Exception as error:  # the exporter's errors have no common base
-        raise BuildError(f"The ONNX exporter failed on {entry.name}: {click.unstyle(str(error))}") from error
+        raise failure(error, module, tuple(examples), entry.name) from error
     finally:
         logger.setLevel(level)
     if program is None:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from xml.etree import ElementTree
 
 import openvino as ov
 
 from nsm.errors import BuildError
-from nsm.export.build import Built, Request
+from nsm.export.build import Built, Request, lacking
 from nsm.runtimes.openvino import WEIGHTS
+
+_LACKING = re.compile(r"No conversion rule found for operations: (.+)")
 
 
 def build(request: Request) -> Built:
     """Convert every entry; the files are what `openvino.Core().read_model("step.xml", "weights.bin")` reads.
 
     Raises:
-        BuildError: OpenVINO refuses the graph.
+        UnsupportedError: OpenVINO lacks an operator; names the nodes.
+        BuildError: OpenVINO refuses the graph otherwise.
     """
     request.folder.mkdir(exist_ok=True)
     graphs = []
@@ -27,11 +33,27 @@ def build(request: Request) -> Built:
             model = ov.convert_model(str(request.graph(entry.name)))
             ov.save_model(model, str(path), compress_to_fp16=False)
         except Exception as error:  # the binding raises bare RuntimeErrors
+            operators = _LACKING.search(str(error))
+            if operators:
+                nodes = _nodes_of(request.graph(entry.name), re.findall(r"(\w+)-\d+", operators[1]))
+                raise lacking("OpenVINO", request.graph(entry.name), nodes, operators[0]) from error
             raise BuildError(f"OpenVINO cannot convert {entry.name}.onnx: {error}") from error
         graphs.append(path)
     share_weights(graphs, request.folder / WEIGHTS)
     files = [*graphs, request.folder / WEIGHTS]
     return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), request.device or "cpu")
+
+
+def _nodes_of(graph: Path, operators: Sequence[str]) -> list[tuple[str, str]]:
+    """The nodes that these operators are, where there is a package that reads the graph; else the operators alone."""
+    if importlib.util.find_spec("onnx") is None:
+        return [(operator, "") for operator in operators]
+    import onnx
+
+    from nsm.export.onnx_graph import node_name, nodes_of
+
+    model = onnx.load(str(graph), load_external_data=False)
+    return [(node.op_type, node_name(node)) for node in nodes_of(model.graph) if node.op_type in operators]
 
 
 def share_weights(graphs: list[Path], weights: Path) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nsm.errors import BuildError, UnsupportedError
-from nsm.export.build import Built, Request
+from nsm.export.build import Built, Request, lacking
 from nsm.files import write_json
 from nsm.runtimes.targets import find_target
 from nsm.spec import EntrySpec, StepSpec
@@ -24,7 +24,7 @@ def build(request: Request) -> Built:
     for the one in the machine; "portable" is its compatibility mode for Ampere and later.
 
     Raises:
-        UnsupportedError: a device that the installed package cannot build for.
+        UnsupportedError: a device that the installed package cannot build for, or an operator that it lacks.
         BuildError: parsing or building failed; the builder's log, with the layers that were parsed, is kept beside the
             place of the bundle.
     """
@@ -64,8 +64,12 @@ def _build_entry(
     network = builder.create_network(0 if strongly is None else 1 << int(strongly))
     parser = trt.OnnxParser(network, logger)
     if not parser.parse_from_file(str(request.graph(entry.name))):
-        errors = "; ".join(str(parser.get_error(index)) for index in range(parser.num_errors))
-        raise BuildError(f"TensorRT cannot parse {entry.name}.onnx: {errors}")
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
+        reason = "; ".join(map(str, errors))
+        nodes = [(item.node_operator(), item.node_name()) for item in errors if "UNSUPPORTED_NODE" in str(item.code())]
+        if nodes:
+            raise lacking("TensorRT", request.graph(entry.name), nodes, reason)
+        raise BuildError(f"TensorRT cannot parse {entry.name}.onnx: {reason}")
     layers += [f"{layer.name} {layer.type}" for layer in map(network.get_layer, range(network.num_layers))]
     _check_network(trt, network, request.spec, entry)
     config = builder.create_builder_config()

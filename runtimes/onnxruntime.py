@@ -9,7 +9,7 @@ from typing import Any
 
 import onnxruntime as ort
 
-from nsm.errors import BuildError
+from nsm.errors import BuildError, UnsupportedError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
 from nsm.spec import StepSpec
@@ -82,11 +82,17 @@ def open_graph(
     """An open graph on these providers, the preferred first, `without` some of the optimisations.
 
     Raises:
+        UnsupportedError: ONNX Runtime lacks an operator of it; names the node.
         BuildError: ONNX Runtime refuses the file, or the options.
     """
     try:
         return ort.InferenceSession(str(path), options, providers=list(providers), disabled_optimizers=list(without))
     except Exception as error:  # the binding's classes have no common base of their own
+        if "NOT_IMPLEMENTED" in str(error):
+            raise UnsupportedError(
+                f"ONNX Runtime does not support an operator of {path.name} as it is: {error}. Build the model for "
+                "another target, or without that operator."
+            ) from error
         raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
 
 

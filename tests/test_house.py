@@ -43,6 +43,7 @@ ALLOWED = {
 WITH_TORCH = {
     "nsm.export.api",
     "nsm.export.onnx",
+    "nsm.export.onnx_failure",
     "nsm.export.savings",
     "nsm.export.pt2",
     "nsm.export.torch_program",
