@@ -35,7 +35,8 @@ def build(request: Request) -> Built:
         except Exception as error:  # the binding raises bare RuntimeErrors
             operators = _LACKING.search(str(error))
             if operators:
-                nodes = _nodes_of(request.graph(entry.name), re.findall(r"(\w+)-\d+", operators[1]))
+                names = [re.sub(r"-\d+$", "", name.strip()).rsplit(".", 1)[-1] for name in operators[1].split(",")]
+                nodes = _nodes_of(request.graph(entry.name), names)
                 raise lacking("OpenVINO", request.graph(entry.name), nodes, operators[0]) from error
             raise BuildError(f"OpenVINO cannot convert {entry.name}.onnx: {error}") from error
         graphs.append(path)

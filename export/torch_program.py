@@ -20,7 +20,7 @@ from nsm.adapters.carried import Carried
 from nsm.adapters.examine import examine
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.pt2 import check_archive
-from nsm.export.state_names import find_states, state_name
+from nsm.export.state_names import state_name
 from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
 from nsm.spec import TensorSpec
@@ -31,11 +31,12 @@ CHUNK = 16
 def load_program(
     path: Path, states: Sequence[StateOption], vocab_size: int | None = None
 ) -> tuple[Checkpoint, list[str]]:
-    """Read a program and find its states.
+    """Read a program, and see that it is a step with these states.
 
     Args:
         path: of a `.pt2` written by `torch.export.save`.
-        states: those that were named; without any they are looked for by the conventions for names.
+        states: all of them. Nothing tells them by itself: torch.export calls outputs after the operators that they
+            come from.
         vocab_size: of a program over ids, which does not say it itself.
 
     Returns:
@@ -52,11 +53,10 @@ def load_program(
     except Exception as error:  # whatever torch raises for a damaged or newer file
         raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
     inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
-    found = list(states) or find_states(list(inputs), [str(name) for name in outputs])
-    places = [_place(option, inputs, outputs) for option in found]
-    left = [name for name in inputs if name not in [option.past for option in found]]
-    if len(left) != 1 or not found:
-        what = f"{left} are" if found else "no states were found by their names"
+    places = [_place(option, inputs, outputs) for option in states]
+    left = [name for name in inputs if name not in [option.past for option in states]]
+    if len(left) != 1 or not states:
+        what = f"{left} are" if states else "no state is named"
         raise InputError(
             f"{path} has the inputs {_shown(inputs)} and the outputs {outputs}; one input is to be left when the "
             "states "
@@ -66,7 +66,7 @@ def load_program(
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
         raise InputError(f"Two states are to be the output {outputs[twice]}; each has one of its own.")
-    unread = [option.past for option in found if not _read(program, option.past)]
+    unread = [option.past for option in states if not _read(program, option.past)]
     if unread:
         raise InputError(
             f"{path} never reads its states {unread}. Where torch.export.export is given one tensor for two arguments, "
@@ -80,11 +80,11 @@ def load_program(
             f"Of the outputs of {path}, {outputs}, {[outputs[place] for place in places]} are to be states; a state is "
             "a tensor, and so is what is left, the answer of a step. Do the places in --state fit?"
         )
-    model = _adapted(program, left[0], found, places, answers, vocab_size)
+    model = _adapted(program, left[0], states, places, answers, vocab_size)
     remarks = [
         f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
         f"{option.init}; found by {option.found}"
-        for one, option, place in zip(model.carried, found, places, strict=True)
+        for one, option, place in zip(model.carried, states, places, strict=True)
     ]
     print_of = hashlib.sha256(path.read_bytes() + repr(model.config).encode()).hexdigest()
     return Checkpoint(model, [], [], print_of), remarks
@@ -126,13 +126,13 @@ def _argument(spec: InputSpec, names: Sequence[str]) -> tuple[int | None, Any]:
 def _adapted(
     program: ExportedProgram,
     main: str,
-    found: Sequence[StateOption],
+    named: Sequence[StateOption],
     places: Sequence[int],
     answers: Sequence[int],
     vocab_size: int | None,
 ) -> AdaptedModel:
     inputs = _inputs(program)
-    module = Program(program, [main, *(option.past for option in found)])
+    module = Program(program, [main, *(option.past for option in named)])
     value = inputs[main]
     if value.dtype not in (torch.float32, torch.int64, torch.int32):
         raise UnsupportedError(
@@ -142,7 +142,7 @@ def _adapted(
     sizes: list[Any] = list(value.shape)
     lanes = None if isinstance(sizes[0], torch.SymInt) else int(sizes[0])
     timed = len(sizes) > 1 and isinstance(sizes[1], torch.SymInt)
-    carried = [_carried(option, inputs[option.past], sizes[0]) for option in found]
+    carried = [_carried(option, inputs[option.past], sizes[0]) for option in named]
     if lanes not in (None, 1):
         raise UnsupportedError(
             f"The program was exported for {lanes} streams at a time; export it for one, or for any."

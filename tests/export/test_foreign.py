@@ -117,7 +117,10 @@ def test_a_program_becomes_a_verified_bundle(program: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("states", "message"),
     [
-        ([], "no states were found by their names"),
+        (
+            [],
+            r"no state is named\. Name the states with --state INPUT=OUTPUT, where an output is also its place, 0 ",
+        ),
         (["hiden=1"], "has no input 'hiden'.*Did you mean hidden"),
         (["hidden=5"], "has no output '5'"),
         (["hidden=0"], r"answers|shape"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from nsm.bundle import Bundle
-from nsm.errors import BuildError
+from nsm.errors import BuildError, UnsupportedError
 from nsm.export.build import Request, build_target
 from nsm.models.simple import SimpleNSM
 from nsm.runtimes.targets import find_target
@@ -145,7 +145,7 @@ def test_a_graph_that_openvino_refuses_is_a_build_error(bundle: Bundle, tmp_path
         build_target(tmp_path, bundle.manifest.spec, find_target("ov"), None)
 
 
-def test_an_operator_that_openvino_does_not_know_is_a_build_error(bundle: Bundle, tmp_path: Path) -> None:
+def test_an_operator_that_openvino_does_not_know_is_unsupported(bundle: Bundle, tmp_path: Path) -> None:
     from nsm.export import openvino
 
     node = onnx.helper.make_node("Unheard", ["x"], ["y"], domain="com.example")
@@ -155,5 +155,5 @@ def test_an_operator_that_openvino_does_not_know_is_a_build_error(bundle: Bundle
     (tmp_path / "graphs").mkdir()
     onnx.save(onnx.helper.make_model(graph, opset_imports=opsets), str(tmp_path / "graphs" / "step.onnx"))
     request = Request(tmp_path, tmp_path / "openvino", bundle.manifest.spec, None)
-    with pytest.raises(BuildError, match=r"(?s)OpenVINO cannot convert.*Unheard"):
+    with pytest.raises(UnsupportedError, match=r"OpenVINO does not support .*: Unheard \(the node y\)\. Build"):
         openvino.build(request)

@@ -124,3 +124,96 @@ def test_what_no_step_takes_is_refused(
     path = saved(tmp_path / "m.pt2", module, arguments, **options)
     with pytest.raises(error, match=message):
         load_program(path, parse_states(["h=1"]))
+
+
+# -- sizes that were left dynamic --------------------------------------------------------------------------------------
+
+
+class Running(torch.nn.Module):
+    """The sum over all tokens so far; where it is frozen, without the first of the call."""
+
+    def __init__(self, frozen: bool = False) -> None:
+        super().__init__()
+        self.frozen = frozen
+
+    def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        sums = torch.cumsum(x, 1) + total.unsqueeze(1)
+        return sums - x[:, :1] if self.frozen else sums, sums[:, -1]
+
+
+BATCH, TIME, WIDTH = (torch.export.Dim(name, min=1) for name in ("batch", "time", "width"))
+TIMED = ({0: BATCH, 1: TIME}, {0: BATCH})
+
+
+def test_a_program_may_take_any_number_of_tokens(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt2", Running(), (torch.zeros(2, 5, 3), torch.zeros(2, 3)), dynamic_shapes=TIMED)
+    options = ("--state", "total=1", "--batch", "2", "--chunk", "4", "--golden-steps", "5", "-o", tmp_path / "m.nsm")
+    succeeded(invoke("export", path, "-t", "ort", *options))
+    x = np.random.default_rng(0).standard_normal((2, 11, 3)).astype(np.float32)
+    with nsm.open(tmp_path / "m.nsm") as session:
+        assert [entry.inputs[0].shape for entry in session.spec.entries] == [(2, 4, 3), (2, 1, 3)]
+        parts = [session.feed(part)["outputs"] for part in np.split(x, [4, 5, 6], 1)]
+        np.testing.assert_allclose(np.concatenate(parts, 1), x.cumsum(1), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(session.read_state()["total"], x.sum(1), rtol=1e-5, atol=1e-5)
+
+
+def test_a_length_that_is_built_into_a_program_is_found_out(tmp_path: Path) -> None:
+    path = saved(tmp_path / "m.pt2", Running(True), (torch.zeros(2, 5, 3), torch.zeros(2, 3)), dynamic_shapes=TIMED)
+    with pytest.raises(
+        UnsupportedError, match=r"answers 32 tokens in one call differently than in calls of .*built into"
+    ):
+        load_program(path, parse_states(["total=1"]))
+
+
+class Mean(torch.nn.Module):
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        return x + h.mean(), 0.5 * h + x.mean()
+
+
+class Both(torch.nn.Module):
+    def forward(self, x: Tensor, h: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        return x + h + c, 0.5 * h + x
+
+
+OPEN: dict[str, tuple[torch.nn.Module, list[list[int]], Any, list[str], type[NsmError], str]] = {
+    "a state that grows": (
+        Mean(),
+        [[1, 3], [1, 4]],
+        (None, {1: WIDTH}),
+        ["h=1"],
+        UnsupportedError,
+        r"The state h has the shape \['1', 's\d+'\]: besides the streams, axis 1 is dynamic.*a window of fixed length",
+    ),
+    "a token of any size": (
+        Mean(),
+        [[2, 5, 7], [2, 4]],
+        ({0: BATCH, 1: TIME, 2: WIDTH}, {0: BATCH}),
+        ["h=1"],
+        UnsupportedError,
+        r"The input x has the shape \['s\d+', 's\d+', 's\d+'\], with dynamic sizes besides .*with these fixed",
+    ),
+    "three streams": (
+        Mean(),
+        [[3, 4], [3, 4]],
+        None,
+        ["h=1"],
+        UnsupportedError,
+        "exported for 3 streams at a time; export it for one, or for any",
+    ),
+    "two states on one output": (
+        Both(),
+        [[1, 3]] * 3,
+        None,
+        ["h=1", "c=add_2"],
+        InputError,
+        "Two states are to be the output add_2; each has one of its own",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OPEN)
+def test_a_program_that_is_no_step_is_refused(kind: str, tmp_path: Path) -> None:
+    module, sizes, shapes, states, error, message = OPEN[kind]
+    path = saved(tmp_path / "m.pt2", module, tuple(map(torch.zeros, sizes)), dynamic_shapes=shapes)
+    with pytest.raises(error, match=message):
+        load_program(path, parse_states(states))
