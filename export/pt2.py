@@ -5,7 +5,7 @@ weights_only=False, and so are example inputs, and weights and constants under t
 otherwise; a file that its reader gives up on is read as the format of 2.7, pickles again; `data/aotinductor/` holds
 compiled libraries; everything under `models/` is a program, whatever it is called; sizes are expressions that sympy
 evaluates; a node may name any function of torch or `operator`; the nesting of arguments may name a module to import;
-and some operators read and write files. What `torch.export.save` writes for a plain module needs none of that. So only
+some operators read and write files; and what is compressed is inflated before anything is looked at. What `torch.export.save` writes for a plain module needs none of that. So only
 what it writes is let through: known files, known operators, known containers.
 """
 
@@ -89,7 +89,7 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
     for info, (_, _, inner) in zip(archive.infolist(), names, strict=True):
         if inner.endswith(".json") and not inner.startswith("extra/"):
             if info.file_size > _MAX_JSON:
-                raise ValueError(f"{inner} has {info.file_size} bytes")
+                raise ValueError(f"{inner} has {info.file_size:,} bytes, and at most {_MAX_JSON:,} are read")
             yield inner, json.loads(reader.get_record(inner).decode())
         elif inner.startswith("data/sample_inputs/"):
             yield inner, reader.get_record(inner)

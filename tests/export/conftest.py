@@ -19,6 +19,7 @@ from nsm.export import guard, pipeline, torch_source
 from nsm.export.adding import add_target
 from nsm.export.pipeline import ExportOptions, export
 from nsm.models.simple import SimpleNSM
+from tests.adapters.models import VoiceActivity
 from tests.conftest import make_model, make_sequences
 from tests.export.helpers import scale_weights
 
@@ -29,6 +30,17 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     import cuda.bindings.runtime as cuda
 
     monkeypatch.setattr(cuda, "cudaGetDeviceCount", lambda: (cuda.cudaError_t.cudaErrorNoDevice, 0))
+
+
+@pytest.fixture(scope="session")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A voice activity detector as a program of torch.export, for any number of streams. Do not change it."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("program") / "voice.pt2"
+    batch = torch.export.Dim("batch")
+    arguments, shapes = (torch.zeros(2, 64), torch.zeros(2, 12)), ({0: batch}, {0: batch})
+    torch.export.save(torch.export.export(VoiceActivity(), arguments, dynamic_shapes=shapes), path)
+    return path
 
 
 @pytest.fixture

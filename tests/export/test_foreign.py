@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import json
-import pickle
-import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +12,7 @@ import torch
 from torch import nn
 
 import nsm
-from nsm.errors import CheckpointError, InputError, NsmError, UnsupportedError
-from nsm.export.pt2 import check_archive
+from nsm.errors import InputError, NsmError, UnsupportedError
 from nsm.export.state_names import find_states
 from nsm.export.state_options import StateOption, parse_constants, parse_states
 from nsm.export.torch_program import load_program
@@ -80,16 +74,6 @@ def test_int8_reaches_the_inside_of_recurrent_layers(
 
 
 # -- programs of torch.export ------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("program") / "voice.pt2"
-    batch = torch.export.Dim("batch")
-    arguments, shapes = (torch.zeros(2, 64), torch.zeros(2, 12)), ({0: batch}, {0: batch})
-    torch.export.save(torch.export.export(VoiceActivity(), arguments, dynamic_shapes=shapes), path)
-    return path
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -202,178 +186,6 @@ def test_a_program_may_nest_its_states_and_its_outputs(tmp_path: Path) -> None:
         for step in range(6):
             wanted, state = module(torch.from_numpy(data[:1, step]), tuple(state))
             np.testing.assert_allclose(given[:, step], wanted["main"], rtol=1e-4, atol=1e-5)
-
-
-class Touch:
-    """A pickle that makes a file when it is loaded."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return Path.touch, (self.path,)
-
-
-def rewritten(program: Path, path: Path, change: Callable[[str, bytes], bytes]) -> Path:
-    with zipfile.ZipFile(program) as old, zipfile.ZipFile(path, "w") as new:
-        for info in old.infolist():
-            new.writestr(info.filename, change(info.filename, old.read(info)))
-    return path
-
-
-def hostile_changes(made: Path) -> dict[str, tuple[Callable[[str, bytes], bytes], str]]:
-    run = pickle.dumps(Touch(made))
-
-    def json_change(name: str, edit: Callable[[Any], None]) -> Callable[[str, bytes], bytes]:
-        def change(found: str, data: bytes) -> bytes:
-            if not found.endswith(name):
-                return data
-            parsed = json.loads(data)
-            edit(parsed)
-            return json.dumps(parsed).encode()
-
-        return change
-
-    def pickled(parsed: Any) -> None:
-        next(iter(parsed["config"].values()))["use_pickle"] = True
-
-    def custom(parsed: Any) -> None:
-        parsed["config"]["x"] = {"path_name": "custom_obj_0", "use_pickle": False}
-
-    def calling(parsed: Any) -> None:
-        parsed["graph_module"]["graph"]["nodes"][0]["target"] = "torch.hub.load"
-
-    def sized(parsed: Any) -> None:
-        text = "__import__('pathlib').Path('x').touch()"
-        parsed["graph_module"]["graph"]["tensor_values"]["x"] = {"sizes": [{"as_expr": {"expr_str": text}}]}
-
-    def adding(**node: Any) -> Callable[[str, bytes], bytes]:
-        def add(parsed: Any) -> None:
-            extra: dict[str, Any] = {
-                "inputs": [],
-                "outputs": [],
-                "metadata": {},
-                "is_hop_single_tensor_return": None,
-                "name": "x",
-            }
-            parsed["graph_module"]["graph"]["nodes"].append(extra | node)
-
-        return json_change("models/model.json", add)
-
-    def passing(parsed: Any) -> None:
-        parsed["graph_module"]["graph"]["nodes"][0]["inputs"][0]["arg"] = {"as_operator": "torch.hub.load"}
-
-    def nesting(kind: str, context: object) -> Callable[[str, bytes], bytes]:
-        def nest(parsed: Any) -> None:
-            spec = json.dumps([1, {"type": kind, "context": context, "children_spec": []}])
-            parsed["graph_module"]["module_call_graph"][0]["signature"]["in_spec"] = spec
-
-        return json_change("models/model.json", nest)
-
-    importing = {"default_factory_module": "antigravity", "default_factory_name": "x", "dict_context": []}
-    enumeration = json.dumps([{"__enum__": True, "fqn": "antigravity:x", "name": "x"}])
-    return {
-        "library function": (adding(target="_operator.attrgetter"), r"it calls _operator.attrgetter"),
-        "file that is written": (adding(target="torch.ops.aten.save.default"), "it calls torch.ops.aten.save.default"),
-        "file that is mapped": (adding(target="torch.ops.aten.from_file.default"), "it calls .*from_file.default"),
-        "no operator": (adding(target="torch.ops.aten.__class__.mro"), "it calls torch.ops.aten.__class__.mro"),
-        "printing": (adding(target="torch.ops.higher_order.print"), "it calls torch.ops.higher_order.print"),
-        "function as argument": (json_change("models/model.json", passing), "it calls torch.hub.load"),
-        "module in the nesting": (nesting("collections.defaultdict", importing), "in_spec nests arguments"),
-        "enumeration in the nesting": (nesting("builtins.dict", enumeration), "in_spec nests arguments"),
-        "pickled weight": (json_change("weights_config.json", pickled), "is a pickle"),
-        "object": (json_change("constants_config.json", custom), "has the object custom_obj_0"),
-        "call": (json_change("models/model.json", calling), "it calls torch.hub.load"),
-        "expression": (json_change("models/model.json", sized), "a size is the expression"),
-        "example inputs": (lambda name, data: run if "sample_inputs" in name else data, "holds Python objects"),
-    }
-
-
-@pytest.mark.parametrize("kind", hostile_changes(Path()))
-def test_nothing_in_a_program_is_executed(kind: str, program: Path, tmp_path: Path) -> None:
-    made = tmp_path / "made"
-    change, message = hostile_changes(made)[kind]
-    hostile = rewritten(program, tmp_path / "hostile.pt2", change)
-    with pytest.raises(CheckpointError, match=f"was refused.*{message}"):
-        load_program(hostile, parse_states(["hidden=1"]))
-    assert not made.exists()
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "voice/data/aotinductor/model/model.so",  # a library
-        "voice/models/other.JSON",  # a program, under whatever name
-        "voice/data/weights/model.pt",  # where weights were before: a pickle
-        "voice/data/constants/model.pt",
-        "voice/models/model.json\0",
-        "version",  # of the format of 2.7, all of pickles
-        "voice/version/../models/model.json",
-        "voice/byteorder",  # twice
-    ],
-)
-@pytest.mark.filterwarnings("ignore:Duplicate name")
-def test_files_that_no_plain_program_has_are_refused(name: str, program: Path, tmp_path: Path) -> None:
-    made, path = tmp_path / "made", tmp_path / "hostile.pt2"
-    rewritten(program, path, lambda _, data: data)
-    info = zipfile.ZipInfo("x")
-    info.filename = info.orig_filename = name  # the class itself would cut it at the zero byte
-    with zipfile.ZipFile(path, "a") as archive:
-        archive.writestr(info, pickle.dumps(Touch(made)))
-    with pytest.raises(CheckpointError, match=r"was refused: it holds .*the files of torch.export.save"):
-        load_program(path, parse_states(["hidden=1"]))
-    assert not made.exists()
-
-
-def test_of_two_archives_in_one_file_neither_is_believed(program: Path, tmp_path: Path) -> None:
-    def renamed(old: str, new: str) -> bytes:
-        with zipfile.ZipFile(program) as source, zipfile.ZipFile(tmp_path / "part", "w") as part:
-            for info in source.infolist():
-                part.writestr(info.filename.replace(old, new), source.read(info))
-        return (tmp_path / "part").read_bytes()
-
-    path = tmp_path / "glued.pt2"
-    path.write_bytes(renamed("weight_0", "weight_9") + renamed("", ""))
-    with zipfile.ZipFile(path) as archive:
-        seen = archive.namelist()
-    assert any(name.endswith("weight_0") for name in seen)
-    assert "data/weights/weight_9" in torch._C.PyTorchFileReader(str(path)).get_all_records()
-    with pytest.raises(CheckpointError, match="was refused: it has two tables of contents"):
-        load_program(path, parse_states(["hidden=1"]))
-
-
-@pytest.mark.parametrize("inside", [False, True])
-def test_a_program_that_unpacks_to_more_than_it_has_is_refused(inside: bool, program: Path, tmp_path: Path) -> None:
-    """The archive itself, or the one in it that holds the example inputs."""
-
-    def packed(data: bytes) -> bytes:
-        with zipfile.ZipFile(io.BytesIO(data)) as old, zipfile.ZipFile(made := io.BytesIO(), "w", 8) as new:
-            for name in old.namelist():
-                new.writestr(name, old.read(name))
-        return made.getvalue()
-
-    path = tmp_path / "m.pt2"
-    if inside:
-        rewritten(program, path, lambda name, data: packed(data) if "sample_inputs" in name else data)
-    else:
-        path.write_bytes(packed(program.read_bytes()))
-    with pytest.raises(
-        CheckpointError, match=r"cannot be read as a program \(ValueError: \S+ in it is compressed; exp"
-    ):
-        load_program(path, parse_states(["hidden=1"]))
-
-
-@pytest.mark.parametrize("data", [b"", b"not a zip", pickle.dumps({"a": 1})])
-def test_what_is_no_program_is_refused(data: bytes, tmp_path: Path) -> None:
-    (tmp_path / "m.pt2").write_bytes(data)
-    with pytest.raises(CheckpointError, match="cannot be read as a program"):
-        check_archive(tmp_path / "m.pt2")
-    with pytest.raises(CheckpointError, match="There is no file"):
-        check_archive(tmp_path / "absent.pt2")
-    with zipfile.ZipFile(tmp_path / "other.pt2", "w") as archive:
-        archive.writestr("m/readme", "hello")
-    with pytest.raises(CheckpointError, match="holds no models"):
-        check_archive(tmp_path / "other.pt2")
 
 
 # -- the options -------------------------------------------------------------------------------------------------------

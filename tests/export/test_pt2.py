@@ -1,4 +1,4 @@
-"""Programs of torch.export: what they may take and give. That nothing in them is executed: test_foreign.py."""
+"""Programs of torch.export: what they may take and give. That nothing in them is executed: test_pt2_hostile.py."""
 
 from __future__ import annotations
 
