@@ -5,8 +5,9 @@ weights_only=False, and so are example inputs, and weights and constants under t
 otherwise; a file that its reader gives up on is read as the format of 2.7, pickles again; `data/aotinductor/` holds
 compiled libraries; everything under `models/` is a program, whatever it is called; sizes are expressions that sympy
 evaluates; a node may name any function of torch or `operator`; the nesting of arguments may name a module to import;
-some operators read and write files; and what is compressed is inflated before anything is looked at. What `torch.export.save` writes for a plain module needs none of that. So only
-what it writes is let through: known files, known operators, known containers.
+some operators read and write files; and what is compressed is inflated before anything is looked at. What
+`torch.export.save` writes for a plain module needs none of that. So only what it writes is let through: known files,
+known operators, known containers.
 """
 
 from __future__ import annotations
