@@ -10,6 +10,9 @@ from nsm.errors import InputError
 from nsm.spec import StepSpec
 from nsm.trace import Array, read_arrays
 
+MOST_UNPACKED = 2**33
+"""Bytes that the arrays of an .npz may have, however small it is."""
+
 
 def sequence_axes(spec: StepSpec) -> int:
     """How many axes a sequence has that a model takes: 1 of ids, 2 of vectors."""
@@ -20,7 +23,7 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
     """Sequences of tokens from a file.
 
     .npy: an array [N, T, *token], or one sequence [T, *token]: ids [T], vectors [T, input_dim].
-    .npz: every array in it likewise, not compressed (`numpy.savez`).
+    .npz: every array in it likewise; unpacked they have at most `MOST_UNPACKED` bytes.
     .txt: the bytes of the text as ids, cut into `count` (default 1) equal parts.
 
     Args:
@@ -43,7 +46,7 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
                 arrays = [np.lib.format.read_array(file, allow_pickle=False)]
         else:
             with path.open("rb") as file:
-                arrays = list(read_arrays(file).values())
+                arrays = list(read_arrays(file, MOST_UNPACKED).values())
     except Exception as error:  # on damaged files zipfile and numpy raise whatever they stumble over
         raise InputError(
             f"{path} cannot be read as sequences: {error}. Expected is what numpy.save or numpy.savez writes, or text."

@@ -126,29 +126,30 @@ def json_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def check_stored(archive: zipfile.ZipFile, size: int) -> None:
+def check_stored(archive: zipfile.ZipFile, size: int, unpacked: int = 0) -> None:
     """Hold what a zip archive declares against the bytes that are there, before memory is taken for it.
 
     A few hundred bytes can declare an array of terabytes, and deflated ones unpack to a thousand times as many. What
-    numpy.savez and torch.save write is stored as it is, so nothing else is read: our own files and those of others.
+    numpy.savez and torch.save write is stored as it is, so nothing else is read where a file may come from anybody.
 
     Args:
         size: bytes of the archive itself.
+        unpacked: bytes that members may declare all the same, compressed or not: for files of the user's own.
 
     Raises:
         ValueError: a member is compressed, or together they declare more than the archive holds.
     """
     members = archive.infolist()
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
-    if packed:
+    if packed and not unpacked:
         raise ValueError(
             f"{packed[0]} in it is compressed; expected are members that are stored as they are, as numpy.savez and "
             "torch.save write them"
         )
-    check_declared(sum(member.file_size for member in members), size)
+    check_declared(sum(member.file_size for member in members), max(size, unpacked))
 
 
-def check_declared(declared: int, size: int) -> None:
-    """Raise `ValueError` where an archive of `size` bytes declares more than that."""
-    if declared > size:
-        raise ValueError(f"what is in it declares {declared:,} bytes, and it has {size:,}")
+def check_declared(declared: int, most: int) -> None:
+    """Raise `ValueError` where an archive declares more bytes than it may."""
+    if declared > most:
+        raise ValueError(f"what is in it declares {declared:,} bytes; expected are at most {most:,}")

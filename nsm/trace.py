@@ -129,7 +129,7 @@ def load_arrays(path: Path) -> Arrays:
         ) from error
 
 
-def read_arrays(file: IO[bytes]) -> Arrays:
+def read_arrays(file: IO[bytes], unpacked: int = 0) -> Arrays:
     """All arrays of an open .npz, as `numpy.savez` writes it, never unpickling.
 
     What the archive and each array in it declare is held against the bytes that are there; see `check_stored`.
@@ -140,7 +140,7 @@ def read_arrays(file: IO[bytes]) -> Arrays:
     """
     size = file.seek(0, os.SEEK_END)
     with zipfile.ZipFile(file) as archive:
-        check_stored(archive, size)
+        check_stored(archive, size, unpacked)
         return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in archive.infolist()}
 
 
