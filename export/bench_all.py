@@ -31,7 +31,7 @@ from nsm.export.bench_command import (
 from nsm.export.build import PRECISIONS
 from nsm.export.console import Terminal, number, size
 from nsm.manifest import Artifact
-from nsm.runtimes.bench import bench
+from nsm.runtimes.bench import bench, not_faster
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import TARGETS, find_target
 from nsm.staging import FAILED_SUFFIX
@@ -52,9 +52,11 @@ COLUMNS = (
 # Characters of a reason that the table shows; all of it is in the JSON.
 _REASON = 90
 
+NOT_FASTER = "not faster than fp32"
+
 # Exit code of what went wrong -> status.
 _STATUS: Mapping[int, str] = MappingProxyType(
-    {2: "refused", 3: "not supported", 4: "build failed", 5: "parity failed", 7: "slower than fp32"}
+    {2: "refused", 3: "not supported", 4: "build failed", 5: "parity failed", 7: NOT_FASTER}
 )
 
 
@@ -64,7 +66,7 @@ class Combination:
 
     Args:
         target, precision: what was asked for.
-        status: `ok`, `slower than fp32` (by its whole interval), or why it was not measured.
+        status: `ok`, `not faster than fp32` (see `nsm.runtimes.bench.not_faster`), or why it was not measured.
         reason: the message of the error, where there was one.
         bundle: what was built, None if nothing was.
         artifact: the one in it, or in what a failed export kept.
@@ -217,8 +219,8 @@ def _measured(
             continue
         beside = None if key == base or base not in latencies else (entrants[base].name, latencies[base])
         measured = compared(entrants[key], latencies[key], beside)
-        slower = measured.ratio is not None and measured.ratio.high < 1
-        results.append(replace(item, measured=measured, status="slower than fp32" if slower else item.status))
+        short = measured.ratio is not None and bool(not_faster(measured.ratio, measured.decode_ratio))
+        results.append(replace(item, measured=measured, status=NOT_FASTER if short else item.status))
     return results
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from nsm.bundle import Bundle
-from nsm.errors import InputError, ParityError, UnsupportedError
+from nsm.errors import InputError, ParityError, SlowerError, UnsupportedError
 from nsm.export import pipeline
 from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
 from nsm.export.source import OPSET
@@ -57,6 +57,10 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
             kept = Bundle(planned.output.with_name(planned.output.name + FAILED_SUFFIX))
             found = kept.manifest.to_json()["artifacts"]
             click.echo(json.dumps({"bundle": None, "kept_as": str(kept.path), "artifacts": found}))
+        raise
+    except SlowerError as error:
+        if as_json:
+            click.echo(json.dumps({"bundle": None, "kept_as": None, "artifacts": error.artifacts}))
         raise
     artifacts = bundle.manifest.to_json()["artifacts"]
     saved = _measure_savings(terminal, planned, bundle) if planned.larger is not None else None

@@ -2,7 +2,8 @@
 
 In low precision two more things can go wrong. The error may be over budget: then the products whose rounding makes a
 stream drift most are put back to float, one after the other, as far as `max_float_share` allows. And it may not be
-faster than fp32: then there is no reason to have it, and the export says so.
+faster than fp32, by the rule of `nsm.runtimes.bench.not_faster`: then there is no reason to have it, and the export
+says so.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +22,7 @@ from nsm.export.build import CULPRITS, build_target, check_artifact
 from nsm.manifest import Artifact
 from nsm.quantization.policy import SAFE_LEVELS, Policy, find_policy
 from nsm.quantization.recipe import Calibration
-from nsm.runtimes.bench import Latency, bench, paired_ratio
+from nsm.runtimes.bench import Ratio, bench, not_faster, paired_ratio
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.processor import CPU_DOT, int8_dot_products
@@ -83,14 +84,11 @@ def build_checked(
         artifact, report = maker.within_budget(trace, limits, progress)
         if report is not None and report.passed:
             speed = maker.speed(artifact, trace)
-            artifact = replace(artifact, quantization={**artifact.quantization, "speed": speed})
-            if speed["step"]["median"] < 1.0 and not limits.allow_slower:
-                step = speed["step"]
-                raise SlowerError(
-                    f"{target.name} in {precision} is not faster here than in fp32: {step['median']:.2f}x as fast "
-                    f"[{step['low']:.2f}, {step['high']:.2f}]. Keep fp32, try another precision, or give "
-                    "--allow-slower if size is what counts."
-                )
+            found = {entry: asdict(ratio) for entry, ratio in speed.items()}
+            artifact = replace(artifact, quantization={**artifact.quantization, "speed": found})
+            short = not_faster(speed["step"], speed.get("decode"))
+            if short and not limits.allow_slower:
+                raise SlowerError(maker.complaint(short), [asdict(artifact)])
     finally:
         maker.clean()
     return artifact, report
@@ -168,17 +166,31 @@ class Maker:
             key, drift = left[0]
             put_back[key] = f"alone it makes the stream drift by {drift:.2g}"
 
-    def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Any]:
+    def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Ratio]:
         """How many times as fast as the same target in fp32, `step` and `decode`, in the same process and in turn."""
         directory, spec = self.bundle.path, self.bundle.manifest.spec
         folder = directory / (GRAPHS if self.target.folder == GRAPHS else _BASE)
         base = build_target(directory, spec, self.target, self.device, folder=folder)
         with open_artifact(self.bundle, base) as exact, open_artifact(self.bundle, artifact) as low:
             before, after = bench([exact, low], SPEED_STEPS, _calls(trace, spec.batch))
-        found = {"step": _ratio(before, after)}
+        found = {"step": paired_ratio(before.rounds_us, after.rounds_us)}
         if before.decode is not None and after.decode is not None:
-            found["decode"] = _ratio(before.decode, after.decode)
+            found["decode"] = paired_ratio(before.decode.rounds_us, after.decode.rounds_us)
         return found
+
+    def complaint(self, short: Mapping[str, Ratio]) -> str:
+        """What to say of an artifact that is not faster than fp32 in these entries."""
+        found = ", ".join(f"{entry} {ratio}" for entry, ratio in short.items())
+        in_int8 = self.policy.form in ("static", "dynamic") and "cpu" in self.target.devices
+        reason = (
+            "The likely cause is the processor: it has neither VNNI nor dotprod, which make products of int8 fast. "
+            if in_int8 and int8_dot_products() is False
+            else ""
+        )
+        return (
+            f"{self.target.name} in {self.precision} is not faster here than in fp32: {found}. {reason}Keep fp32, try "
+            "another precision, or give --allow-slower if size is what counts."
+        )
 
     def clean(self) -> None:
         """Remove what was only needed on the way."""
@@ -212,11 +224,6 @@ class Maker:
                 "float"
             )
         return tuple(note for note in notes if note)
-
-
-def _ratio(before: Latency, after: Latency) -> dict[str, float]:
-    ratio = paired_ratio(before.rounds_us, after.rounds_us)
-    return {"median": ratio.median, "low": ratio.low, "high": ratio.high}
 
 
 def _calls(trace: Trace, batch: int) -> Array:

@@ -15,7 +15,9 @@ A message says what was given, what was expected, and what to do.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 
 class NsmError(Exception):
@@ -91,9 +93,16 @@ class ParityError(NsmError):
 
 
 class SlowerError(NsmError):
-    """The artifact in low precision is not faster than the same target's in fp32."""
+    """The artifact in low precision is not faster than the same target's in fp32.
+
+    `artifacts` are what was built and measured, as the manifest would have had them; they are not kept.
+    """
 
     exit_code = 7
+
+    def __init__(self, message: str, artifacts: Sequence[Mapping[str, Any]] = ()) -> None:
+        super().__init__(message)
+        self.artifacts = tuple(artifacts)
 
 
 class BundleError(NsmError):

@@ -74,6 +74,9 @@ class Ratio:
     low: float
     high: float
 
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x as fast [{self.low:.2f}, {self.high:.2f}]"
+
 
 def bench(sessions: Sequence[Steppable], steps: int, tokens: Array, progress: Progress | None = None) -> list[Latency]:
     """Time `steps` calls of every session, in rounds in which each has its turn, after a round of warm-up.
@@ -141,6 +144,19 @@ def paired_ratio(times_a: ArrayLike, times_b: ArrayLike) -> Ratio:
     drawn = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
     low, high = np.quantile(np.median(ratios[drawn], 1), (0.025, 0.975))
     return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def not_faster(step: Ratio, decode: Ratio | None) -> dict[str, Ratio]:
+    """The entries in which low precision is not worth its errors beside the same target's fp32; none where it is.
+
+    `step` has to gain: the median of its speed is above 1. `decode` must not pay for that: not worth it is a speed
+    whose whole interval lies below 1, since a chunk of single tokens a round says less than the calls of `step`.
+
+    Args:
+        step, decode: how many times as fast as fp32, by `paired_ratio`; None for a model without `decode`.
+    """
+    found = {} if step.median > 1.0 else {"step": step}
+    return found if decode is None or decode.high >= 1.0 else {**found, "decode": decode}
 
 
 class _Turn:

@@ -21,27 +21,32 @@ from nsm.export.guard import Limits, Maker
 from nsm.export.pipeline import ExportOptions, export
 from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
-from nsm.runtimes import onnxruntime
+from nsm.runtimes import onnxruntime, processor
 from nsm.runtimes.bench import Latency, Steppable
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array, Trace
 from tests.export.helpers import ROUGH, invoke, names, refused, succeeded, the_json
 
+Times = Callable[..., None]
 OTHERS = ["layers.0.projection/MatMul", "layers.0.feed_forward.0/MatMul"]
 pytestmark = pytest.mark.usefixtures("few_steps")
 
 
 @pytest.fixture
-def times(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
-    """Let fp32 and low precision take so many microseconds."""
+def times(monkeypatch: pytest.MonkeyPatch) -> Times:
+    """Let fp32 and low precision take so many microseconds, and a single token in each round so many."""
 
-    def with_times(before: float, after: float) -> None:
+    def with_times(before: float, after: float, decode: tuple[float, float] = (3.0, 3.0)) -> None:
         def fake(sessions: Sequence[Steppable], steps: int, tokens: Array) -> list[Latency]:
             assert (len(sessions), steps) == (2, 10)
             assert tokens.shape[1:] == (2, 8)
             found = [Latency(t, t, t, t, 1.0, (t, t, 2 * t)) for t in (before, after)]
-            return [replace(latency, decode=replace(latency, rounds_us=(3.0, 3.0))) for latency in found]
+            singles = [(3.0, 3.0, 3.0), (*decode, decode[-1])]
+            return [
+                replace(latency, decode=replace(latency, rounds_us=rounds))
+                for latency, rounds in zip(found, singles, strict=True)
+            ]
 
         monkeypatch.setattr(guard, "bench", fake)
 
@@ -180,13 +185,12 @@ def test_what_cannot_run_here_is_neither_ranked_nor_measured(
 # -- speed -----------------------------------------------------------------------------------------------------------
 
 
-def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(
-    int8_copy: Path, tmp_path: Path, times: Callable[[float, float], None]
-) -> None:
+def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(int8_copy: Path, tmp_path: Path, times: Times) -> None:
     times(100.0, 125.0)
     before = (int8_copy / "manifest.json").read_bytes()
     message = (
-        r"onnxruntime in int8 is not faster here than in fp32: 0\.80x as fast \[0\.80, 0\.80\]\. Keep fp32.*--allow"
+        r"onnxruntime in int8 is not faster here than in fp32: step 0\.80x as fast \[0\.80, 0\.80\]\. Keep fp32"
+        r".*--allow"
     )
     with pytest.raises(SlowerError, match=message):
         add_target(int8_copy, "ort", precision="int8")
@@ -198,18 +202,23 @@ def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(
 
 
 def test_an_export_that_is_slower_ends_with_7_and_leaves_nothing(
-    wide: Path, tmp_path: Path, times: Callable[[float, float], None], ready_wide: None
+    wide: Path, tmp_path: Path, times: Times, ready_wide: None
 ) -> None:
     times(100.0, 101.0)
     sizes = ("--batch", "2", "--num-samples", "1", "--golden-steps", "4")
     arguments = ("export", wide, "-t", "ort", "-p", "int8", *sizes, "-o", tmp_path / "m.nsm")
-    refused(invoke(*arguments), 7, "0.99x as fast")
+    refused(invoke(*arguments), 7, "step 0.99x as fast")
+    said = invoke(*arguments, "--json")
+    refused(said, 7, "step 0.99x as fast")
+    found = the_json(said)
+    assert (found["bundle"], found["kept_as"], len(found["artifacts"])) == (None, None, 1)
+    assert found["artifacts"][0]["quantization"]["speed"]["step"]["median"] == pytest.approx(100 / 101)
     assert names(tmp_path) == []
     (artifact,) = the_json(invoke(*arguments, "--allow-slower", "--json"))["artifacts"]
     assert artifact["quantization"]["speed"]["step"]["median"] == pytest.approx(100 / 101)
 
 
-def test_slower_is_kept_where_that_is_allowed(int8_copy: Path, times: Callable[[float, float], None]) -> None:
+def test_slower_is_kept_where_that_is_allowed(int8_copy: Path, times: Times) -> None:
     times(100.0, 400.0)
     text = succeeded(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--allow-slower"))
     assert "Added to" in text
@@ -220,7 +229,37 @@ def test_slower_is_kept_where_that_is_allowed(int8_copy: Path, times: Callable[[
     }
 
 
-def test_faster_needs_no_leave(int8_copy: Path, times: Callable[[float, float], None]) -> None:
+def test_single_tokens_that_are_slower_are_refused_although_whole_calls_are_faster(
+    int8_copy: Path, times: Times
+) -> None:
+    times(200.0, 100.0, (6.0, 6.0))
+    message = r"not faster here than in fp32: decode 0\.50x as fast \[0\.50, 0\.50\]\. Keep"
+    with pytest.raises(SlowerError, match=message):
+        add_target(int8_copy, "ort", precision="int8")
+    times(100.0, 125.0, (6.0, 6.0))
+    with pytest.raises(SlowerError, match=r"step 0\.80x as fast .*, decode 0\.50x as fast"):
+        add_target(int8_copy, "ort", precision="int8")
+    times(200.0, 100.0, (2.9, 3.5))  # its interval holds 1: no difference was found
+    artifact = add_target(int8_copy, "ort", precision="int8")
+    assert artifact.quantization["speed"]["decode"]["median"] < 1.0
+
+
+@pytest.mark.parametrize("flags", ["flags : avx2 avx512f", "flags : avx2 avx_vnni"])
+def test_a_processor_without_a_fast_path_is_named_as_the_cause(
+    int8_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: Times, flags: str
+) -> None:
+    (tmp_path / "cpuinfo").write_text(flags)
+    monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
+    times(100.0, 125.0)
+    with pytest.raises(SlowerError) as caught:
+        add_target(int8_copy, "ort", precision="int8")
+    assert ("The likely cause is the processor: it has neither VNNI" in str(caught.value)) == ("vnni" not in flags)
+    with pytest.raises(SlowerError) as caught:
+        add_target(int8_copy, "ort", precision="int8-weights", limits=Limits(1.0))
+    assert "processor" not in str(caught.value), "its products are not of int8"
+
+
+def test_faster_needs_no_leave(int8_copy: Path, times: Times) -> None:
     times(200.0, 100.0)
     artifact = add_target(int8_copy, "ort", precision="int8")
     assert artifact.quantization["speed"]["step"]["median"] == 2.0

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from nsm.errors import InputError
-from nsm.runtimes.bench import BLOCK, ROUNDS, SETTLE, Ratio, bench, paired_ratio
+from nsm.runtimes.bench import BLOCK, ROUNDS, SETTLE, Ratio, bench, not_faster, paired_ratio
 from nsm.trace import Array
 from tests.runtimes.fake import CHUNK, ENTRIES, VOCABULARY, WIDTH, fake_session, fake_spec
 
@@ -263,3 +263,25 @@ def test_a_benchmark_without_inputs_or_sessions_is_refused() -> None:
         bench([fake_session()], 10, TOKENS[:0])
     with pytest.raises(InputError, match="given 0 sessions and inputs for 3 steps"):
         bench([], 10, TOKENS)
+
+
+GAIN, LOSS, UNSURE = Ratio(1.5, 1.4, 1.6), Ratio(0.5, 0.4, 0.6), Ratio(0.98, 0.9, 1.1)
+
+
+@pytest.mark.parametrize(
+    ("step", "decode", "short"),
+    [
+        (GAIN, None, []),
+        (GAIN, GAIN, []),
+        (GAIN, UNSURE, []),  # no difference was found
+        (GAIN, LOSS, ["decode"]),
+        (UNSURE, GAIN, ["step"]),  # it has to gain
+        (Ratio(1.0, 0.9, 1.1), None, ["step"]),
+        (LOSS, LOSS, ["step", "decode"]),
+    ],
+)
+def test_low_precision_gains_in_step_and_does_not_pay_in_decode(
+    step: Ratio, decode: Ratio | None, short: list[str]
+) -> None:
+    given = {"step": step, "decode": decode}
+    assert not_faster(step, decode) == {entry: given[entry] for entry in short}
