@@ -13,6 +13,7 @@ from nsm.bundle import Bundle
 from nsm.errors import InputError, ParityError, SlowerError, UnsupportedError
 from nsm.export import pipeline
 from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
+from nsm.export.guard import DRIFT_STEPS, judged_briefly
 from nsm.export.source import OPSET
 from nsm.files import settled
 from nsm.staging import FAILED_SUFFIX
@@ -44,6 +45,9 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
             "Give real ones with --data, or with nsm.save(model, path, samples=...).",
             "yellow",
         )
+    steps = planned.options.steps
+    if planned.options.precision != "fp32" and steps < DRIFT_STEPS:
+        terminal.remark(f"Low precision is {judged_briefly(steps)}.", "yellow")
     if dry_run:
         facts = {"output": str(planned.output), "source": planned.origin, "streams": len(planned.sequences)}
         if as_json:

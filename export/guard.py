@@ -20,6 +20,7 @@ from nsm.bundle import GRAPHS, Bundle
 from nsm.errors import InputError, MissingDependencyError, SlowerError
 from nsm.export.build import CULPRITS, build_target, check_artifact
 from nsm.manifest import Artifact
+from nsm.quantization.checks import check_trace
 from nsm.quantization.policy import SAFE_LEVELS, Policy, find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.bench import Ratio, bench, not_faster, paired_ratio
@@ -31,6 +32,8 @@ from nsm.runtimes.targets import Target
 from nsm.spec import VALID
 from nsm.trace import Array, Trace
 
+DRIFT_STEPS = 200
+"""Calls of a stream over which low precision is judged: fewer do not tell whether its error grows with the stream."""
 SPEED_STEPS = 250
 """Calls of each that the speed is measured with: ten rounds, for an interval."""
 SENSITIVITY_STEPS = 48
@@ -72,16 +75,19 @@ def build_checked(
 
     Raises:
         BuildError: the converter or builder failed.
-        UnsupportedError: there is nothing to compute in low precision.
+        UnsupportedError: there is nothing to compute in low precision, or the model's states explode.
         MissingDependencyError: onnx is not installed.
         SlowerError: it is not faster than the same target in fp32.
     """
     policy = find_policy(target.name, precision, device)
     if policy is None:
         return check_artifact(bundle, build_target(bundle.path, bundle.manifest.spec, target, device), trace, progress)
+    check_trace(trace)
     maker = Maker(bundle, target, device, precision, policy, calibration)
     try:
         artifact, report = maker.within_budget(trace, limits, progress)
+        if report is not None and trace.steps < DRIFT_STEPS:
+            artifact = replace(artifact, notes=(*artifact.notes, judged_briefly(trace.steps)))
         if report is not None and report.passed:
             speed = maker.speed(artifact, trace)
             found = {entry: asdict(ratio) for entry, ratio in speed.items()}
@@ -92,6 +98,14 @@ def build_checked(
     finally:
         maker.clean()
     return artifact, report
+
+
+def judged_briefly(steps: int) -> str:
+    """The note of an artifact in low precision that was judged over fewer calls than `DRIFT_STEPS`."""
+    return (
+        f"judged over {steps} calls of a stream: fewer than {DRIFT_STEPS} do not tell whether its error grows with the "
+        f"stream. Export with --golden-steps {DRIFT_STEPS} or more where streams are longer"
+    )
 
 
 class Maker:

@@ -17,12 +17,13 @@ import numpy as np
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.export.build import build_target, check_request, require_all, write_parity
-from nsm.export.guard import Limits, build_checked
+from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
 from nsm.export.state_options import parse_constants, parse_shapes, parse_states
 from nsm.manifest import Artifact, Manifest
+from nsm.quantization.checks import check_enough
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -45,7 +46,7 @@ _PACKAGES = (
 )
 
 
-_GOLDEN_STEPS, _DRIFT_STEPS = 64, 200
+_GOLDEN_STEPS = 64
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class ExportOptions:
         """Steps of the golden trace."""
         if self.golden_steps is not None:
             return self.golden_steps
-        return _GOLDEN_STEPS if self.precision == "fp32" else _DRIFT_STEPS
+        return _GOLDEN_STEPS if self.precision == "fp32" else DRIFT_STEPS
 
 
 class Stages(Protocol):
@@ -334,7 +335,7 @@ def _calibration(source: Source, options: ExportOptions) -> list[Array]:
     """Sequences to calibrate on: those that came with the model, or those of `--data` that do not judge.
 
     Raises:
-        InputError: there are none that are long enough, or the model does not take them.
+        InputError: there are none, too few or too short ones, or the model does not take them.
     """
     if options.data is not None:
         count = 2 * options.num_samples if options.data.suffix.lower() == ".txt" else None
@@ -357,4 +358,5 @@ def _calibration(source: Source, options: ExportOptions) -> list[Array]:
             "nsm.save(model, path, samples=...), lower --num-samples, or take --precision int8-weights, which needs "
             "none. Made-up ones are not offered: their ranges may be far from those of your streams."
         )
+    check_enough(found, length)
     return found

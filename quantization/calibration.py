@@ -17,7 +17,8 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 
-from nsm.errors import InputError, NonFiniteError, UnsupportedError
+from nsm.errors import NonFiniteError, UnsupportedError
+from nsm.quantization.checks import MAX_STEPS, check_bounded, check_enough, size_of
 from nsm.quantization.policy import LEVELS
 from nsm.quantization.products import Product, products_of
 from nsm.quantization.recipe import Calibration
@@ -28,11 +29,8 @@ from nsm.trace import Array, Arrays
 
 AGES = 12
 """Calls of a stream that are looked at, log-spaced from the first to the last."""
-MAX_STEPS = 256
-"""Calls of a stream at most."""
 _KEPT = 4096
 """Numbers of an activation that are kept of a call, besides the largest."""
-_EXPLODING = 30.0
 
 
 def calibrate(
@@ -47,10 +45,11 @@ def calibrate(
         progress: called after every call.
 
     Raises:
-        InputError: no sequence is as long as a call.
+        InputError: the sequences are too few or too short; see `nsm.quantization.checks.check_enough`.
         NonFiniteError: the fp32 model itself gives NaN or infinity.
         UnsupportedError: the states explode, so that no range holds for long.
     """
+    check_enough(sequences, session.spec.entry("step").inputs[0].shape[1])
     ranges: dict[str, Range] = {}
     ages: set[int] = set()
     shares: list[float] = []
@@ -65,9 +64,6 @@ def calibrate(
         shares += call.occupancy
         calls += 1
         streams = max(streams, call.streams)
-    if not calls:
-        length = session.spec.entry("step").inputs[0].shape[1]
-        raise InputError(f"Calibration needs sequences of at least one call, {length} tokens; none is as long.")
     scales = {key: found.scale() for key, found in ranges.items()}
     occupancy = (min(shares), max(shares)) if shares else None
     return Calibration(scales, streams, calls, tuple(sorted(ages)), occupancy)
@@ -101,22 +97,22 @@ def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | 
         steps = min(MAX_STEPS, min(map(len, group)) // length)
         wanted = {int(step) - 1 for step in np.geomspace(1, steps, AGES).round()}
         session.reset()
-        norms = []
+        sizes = []
         for step in range(steps):
             tokens = np.stack([lane[step * length : (step + 1) * length] for lane in lanes])
             if step in wanted:
                 state = session.read_state()
-                norms.append(_size(state))
+                sizes.append(size_of(state))
                 yield Call(_feeds(session.spec, tokens, state), step, _occupancy(state, len(group)), seen)
             try:
                 session.step(tokens)
             except NonFiniteError:
-                _check_bounded(norms, step)  # says more than that a number became infinite
+                check_bounded(sizes, step)  # says more than that a number became infinite
                 raise
             done += 1
             if progress is not None:
                 progress(done, total)
-        _check_bounded(norms, steps)
+        check_bounded(sizes, steps)
 
 
 class Watched:
@@ -203,19 +199,3 @@ def _feeds(spec: StepSpec, tokens: Array, state: Arrays) -> Arrays:
 def _occupancy(state: Arrays, streams: int) -> list[float]:
     masks = [value[:streams] for name, value in state.items() if name.endswith(".mask")]
     return [float(lane.mean()) for mask in masks for lane in mask]
-
-
-def _size(state: Arrays) -> float:
-    """Largest root mean square of a floating-point state."""
-    sizes = [np.sqrt(np.mean(np.square(v, dtype=np.float64))) for v in state.values() if v.dtype.kind == "f" and v.size]
-    return float(max(sizes, default=0.0))
-
-
-def _check_bounded(sizes: Sequence[float], steps: int) -> None:
-    settled = sizes[len(sizes) // 2 :]
-    if len(settled) > 1 and settled[-1] > _EXPLODING * max(settled[0], 1e-6):
-        raise UnsupportedError(
-            f"The model's states explode: their root mean square grows from {settled[0]:.3g} to {settled[-1]:.3g} "
-            f"within {steps} calls of the fp32 model. No range holds for such a stream, so it is not quantised. Train "
-            "on longer streams, or keep fp32."
-        )

@@ -288,7 +288,7 @@ def test_a_model_is_built_and_measured_for_real(checkpoint: Path) -> None:
 def test_every_precision_of_a_target_is_measured_for_real(wide: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "SPEED_STEPS", 10)
     monkeypatch.setattr(pipeline, "_GOLDEN_STEPS", 8)
-    monkeypatch.setattr(pipeline, "_DRIFT_STEPS", 8)
+    monkeypatch.setattr(pipeline, "DRIFT_STEPS", 8)
     monkeypatch.setattr(bench_command, "fresh_peak_mb", lambda *_: 123.4)
     options = ("--target", "openvino", "--steps", "10", "--threads", "1", "--json")
     rows = {item["precision"]: item for item in the_json(invoke("bench", "--all", wide, *options))["results"]}

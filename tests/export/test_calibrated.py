@@ -19,6 +19,7 @@ from nsm.export.guard import Limits
 from nsm.export.pipeline import ExportOptions, Plan, plan
 from nsm.manifest import MANIFEST
 from nsm.models.checkpoint import load_checkpoint
+from nsm.quantization.checks import MIN_CALLS
 from nsm.staging import write_manifest
 from nsm.trace import Array
 from tests.conftest import CHUNK, make_model, make_sequences
@@ -62,7 +63,7 @@ def test_those_of_the_checkpoint_that_do_not_judge_calibrate(checkpoint: Path) -
 
 
 def test_a_files_first_sequences_judge_and_the_others_calibrate(checkpoint: Path, tmp_path: Path) -> None:
-    ids = make_sequences(5, 40, seed=3)
+    ids = make_sequences(6, 40, seed=3)
     np.save(tmp_path / "ids.npy", ids)
     found = planned(checkpoint, data=tmp_path / "ids.npy", num_samples=2)
     np.testing.assert_array_equal(found.sequences, ids[:2])
@@ -105,11 +106,21 @@ def test_a_file_with_none_left_is_refused(checkpoint: Path, tmp_path: Path, coun
 
 
 def test_what_is_shorter_than_a_call_does_not_calibrate(checkpoint: Path, tmp_path: Path) -> None:
-    data = written(tmp_path / "ids.npz", *make_sequences(2, 40), np.zeros(CHUNK, int), np.zeros(CHUNK - 1, int))
+    long, short = np.zeros(MIN_CALLS * CHUNK, int), np.zeros(CHUNK - 1, int)
+    data = written(tmp_path / "ids.npz", *make_sequences(2, 40), long, short)
     (found,) = planned(checkpoint, data=data, num_samples=2).calibration
-    assert len(found) == CHUNK
-    with pytest.raises(InputError, match="at least one call, 16 tokens"):
-        planned(checkpoint, data=data, num_samples=2, chunk=2 * CHUNK)
+    assert len(found) == len(long)
+    with pytest.raises(InputError, match=f"at least one call, {4 * MIN_CALLS * CHUNK} tokens"):
+        planned(checkpoint, data=data, num_samples=2, chunk=4 * MIN_CALLS * CHUNK)
+
+
+def test_too_few_sequences_are_refused_before_any_work(checkpoint: Path, tmp_path: Path, no_work: None) -> None:
+    """One call has seen nothing but the state after a reset."""
+    data = written(tmp_path / "ids.npz", *make_sequences(2, 40), np.zeros(CHUNK, int))
+    options = ("-t", "ov", "-p", "int8", "--data", data, "--num-samples", "2", "-o", tmp_path / "m.nsm")
+    needed, given = "at least 16 calls of 8 tokens in all", "Given are sequences: 1, calls: 1, in the longest: 1."
+    refused(invoke("export", checkpoint, *options), 2, needed, given, "--precision int8-weights")
+    assert names(tmp_path) == ["ids.npz"]
 
 
 @pytest.mark.parametrize(

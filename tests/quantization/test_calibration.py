@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -9,10 +12,16 @@ import pytest
 import nsm
 from nsm.bundle import Bundle
 from nsm.errors import InputError, NonFiniteError, UnsupportedError
-from nsm.quantization.calibration import AGES, MAX_STEPS, Range, Watched, calibrate, rollouts
+from nsm.export.onnx import export_onnx, initial_arrays
+from nsm.models.adaptive import AdaptiveNSM
+from nsm.models.stream import StreamModel
+from nsm.quantization.calibration import AGES, Range, Watched, calibrate, rollouts
+from nsm.quantization.checks import MAX_STEPS, MIN_CALLS
 from nsm.quantization.products import products_of, weight_key
-from nsm.trace import Array
-from tests.conftest import CHUNK, make_sequences
+from nsm.runtimes.onnxruntime import load
+from nsm.runtimes.session import Session
+from nsm.trace import Array, Arrays
+from tests.conftest import CHUNK, VOCABULARY, make_model, make_sequences
 from tests.quantization.graphs import make_graph, product_node
 from tests.quantization.toy import DEPTH, IN, LENGTH, OUT, SLOTS, WIDTH, Toy, make_toy
 
@@ -190,9 +199,9 @@ def test_more_lanes_than_sequences_are_filled_with_copies(tmp_path: Path) -> Non
         assert len(call.occupancy) == 2
 
 
-@pytest.mark.parametrize("sequences", [[], [ones(0, more=1)], [ones(0, more=1), ones(0)]])
-def test_sequences_that_are_too_short_are_refused_with_the_length(toy: Toy, sequences: list[Array]) -> None:
-    with pytest.raises(InputError, match=r"needs sequences of at least one call, 2 tokens; none is as long"):
+@pytest.mark.parametrize("sequences", [[], [ones(0, more=1)], [ones(MIN_CALLS - 1, more=1)], [ones(1)] * 40])
+def test_next_to_nothing_does_not_calibrate(toy: Toy, sequences: list[Array]) -> None:
+    with pytest.raises(InputError, match=r"Calibration needs at least 16 calls of 2 tokens in all"):
         calibrate(toy.graph, toy.open(), sequences)
 
 
@@ -209,7 +218,7 @@ def test_a_calibration_says_what_was_seen(toy: Toy) -> None:
 
 def test_a_model_without_masks_has_no_occupancy(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, masks=False)
-    assert calibrate(toy.graph, toy.open(), [ones(3)]).occupancy is None
+    assert calibrate(toy.graph, toy.open(), [ones(MIN_CALLS)]).occupancy is None
 
 
 def test_the_scales_are_of_the_states_of_the_stream_and_not_of_random_ones(tmp_path: Path) -> None:
@@ -262,7 +271,7 @@ def test_a_matrix_of_several_products_has_the_range_of_all_their_activations(tmp
 def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, first=np.full_like(IN, np.nan))
     with pytest.raises(NonFiniteError, match="fp32 model gives NaN"):
-        calibrate(toy.graph, toy.open(), [ones(5)])
+        calibrate(toy.graph, toy.open(), [ones(MIN_CALLS)])
 
 
 @pytest.mark.parametrize("calls", [30, 250])  # after 128 it has overflowed
@@ -289,4 +298,43 @@ def test_states_that_settle_or_grow_slowly_are_fine(tmp_path: Path, keep: float)
 def test_a_graph_without_products_is_refused(tmp_path: Path) -> None:
     toy = make_toy(tmp_path, products=False)
     with pytest.raises(UnsupportedError, match="The model has no product with constant weights, so there is nothing"):
-        calibrate(toy.graph, toy.open(), [ones(2)])
+        calibrate(toy.graph, toy.open(), [ones(MIN_CALLS)])
+
+
+# -- masked slots ----------------------------------------------------------------------------------------------------
+
+_SIZES: dict[str, Any] = {"vocab_size": VOCABULARY, "state_dim": 16, "num_layers": 1, "chunk_size": CHUNK}
+_MASKED: dict[str, Callable[[], StreamModel]] = {
+    "lstm, communication": lambda: make_model(initial_states=3, num_layers=1, gate_type="lstm", communication=True),
+    "hierarchy": lambda: make_model(initial_states=4, num_layers=1, hierarchy=(2,)),
+    "adaptive": lambda: AdaptiveNSM(max_states=8, initial_states=4, **_SIZES).eval(),
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["lstm, communication", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("hierarchy", "adaptive"))],
+)
+def test_what_lies_in_masked_slots_sets_no_scale(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, sequences = _MASKED[kind](), list(make_sequences(2, 20 * CHUNK))
+    spec = model.spec(2)
+    spec = replace(spec, entries=(spec.entry("step"),))
+    export_onnx(model, spec, tmp_path)
+    graph, initial = tmp_path / "step.onnx", initial_arrays(model, 2)
+    with Session(load({"step": graph}, spec, "cpu", 1), spec, initial, "f" * 64, "onnxruntime") as session:
+        read = session.read_state
+        assert not all(value.all() for name, value in read().items() if name.endswith(".mask"))
+
+        def poisoned(active: bool) -> Arrays:
+            state = read()
+            for name, value in state.items():
+                layer, role = name.rsplit(".", 1)
+                if role in ("bank", "cell"):
+                    value.swapaxes(1, 2)[state[f"{layer}.mask"] == active] = 1e3
+            return state
+
+        clean = calibrate(graph, session, sequences)
+        monkeypatch.setattr(session, "read_state", lambda: poisoned(active=False))
+        assert calibrate(graph, session, sequences).scales == clean.scales
+        monkeypatch.setattr(session, "read_state", lambda: poisoned(active=True))
+        assert calibrate(graph, session, sequences).scales != clean.scales, "there are scales that a slot may set"

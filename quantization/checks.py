@@ -1,0 +1,74 @@
+"""What is asked of a model and of its sequences before it is built in low precision."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from nsm.errors import InputError, UnsupportedError
+from nsm.trace import Array, Trace
+
+MAX_STEPS = 256
+"""Calls of a stream that are looked at, at most."""
+MIN_CALLS = 16
+"""Calls of all sequences together below which their ranges are those of a few tokens."""
+_EXPLODING = 30.0
+
+
+def check_enough(sequences: Sequence[Array], length: int) -> None:
+    """Refuse to calibrate on next to nothing.
+
+    Args:
+        sequences: [T, ...] each.
+        length: tokens of a call.
+
+    Raises:
+        InputError: fewer than `MIN_CALLS` calls in all, or none but the first after a reset.
+    """
+    calls = [len(sequence) // length for sequence in sequences]
+    longest = max(calls, default=0)
+    if sum(calls) < MIN_CALLS or longest < 2:
+        raise InputError(
+            f"Calibration needs at least {MIN_CALLS} calls of {length} tokens in all, and a sequence of two calls or "
+            f"more, so that states are seen that are older than a reset. Given are sequences: {len(calls)}, calls: "
+            f"{sum(calls)}, in the longest: {longest}. Give more or longer ones, or take --precision int8-weights, "
+            "which needs none."
+        )
+
+
+def check_trace(trace: Trace) -> None:
+    """Refuse a model whose states, as the reference had them in a golden trace, explode.
+
+    Raises:
+        UnsupportedError: they do.
+    """
+    seen = [index for index, step in enumerate(trace.sampled) if step < MAX_STEPS]
+    sizes = [size_of({name: value[:, index] for name, value in trace.before.items()}) for index in seen]
+    sizes.append(size_of({name: value[:, seen[-1]] for name, value in trace.after.items()}))
+    check_bounded(sizes, int(trace.sampled[seen[-1]]) + 1)
+
+
+def check_bounded(sizes: Sequence[float], steps: int) -> None:
+    """Refuse a model whose states explode.
+
+    Args:
+        sizes: of the states by `size_of`, at ages of a stream that are spread evenly on a logarithmic scale.
+        steps: calls of the stream.
+
+    Raises:
+        UnsupportedError: they grow without end in the second half of these.
+    """
+    settled = sizes[len(sizes) // 2 :]
+    if len(settled) > 1 and settled[-1] > _EXPLODING * max(settled[0], 1e-6):
+        raise UnsupportedError(
+            f"The model's states explode: their root mean square grows from {settled[0]:.3g} to {settled[-1]:.3g} "
+            f"within {steps} calls of the model in fp32. Low precision holds no such stream for long, so it is not "
+            "quantised. Train on longer streams, or keep fp32."
+        )
+
+
+def size_of(state: Mapping[str, Array]) -> float:
+    """Largest root mean square of a floating-point state."""
+    sizes = [np.sqrt(np.mean(np.square(v, dtype=np.float64))) for v in state.values() if v.dtype.kind == "f" and v.size]
+    return float(max(sizes, default=0.0))
