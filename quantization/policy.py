@@ -97,6 +97,7 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
             tables="half",
             note="OpenVINO quantises the activations of these products too, token by token, where it gains",
         ),
+        ("openvino", "fp16"): Policy("float", note="all of it is computed in fp16, whose numbers end at 65,504"),
         ("openvino", "bf16"): Policy("float"),
         ("onnxruntime", "int8"): Policy(
             "dynamic",

@@ -23,6 +23,9 @@ WEIGHTS = "weights.bin"
 _INT8 = ("int8", "int8-weights")
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
+# What it is told to compute in, and what it calls the capability; everything else computes in fp32.
+_HALF = {"fp16": (ov.Type.f16, "FP16"), "bf16": (ov.Type.bf16, "BF16")}
+
 
 def load(
     files: Mapping[str, Path],
@@ -41,20 +44,21 @@ def load(
         spec: of the model.
         device: "cpu" or "cpu-dot", which is the same to OpenVINO.
         threads: inference threads (default: OpenVINO's choice).
-        precision: of the artifact; with "bf16" OpenVINO computes in it throughout.
+        precision: of the artifact; with "fp16" and "bf16" OpenVINO computes in it throughout.
 
     Raises:
         BuildError: OpenVINO refuses the file.
-        DeviceUnavailableError: the processor has no bf16.
+        DeviceUnavailableError: the processor has no fp16 or bf16, whichever it is.
     """
     core = ov.Core()
-    if precision == "bf16" and "BF16" not in core.get_property("CPU", props.device.capabilities()):
+    kind, capability = _HALF.get(precision, (ov.Type.f32, "FP32"))
+    if capability not in core.get_property("CPU", props.device.capabilities()):
         raise DeviceUnavailableError(
             f"The processor in this machine ({core.get_property('CPU', props.device.full_name())}) does not compute in "
-            "bf16, so the artifact was not run here. Take int8, or fp32."
+            f"{precision}, so the artifact was not run here. Take int8, or fp32."
         )
     config: dict[Any, Any] = {
-        props.hint.inference_precision(): ov.Type.bf16 if precision == "bf16" else ov.Type.f32,
+        props.hint.inference_precision(): kind,
         props.hint.performance_mode(): props.hint.PerformanceMode.LATENCY,
     }
     if threads is not None:

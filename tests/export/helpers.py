@@ -20,9 +20,12 @@ from nsm.export.cli import main
 from nsm.manifest import file_record
 from nsm.staging import write_manifest
 
-needs_bf16 = pytest.mark.skipif(
-    "BF16" not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
-    reason="this processor does not compute in bf16",
+needs_fp16, needs_bf16 = (
+    pytest.mark.skipif(
+        kind.upper() not in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES"),
+        reason=f"this processor does not compute in {kind}",
+    )
+    for kind in ("fp16", "bf16")
 )
 # The product that the fixture `rough` spoils.
 ROUGH = "layers.0.feed_forward.2/MatMul"

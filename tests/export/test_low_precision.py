@@ -14,7 +14,7 @@ import pytest
 
 import nsm
 from nsm.bundle import CALIBRATION, Bundle
-from nsm.errors import BundleDamagedError
+from nsm.errors import BundleDamagedError, NonFiniteError
 from nsm.export.build import check_artifact
 from nsm.export.low_precision import Lowered, products_of_step, write_graphs
 from nsm.export.pipeline import ExportOptions, export
@@ -27,19 +27,22 @@ from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.session import Session
 from nsm.trace import Array
 from tests.conftest import CHUNK, make_model, make_sequences
-from tests.export.helpers import names, needs_bf16
+from tests.export.helpers import names, needs_bf16, needs_fp16
 from tests.runtimes.fake import assert_same
 
 ON_CPU = [
     ("openvino", "int8"),
     ("openvino", "int8-weights"),
+    pytest.param("openvino", "fp16", marks=needs_fp16),
     pytest.param("openvino", "bf16", marks=needs_bf16),
     ("onnxruntime", "int8"),
     ("onnxruntime", "int8-weights"),
 ]
+HALF = [pytest.param("fp16", marks=needs_fp16), pytest.param("bf16", marks=needs_bf16)]
 FORMS = {
     ("openvino", "int8"): "static",
     ("openvino", "int8-weights"): "weights",
+    ("openvino", "fp16"): "float",
     ("openvino", "bf16"): "float",
     ("onnxruntime", "int8"): "dynamic",
     ("onnxruntime", "int8-weights"): "blocked",
@@ -100,7 +103,7 @@ def test_the_manifest_says_what_became_of_the_products(built: Built, target: str
     for ratio in facts["speed"].values():
         assert set(ratio) == {"median", "low", "high"}
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
-    if precision == "bf16":
+    if FORMS[target, precision] == "float":
         assert facts["float"] == {}
         return
     assert facts["float"][ROUTER] == "it decides about slots"
@@ -125,7 +128,7 @@ def test_the_summary_of_the_calibration_is_that_of_the_file(int8_bundle: Path) -
 def test_an_artifact_is_smaller_than_in_fp32(built: Built, target: str, precision: str) -> None:
     small = built(target, precision).artifact(target).nbytes
     exact = built(target, "fp32").artifact(target).nbytes
-    if (target, precision) == ("openvino", "bf16"):  # its numbers are rounded when they are used
+    if FORMS[target, precision] == "float":  # its numbers are rounded when they are used
         assert small == exact
     else:
         assert small < exact
@@ -218,9 +221,25 @@ def test_a_reset_is_a_fresh_start(built: Built, target: str, precision: str) -> 
         np.testing.assert_array_equal(stepped(session, ids), first)
 
 
-@pytest.mark.parametrize("precision", ["int8", "int8-weights", pytest.param("bf16", marks=needs_bf16)])
+@pytest.mark.parametrize("precision", ["int8", "int8-weights", *HALF])
 def test_lanes_do_not_bleed_on_openvino(built: Built, precision: str) -> None:
-    assert bleeding(built("openvino", precision), "openvino", 1000.0) == 0.0
+    # In fp16 what is 1000 times too large overflows.
+    factor = 100.0 if precision == "fp16" else 1000.0
+    assert bleeding(built("openvino", precision), "openvino", factor) == 0.0
+
+
+@needs_fp16
+def test_in_fp16_a_state_that_is_out_of_range_is_said_and_its_lane_goes_on_after_a_reset(built: Built) -> None:
+    ids = tokens(1)
+    with open_bundle(built("openvino", "fp16"), "openvino") as session:
+        fresh = stepped(session, ids)
+        state = session.read_state()
+        state["0.bank"][1] = 1e5
+        session.load_state(state)
+        with pytest.raises(NonFiniteError, match=r"holds NaN or infinite numbers on lanes \[1\]"):
+            stepped(session, ids)
+        session.reset()
+        np.testing.assert_array_equal(stepped(session, ids), fresh)
 
 
 def test_lanes_do_not_bleed_where_weights_alone_are_int8_on_onnx_runtime(built: Built) -> None:

@@ -51,7 +51,7 @@ def test_fp32_needs_no_policy(target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "known"),
     [
-        ("openvino", "fp16", "fp32, int8, int8-weights, bf16"),
+        ("onnxruntime", "fp16", "fp32, int8, int8-weights"),
         ("onnx", "int8", "fp32"),
         ("tensorrt", "int4", "fp32, int8, int8-weights, fp16, bf16"),
     ],

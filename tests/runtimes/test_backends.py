@@ -106,6 +106,9 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
             return SimpleNamespace(set_tensor=lambda name, tensor: None)
 
     class Core:
+        def get_property(self, device: str, name: object) -> list[str]:
+            return ["FP32"]
+
         def read_model(self, path: Path, weights: Path) -> Path:
             assert weights == path.with_name("weights.bin")
             return path
@@ -121,14 +124,17 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
     assert [config.get("INFERENCE_NUM_THREADS") for config in asked] == [None, 3]
 
 
-def test_bf16_is_not_run_on_a_processor_that_has_none(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("precision", "other"), [("bf16", "FP16"), ("fp16", "BF16")])
+def test_half_precision_is_not_run_on_a_processor_that_has_none(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, precision: str, other: str
+) -> None:
     """OpenVINO would compute in fp32 then, without a word."""
-    values = {"OPTIMIZATION_CAPABILITIES": ["FP32", "INT8"], "FULL_DEVICE_NAME": "Old One"}
+    values = {"OPTIMIZATION_CAPABILITIES": ["FP32", "INT8", other], "FULL_DEVICE_NAME": "Old One"}
     monkeypatch.setattr("openvino.Core", lambda: SimpleNamespace(get_property=lambda device, name: values[name]))
     spec = bundle.manifest.spec
     files = {entry.name: bundle.path / "openvino" / f"{entry.name}.xml" for entry in spec.entries}
-    with pytest.raises(DeviceUnavailableError, match=r"\(Old One\) does not compute in bf16"):
-        find_target("openvino").runtime_module().load(files, spec, "cpu", None, "bf16")
+    with pytest.raises(DeviceUnavailableError, match=rf"\(Old One\) does not compute in {precision}"):
+        find_target("openvino").runtime_module().load(files, spec, "cpu", None, precision)
 
 
 def test_nothing_is_told_to_anyone_by_openvino() -> None:
