@@ -70,7 +70,9 @@ def test_calibrating_on_rollouts_is_compared_with_random_states(tmp_path: Path) 
     (real,) = (line for line in lines if line.startswith("rollouts"))
     (made_up,) = (line for line in lines if line.startswith("random states"))
     assert 0 < float(real.split()[1]) < 0.2
+    (second,) = (line for line in lines if line.startswith("int8 rollouts"))
     assert real.split()[1:] != made_up.split()[2:]
+    assert 0 < float(second.split()[2]) < 0.2
 
 
 @pytest.mark.slow
