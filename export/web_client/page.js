@@ -8,6 +8,26 @@ const $ = (/** @type {string} */ id) => /** @type {any} */ (document.getElementB
 const ASK = 17; // the token on which the digits example has to answer
 const pause = (/** @type {number} */ ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
+/** Say what went wrong at the top of the page. @param {any} error */
+function fail(error) {
+  $("what").textContent = String(error.message ?? error);
+  $("what").className = "bad";
+}
+
+/** Run what a button starts: the stream is one, so the other buttons wait until it is done. @param {() => Promise<void>} work */
+async function alone(work) {
+  const buttons = /** @type {HTMLButtonElement[]} */ (Array.from(document.querySelectorAll("button:not(#stop)")));
+  buttons.forEach((button) => (button.disabled = true));
+  try {
+    await work();
+  } catch (error) {
+    fail(error);
+    throw error;
+  } finally {
+    buttons.forEach((button) => (button.disabled = false));
+  }
+}
+
 /** @param {string} html */
 function put(html) {
   $("input").innerHTML = html;
@@ -75,7 +95,6 @@ function digits(session, view) {
       `<span${digit === best ? ' class="good"' : ""}>${digit}</span><span class="bar"><i style="width:${(chance * 100).toFixed(1)}%"></i></span><span>${(chance * 100).toFixed(1)} %</span>`).join("");
   };
   const read = async () => {
-    $("read").disabled = true;
     for (let row = 0; row < 9; row++) {
       const tokens = row < 8 ? Array.from(grid.subarray(row * 8, row * 8 + 8), Math.round) : Array(8).fill(ASK);
       const { outputs } = await feed(session, tokens);
@@ -85,16 +104,14 @@ function digits(session, view) {
       await pause(120);
     }
     draw();
-    $("read").disabled = false;
   };
   const seven = [0, 0, 0, 0, 0, 0, 0, 0, 0, 9, 16, 16, 16, 15, 0, 0, 0, 4, 6, 4, 9, 16, 0, 0, 0, 0, 0, 0, 13, 9, 0, 0, 0, 0, 3, 11, 16, 12, 0, 0, 0, 0, 5, 16, 9, 2, 0, 0, 0, 0, 10, 10, 0, 0, 0, 0, 0, 0, 14, 4, 0, 0, 0, 0];
   grid.set(seven);
-  $("read").onclick = read;
+  $("read").onclick = () => alone(read);
   $("clear").onclick = () => (grid.fill(0), draw());
   $("fresh").onclick = () => (session.reset(), view.draw(session.readState()), show(Array(10).fill(0)));
   show(Array(10).fill(0));
   draw();
-  return read;
 }
 
 /** @param {any} session @param {StateView} view */
@@ -107,7 +124,7 @@ function text(session, view) {
   let running = false;
   const write = async () => {
     running = true;
-    $("write").disabled = !($("stop").disabled = false);
+    $("stop").disabled = false;
     session.reset();
     const decoder = new TextDecoder();
     let random = Number($("seed").value) >>> 0;
@@ -137,18 +154,16 @@ function text(session, view) {
       }
     }
     $("text").textContent = written;
-    $("write").disabled = !($("stop").disabled = true);
+    $("stop").disabled = true;
   };
-  $("write").onclick = write;
+  $("write").onclick = () => alone(write);
   $("stop").onclick = () => (running = false);
-  return write;
 }
 
 /** @param {any} session @param {StateView} view */
 function replay(session, view) {
   put(`<h2>Replay a recorded stream</h2><div class="row"><button class="main" id="play">Play</button><span id="at" class="quiet"></span></div>`);
   const play = async () => {
-    $("play").disabled = true;
     session.reset();
     const { arrays } = await session.bundle.arrays("golden.npz");
     const stream = takeAt(arrays["inputs/tokens"], 0, 0);
@@ -162,15 +177,12 @@ function replay(session, view) {
       $("at").textContent = `step ${step + 1} of ${stream.shape[0]}`;
       await pause(30);
     }
-    $("play").disabled = false;
   };
-  $("play").onclick = play;
-  return play;
+  $("play").onclick = () => alone(play);
 }
 
 /** @param {any} session @param {StateView} view */
 async function check(session, view) {
-  $("check").disabled = true;
   const started = performance.now();
   const found = await session.check((/** @type {number} */ done, /** @type {number} */ total) => ($("progress").textContent = `${done} of ${total} steps`));
   const { passed, streams, steps, budget, worst, exact } = found;
@@ -181,7 +193,6 @@ async function check(session, view) {
   document.documentElement.dataset.checked = passed ? "passed" : "failed";
   document.documentElement.dataset.worst = String(worst.error);
   view.draw(session.readState());
-  $("check").disabled = false;
 }
 
 async function start() {
@@ -197,19 +208,15 @@ async function start() {
   view.draw(session.readState());
   const classes = output.shape[2];
   const kind = input.maximum === ASK && classes === 10 ? digits : input.maximum === 255 && classes === 256 ? text : replay;
-  const run = kind(session, view);
+  kind(session, view);
   $("check").disabled = false;
-  $("check").onclick = () => check(session, view);
+  $("check").onclick = () => alone(() => check(session, view));
   document.documentElement.dataset.ready = kind.name;
-  const asked = new URL(location.href).searchParams;
-  if (asked.has("run")) await run();
-  if (asked.has("check")) await check(session, view);
   document.documentElement.dataset.done = "yes";
 }
 
 start().catch((error) => {
-  $("what").textContent = String(error.message ?? error);
-  $("what").className = "bad";
+  fail(error);
   document.documentElement.dataset.done = "failed";
   throw error;
 });

@@ -14,14 +14,14 @@ export class StateView {
     title.textContent = banks.length ? "Bank and mask" : "State";
     legend.innerHTML = banks.length
       ? `<span><i class="swatch" style="background:#c2603a"></i>below zero</span><span><i class="swatch" style="background:#2a7fa8"></i>above zero</span>
-         <span>a row is a slot: its address, a gap, its content; hatched: masked; at the left, what changed since the last picture</span>`
+         <span><i class="swatch" style="background:repeating-linear-gradient(135deg, var(--quiet) 0 1px, transparent 1px 4px)"></i>masked</span>
+         <span>a row is a slot: its address, a gap, its content; at the left, what changed since the last picture</span>`
       : "numbers of the first lane, as they are carried";
     /** @type {Map<string, {canvas: HTMLCanvasElement, before: Float32Array | null}>} */
     this._views = new Map();
     for (const { name } of this._shown) {
       const label = document.createElement("div");
-      label.className = "quiet";
-      label.style.marginTop = "10px";
+      label.className = "quiet name";
       label.textContent = name;
       const canvas = document.createElement("canvas");
       canvas.setAttribute("role", "img");
@@ -73,7 +73,7 @@ function fields(part) {
 
 /** @param {{canvas: HTMLCanvasElement, before: Float32Array | null}} view @param {Float32Array[]} rows @param {boolean[]} active @param {number} halves */
 function paint(view, rows, active, halves) {
-  const [height, columns] = [rows.length > 24 ? 8 : 13, rows[0]?.length ?? 0];
+  const [height, columns] = [rows.length > 48 ? 6 : rows.length > 24 ? 8 : 13, rows[0]?.length ?? 0];
   const width = Math.max(2, Math.floor(560 / columns));
   const [margin, gap] = [26, halves > 1 ? 8 : 0];
   const { canvas } = view;
@@ -85,17 +85,19 @@ function paint(view, rows, active, halves) {
   rows.forEach((row, index) => flat.set(row, index * columns));
   const sorted = Array.from(flat, Math.abs).sort((a, b) => a - b);
   const scale = sorted[Math.floor(sorted.length * 0.98)] || 1;
-  const quiet = getComputedStyle(document.documentElement).getPropertyValue("--line");
+  const style = getComputedStyle(document.documentElement);
   rows.forEach((row, slot) => {
     const y = slot * height;
     if (!active[slot]) {
-      context.strokeStyle = quiet;
+      context.strokeStyle = style.getPropertyValue("--quiet");
+      context.globalAlpha = 0.6;
       for (let x = margin; x < canvas.width; x += 7) {
         context.beginPath();
         context.moveTo(x, y + height - 1);
         context.lineTo(x + height - 2, y + 1);
         context.stroke();
       }
+      context.globalAlpha = 1;
       return;
     }
     let moved = 0;
@@ -109,7 +111,7 @@ function paint(view, rows, active, halves) {
     });
     context.globalAlpha = 1;
     const share = Math.min(1, moved / (columns * scale * 0.25));
-    context.fillStyle = quiet;
+    context.fillStyle = style.getPropertyValue("--line");
     context.fillRect(0, y, 18, height - 1);
     context.fillStyle = "#1a9c8e";
     context.fillRect(0, y, 18 * share, height - 1);
