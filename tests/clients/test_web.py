@@ -1,15 +1,11 @@
-"""The web client in Node and in a browser, against Python and the golden trace."""
+"""The web client in Node, against Python and the golden trace; the page is tested in test_web_page.py."""
 
 from __future__ import annotations
 
-import functools
-import http.server
 import json
 import os
 import shutil
 import subprocess
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +29,7 @@ from nsm.runtimes.web import WebRuntime, load
 from tests.conftest import CHUNK, make_sequences
 
 NODE = shutil.which("node")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(NODE is None, reason="needs Node.js 20 or later: apt-get install nodejs npm")
-
-# What a browser in a closed network must not try, each at every start.
-_FLAGS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 
 
 @pytest.fixture(scope="module")
@@ -339,35 +322,3 @@ def test_a_damaged_bundle_is_refused(kind: str, copy: Path) -> None:
         _record_again(copy, "state_init.npz")
     found = javascript(copy, "const s = await open(reader, await loadOrt()); await s.feed([[1], [1]]); say(0);")
     assert found["error"] == ("BundleVersionError" if kind == "version" else "BundleError")
-
-
-# -- the page ----------------------------------------------------------------------------------------------------------
-
-
-class _Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, format: str, *arguments: object) -> None:  # noqa: A002
-        pass
-
-
-@pytest.fixture
-def address(bundle_path: Path) -> Iterator[str]:
-    """Of a plain file server over the bundle."""
-    handler = functools.partial(_Quiet, directory=str(bundle_path))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}/web/"
-        server.shutdown()
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium")
-def test_the_page_streams_and_checks_in_a_browser(address: str, tmp_path: Path) -> None:
-    command = [str(CHROMIUM), *_FLAGS, f"--user-data-dir={tmp_path}", "--virtual-time-budget=60000", "--dump-dom"]
-    result = subprocess.run(
-        [*command, f"{address}?run&check"], capture_output=True, text=True, check=False, timeout=120
-    )
-    page = result.stdout
-    assert 'data-done="yes"' in page, page[:2000]
-    assert 'data-checked="passed"' in page
-    assert "8 streams of 12 steps" in page
-    assert "SimpleNSM" in page
-    assert page.count("<canvas") == 2, "a picture of each bank"
