@@ -11,11 +11,11 @@ from torch import Tensor, nn
 class VoiceActivity(nn.Module):
     """Convolutions over a frame of samples [B, 64], then a GRU over frames."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = 12) -> None:
         super().__init__()
         self.features = nn.Conv1d(1, 4, 16, 8)
-        self.memory = nn.GRUCell(4 * 7, 12)
-        self.head = nn.Linear(12, 1)
+        self.memory = nn.GRUCell(4 * 7, width)
+        self.head = nn.Linear(width, 1)
 
     def forward(self, frame: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.memory(torch.relu(self.features(frame[:, None])).flatten(1), hidden)
