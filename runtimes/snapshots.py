@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -13,7 +14,9 @@ import numpy as np
 from nsm.errors import NonFiniteError, SnapshotError
 from nsm.trace import Arrays, read_arrays
 
-_MAGIC = b"nsm-snapshot 2\n"
+_VERSION = 2
+_MAGIC = b"nsm-snapshot %d\n" % _VERSION
+_ANY_VERSION = re.compile(rb"nsm-snapshot (\d{1,9})\n")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def unpack(data: bytes, fingerprint: str, lanes: int | None, shapes: Mapping[str
         fingerprint, lanes, shapes: of the model, as `Snapshot` has them.
 
     Raises:
-        SnapshotError: damaged, of another model, or of other lanes.
+        SnapshotError: damaged, of another version, of another model, or of other lanes.
     """
     snapshot = _parse(data)
     if snapshot.fingerprint != fingerprint:
@@ -74,10 +77,16 @@ def unpack(data: bytes, fingerprint: str, lanes: int | None, shapes: Mapping[str
 
 
 def _parse(data: bytes) -> Snapshot:
+    found = _ANY_VERSION.match(data)
+    if found and int(found[1]) != _VERSION:
+        raise SnapshotError(
+            f"The snapshot has the format version {int(found[1])}, and this nsm reads version {_VERSION}. Restore it "
+            "with the nsm that took it, or start the stream afresh and take another."
+        )
     body = data[len(_MAGIC) :]
     if not data.startswith(_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
         raise SnapshotError(
-            "These bytes are not a snapshot of this version, or they are damaged: the hash does not fit. "
+            "These bytes are not a snapshot, or they are damaged: the hash does not fit. "
             "Expected is what Session.snapshot() returned."
         )
     # The hash is no secret: whoever makes up a snapshot makes up a hash that fits.

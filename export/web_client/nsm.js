@@ -20,7 +20,8 @@ export { Bundle, fromUrl };
 
 const VALID = "valid";
 const OFFSET = "lane.offset";
-const MAGIC = new TextEncoder().encode("nsm-snapshot 2\n");
+const SNAPSHOT_VERSION = 2;
+const MAGIC = new TextEncoder().encode(`nsm-snapshot ${SNAPSHOT_VERSION}\n`);
 const DECODES_PER_STEP = 4; // a call of step takes about as long as so many of decode, as a share of the chunk: 1 / 4
 const FREE_RUN_BUDGET = 1e-4; // of fp32, see runtimes/budgets.py
 
@@ -156,11 +157,15 @@ export class Session {
 
   /** Go on from a snapshot, of one lane or of all. @param {Uint8Array} bytes @param {number} [lane] */
   async restore(bytes, lane) {
+    const version = /^nsm-snapshot (\d{1,9})\n/.exec(new TextDecoder("latin1").decode(bytes.subarray(0, 24)));
+    if (version && Number(version[1]) !== SNAPSHOT_VERSION) {
+      throw new SnapshotError(`The snapshot has the format version ${version[1]}, and this client reads version ${SNAPSHOT_VERSION}.`);
+    }
     const payload = bytes.subarray(MAGIC.length + 32);
     const start = bytes.subarray(0, MAGIC.length);
     const hash = bytes.subarray(MAGIC.length, MAGIC.length + 32);
     if (String(start) !== String(MAGIC) || String(hash) !== String(fromHex(await sha256(payload)))) {
-      throw new SnapshotError("These bytes are not a snapshot of this version, or they are damaged: the hash does not fit.");
+      throw new SnapshotError("These bytes are not a snapshot, or they are damaged: the hash does not fit.");
     }
     const { arrays, texts } = readNpz(payload, "The snapshot");
     const { fingerprint, lanes } = JSON.parse(texts.header);

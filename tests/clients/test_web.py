@@ -219,15 +219,23 @@ def test_a_snapshot_goes_from_python_to_javascript_and_back(bundle_path: Path, t
             await session.restore(new Uint8Array(readFileSync(given.folder + "/lane")), 0);
             const { outputs } = await session.feed(given.tokens);
             writeFileSync(given.folder + "/back", await session.snapshot(0));
-            let refused;
-            try { await session.restore(new Uint8Array(10)); } catch (error) { refused = error.constructor.name; }
+            const refused = [];
+            const other = new Uint8Array(readFileSync(given.folder + "/whole"));
+            other[13] = "3".charCodeAt(0);
+            for (const bytes of [new Uint8Array(10), other]) {
+              try { await session.restore(bytes); }
+              catch (error) { refused.push([error.constructor.name, error.message]); }
+            }
             say({ same, outputs: plain(outputs), refused });
             """,
             folder=str(tmp_path),
             tokens=tokens.tolist(),
         )
         assert found["same"] == 0, "the same bytes"
-        assert found["refused"] == "SnapshotError"
+        assert [name for name, _ in found["refused"]] == ["SnapshotError", "SnapshotError"]
+        damaged, later = [message for _, message in found["refused"]]
+        assert "damaged" in damaged
+        assert "format version 3, and this client reads version 2" in later
         session.restore((tmp_path / "lane").read_bytes(), 0)
         wanted = session.feed(tokens)["outputs"]
         np.testing.assert_allclose(array(found["outputs"]), wanted, rtol=1e-6, atol=1e-7)

@@ -101,6 +101,17 @@ def test_a_damaged_snapshot_is_refused_whatever_the_damage() -> None:
     assert_same(session.read_state(), before)
 
 
+@pytest.mark.parametrize("version", [1, 3, 12])
+def test_a_snapshot_of_another_version_says_so(version: int) -> None:
+    session = fake_session()
+    snapshot, before = session.snapshot(), session.read_state()
+    other = snapshot.replace(b"nsm-snapshot 2\n", b"nsm-snapshot %d\n" % version, 1)
+    assert other != snapshot
+    with pytest.raises(SnapshotError, match=f"has the format version {version}, and this nsm reads version 2"):
+        session.restore(other)
+    assert_same(session.read_state(), before)
+
+
 def test_a_snapshot_of_another_model_is_refused() -> None:
     session, other = fake_session(), fake_session(fingerprint="0" * 64)
     other.step(ids(other))
