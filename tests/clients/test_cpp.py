@@ -24,10 +24,7 @@ from tests.conftest import CHUNK, make_model, make_sequences
 ROOT = Path(__file__).resolve().parents[2]
 TOOLS = {"cmake": "cmake", "c++": "g++"}
 MISSING = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
-pytestmark = [
-    pytest.mark.slow,  # compiling takes a minute
-    pytest.mark.skipif(bool(MISSING), reason=f"needs a C++ compiler: apt-get install {' '.join(MISSING)}"),
-]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs a C++ compiler: apt-get install {' '.join(MISSING)}")
 
 
 @pytest.fixture(scope="module")
@@ -62,19 +59,28 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_the_golden_trace_agrees_on_one_lane_and_on_two(client: Path, single: Path, exported: Path) -> None:
-    for bundle, streams in ((single, "2 streams of 10 steps"), (exported, "8 streams of 64 steps")):
-        result = run(client, bundle, "--check", "--threads", 1)
-        assert result.returncode == 0, result.stdout + result.stderr
-        assert result.stdout.splitlines()[-1].startswith(f"passed: {streams}")
-        # Every state and the output, in whole calls and then token by token.
-        names = {*Bundle(bundle).manifest.spec.state_names, "outputs"}
-        lines = [line.split() for line in result.stdout.splitlines() if line.startswith("ok ")]
-        assert sorted(line[1] for line in lines) == sorted([*names, *names])
-        assert all(int(line[2]) > 0 for line in lines)
+def agrees(client: Path, bundle: Path, streams: str) -> None:
+    """The client's own check passes, of every state and the output, in whole calls and then token by token."""
+    result = run(client, bundle, "--check", "--threads", 1)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1].startswith(f"passed: {streams}")
+    names = {*Bundle(bundle).manifest.spec.state_names, "outputs"}
+    lines = [line.split() for line in result.stdout.splitlines() if line.startswith("ok ")]
+    assert sorted(line[1] for line in lines) == sorted([*names, *names])
+    assert all(int(line[2]) > 0 for line in lines)
 
 
-@pytest.mark.parametrize("lanes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_it_is_built_and_the_golden_trace_agrees(client: Path, exported: Path) -> None:
+    agrees(client, exported, "8 streams of 64 steps")
+
+
+@pytest.mark.slow
+def test_the_golden_trace_agrees_on_one_lane(client: Path, single: Path) -> None:
+    agrees(client, single, "2 streams of 10 steps")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lanes", [1, 2])
 def test_a_file_is_streamed_as_python_does(
     lanes: int, client: Path, single: Path, exported: Path, tmp_path: Path
 ) -> None:
@@ -124,6 +130,7 @@ def test_frames_of_a_foreign_model_are_streamed_beside_an_idle_lane(client: Path
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted["outputs"][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_commit_that_is_not_carried_does_not_pass(client: Path, single: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(single, tmp_path / "copy.nsm"))
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -137,10 +144,12 @@ def test_a_commit_that_is_not_carried_does_not_pass(client: Path, single: Path, 
     assert "FAILED   0.bank" in split
 
 
+@pytest.mark.slow
 def test_a_step_is_timed(client: Path, single: Path) -> None:
     assert "us a step (median of 20)" in run(client, single, "--bench", 20).stdout
 
 
+@pytest.mark.slow
 def test_other_weights_do_not_pass(client: Path, single: Path, tmp_path: Path) -> None:
     copy = _with_weights(single, tmp_path, lambda numbers: numbers * np.float32(1.01))
     result = run(client, copy, "--check")
@@ -150,6 +159,7 @@ def test_other_weights_do_not_pass(client: Path, single: Path, tmp_path: Path) -
     assert "not the model that was recorded" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_stream_that_is_not_finite_is_refused(client: Path, single: Path, tmp_path: Path) -> None:
     copy = _with_weights(single, tmp_path, lambda numbers: numbers * np.float32(np.nan))
     (tmp_path / "tokens.raw").write_bytes(bytes(9))
@@ -162,6 +172,7 @@ def test_a_stream_that_is_not_finite_is_refused(client: Path, single: Path, tmp_
     assert "inf" in checked.stdout
 
 
+@pytest.mark.slow
 def test_low_precision_is_not_measured_with_the_budget_of_fp32(client: Path, single: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(single, tmp_path / "copy.nsm"))
     manifest = json.loads((copy / "manifest.json").read_text())
@@ -194,6 +205,7 @@ def _record_again(bundle: Path, name: str, path: str | None = None) -> None:
     (bundle / "manifest.json").write_text(json.dumps(manifest))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["hash", "size", "missing", "json", "version", "key", "climbs", "absolute", "link", "loop", "door"]
 )
@@ -249,6 +261,7 @@ def _set(place: str, value: Any) -> Callable[[Any], None]:
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "code", "message"),
     [
@@ -286,6 +299,7 @@ def test_a_spec_that_makes_no_sense_is_refused(
     assert message in result.stdout + result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -317,6 +331,7 @@ def test_a_trace_that_is_not_of_the_model_is_refused(
     assert message in result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -352,6 +367,7 @@ def test_what_makes_no_sense_is_refused(
     assert message in result.stderr
 
 
+@pytest.mark.slow
 def test_a_bundle_without_openvino_says_how_to_get_it(client: Path, single: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(single, tmp_path / "copy.nsm"))
     manifest = json.loads((copy / "manifest.json").read_text())
