@@ -180,6 +180,8 @@ def summary(report: ParityReport) -> dict[str, Any]:
         "source",
         "streams",
         "steps",
+        "state_streams",
+        "sampled_steps",
         "one_step",
         "free_run",
         "free_run_mean",

@@ -116,9 +116,8 @@ def _print(
 def _explain(terminal: Terminal, report: ParityReport) -> None:
     drift = report.drift
     terminal.say(
-        f"\n{report.target}: {report.streams} streams of {report.steps} steps ({report.source}); worst tensor one-step "
-        f"{report.one_step.tensor}, free-run {report.free_run.tensor}; rounding of fp32 itself "
-        f"{number(report.reference_floor)}"
+        f"\n{report.target}: {report.coverage}; worst tensor one-step {report.one_step.tensor}, "
+        f"free-run {report.free_run.tensor}; rounding of fp32 itself {number(report.reference_floor)}"
     )
     branches = f", decisions excused {report.branches}" if report.branches else ""
     terminal.say(

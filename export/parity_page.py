@@ -100,8 +100,7 @@ def _section(report: ParityReport, bisection: Bisection | None) -> str:
     status = "passed" if report.passed else "failed"
     parts = [
         f"<h2>{escape(report.target)} {escape(report.precision)}: <span class='{status}'>{status}</span></h2>",
-        f"<p class='soft'>{report.streams} streams of {report.steps} steps ({escape(report.source)}); computed in "
-        f"{escape(report.effective_precision)}</p>",
+        f"<p class='soft'>{escape(report.coverage)}; computed in {escape(report.effective_precision)}</p>",
     ]
     if report.failures:
         parts.append("<ul>" + "".join(f"<li>{escape(text)}</li>" for text in report.failures) + "</ul>")

@@ -16,8 +16,14 @@ from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays, Origin, Trace
 
-MAX_SAMPLED = 16
+MIN_SAMPLED, MAX_SAMPLED = 8, 16
+"""Steps that states are kept around: fewer say little of how an error ages, more take room that streams need."""
 MIN_TRACE_BYTES = 4_000_000
+"""Room of a small model's trace; that of a larger one may be as large as the model."""
+MIN_STATE_STREAMS = 2
+"""Streams whose states are kept over the room: what holds for one stream may be of its tokens."""
+MAX_EXTRA_BYTES = 64_000_000
+"""What states may take over the room at most, so that a file of a repository (100 MB on GitHub) can hold the trace."""
 
 
 def record(
@@ -32,10 +38,13 @@ def record(
     """Run the model itself over sequences, in fp32, and keep what parity needs.
 
     Every stream gets `steps` calls from the initial state without a reset; a sequence too short for that is
-    repeated. Full states are kept around at most 16 steps, log-spaced. Where outputs and states would take more
-    than max(4 MB, the model's size), outputs are kept for fewer tokens of a call, states for fewer streams, and
-    only then for fewer steps. The inputs, outputs for one token of every call, and two states of one stream are
-    kept whatever they take: fewer would check less.
+    repeated. Full states are kept around 8 to 16 steps, log-spaced, the first and the last among them. Where outputs
+    and states would take more than max(4 MB, the model's size), outputs are kept for fewer tokens of a call, then
+    states around fewer steps, and for fewer streams.
+
+    Some are kept whatever they take, since fewer would check too little: the inputs, the outputs for one token of
+    every call, and the states of 2 streams around 8 steps. Where the latter would be over 64 MB and over the room,
+    they are of one stream, and around as many steps as the larger of the two holds, at least 2.
 
     Args:
         source: the model.
@@ -59,7 +68,7 @@ def record(
     batched = tokens.reshape(len(tokens), steps, count, *tokens.shape[2:])
     limit = max(MIN_TRACE_BYTES, source.parameters * 4)
     width = sum(int(np.prod(item.shape[2:])) for item in entry.outputs)
-    positions, kept, sampled = _kept(spec, len(tokens), steps, width, limit)
+    positions, kept, sampled = kept_of(spec, len(tokens), steps, width, limit)
     sessions = [source.reference(spec), source.reference(spec, exact=True)]
     advance = _counter(progress, sum(session is not None for session in sessions) * steps * len(_groups(tokens, spec)))
     try:
@@ -204,16 +213,44 @@ def _floor(outputs: Array, exact: Array) -> float:
     return max(relative_error(given, wanted, scale) for given, wanted in pairs)
 
 
-def _kept(spec: StepSpec, streams: int, steps: int, width: int, limit: int) -> tuple[Array, int, Array]:
-    """Token positions to keep, streams to keep states of, and steps to keep them at; outputs take half the room."""
+def kept_of(spec: StepSpec, streams: int, steps: int, width: int, limit: int) -> tuple[Array, int, Array]:
+    """What of a trace is kept: token positions of the outputs, how many streams' states, and the steps of these.
+
+    Outputs take half the room at most, and leave what the states of `MIN_STATE_STREAMS` need, or of one where these
+    do not fit. States take what is left, half the room at least, and over it what those streams need.
+
+    Args:
+        spec: of the model.
+        streams: N, how many are recorded.
+        steps: T, calls of each.
+        width: numbers that the outputs have for a token.
+        limit: the room, in bytes.
+
+    Returns:
+        [P] positions in a call, M <= N, and [n] steps.
+    """
     count = spec.entry("step").inputs[0].shape[1]
     per_position = streams * steps * width * 4
-    positions = int(np.clip(limit // 2 // per_position, 1, count))
-    room = max(limit - positions * per_position, 0)
     per_sample = 2 * spec.state_nbytes // spec.batch
-    samples = min(MAX_SAMPLED, steps)
-    kept_streams = int(np.clip(room // (samples * per_sample), 1, streams))
-    samples = int(np.clip(room // (kept_streams * per_sample), 2, samples)) if steps > 1 else 1
-    spaced = np.geomspace(1, steps, samples).round().astype(np.int64) - 1
+    fewest, most = min(MIN_SAMPLED, steps), min(MAX_SAMPLED, steps)
+    wanted = min(MIN_STATE_STREAMS, streams) * fewest * per_sample
+    left = wanted if wanted < limit else fewest * per_sample
+    positions = int(np.clip(min(limit // 2, limit - left) // per_position, 1, count))
+    room = max(limit - positions * per_position, limit // 2, min(wanted, MAX_EXTRA_BYTES))
+    # First as many streams as can have the fewest steps, then as many steps as these streams can have.
+    kept_streams = int(np.clip(room // (fewest * per_sample), 1, streams))
+    samples = int(np.clip(room // (kept_streams * per_sample), min(2, steps), most))
     chosen = np.linspace(count - 1, 0, positions).round().astype(np.int64)
-    return np.unique(chosen), kept_streams, np.unique(spaced)
+    return np.unique(chosen), kept_streams, log_spaced(steps, samples)
+
+
+def log_spaced(steps: int, count: int) -> Array:
+    """[count] of the steps 0 .. `steps` - 1, the first and the last among them, and closer together at the beginning.
+
+    Args:
+        steps: how many there are.
+        count: how many of them, at most `steps`.
+    """
+    spaced = np.geomspace(1, steps, count).round().astype(np.int64)
+    # Rounded, the first ones fall together: there every step is taken until the spacing is wider than one.
+    return np.maximum(spaced, np.arange(1, count + 1)) - 1

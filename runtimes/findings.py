@@ -195,6 +195,8 @@ class Findings:
             source=trace.source,
             streams=trace.streams,
             steps=trace.steps,
+            state_streams=trace.state_streams,
+            sampled_steps=tuple(trace.sampled.tolist()),
             one_step=self.worst("one_step"),
             free_run=self.worst("free_run"),
             split=self.worst("split") if "split" in errors else None,

@@ -84,6 +84,8 @@ class Divergence:
 class ParityReport:
     """What a comparison found; `failures` is empty where it passed.
 
+    Outputs of the free run are compared for all `streams` at all `steps`; one-step errors, and errors of states, for
+    the first `state_streams` of them at the `sampled_steps`, counted from 0.
     Errors are relative; `split` is that of calls in pieces, None where the artifact has one entry only; `state_error`
     is per active slot of the banks (per tensor in models without one), over the free run; KL is in nats.
     `free_run_mean` is the mean over streams and steps of the free-run error of the first output.
@@ -100,6 +102,8 @@ class ParityReport:
     source: str
     streams: int
     steps: int
+    state_streams: int
+    sampled_steps: tuple[int, ...]
     one_step: Quantiles
     free_run: Quantiles
     split: Quantiles | None
@@ -127,6 +131,14 @@ class ParityReport:
     @property
     def passed(self) -> bool:
         return not self.failures
+
+    @property
+    def coverage(self) -> str:
+        """What was compared, for people."""
+        return (
+            f"{_counted(self.streams, 'stream')} of {_counted(self.steps, 'step')} ({self.source}), states of "
+            f"{self.state_streams} at {len(self.sampled_steps)} of the steps"
+        )
 
     def require(self) -> None:
         """Raise `ParityError` unless the comparison passed."""
@@ -160,6 +172,8 @@ class ParityReport:
                 "source": self.source,
                 "streams": self.streams,
                 "steps": self.steps,
+                "state_streams": self.state_streams,
+                "sampled_steps": list(self.sampled_steps),
                 "one_step": asdict(self.one_step),
                 "free_run": asdict(self.free_run),
                 "split": None if self.split is None else asdict(self.split),
@@ -252,6 +266,10 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
     if report.effective_precision != report.precision:
         failures.append(f"the backend computes in {report.effective_precision} instead of {report.precision}")
     return failures
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
 
 
 def _ratio(a: float, b: float) -> float | None:

@@ -28,6 +28,8 @@ RESULT_KEYS = {
     "status",
     "streams",
     "steps",
+    "state_streams",
+    "sampled_steps",
     "one_step",
     "free_run",
     "split",
@@ -87,7 +89,11 @@ def test_parity_for_people(exported: Path) -> None:
     result = invoke("parity", exported, "-t", "ort")
     text = succeeded(result)
     assert "passed" in text
-    assert "onnxruntime: 8 streams of 64 steps (recorded)" in text
+    trace = Bundle(exported).trace()
+    assert (
+        f"onnxruntime: 8 streams of 64 steps (recorded), states of {trace.state_streams} at {len(trace.sampled)} of "
+        "the steps"
+    ) in text
     assert "drift exponent" in text
     assert "Checking onnxruntime" in result.stderr
 

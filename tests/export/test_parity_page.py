@@ -74,6 +74,10 @@ def test_everything_that_has_a_budget_is_in_the_table() -> None:
     assert "in single tokens" not in drawn(compare(fake_trace(), fake_session(fake_spec(entries=("step",))), FP32))
 
 
+def test_the_page_says_what_was_compared() -> None:
+    assert "8 streams of 64 steps (synthetic), states of 8 at 6 of the steps" in drawn(report_of())
+
+
 def test_the_first_divergence_is_told_and_marked() -> None:
     text = drawn(report_of(late))
     assert "First over budget: stream 0, step 30, <code>outputs</code>" in text

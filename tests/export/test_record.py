@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,23 @@ import pytest
 import torch
 
 from nsm.errors import InputError, NonFiniteError
-from nsm.export.record import MAX_SAMPLED, MIN_TRACE_BYTES, record, synthetic
+from nsm.export.record import (
+    MAX_EXTRA_BYTES,
+    MAX_SAMPLED,
+    MIN_SAMPLED,
+    MIN_STATE_STREAMS,
+    MIN_TRACE_BYTES,
+    kept_of,
+    log_spaced,
+    record,
+    synthetic,
+)
 from nsm.export.torch_source import TorchSource
 from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
+from nsm.spec import StateSpec, StepSpec
 from nsm.trace import Array, Trace
+from tests.runtimes.fake import CHUNK, OUTPUTS, fake_spec
 
 Factory = Callable[..., SimpleNSM]
 
@@ -85,7 +98,7 @@ def test_samples_are_log_spaced_from_the_first_step_to_the_last(model: SimpleNSM
     sampled = record(TorchSource.of(model), list(make_ids(1, 64)), steps=200).sampled
     assert sampled[0] == 0
     assert sampled[-1] == 199
-    assert 10 <= len(sampled) <= MAX_SAMPLED
+    assert MIN_SAMPLED <= len(sampled) <= MAX_SAMPLED
     assert (np.diff(sampled) > 0).all()
     ratios = (sampled[1:] + 1) / (sampled[:-1] + 1)
     assert ratios[len(ratios) // 2 :].max() < 1.1 * ratios[len(ratios) // 2 :].min()
@@ -180,21 +193,57 @@ def test_one_position_a_call_is_kept_even_over_the_limit(model_factory: Factory)
     assert recorded_bytes(trace) - one_position <= limit // 2
 
 
-def test_large_states_are_kept_for_fewer_streams_and_then_fewer_steps(model_factory: Factory) -> None:
-    for states, streams in ((64, 32), (500, 2)):
-        model = model_factory(num_states=states, d_model=64, num_layers=1)
-        trace = record(TorchSource.of(model), list(make_ids(streams, 40)), steps=24)
-        full = 2 * MAX_SAMPLED * model.spec(streams).state_nbytes
-        limit = max(MIN_TRACE_BYTES, weight_bytes(model))
-        assert full > limit
-        assert recorded_bytes(trace) <= limit
-        assert trace.streams == streams
-        assert 1 <= trace.state_streams < streams
-        assert trace.sampled[0] == 0
-        assert trace.sampled[-1] == 23
-        assert_is_stepping_by_hand(model, trace)
-        if states == 500:
-            assert len(trace.sampled) < MAX_SAMPLED
+def test_large_states_are_kept_for_fewer_streams(model_factory: Factory) -> None:
+    model = model_factory(num_states=64, d_model=64, num_layers=1)
+    trace = record(TorchSource.of(model), list(make_ids(32, 40)), steps=24)
+    limit = max(MIN_TRACE_BYTES, weight_bytes(model))
+    assert 2 * MAX_SAMPLED * model.spec(32).state_nbytes > limit
+    assert recorded_bytes(trace) <= limit
+    assert trace.streams == 32
+    assert MIN_SAMPLED <= len(trace.sampled) < MAX_SAMPLED
+    assert MIN_STATE_STREAMS <= trace.state_streams < 32
+    assert (trace.sampled[0], trace.sampled[-1]) == (0, 23)
+    assert_is_stepping_by_hand(model, trace)
+
+
+LARGE = {"vocab_size": 256, "d_model": 384, "num_layers": 2, "num_states": 32}
+
+
+@pytest.mark.parametrize("steps", [8, 64, 200, 4096])
+def test_the_states_of_two_streams_are_known_at_eight_steps_at_least(steps: int) -> None:
+    """Of a model of 24 MB whose state is 0.5 MB a lane: one stream at two steps says nothing of the others."""
+    source = TorchSource.of(SimpleNSM(**LARGE))
+    spec, limit = source.spec(8), source.parameters * 4
+    positions, streams, sampled = kept_of(spec, 8, steps, 256, limit)
+    assert MIN_STATE_STREAMS <= streams <= 8
+    assert MIN_SAMPLED <= len(sampled) <= MAX_SAMPLED
+    assert (sampled[0], sampled[-1]) == (0, steps - 1)
+    states = 2 * streams * len(sampled) * spec.state_nbytes // 8
+    assert states <= limit
+    outputs = 8 * steps * 256 * 4 * len(positions)
+    assert outputs + states <= limit or len(positions) == 1
+
+
+@pytest.mark.parametrize(("numbers", "streams", "samples"), [(200_000, 2, 8), (800_000, 1, 10), (4_000_000, 1, 2)])
+def test_states_do_not_make_a_trace_huge(numbers: int, streams: int, samples: int) -> None:
+    """A cache of 0.8, 3.2 and 16 MB a lane, of a model that is smaller than that."""
+    cache = StateSpec("0.cache", (8, numbers), "float32")
+    entry = replace(fake_spec(8, entries=("step",)).entry("step"), reads=("0.cache",), writes=("0.cache",))
+    spec = StepSpec((entry,), (cache,), CHUNK, 8)
+    _, kept, sampled = kept_of(spec, 8, 64, OUTPUTS, MIN_TRACE_BYTES)
+    assert (kept, len(sampled)) == (streams, samples)
+    assert (sampled[0], sampled[-1]) == (0, 63)
+    assert 2 * kept * len(sampled) * cache.nbytes // 8 <= MAX_EXTRA_BYTES
+
+
+@pytest.mark.parametrize(("steps", "count"), [(1, 1), (2, 2), (8, 8), (9, 8), (64, 16), (4096, 2), (4096, 16)])
+def test_sampled_steps_are_as_many_as_asked_for_and_never_closer_later(steps: int, count: int) -> None:
+    sampled = log_spaced(steps, count)
+    assert len(sampled) == count
+    assert (sampled[0], sampled[-1]) == (0, steps - 1)
+    gaps = np.diff(sampled)
+    assert (gaps >= 1).all()
+    assert (gaps[1:] >= gaps[:-1] - 1).all()  # but for rounding
 
 
 # -- what is refused -------------------------------------------------------------------------------------------------

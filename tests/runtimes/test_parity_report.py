@@ -42,6 +42,8 @@ KEYS = {
     "status": (),
     "streams": (),
     "steps": (),
+    "state_streams": (),
+    "sampled_steps": (),
     "one_step": ("p50", "p99", "max"),
     "free_run": ("p50", "p99", "max"),
     "split": ("p50", "p99", "max"),
@@ -67,6 +69,20 @@ def test_the_json_has_every_key_and_no_number_that_json_does_not_know(after: Aft
     assert data["status"] == ("passed" if after is None else "failed")
     assert bool(data["failures"]) == (after is not None)
     assert data["budget"]["free_run_p99"] == FP32.free_run_p99
+
+
+def test_the_report_says_how_much_rests_on_how_few_states() -> None:
+    whole = fake_trace()
+    fewer = replace(
+        whole,
+        before={name: value[:1] for name, value in whole.before.items()},
+        after={name: value[:1] for name, value in whole.after.items()},
+    )
+    report = compare(fewer, fake_session(), FP32)
+    data = report.to_json()
+    assert (data["streams"], data["steps"], data["state_streams"]) == (4, 64, 1)
+    assert data["sampled_steps"] == whole.sampled.tolist()
+    assert report.coverage == "4 streams of 64 steps (synthetic), states of 1 at 6 of the steps"
 
 
 def test_the_json_says_where_the_first_divergence_is() -> None:
