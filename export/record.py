@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, NonFiniteError, RunError
 from nsm.export.source import Source
+from nsm.runtimes.branches import decided_states
 from nsm.runtimes.measures import relative_error, rms_norm
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.replay import groups
@@ -44,7 +46,8 @@ def record(
 
     Some are kept whatever they take, since fewer would check too little: the inputs, the outputs for one token of
     every call, and the states of 2 streams around 8 steps. Where the latter would be over 64 MB and over the room,
-    they are of one stream, and around as many steps as the larger of the two holds, at least 2.
+    they are of one stream, and around as many steps as the larger of the two holds, at least 2. The masks that a model
+    decides about while it runs, and what it decides by, are kept at every step of every stream.
 
     Args:
         source: the model.
@@ -68,11 +71,13 @@ def record(
     batched = tokens.reshape(len(tokens), steps, count, *tokens.shape[2:])
     limit = max(MIN_TRACE_BYTES, source.parameters * 4)
     width = sum(int(np.prod(item.shape[2:])) for item in entry.outputs)
-    positions, kept, sampled = kept_of(spec, len(tokens), steps, width, limit)
+    decided = sum(state.nbytes // spec.batch for state in spec.states_of(decided_states(spec)))
+    room = limit - len(tokens) * (steps + 1) * decided
+    positions, kept, sampled = kept_of(spec, len(tokens), steps, width, room)
     sessions = [source.reference(spec), source.reference(spec, exact=True)]
     advance = _counter(progress, sum(session is not None for session in sessions) * steps * len(_groups(tokens, spec)))
     try:
-        outputs, before, after = _roll(sessions[0], batched, positions, sampled, kept, advance)
+        rolled = _roll(sessions[0], batched, positions, sampled, kept, advance)
         # The floor: what fp32 itself costs, against the same weights in fp64.
         exact = _exact(sessions[1], batched, positions, advance)
     except NonFiniteError as error:
@@ -83,14 +88,15 @@ def record(
     first = entry.outputs[0].name
     return Trace(
         inputs={"tokens": batched},
-        outputs=outputs,
+        outputs=rolled.outputs,
         positions=positions,
         sampled=sampled,
-        before=before,
-        after=after,
+        before=rolled.before,
+        after=rolled.after,
         fingerprint=source.fingerprint,
         source=origin,
-        floor=_floor(outputs[first], exact[first]) if exact else None,
+        floor=_floor(rolled.outputs[first], exact[first]) if exact else None,
+        decisions=rolled.decisions,
     )
 
 
@@ -133,11 +139,22 @@ def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Ar
 def _exact(session: Session | None, tokens: Array, positions: Array, advance: Callable[[], None]) -> Arrays:
     """The outputs in fp64; none where a foreign module does not compute in it."""
     try:
-        return _roll(session, tokens, positions, np.empty(0, np.int64), 0, advance)[0]
+        return _roll(session, tokens, positions, np.empty(0, np.int64), 0, advance).outputs
     except NonFiniteError:
         raise
     except RunError:
         return {}
+
+
+class _Rolled(NamedTuple):
+    """What a run gave: outputs [N, T, P, ...] of all steps, states [kept, n, ...] around the sampled ones, and what
+    was decided, [N, T + 1, ...], at the beginning and after every step.
+    """
+
+    outputs: Arrays
+    before: Arrays
+    after: Arrays
+    decisions: Arrays
 
 
 def _roll(
@@ -147,14 +164,12 @@ def _roll(
     sampled: Array,
     kept: int,
     advance: Callable[[], None],
-) -> tuple[Arrays, Arrays, Arrays]:
-    """The outputs [N, T, P, ...] of all steps, and the states [kept, n, ...] around the sampled ones.
-
-    Nothing where there is no session.
-    """
+) -> _Rolled:
+    """Run all streams; nothing where there is no session, and no states or decisions where no step is sampled."""
     if session is None:
-        return {}, {}, {}
-    parts: list[tuple[Arrays, Arrays, Arrays]] = []
+        return _Rolled({}, {}, {}, {})
+    decided = decided_states(session.spec) if len(sampled) else ()
+    parts: list[_Rolled] = []
     with session:
         for streams in _groups(tokens, session.spec):
             lanes = np.resize(streams, session.batch)  # spare lanes repeat a stream, and are not kept
@@ -162,7 +177,10 @@ def _roll(
             outputs: list[Arrays] = []
             before: list[Arrays] = []
             after: list[Arrays] = []
+            decisions: list[Arrays] = []
             session.reset()
+            if decided:
+                decisions.append(_named(session.read_state(), decided))
             for step in range(tokens.shape[1]):
                 if step in sampled:
                     before.append(session.read_state())
@@ -170,10 +188,18 @@ def _roll(
                 outputs.append({name: value[:count, positions] for name, value in given.items()})
                 if step in sampled:
                     after.append(session.read_state())
+                if decided:
+                    decisions.append(_named(session.read_state(), decided))
                 advance()
-            parts.append((_stack(outputs), _stack(before, count), _stack(after, count)))
-    outputs_of, before_of, after_of = zip(*parts, strict=True)
-    return _joined(outputs_of), _joined(before_of, kept), _joined(after_of, kept)
+            parts.append(
+                _Rolled(_stack(outputs), _stack(before, count), _stack(after, count), _stack(decisions, count))
+            )
+    outputs_of, before_of, after_of, decisions_of = zip(*parts, strict=True)
+    return _Rolled(_joined(outputs_of), _joined(before_of, kept), _joined(after_of, kept), _joined(decisions_of))
+
+
+def _named(arrays: Arrays, names: Sequence[str]) -> Arrays:
+    return {name: arrays[name] for name in names}
 
 
 def _groups(tokens: Array, spec: StepSpec) -> list[Array]:

@@ -7,7 +7,7 @@ import math
 import os
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, Literal
 
@@ -20,6 +20,7 @@ from nsm.files import check_stored
 Array = NDArray[Any]
 Arrays = dict[str, Array]
 Origin = Literal["recorded", "synthetic"]
+_GROUPS = ("inputs", "outputs", "before", "after", "decisions")
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Trace:
         source: whether the sequences are real ("recorded") or made up ("synthetic").
         floor: what the reference's own fp32 rounding does to it: the largest free-run error of its outputs
             against the same model in fp64; None where it cannot be had in fp64.
+        decisions: of a model that decides about the masks of its banks while it runs, these masks and what it decides
+            by, by state name, [N, T + 1, ...]: at the beginning, and after every step. Nothing of other models.
     """
 
     inputs: Mapping[str, Array]
@@ -48,6 +51,7 @@ class Trace:
     fingerprint: str
     source: Origin
     floor: float | None
+    decisions: Mapping[str, Array] = field(default_factory=dict)
 
     @property
     def streams(self) -> int:
@@ -75,12 +79,13 @@ class Trace:
             self.fingerprint,
             self.source,
             self.floor,
+            {name: value[:, : steps + 1] for name, value in self.decisions.items()},
         )
 
     def save(self, path: Path) -> None:
         """Write one .npz: arrays only, no pickles."""
         meta = {"fingerprint": self.fingerprint, "source": self.source, "floor": self.floor}
-        groups = {"inputs": self.inputs, "outputs": self.outputs, "before": self.before, "after": self.after}
+        groups = {name: getattr(self, name) for name in _GROUPS}
         arrays = {f"{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
         arrays |= {"positions": self.positions, "sampled": self.sampled, "meta": np.array(json.dumps(meta))}
         np.savez(path, allow_pickle=False, **arrays)
@@ -93,15 +98,16 @@ class Trace:
             BundleDamagedError: the file is no such trace.
         """
         arrays = load_arrays(path)
-        groups: dict[str, Arrays] = {"inputs": {}, "outputs": {}, "before": {}, "after": {}}
+        groups: dict[str, Arrays] = {name: {} for name in _GROUPS}
         try:
             for key, value in arrays.items():
                 group, _, name = key.partition("/")
                 if name:
                     groups[group][name] = value
             meta = json.loads(str(arrays["meta"]))
-            if not all(groups.values()):
-                raise ValueError(f"nothing in {[name for name, group in groups.items() if not group]}")
+            empty = [name for name, group in groups.items() if not group and name != "decisions"]
+            if empty:
+                raise ValueError(f"nothing in {empty}")
             return cls(
                 positions=arrays["positions"],
                 sampled=arrays["sampled"],

@@ -1,9 +1,10 @@
 """How old the slots of a bank are, so that one sees whether the error grows while a slot lives.
 
 The age of an active slot is the number of steps since the stream began or since the slot was allocated, whichever
-came later. It is read off the masks that the trace holds, before and after each sampled step: a slot that was masked
-at one of them is as old as the steps since the last of them. An allocation between two samples of a slot that was
-active at both is not seen, so an age is what it may be at most.
+came later. It is read off the masks that the trace holds: a slot that was masked at one of them is as old as the steps
+since the last of them. The masks that a model decides about are known at every step. Others are known around sampled
+steps: an allocation between two of them, of a slot that was active at both, is not seen, so an age is what it may be at
+most.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import numpy as np
 
 from nsm.runtimes.measures import quantile
 from nsm.runtimes.report import AgeError
-from nsm.trace import Array
+from nsm.trace import Array, Trace
+
+
+def recorded_ages(trace: Trace, mask: str) -> Array:
+    """Age in steps of every slot after each sampled step, [M, n, S] as `slot_ages`; `mask` is the name of a state."""
+    decided = trace.decisions.get(mask)
+    if decided is None:
+        return slot_ages(trace.before[mask], trace.after[mask], trace.sampled)
+    ages = slot_ages(decided[:, :-1], decided[:, 1:], np.arange(trace.steps))
+    return ages[: trace.state_streams, trace.sampled]
 
 
 def slot_ages(before: Array, after: Array, sampled: Array) -> Array:

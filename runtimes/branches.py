@@ -7,9 +7,9 @@ threshold, was at most
 
     2 * (budget of the free-run p99) * rms over the trace of the importance:
 
-a bound from the budget, never from the measured error. The metrics of that stream then end where its decisions last
-agreed. Importances are known around the sampled steps alone: a branch between two of them is judged by what the
-importance is at the later one, and mostly not excused.
+a bound from the budget, never from the measured error. The metrics of that stream then end before the step. Masks and
+importances are known at every step of the trace, so the step is the one at which the decision was made. In a call of
+several chunks there are several decisions, judged by the importances before and after the call.
 """
 
 from __future__ import annotations
@@ -36,6 +36,11 @@ def decided_masks(spec: StepSpec) -> tuple[str, ...]:
     return tuple(name for name in names if _importance_of(name) in spec.state_names)
 
 
+def decided_states(spec: StepSpec) -> tuple[str, ...]:
+    """Names of these masks and of the importances they are decided by: the states that a trace holds at every step."""
+    return tuple(state for name in decided_masks(spec) for state in (name, _importance_of(name)))
+
+
 class Decisions:
     """The reference's decisions, and how close they were.
 
@@ -48,24 +53,24 @@ class Decisions:
 
     def __init__(self, trace: Trace, masks: Sequence[str], thresholds: Sequence[float], free_run_p99: float) -> None:
         self.masks = tuple(masks)
-        self._trace = trace
+        self._trace = trace.decisions
         self._thresholds = np.array(thresholds, np.float64)
         self._bounds = {}
         for name in masks:
-            importance = trace.after[_importance_of(name)].astype(np.float64)
+            importance = self._trace[_importance_of(name)].astype(np.float64)
             self._bounds[name] = 2 * free_run_p99 * float(np.sqrt(np.mean(importance**2)))
 
-    def differing(self, stream: int, index: int, given: Mapping[str, Array]) -> dict[str, Array]:
-        """The slots that differ, by mask, at a sampled step; masks that agree are left out."""
-        found = {name: self._trace.after[name][stream, index] != given[name] for name in self.masks}
+    def differing(self, stream: int, step: int, given: Mapping[str, Array]) -> dict[str, Array]:
+        """The slots that differ after a step, by mask; masks that agree are left out."""
+        found = {name: self._trace[name][stream, step + 1] != given[name] for name in self.masks}
         return {name: slots for name, slots in found.items() if slots.any()}
 
-    def excused(self, stream: int, index: int, differing: Mapping[str, Array]) -> bool:
+    def excused(self, stream: int, step: int, differing: Mapping[str, Array]) -> bool:
         """Whether the decision was close enough: that of the lowest layer, on which the others depend."""
         name = next(iter(differing))
-        return self.margin(name, stream, index, differing[name]) <= self._bounds[name]
+        return self.margin(name, stream, step, differing[name]) <= self._bounds[name]
 
-    def margin(self, name: str, stream: int, index: int, slots: Array) -> float:
+    def margin(self, name: str, stream: int, step: int, slots: Array) -> float:
         """The smallest distance to a threshold of the importances that decided about these slots.
 
         About an active slot its own importance decides. A free one is allocated where that of the least important
@@ -73,17 +78,16 @@ class Decisions:
 
         Args:
             name: of the mask.
-            stream, index: stream and sampled step.
+            stream, step: where the masks differ.
             slots: [S] bool, those that differ.
         """
-        importance = _importance_of(name)
         nearest = float("inf")
         if not self._thresholds.size:
             return nearest
-        for part in (self._trace.before, self._trace.after):
-            scores, active = part[importance][stream, index], part[name][stream, index]
+        importance, mask = self._trace[_importance_of(name)][stream], self._trace[name][stream]
+        for scores, active in ((importance[at], mask[at]) for at in (step, step + 1)):  # before and after it
             deciding = list(scores[slots])
-            if (slots & ~self._trace.before[name][stream, index]).any() and active.any():
+            if (slots & ~mask[step]).any() and active.any():
                 deciding.append(scores[active].min())
             distances = np.abs(np.array(deciding, np.float64)[:, None] - self._thresholds)
             nearest = min(nearest, float(distances.min()))

@@ -8,28 +8,16 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nsm.runtimes.ages import errors_by_age, slot_ages
+from nsm.runtimes.ages import errors_by_age, recorded_ages
+from nsm.runtimes.answers import Agreement, Answers
 from nsm.runtimes.branches import Decisions, decided_masks
 from nsm.runtimes.budgets import Budget
 from nsm.runtimes.drift import drift_exponent
-from nsm.runtimes.measures import kl_divergence, mean, quantile, relative_error, rms_norm, slot_errors
-from nsm.runtimes.report import AgeError, Curves, Divergence, ParityReport, Quantiles, Spread, over_budget
+from nsm.runtimes.measures import gain, mean, quantile, relative_error, rms_norm, slot_errors
+from nsm.runtimes.report import AgeError, Curves, Divergence, Gain, ParityReport, Quantiles, Spread, over_budget
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays, Trace
-
-
-class _Answer(NamedTuple):
-    """Of one stream's step, by decision: KL, whether the argmax differs, and the reference's margin.
-
-    A decision is an argmax over the last axis of the first output; all are [decisions].
-    """
-
-    stream: int
-    step: int
-    kl: Array
-    flips: Array
-    margins: Array
 
 
 class _Slots(NamedTuple):
@@ -38,16 +26,6 @@ class _Slots(NamedTuple):
     bank: str
     ages: Array
     errors: Array
-
-
-class _Answers(NamedTuple):
-    """All decisions that were compared; [decisions] each. At least one: where there is none, a flip."""
-
-    kl: Array
-    flips: Array
-    margins: Array
-    scale: float  # rms of the reference's logits
-    excused_margin: float
 
 
 class Findings:
@@ -81,19 +59,21 @@ class Findings:
         }
         masks = {name: name.removesuffix(".bank") + ".mask" for name in spec.state_names if name.endswith(".bank")}
         self._masks = {bank: mask for bank, mask in masks.items() if mask in spec.state_names}
-        self._ages = {
-            bank: slot_ages(trace.before[mask], trace.after[mask], trace.sampled) for bank, mask in self._masks.items()
-        }
+        self._ages = {bank: recorded_ages(trace, mask) for bank, mask in self._masks.items()}
         self._slots: list[_Slots] = []
-        self._answers: list[_Answer] = []
+        self._answers = Answers(trace.outputs[self.logits], budget.free_run_p99)
         self._mismatches = 0
         self._changed = False
         self._branches = 0
         self._steps_run = 0
         # Where a stream is no longer the reference's because of an excused decision, and need not be compared.
         self._dropped = {kind: np.zeros(shape, bool) for kind in kinds}
-        self._agreed = {kind: np.zeros(trace.streams, np.int64) for kind in kinds}
         self._strayed = {kind: np.zeros(trace.streams, bool) for kind in kinds}
+
+    @property
+    def decides(self) -> bool:
+        """Whether the model decides about its masks, so that these are to be compared after every step."""
+        return bool(self._decisions.masks)
 
     # -- collecting ----------------------------------------------------------------------------------------------
 
@@ -103,18 +83,32 @@ class Findings:
         for lane, stream in enumerate(streams.tolist()):
             if self._dropped[kind][stream, step]:
                 continue
-            self._steps_run += stream < trace.state_streams
+            self._steps_run += kind == "free_run"
             kept = self._kept(stream, step)
             for name in outputs:
                 wanted = trace.outputs[name][stream, step][kept].astype(np.float64)
                 given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
                 self._errors[kind][name][stream, step] = relative_error(given, wanted, self._floors[name])
                 if kind == "free_run" and name == self.logits and wanted.size:
-                    wanted, given = _by_decision(wanted), _by_decision(given)
-                    ordered = np.sort(wanted, -1)
-                    margins = ordered[:, -1] - ordered[:, -2:-1].max(-1, initial=-np.inf)
-                    flips = wanted.argmax(-1) != given.argmax(-1)
-                    self._answers.append(_Answer(stream, step, kl_divergence(wanted, given), flips, margins))
+                    self._answers.add(stream, step, trace.positions[kept], wanted, given)
+
+    def add_decisions(self, kind: str, streams: Array, step: int, states: Arrays) -> None:
+        """Compare the masks that the model decides about, after any step; before `add_states` of the same step."""
+        # A single step starts from the reference's state; in the other runs a stream that has left does not come back.
+        alone = kind == "one_step"
+        for lane, stream in enumerate(streams.tolist()):
+            if self._dropped[kind][stream, step]:
+                continue
+            given = {name: states[name][lane] for name in self._decisions.masks}
+            differing = self._decisions.differing(stream, step, given)
+            if not differing:
+                continue
+            if (alone or not self._strayed[kind][stream]) and self._decisions.excused(stream, step, differing):
+                self._branches += kind == "free_run"
+                self._dropped[kind][stream, step : step + 1 if alone else None] = True
+            else:
+                self._strayed[kind][stream] = True
+                self._mismatches += sum(int(slots.sum()) for slots in differing.values())
 
     def add_states(self, kind: str, streams: Array, index: int, states: Arrays) -> None:
         """Compare the states after the sampled step `index`."""
@@ -123,7 +117,7 @@ class Findings:
             given = {name: states[name][lane] for name in trace.after}
             for name in self._exact:
                 self._mismatches += int((trace.after[name][stream, index] != given[name]).sum())
-            if not self._same_decisions(kind, stream, index, given):
+            if self._dropped[kind][stream, step]:
                 continue
             for name in self._inexact:
                 wanted = trace.after[name][stream, index]
@@ -131,26 +125,6 @@ class Findings:
                 self._changed |= bool((given[name] != trace.before[name][stream, index]).any())
                 if kind == "free_run" and name in self._masks:
                     self._add_slots(name, stream, index, given[name])
-
-    def _same_decisions(self, kind: str, stream: int, index: int, given: Arrays) -> bool:
-        """Whether the states of the stream are to be compared: not after a decision that was excused."""
-        step = int(self.trace.sampled[index])
-        if self._dropped[kind][stream, step]:
-            return False
-        differing = self._decisions.differing(stream, index, given)
-        if not differing:
-            self._agreed[kind][stream] = step + 1
-            return True
-        # A single step starts from the reference's state; in the other runs a stream that has left does not come back.
-        alone = kind == "one_step"
-        if (alone or not self._strayed[kind][stream]) and self._decisions.excused(stream, index, differing):
-            self._branches += 1
-            first, end = (step, step + 1) if alone else (self._agreed[kind][stream], None)
-            self._dropped[kind][stream, first:end] = True
-            return False
-        self._strayed[kind][stream] = True
-        self._mismatches += sum(int(slots.sum()) for slots in differing.values())
-        return True
 
     def _add_slots(self, name: str, stream: int, index: int, given: Array) -> None:
         active = self.trace.after[self._masks[name]][stream, index]
@@ -183,11 +157,11 @@ class Findings:
 
     def report(self, session: Session) -> ParityReport:
         """What was found, and what of it is over budget."""
-        trace, answers = self.trace, self._joined()
+        trace, answers = self.trace, self._answers.agreement(self._dropped["free_run"])
         errors = {kind: self.errors(kind) for kind in self._errors}
         logits = errors["free_run"][self.logits]
         slots = np.concatenate([item.errors for item in self._slots]) if self._slots else self._state_errors()
-        excused = answers.flips & (answers.margins <= answers.excused_margin)
+        gains = {name: gain(part, errors["one_step"][name]) for name, part in errors["free_run"].items()}
         report = ParityReport(
             target=session.target,
             precision=self.budget.precision,
@@ -202,17 +176,24 @@ class Findings:
             split=self.worst("split") if "split" in errors else None,
             per_tensor={
                 name: {f"{kind}_p99": quantile(part[name], 0.99) for kind, part in errors.items() if name in part}
+                | {"gain": gains[name]}
                 for name in errors["free_run"]
             },
             free_run_mean=mean(logits),
+            gain=max(
+                (Gain(ratio, name) for name, ratio in gains.items() if not np.isnan(ratio)),
+                key=lambda item: item.ratio,
+                default=None,
+            ),
             drift=drift_exponent(logits[~self._dropped["free_run"].any(1)]),
             state_error_p99=quantile(slots, 0.99),
             state_error_max=quantile(slots, 1.0),
             state_error_by_layer=self._by_layer(),
             state_error_by_age=self._by_age(),
             argmax_agreement=1.0 - float(answers.flips.mean()),
-            excused_flips=int(excused.sum()),
-            unexcused_flips=int((answers.flips & ~excused).sum()),
+            excused_flips=int(answers.excused.sum()),
+            unexcused_flips=int((answers.flips & ~answers.excused).sum()),
+            flips=answers.listed,
             kl_mean=float(answers.kl.mean()),
             kl_p999=quantile(answers.kl, 0.999),
             mask_mismatches=self._mismatches,
@@ -225,18 +206,6 @@ class Findings:
         )
         failures = [*self.failures, *self._vacuous(), *over_budget(report, len(answers.flips))]
         return replace(report, failures=tuple(failures))
-
-    def _joined(self) -> _Answers:
-        kept = [item for item in self._answers if not self._dropped["free_run"][item.stream, item.step]]
-        scale = float(np.sqrt(np.mean(np.square(self.trace.outputs[self.logits], dtype=np.float64))))
-        # The bound comes from the budget: one from the measured error would excuse every flip.
-        bound = 2 * self.budget.free_run_p99 * scale
-        if not kept:
-            return _Answers(np.full(1, np.nan), np.ones(1, bool), np.zeros(1), scale, bound)
-        kl, flips, margins = (
-            np.concatenate(part) for part in zip(*((i.kl, i.flips, i.margins) for i in kept), strict=True)
-        )
-        return _Answers(kl, flips, margins, scale, bound)
 
     def _by_layer(self) -> Mapping[str, Spread]:
         parts = {name: [item.errors for item in self._slots if item.bank == name] for name in self._masks}
@@ -268,29 +237,23 @@ class Findings:
         ]
         return min(candidates, key=lambda item: (item.step, item.stream), default=None)
 
-    def _curves(self, answers: _Answers) -> Curves:
+    def _curves(self, answers: Agreement) -> Curves:
         free_run, one_step = self.errors("free_run"), self.errors("one_step")
         by_step = free_run[self.logits].T
-        scale = answers.scale or 1.0
         return Curves(
             free_run_p50=np.array([quantile(values, 0.5) for values in by_step]),
             free_run_p99=np.array([quantile(values, 0.99) for values in by_step]),
             sampled=self.trace.sampled,
             states={name: self._largest(free_run[name]) for name in self._inexact},
             one_step={name: self._largest(one_step[name]) for name in self._inexact},
-            margins=answers.margins / scale,
+            margins=answers.margins,
             flips=answers.flips,
-            excused_margin=answers.excused_margin / scale,
+            excused_margin=answers.bound,
         )
 
     def _largest(self, errors: Array) -> Array:
         """[n], over the streams, at the sampled steps."""
         return np.array([quantile(values, 1.0) for values in errors.T[self.trace.sampled]])
-
-
-def _by_decision(values: Array) -> Array:
-    """[decisions, V] of an output [tokens, ..., V]; one number a token, [tokens], is a decision among one."""
-    return values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)
 
 
 def _quantiles(values: Array) -> tuple[float, float, float]:

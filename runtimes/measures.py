@@ -62,6 +62,16 @@ def mean(values: Array) -> float:
     return float(known.mean()) if known.size else float("nan")
 
 
+def gain(free_run: Array, one_step: Array) -> float:
+    """Median free-run error over median one-step error, of the samples at which both are known.
+
+    NaN where there is none, or where single steps have no error.
+    """
+    both = ~(np.isnan(free_run) | np.isnan(one_step))
+    single = quantile(one_step[both], 0.5)
+    return quantile(free_run[both], 0.5) / single if single else float("nan")
+
+
 def probed_error(given: Array, wanted: Array) -> tuple[float, float]:
     """Norm of the difference, and norm of what was wanted, of intermediate results.
 

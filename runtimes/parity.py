@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from nsm.errors import InputError, NonFiniteError
+from nsm.runtimes.branches import decided_states
 from nsm.runtimes.budgets import Budget
 from nsm.runtimes.findings import Findings
 from nsm.runtimes.replay import SPLIT_STEPS, free_run, groups, one_step, split_run
@@ -84,6 +85,12 @@ def check_comparable(trace: Trace, session: Session) -> None:
     states = set(session.spec.state_names)
     if set(trace.before) != states or set(trace.after) != states:
         raise InputError(f"The trace holds other states than the model: {sorted(states ^ set(trace.after))}.")
+    decided = decided_states(session.spec)
+    if set(trace.decisions) != set(decided):
+        raise InputError(
+            f"The trace holds the decisions {sorted(trace.decisions)} of every step; the model decides about "
+            f"{', '.join(decided) or 'none'}. A bundle of an older nsm has none: export it again."
+        )
     outputs = {item.name for item in session.spec.entry("step").outputs}
     if set(trace.outputs) != outputs:
         raise InputError(f"The trace holds other outputs than the model: {sorted(outputs ^ set(trace.outputs))}.")
@@ -115,3 +122,5 @@ def _shapes(trace: Trace, spec: StepSpec) -> Iterator[tuple[str, tuple[int, ...]
         shape = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
         for part in (trace.before, trace.after):
             yield state.name, part[state.name].shape, (trace.state_streams, len(trace.sampled), *shape)
+        if state.name in trace.decisions:
+            yield state.name, trace.decisions[state.name].shape, (trace.streams, trace.steps + 1, *shape)

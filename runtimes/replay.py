@@ -40,8 +40,10 @@ def free_run(
     session.reset()
     for step in range(trace.steps):
         found.add_outputs("free_run", streams, step, _step(trace, session, lanes, step))
-        if step in sampled:
+        if found.decides or step in sampled:
             state = session.read_state()
+            found.add_decisions("free_run", streams, step, state)
+        if step in sampled:
             found.add_states("free_run", streams, sampled[step], state)
             if replaced:
                 state |= {name: trace.after[name][lanes, sampled[step]] for name in replaced}
@@ -55,7 +57,9 @@ def one_step(trace: Trace, session: Session, streams: Array, found: Findings) ->
     for index, step in enumerate(trace.sampled):
         session.load_state({name: value[lanes, index] for name, value in trace.before.items()})
         found.add_outputs("one_step", streams, int(step), _step(trace, session, lanes, int(step)))
-        found.add_states("one_step", streams, index, session.read_state())
+        state = session.read_state()
+        found.add_decisions("one_step", streams, int(step), state)
+        found.add_states("one_step", streams, index, state)
         yield
 
 
@@ -78,8 +82,11 @@ def split_run(trace: Trace, session: Session, streams: Array, found: Findings) -
                 parts.append(session.decode(tokens[:, index : index + 1], valid))
             outputs = {name: np.concatenate([part[name] for part in parts], 1) for name in parts[0]}
         found.add_outputs("split", streams, step, {found.logits: outputs[found.logits]})
+        if found.decides or step in sampled:
+            state = session.read_state()
+            found.add_decisions("split", streams, step, state)
         if step in sampled:
-            found.add_states("split", streams, sampled[step], session.read_state())
+            found.add_states("split", streams, sampled[step], state)
         yield
 
 

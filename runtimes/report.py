@@ -81,6 +81,37 @@ class Divergence:
 
 
 @dataclass(frozen=True)
+class Gain:
+    """Median free-run error over median one-step error, on the same samples, of the tensor where it is largest."""
+
+    ratio: float
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A decision that the target makes another way; see `nsm.runtimes.answers`.
+
+    Args:
+        stream, step: where, counted from 0.
+        token: which of the call's tokens.
+        decision: which of the token's decisions: 0 where it has one.
+        reference, target: what they chose.
+        margin: the reference's, in units of the rms of its output.
+        excused: whether the margin is within the bound that follows from the budget.
+    """
+
+    stream: int
+    step: int
+    token: int
+    decision: int
+    reference: int
+    target: int
+    margin: float
+    excused: bool
+
+
+@dataclass(frozen=True)
 class ParityReport:
     """What a comparison found; `failures` is empty where it passed.
 
@@ -90,10 +121,13 @@ class ParityReport:
     is per active slot of the banks (per tensor in models without one), over the free run; KL is in nats.
     `free_run_mean` is the mean over streams and steps of the free-run error of the first output.
     `state_error_by_layer` and `state_error_by_age` split the error of the banks' active slots; see `nsm.runtimes.ages`.
+    `per_tensor` holds by name the 99th percentiles and the gain of every output and state, `gain` the largest of these;
+    None where single steps have no error.
     A decision is an argmax over the last axis of the first output: one a token, or more where a token has several.
-    `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin. `mask_mismatches`
-    counts entries of masks and counters that differ without excuse, `branches` the decisions that went the other way
-    and were excused, `branches_per_1000_steps` how many these are in 1000 calls; see `nsm.runtimes.branches`.
+    `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin; `flips` are the first
+    of them, without excuse before excused. `mask_mismatches` counts entries of masks and counters that differ without
+    excuse, at every step they are looked at; `branches` the decisions of the free run that went the other way and were
+    excused, `branches_per_1000_steps` how many these are in 1000 of its calls; see `nsm.runtimes.branches`.
     """
 
     target: str
@@ -109,6 +143,7 @@ class ParityReport:
     split: Quantiles | None
     per_tensor: Mapping[str, Mapping[str, float]]
     free_run_mean: float
+    gain: Gain | None
     drift: Drift | None
     state_error_p99: float
     state_error_max: float
@@ -117,6 +152,7 @@ class ParityReport:
     argmax_agreement: float
     excused_flips: int
     unexcused_flips: int
+    flips: tuple[Flip, ...]
     kl_mean: float
     kl_p999: float
     mask_mismatches: int
@@ -139,6 +175,11 @@ class ParityReport:
             f"{_counted(self.streams, 'stream')} of {_counted(self.steps, 'step')} ({self.source}), states of "
             f"{self.state_streams} at {len(self.sampled_steps)} of the steps"
         )
+
+    @property
+    def flips_left_off(self) -> int:
+        """How many flips there are besides those that are listed."""
+        return max(0, self.unexcused_flips + self.excused_flips - len(self.flips))
 
     def require(self) -> None:
         """Raise `ParityError` unless the comparison passed."""
@@ -178,7 +219,7 @@ class ParityReport:
                 "free_run": asdict(self.free_run),
                 "split": None if self.split is None else asdict(self.split),
                 "free_run_mean": self.free_run_mean,
-                "gain": _ratio(self.free_run.p50, self.one_step.p50),
+                "gain": None if self.gain is None else asdict(self.gain),
                 "drift_exponent": None if drift is None else drift.exponent,
                 "drift_interval": None if drift is None else [drift.low, drift.high],
                 "state_error": {"p99": self.state_error_p99, "max": self.state_error_max},
@@ -190,6 +231,8 @@ class ParityReport:
                 "argmax_agreement": self.argmax_agreement,
                 "excused_flips": self.excused_flips,
                 "unexcused_flips": self.unexcused_flips,
+                "flips": [asdict(flip) for flip in self.flips],
+                "flips_left_off": self.flips_left_off,
                 "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
                 "mask_mismatches": self.mask_mismatches,
                 "branches": self.branches,
@@ -260,8 +303,8 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
         failures.append(f"{report.mask_mismatches} entries of masks or counters differ")
     if budget.precision == "fp32" and not report.branches_per_1000_steps <= BRANCHES_PER_1000:
         failures.append(
-            f"{report.branches} decisions went the other way, {report.branches_per_1000_steps:.3g} in 1000 steps, of "
-            f"which {BRANCHES_PER_1000:g} is allowed (it takes a trace of 1000 steps in all to allow one)"
+            f"{_counted(report.branches, 'decision')} went the other way, {report.branches_per_1000_steps:.3g} in 1000 "
+            f"steps, of which {BRANCHES_PER_1000:g} is allowed (it takes a trace of 1000 steps in all to allow one)"
         )
     if report.effective_precision != report.precision:
         failures.append(f"the backend computes in {report.effective_precision} instead of {report.precision}")
@@ -270,10 +313,6 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
 
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
-
-
-def _ratio(a: float, b: float) -> float | None:
-    return a / b if b else None
 
 
 def _finite(value: Any) -> Any:

@@ -22,6 +22,7 @@ from nsm.export.record import (
     synthetic,
 )
 from nsm.export.torch_source import TorchSource
+from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
 from nsm.spec import StateSpec, StepSpec
@@ -161,6 +162,29 @@ def test_a_saved_trace_is_read_back(model: SimpleNSM, tmp_path: Path) -> None:
     assert_is_stepping_by_hand(model, read)
 
 
+@torch.no_grad()
+def test_what_an_adaptive_model_decides_is_recorded_at_every_step_of_every_stream() -> None:
+    torch.manual_seed(0)
+    model = AdaptiveNSM(
+        vocab_size=20, state_dim=16, max_states=6, initial_states=2, num_layers=1, novelty_threshold=0.5
+    )
+    ids = make_ids(3, 12 * model.chunk_size)
+    trace = record(TorchSource.of(model), list(ids), steps=12)
+    assert set(trace.decisions) == {"0.mask", "0.importance"}
+    state = model.initial_state(3)
+    for step in range(13):
+        for name, value in trace.decisions.items():
+            np.testing.assert_array_equal(value[:, step], state[name].numpy(), err_msg=f"{name}, {step}", strict=True)
+        if step < 12:
+            _, state = model.step(torch.from_numpy(trace.inputs["tokens"][:, step]), state)
+    masks = trace.decisions["0.mask"]
+    assert (masks[:, -1] != masks[:, 0]).any(), "something was decided"
+
+
+def test_a_model_that_decides_nothing_has_no_decisions_recorded(model: SimpleNSM) -> None:
+    assert record(TorchSource.of(model), list(make_ids(1, 32)), steps=2).decisions == {}
+
+
 # -- its size --------------------------------------------------------------------------------------------------------
 
 
@@ -206,13 +230,10 @@ def test_large_states_are_kept_for_fewer_streams(model_factory: Factory) -> None
     assert_is_stepping_by_hand(model, trace)
 
 
-LARGE = {"vocab_size": 256, "d_model": 384, "num_layers": 2, "num_states": 32}
-
-
 @pytest.mark.parametrize("steps", [8, 64, 200, 4096])
 def test_the_states_of_two_streams_are_known_at_eight_steps_at_least(steps: int) -> None:
     """Of a model of 24 MB whose state is 0.5 MB a lane: one stream at two steps says nothing of the others."""
-    source = TorchSource.of(SimpleNSM(**LARGE))
+    source = TorchSource.of(SimpleNSM(vocab_size=256, d_model=384, num_layers=2, num_states=32))
     spec, limit = source.spec(8), source.parameters * 4
     positions, streams, sampled = kept_of(spec, 8, steps, 256, limit)
     assert MIN_STATE_STREAMS <= streams <= 8

@@ -13,11 +13,13 @@ from nsm.errors import BundleDamagedError
 from nsm.trace import Trace, load_arrays
 from tests.runtimes.fake import CHUNK, OUTPUTS, assert_same, fake_trace
 
-GROUPS = ("inputs", "outputs", "before", "after")
+GROUPS = ("inputs", "outputs", "before", "after", "decisions")
 
 
 def test_a_trace_survives_the_disk(tmp_path: Path) -> None:
-    trace = replace(fake_trace(streams=2, steps=8), source="recorded", floor=1.25e-7, fingerprint="abc")
+    decisions = {"0.mask": np.random.default_rng(0).random((2, 9, 3)) < 0.5}
+    trace = fake_trace(streams=2, steps=8)
+    trace = replace(trace, source="recorded", floor=1.25e-7, fingerprint="abc", decisions=decisions)
     trace.save(tmp_path / "golden.npz")
     loaded = Trace.load(tmp_path / "golden.npz")
     for group in GROUPS:
@@ -38,10 +40,17 @@ def test_a_trace_knows_its_size() -> None:
     assert (fewer.streams, fewer.steps, fewer.state_streams) == (3, 8, 2)
 
 
+def test_a_trace_without_decisions_is_read_without_them(tmp_path: Path) -> None:
+    fake_trace(streams=1, steps=2).save(tmp_path / "golden.npz")
+    assert Trace.load(tmp_path / "golden.npz").decisions == {}
+
+
 @pytest.mark.parametrize("steps", [1, 3, 8, 100])
 def test_the_first_steps_are_a_trace_of_their_own(steps: int) -> None:
-    trace = fake_trace(streams=2, steps=8)
+    whole = np.arange(2 * 9 * 3).reshape(2, 9, 3)
+    trace = replace(fake_trace(streams=2, steps=8), decisions={"0.importance": whole})
     cut = trace.first(steps)
+    np.testing.assert_array_equal(cut.decisions["0.importance"], whole[:, : min(steps, 8) + 1])
     assert cut.steps == min(steps, 8)
     assert cut.sampled.tolist() == [step for step in trace.sampled.tolist() if step < steps]
     assert cut.outputs["outputs"].shape == (2, min(steps, 8), CHUNK, OUTPUTS)

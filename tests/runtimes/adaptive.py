@@ -110,11 +110,12 @@ def adaptive_trace(margin: float, streams: int = STREAMS) -> Trace:
     """What the reference answers; states around the steps SAMPLED."""
     tokens = np.tile(np.arange(streams)[:, None, None], (1, STEPS, CHUNK))
     state = adaptive_initial(streams)
-    outputs, before, after = [], [], []
+    outputs, before, after, states = [], [], [], [state]
     for step in range(STEPS):
         old = state
         answer, state = adaptive_run(tokens[:, step], old, margin, np.full(streams, PRUNE))
         outputs.append(answer)
+        states.append(state)
         if step in SAMPLED:
             before.append(old)
             after.append(state)
@@ -128,4 +129,5 @@ def adaptive_trace(margin: float, streams: int = STREAMS) -> Trace:
         fingerprint=FINGERPRINT,
         source="synthetic",
         floor=1e-7,
+        decisions={name: np.stack([arrays[name] for arrays in states], 1) for name in ("0.mask", "0.importance")},
     )

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
-from nsm.runtimes.ages import errors_by_age, slot_ages
+from nsm.runtimes.ages import errors_by_age, recorded_ages, slot_ages
+from tests.runtimes.adaptive import adaptive_trace
 
 ON, OFF = True, False
 
@@ -46,3 +49,13 @@ def test_an_age_lies_in_its_group(age: int) -> None:
 
 def test_without_banks_there_are_no_ages() -> None:
     assert errors_by_age([], []) == ()
+
+
+def test_where_the_mask_is_known_at_every_step_an_allocation_between_two_samples_is_seen() -> None:
+    trace = adaptive_trace(1e-3, streams=2)
+    masks = trace.decisions["0.mask"].copy()
+    masks[1, 31:41, 0] = False  # off after the steps 30 .. 39; sampled are 27 and 45
+    ages = recorded_ages(replace(trace, decisions={**trace.decisions, "0.mask": masks}), "0.mask")
+    at = trace.sampled.tolist().index(45)
+    assert ages[:, at, 0].tolist() == [46, 6]
+    assert recorded_ages(replace(trace, decisions={}), "0.mask")[1, at, 0] == 46, "not seen without"

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from nsm.errors import ParityError
+from nsm.runtimes.answers import MAX_FLIPS
 from nsm.runtimes.base import State
 from nsm.runtimes.budgets import Budget, find_budget
 from nsm.runtimes.parity import compare
@@ -56,6 +57,8 @@ def test_a_flip_within_the_references_margin_is_excused_and_reported() -> None:
     report = compare(trace, fake_session(after=after), FP32)
     report.require()
     assert (report.excused_flips, report.unexcused_flips) == (1, 0)
+    (flip,) = report.flips
+    assert flip.excused
     assert report.argmax_agreement == 1 - 1 / (8 * 64 * CHUNK)
 
 
@@ -63,6 +66,20 @@ def test_a_flip_beyond_the_references_margin_is_not_excused() -> None:
     trace, after, _ = _flip(4e-4)
     report = compare(trace, fake_session(after=after), FP32)
     assert (report.excused_flips, report.unexcused_flips) == (0, 1)
+    low, high = np.argsort(fake_trace(streams=8, steps=64).outputs["outputs"][0, 5, 1])[-2:].tolist()
+    assert report.to_json()["flips"] == [
+        {
+            "stream": 0,
+            "step": 5,
+            "token": 1,
+            "decision": 0,
+            "reference": low,
+            "target": high,
+            "margin": pytest.approx(4e-4, rel=0.01),
+            "excused": False,
+        }
+    ]
+    assert report.flips_left_off == 0
     assert any(
         f"1 of {8 * 64 * CHUNK} decisions have another argmax without excuse" in text for text in report.failures
     )
@@ -157,6 +174,38 @@ def test_agreement_is_the_share_of_all_decisions_of_a_token() -> None:
     assert report.argmax_agreement == 0.0
     assert report.unexcused_flips + report.excused_flips == decisions
     assert any(f"of {decisions} decisions have another argmax" in text for text in report.failures)
+
+
+def test_all_flips_are_counted_and_the_first_are_listed() -> None:
+    def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
+        given["outputs"] = given["outputs"][:, :, ::-1].copy()  # the other codebook's
+
+    report = compare(*_shaped((2, OUTPUTS), after), FP32)
+    data = report.to_json()
+    assert len(report.flips) == MAX_FLIPS == len(data["flips"])
+    assert (
+        data["flips_left_off"] == report.unexcused_flips + report.excused_flips - MAX_FLIPS == 4 * 16 * CHUNK * 2 - 100
+    )
+    places = [(flip.step, flip.stream, flip.token, flip.decision) for flip in report.flips if not flip.excused]
+    assert places == sorted(places)
+    assert places[:3] == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0)]
+
+
+def test_flips_without_excuse_are_listed_before_excused_ones() -> None:
+    trace, after, _ = _flip(4e-4)
+    outputs = trace.outputs["outputs"]
+    low, high = np.argsort(outputs[0, 0, 3])[-2:]
+    top = outputs[0, 0, 3, high]
+    outputs[0, 0, 3, low] = top  # no lead at all: the reference takes the first of the two
+
+    def both(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
+        after(calls, given, state, before)
+        if calls == 1 and given["outputs"][0, 3, high] == top:
+            given["outputs"][0, 3, [low, high]] = top
+            given["outputs"][0, 3, max(low, high)] = np.nextafter(top, np.float32(np.inf))
+
+    flips = compare(trace, fake_session(after=both), FP32).flips
+    assert [(flip.step, flip.excused) for flip in flips] == [(5, False), (0, True)]
 
 
 def test_a_lower_agreement_may_be_allowed() -> None:

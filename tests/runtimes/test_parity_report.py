@@ -138,6 +138,30 @@ def test_a_model_without_banks_has_a_state_error_too() -> None:
     assert report.state_error_by_age == ()
 
 
+def test_the_gain_is_that_of_one_tensor_on_the_same_samples() -> None:
+    """The worst tensor of single steps is not that of the free run; their ratio would be no gain of either."""
+
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        outputs["outputs"] *= 1 + 1e-3  # the same at every step
+        state["0.written"] *= 1 + 1e-4 * calls  # nothing reads it; errors of 64 steps add up
+
+    trace = fake_trace()
+    report = compare(trace, fake_session(after=after), FP32)
+    assert (report.one_step.tensor, report.free_run.tensor) == ("outputs", "0.written")
+    assert report.per_tensor["outputs"]["gain"] == pytest.approx(1.0, rel=1e-3)
+    assert np.isnan(report.per_tensor["0.bank"]["gain"]), "single steps have no error"
+    factors = np.cumprod(1 + 1e-4 * np.arange(1, 65))  # written adds CHUNK, and is scaled, at every step
+    written = np.array([np.sum(factors[step] / np.concatenate([[1], factors[:step]])) for step in range(64)])
+    errors = (written / np.arange(1, 65) - 1)[trace.sampled]
+    assert report.gain is not None
+    assert report.gain.tensor == "0.written"
+    assert report.gain.ratio == pytest.approx(np.sort(errors)[3] / 1e-4, rel=0.02)
+    data = report.to_json()
+    assert data["gain"] == {"ratio": report.gain.ratio, "tensor": "0.written"}
+    assert data["per_tensor"]["0.bank"]["gain"] is None
+    assert compare(trace, fake_session(), FP32).to_json()["gain"] is None
+
+
 # -- the mean, layers and ages ------------------------------------------------------------------------------------
 
 
