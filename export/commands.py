@@ -94,6 +94,8 @@ def build(path: Path, target: str, device: str | None, precision: str, limits: L
     terminal.table(PARITY_COLUMNS, [parity_row(asdict(artifact), artifact.nbytes)])
     if artifact.parity["status"] == "not_run":
         terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
+    for line in low_precision_lines(artifact):
+        terminal.say(line)
     for note in artifact.notes:
         terminal.say(f"{note[0].upper()}{note[1:]}.")
     terminal.say(f"\nAdded to {path}. Next:\n  nsm parity {path} --target {artifact.target}")

@@ -119,8 +119,13 @@ def low_precision_lines(artifact: Artifact) -> list[str]:
             for entry, ratio in speed.items()
         ]
         lines.append(f"{artifact.target} {artifact.precision}: {', '.join(parts)}")
+    lines += [f"  float, because {reason}: {', '.join(names)}" for reason, names in stayed_float(facts).items()]
+    return lines
+
+
+def stayed_float(facts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By reason, the products that stayed float; `facts` is the `quantization` of an artifact."""
     reasons: dict[str, list[str]] = {}
     for name, reason in facts["float"].items():
         reasons.setdefault(reason, []).append(name)
-    lines += [f"  float, because {reason}: {', '.join(names)}" for reason, names in reasons.items()]
-    return lines
+    return reasons

@@ -14,6 +14,7 @@ from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyErro
 from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
 from nsm.export.parity_page import write_page
 from nsm.manifest import Artifact
+from nsm.runtimes.answers import MAX_FLIPS
 from nsm.runtimes.bisect import BISECTABLE, bisect, check_bisectable
 from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import find_budget
@@ -21,6 +22,8 @@ from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import compare
 from nsm.runtimes.report import Bisection, ParityReport
 from nsm.runtimes.targets import find_target
+
+_NAMED_FLIPS = 3
 
 
 def parity(
@@ -66,6 +69,8 @@ def parity(
                 with terminal.stage(f"Checking {name}") as progress:
                     reports.append(compare(trace, session, budget, progress, thresholds))
                 results.append(reports[-1].to_json())
+                if artifact.quantization:
+                    results[-1]["quantization"] = dict(artifact.quantization)
                 if bisected and name not in BISECTABLE:
                     terminal.remark(f"{name}: not bisected; it shows no intermediate results.")
                 elif bisected:
@@ -78,7 +83,8 @@ def parity(
             results.append({"target": name, "precision": artifact.precision, "status": "not_run", "reason": str(error)})
     not_run = {result["target"]: result["reason"] for result in results if result["status"] == "not_run"}
     if html is not None:
-        write_page(html, path.resolve().name, reports, not_run, bisections)
+        low = {artifact.target: artifact.quantization for artifact in artifacts if artifact.quantization}
+        write_page(html, path.resolve().name, reports, not_run, bisections, low)
     if as_json:
         passed = bool(reports) and all(report.passed for report in reports)
         click.echo(json.dumps({"passed": passed, "results": results}))
@@ -120,12 +126,20 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
         f"free-run {report.free_run.tensor}; rounding of fp32 itself {number(report.reference_floor)}"
     )
     branches = f", decisions excused {report.branches}" if report.branches else ""
+    gain = "-" if report.gain is None else f"{report.gain.ratio:.2f} of {report.gain.tensor}"
     terminal.say(
         f"  bank error p99 {number(report.state_error_p99)}, KL mean {number(report.kl_mean)}, "
         f"flips {report.unexcused_flips} + {report.excused_flips} excused, masks differing {report.mask_mismatches}"
         f"{branches}, "
         + (f"drift exponent {drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "drift exponent -")
+        + f", gain {gain}"
     )
+    for flip in [flip for flip in report.flips if not flip.excused][:_NAMED_FLIPS]:
+        terminal.say(f"  flip without excuse: {flip}")
+    if report.unexcused_flips > _NAMED_FLIPS:
+        terminal.say(
+            f"  and {report.unexcused_flips - _NAMED_FLIPS:,} more; --json and --html list the first {MAX_FLIPS}"
+        )
     if report.first_divergence is not None:
         first = report.first_divergence
         terminal.say(

@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from nsm.export.console import number
+from nsm.export.console import number, stayed_float
 from nsm.export.svg import Line, heat_map, histogram, log_chart
 from nsm.files import replacing
 from nsm.runtimes.report import BRANCHES_PER_1000, Bisection, ParityReport
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --grid: #e3e7ec; --back: #f6f7f9; --card: #ffffff;
-  --one: #1f6fb2; --two: #b2601f; --good: #1a7f4b; --bad: #c2283b; --quiet: #8a94a3; }
+  --one: #1f6fb2; --two: #b2601f; --three: #7a4fb5; --good: #1a7f4b; --bad: #c2283b; --quiet: #8a94a3; }
 @media (prefers-color-scheme: dark) { :root { --ink: #e6e9ee; --soft: #a2adbb; --grid: #2c3440; --back: #12161c;
-  --card: #1a2029; --one: #6fb1ea; --two: #eba066; --good: #58c98c; --bad: #ff7a88; --quiet: #77828f; } }
+  --card: #1a2029; --one: #6fb1ea; --two: #eba066; --three: #b79af0; --good: #58c98c; --bad: #ff7a88;
+  --quiet: #77828f; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--back); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 880px; margin: 0 auto; padding: 28px 16px 60px; }
@@ -39,6 +41,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .grid { stroke: var(--grid); }
 .tick { fill: var(--soft); font-size: 11px; } .title { fill: var(--soft); font-size: 12px; }
 .line { fill: none; stroke-width: 2; } .one { stroke: var(--one); } .two { stroke: var(--two); }
+.three { stroke: var(--three); }
 .fit { stroke: var(--ink); stroke-width: 3; stroke-dasharray: 8 5; }
 .budget { stroke: var(--bad); stroke-dasharray: 7 4; }
 .floor { stroke: var(--quiet); stroke-dasharray: 1 4; }
@@ -47,6 +50,7 @@ td.number, th.number { text-align: right; white-space: nowrap; }
 .cell { fill: var(--one); } .cell.over { fill: var(--bad); }
 .cross { fill: var(--card); font-size: 12px; text-anchor: middle; }
 .legend { display: flex; flex-wrap: wrap; gap: 4px 18px; color: var(--soft); font-size: 13px; }
+summary { cursor: pointer; }
 ul { margin: 4px 0 8px; padding-left: 20px; } code { font-size: 13px; overflow-wrap: anywhere; }
 """
 
@@ -57,6 +61,7 @@ def write_page(
     reports: Sequence[ParityReport],
     not_run: Mapping[str, str],
     bisections: Mapping[str, Bisection],
+    low_precision: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write the page, whole or not at all.
 
@@ -66,21 +71,28 @@ def write_page(
         reports: one a target.
         not_run: why, by target.
         bisections: by target, what `--bisect` found.
+        low_precision: by target, the `quantization` of its artifact in the manifest.
 
     Raises:
         InputError: the folder is not there, or may not be written to.
     """
     with replacing(path) as file:
-        file.write(page(bundle, reports, not_run, bisections).encode())
+        file.write(page(bundle, reports, not_run, bisections, low_precision).encode())
 
 
 def page(
-    bundle: str, reports: Sequence[ParityReport], not_run: Mapping[str, str], bisections: Mapping[str, Bisection]
+    bundle: str,
+    reports: Sequence[ParityReport],
+    not_run: Mapping[str, str],
+    bisections: Mapping[str, Bisection],
+    low_precision: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page as text; the arguments are those of `write_page`."""
     verdicts = [_verdict(report.target, "passed" if report.passed else "failed") for report in reports]
     verdicts += [_verdict(target, "not_run") for target in not_run]
-    sections = [_section(report, bisections.get(report.target)) for report in reports]
+    sections = [
+        _section(report, bisections.get(report.target), low_precision.get(report.target, {})) for report in reports
+    ]
     sections += [
         f"<section><h2>{escape(target)}</h2><p class='not_run'>Not run. {escape(reason)}</p></section>"
         for target, reason in not_run.items()
@@ -96,7 +108,7 @@ def page(
     )
 
 
-def _section(report: ParityReport, bisection: Bisection | None) -> str:
+def _section(report: ParityReport, bisection: Bisection | None, low_precision: Mapping[str, Any]) -> str:
     status = "passed" if report.passed else "failed"
     parts = [
         f"<h2>{escape(report.target)} {escape(report.precision)}: <span class='{status}'>{status}</span></h2>",
@@ -112,7 +124,9 @@ def _section(report: ParityReport, bisection: Bisection | None) -> str:
         )
     if bisection is not None:
         parts.append(f"<p><b>Bisected:</b> {escape(bisection.explanation)}</p>")
-    parts += [_against_budget(report), *_charts(report)]
+    parts += [_against_budget(report), *_charts(report), _flips(report)]
+    if low_precision:
+        parts.append(_stayed_float(low_precision))
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -140,9 +154,14 @@ def _against_budget(report: ParityReport) -> str:
     if report.branches:
         limit = f"{BRANCHES_PER_1000:g}" if budget.precision == "fp32" else ""
         counted.append(("decisions excused in 1000 steps", f"{report.branches_per_1000_steps:.2f}", limit))
-    drift = report.drift
+    drift, gain = report.drift, report.gain
     counted += [
         ("free-run error of the first output, mean", number(report.free_run_mean), ""),
+        (
+            f"gain, free run over one step{f', of {gain.tensor}' if gain else ''}",
+            f"{gain.ratio:.2f}" if gain else "-",
+            "",
+        ),
         ("drift exponent", f"{drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "-", ""),
         ("error of active slots, p99", number(report.state_error_p99), ""),
         ("rounding of fp32 itself", number(report.reference_floor), ""),
@@ -175,7 +194,12 @@ def _charts(report: ParityReport) -> list[str]:
     stream = _stream_chart(report)
     if stream:
         text = "Flat is bounded; a slope of 1/2 is a random walk, of 1 linear growth."
-        parts.append(_headed("Error of the first output over the stream, free run", text, stream))
+        text += " The gap between free run and one step is what the stream makes of the error of its calls."
+        parts.append(_headed("Error of the first output over the stream", text, stream))
+    states = _states_chart(report)
+    if states:
+        text = "The largest of all states and streams: after one step from the reference's state, and in the free run."
+        parts.append(_headed("Error of the worst state, one step against free run", text, states))
     if curves.states:
         columns = [str(step) for step in curves.sampled.tolist()]
         shown = {name: errors for name, errors in curves.states.items() if np.nan_to_num(errors, nan=1.0).any()}
@@ -204,9 +228,10 @@ def _stream_chart(report: ParityReport) -> str:
     steps = np.arange(1, report.steps + 1)
     ends = np.array([1, max(report.steps, 2)])
     lines = [
-        Line("p50 over streams", steps, curves.free_run_p50, "one"),
-        Line("p99 over streams", steps, curves.free_run_p99, "two"),
-        Line("budget (p99)", ends, np.full(2, report.budget.free_run_p99), "budget"),
+        Line("free run, p50 over streams", steps, curves.free_run_p50, "one"),
+        Line("free run, p99", steps, curves.free_run_p99, "two"),
+        Line("one step, p50", curves.sampled + 1, curves.one_step_p50, "three"),
+        Line("budget of the free run (p99)", ends, np.full(2, report.budget.free_run_p99), "budget"),
     ]
     if report.reference_floor is not None:
         lines.append(Line("rounding of fp32 itself", ends, np.full(2, report.reference_floor), "floor"))
@@ -220,6 +245,21 @@ def _stream_chart(report: ParityReport) -> str:
     return log_chart(lines, "step, counted from 1", "relative error", mark)
 
 
+def _states_chart(report: ParityReport) -> str:
+    curves, budget = report.curves, report.budget
+    if not curves.states:
+        return ""
+    steps = curves.sampled + 1
+    ends = np.array([1, max(report.steps, 2)])
+    lines = [
+        Line("free run", steps, np.fmax.reduce(list(curves.states.values())), "one"),
+        Line("one step", steps, np.fmax.reduce(list(curves.one_step.values())), "three"),
+        Line("budget of the free run (p99)", ends, np.full(2, budget.free_run_p99), "budget"),
+        Line("budget of one step (p99)", ends, np.full(2, budget.one_step_p99), "floor"),
+    ]
+    return log_chart(lines, "step, counted from 1", "relative error")
+
+
 def _ages(report: ParityReport) -> str:
     middle = np.array([np.sqrt(item.start * item.end) for item in report.state_error_by_age])
     lines = [
@@ -227,6 +267,39 @@ def _ages(report: ParityReport) -> str:
         Line("p99", middle, np.array([item.p99 for item in report.state_error_by_age]), "two"),
     ]
     return log_chart(lines, "age of the slot, steps", "relative error") or "<p>No error at all.</p>"
+
+
+def _flips(report: ParityReport) -> str:
+    """A table of the decisions that the target makes another way; open where one is without excuse."""
+    if not report.flips:
+        return ""
+    rows = []
+    for flip in report.flips:
+        places = (flip.stream, flip.step, flip.token, flip.decision, flip.reference, flip.target, f"{flip.margin:.2e}")
+        cells = "".join(f"<td class='number'>{place}</td>" for place in places)
+        verdict = "excused" if flip.excused else "<span class='failed'>no excuse</span>"
+        rows.append(f"<tr>{cells}<td>{verdict}</td></tr>")
+    names = ("stream", "step", "token", "decision", "reference", "target", "margin")
+    head = "".join(f"<th class='number'>{name}</th>" for name in names)
+    left = f"<p class='soft'>{report.flips_left_off:,} more are left off.</p>" if report.flips_left_off else ""
+    return (
+        f"<details{' open' if report.unexcused_flips else ''}><summary>Changed decisions: {report.unexcused_flips:,} "
+        f"without excuse, {report.excused_flips:,} excused</summary><p class='soft'>A margin of up to "
+        f"{report.curves.excused_margin:.2e} is excused, in units of the rms of the outputs.</p><div class='wide'>"
+        f"<table><tr>{head}<th></th></tr>{''.join(rows)}</table></div>{left}</details>"
+    )
+
+
+def _stayed_float(facts: Mapping[str, Any]) -> str:
+    """Which products of an artifact in low precision stayed float, and why."""
+    rows = "".join(
+        f"<tr><td>{escape(reason)}</td><td class='number'>{len(names)}</td>"
+        f"<td><code>{escape(', '.join(names))}</code></td></tr>"
+        for reason, names in stayed_float(facts).items()
+    )
+    head = "<tr><th>because</th><th class='number'>products</th><th>which</th></tr>"
+    text = f"Form of the others: {facts['form']}." if rows else f"Nothing. Form: {facts['form']}."
+    return _headed("What stayed float", text, f"<table>{head}{rows}</table>" if rows else "")
 
 
 def _headed(title: str, text: str, chart: str) -> str:

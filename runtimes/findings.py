@@ -244,6 +244,7 @@ class Findings:
             free_run_p50=np.array([quantile(values, 0.5) for values in by_step]),
             free_run_p99=np.array([quantile(values, 0.99) for values in by_step]),
             sampled=self.trace.sampled,
+            one_step_p50=np.array([quantile(values, 0.5) for values in one_step[self.logits].T[self.trace.sampled]]),
             states={name: self._largest(free_run[name]) for name in self._inexact},
             one_step={name: self._largest(one_step[name]) for name in self._inexact},
             margins=answers.margins,

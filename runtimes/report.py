@@ -52,7 +52,8 @@ class Curves:
 
     Args:
         free_run_p50, free_run_p99: [T], of the first output over the streams, by step.
-        sampled: [n], the steps at which states were compared.
+        sampled: [n], the steps at which single steps and states were compared.
+        one_step_p50: [n], of the first output over the streams whose states were kept.
         states: by state name, [n]: the largest free-run error over the streams.
         one_step: by state name, [n]: the same of the one-step error.
         margins: [decisions], the reference's margin of the argmax, in units of the rms of its first output.
@@ -63,6 +64,7 @@ class Curves:
     free_run_p50: Array
     free_run_p99: Array
     sampled: Array
+    one_step_p50: Array
     states: Mapping[str, Array]
     one_step: Mapping[str, Array]
     margins: Array
@@ -109,6 +111,13 @@ class Flip:
     target: int
     margin: float
     excused: bool
+
+    def __str__(self) -> str:
+        which = f", decision {self.decision}" if self.decision else ""
+        return (
+            f"stream {self.stream}, step {self.step}, token {self.token}{which}: {self.target} instead of "
+            f"{self.reference} (margin {self.margin:.2e})"
+        )
 
 
 @dataclass(frozen=True)

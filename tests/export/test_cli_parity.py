@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from nsm.export import parity_command
 from nsm.manifest import Artifact
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import compare
-from nsm.runtimes.report import ParityReport
+from nsm.runtimes.report import Flip, ParityReport
 from nsm.runtimes.session import Session
 from tests.export.helpers import (
     invoke,
@@ -35,6 +36,9 @@ RESULT_KEYS = {
     "split",
     "drift_exponent",
     "free_run_mean",
+    "gain",
+    "flips",
+    "flips_left_off",
     "state_error",
     "state_error_by_layer",
     "state_error_by_age",
@@ -72,6 +76,9 @@ def test_parity_prints_one_json_object(exported: Path, no_gpu: None) -> None:
         assert item["state_error_by_age"][0]["from"] == 1
         assert set(item["state_error_by_age"][0]) == {"from", "to", "p50", "p99"}
         assert 0 < item["free_run_mean"] < item["free_run"]["max"]
+        assert set(item["gain"]) == {"ratio", "tensor"}
+        assert (item["flips"], item["flips_left_off"]) == ([], 0)
+        assert "quantization" not in item
         assert (item["branches"], item["branches_per_1000_steps"]) == (0, 0.0)
         assert "bisect" not in item
         assert (item["status"], item["streams"], item["steps"]) == ("passed", 8, 64)
@@ -95,6 +102,7 @@ def test_parity_for_people(exported: Path) -> None:
         "the steps"
     ) in text
     assert "drift exponent" in text
+    assert re.search(r", gain \d+\.\d\d of \S+\n", text)
     assert "Checking onnxruntime" in result.stderr
 
 
@@ -254,6 +262,21 @@ def test_the_decisions_of_an_adaptive_model_are_checked_with_its_thresholds(
     monkeypatch.setattr(parity_command, "thresholds_of", lambda config: (config["d_model"], 0.35))
     succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
     assert seen == [(16, 0.35)]
+
+
+def test_flips_without_excuse_are_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flips = (*(Flip(1, 5, token, 0, 3, 7, 0.25, False) for token in range(5)), Flip(0, 0, 0, 0, 1, 2, 1e-5, True))
+
+    def flipped(*arguments: Any) -> ParityReport:
+        return replace(compare(*arguments), flips=flips, unexcused_flips=5, excused_flips=1)
+
+    monkeypatch.setattr(parity_command, "compare", flipped)
+    text = succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
+    assert "flips 5 + 1 excused" in text
+    assert "  flip without excuse: stream 1, step 5, token 0: 7 instead of 3 (margin 2.50e-01)" in text
+    assert text.count("flip without excuse") == 3
+    assert "and 2 more; --json and --html list the first 100" in text
+    monkeypatch.undo()
 
 
 def test_excused_decisions_are_printed(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:

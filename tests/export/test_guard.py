@@ -123,8 +123,11 @@ def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
         "Parity failed on onnxruntime int8",
         f"Most of the drift comes from {ROUGH} (",
     )
-    (artifact,) = the_json(invoke(*build, "--json"))["artifacts"]
-    assert ROUGH in artifact["quantization"]["float"]
+    text = succeeded(invoke(*build))
+    (artifact,) = (item for item in Bundle(rough_copy).manifest.artifacts if item.target == "onnxruntime")
+    assert ROUGH in artifact.quantization["float"]
+    assert f"  float, because {artifact.quantization['float'][ROUGH]}: " in text
+    assert "onnxruntime int8: step " in text
 
 
 def test_a_drift_that_is_not_a_number_is_the_largest(rough: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,7 +26,7 @@ def report_of(after: After | None = None, streams: int = 8, steps: int = 64) -> 
 
 
 def drawn(report: ParityReport) -> str:
-    return page("model.nsm", [report], {}, {})
+    return page("model.nsm", [report], {}, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_the_page_is_whole_whatever_was_found(after: After | None) -> None:
     for failure in report.failures:
         assert failure.replace("'", "&#x27;") in text
     assert len(svgs(text)) >= 2
-    for tag in ("section", "table", "ul", "div", "p", "h3", "main", "body", "html"):
+    for tag in ("section", "table", "details", "ul", "div", "p", "h3", "main", "body", "html"):
         assert len(re.findall(rf"<{tag}[ >]", text)) == text.count(f"</{tag}>"), tag
 
 
@@ -99,6 +99,51 @@ def test_the_error_over_the_stream_and_its_drift_are_drawn() -> None:
     assert f"exponent {report.drift.exponent:.2f}" in drawn(report)
 
 
+def test_one_step_and_free_run_are_drawn_together() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        outputs["outputs"] *= 1 + 1e-6 * calls
+        state["0.tail"] *= 1 + 1e-6 * calls  # calls since the state was loaded: one, in single steps
+
+    outputs, states = svgs(drawn(report_of(after)))[:2]
+    sampled = len(report_of().sampled_steps)
+    for picture, free in ((outputs, 64), (states, sampled)):
+        single = points(picture, "three")
+        assert len(single) == sampled
+        assert len(points(picture, "one")) == free
+        assert max(y for _, y in single) - min(y for _, y in single) < 1.0, "single steps have one error, whenever"
+        assert points(picture, "one")[-1][1] < single[-1][1] - 20, "the free run has grown away from them"
+        assert points(picture, "one")[0] == pytest.approx(single[0], abs=0.2)
+
+
+def test_flips_are_listed_and_those_without_excuse_are_in_sight() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls == 12:
+            outputs["outputs"][0, 2] *= -1
+
+    assert "<details" not in drawn(report_of())
+    report = compare(fake_trace(2, 64), fake_session(after=after), FP32)
+    (flip,) = report.flips
+    text = drawn(report)
+    assert "<details open><summary>Changed decisions: 1 without excuse, 0 excused" in text
+    row = (0, 11, 2, 0, flip.reference, flip.target, f"{flip.margin:.2e}")
+    cells = "".join(f"<td class='number'>{number}</td>" for number in row)
+    assert f"<tr>{cells}<td><span class='failed'>no excuse</span></td></tr>" in text
+    many = drawn(report_of(swapped_lanes))
+    assert many.count("no excuse</span>") + many.count("<td>excused</td>") == 100
+    assert "more are left off" in many
+    assert "<details><summary>" in drawn(replace(report, unexcused_flips=0, excused_flips=1))
+
+
+def test_what_stayed_float_is_told_with_its_reason() -> None:
+    facts = {"form": "dynamic", "float": {"route <0>": "it decides about slots", "route 1": "it decides about slots"}}
+    text = page("model.nsm", [report_of()], {}, {}, {"fake": facts})
+    assert "What stayed float" in text
+    assert "Form of the others: dynamic." in text
+    assert "<td>it decides about slots</td><td class='number'>2</td><td><code>route &lt;0&gt;, route 1</code>" in text
+    assert "Nothing. Form: half." in page("model.nsm", [report_of()], {}, {}, {"fake": {"form": "half", "float": {}}})
+    assert "stayed float" not in drawn(report_of())
+
+
 def test_states_without_any_error_are_left_out_of_the_map() -> None:
     def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
         state["0.bank"] *= 1 + 1e-7
@@ -117,7 +162,7 @@ def test_branches_are_in_the_table_where_there_are_any() -> None:
 
 def test_what_was_not_run_and_what_was_bisected_is_told() -> None:
     found = Bisection("operation", "linear", 1e-3, 1e-5, "One operation <b>.", "MatMul", "node")
-    text = page("<model>", [report_of()], {"tensorrt": "no GPU <here>"}, {"fake": found})
+    text = page("<model>", [report_of()], {"tensorrt": "no GPU <here>"}, {"fake": found}, {})
     assert "? tensorrt not run" in text
     assert "Not run. no GPU &lt;here&gt;" in text
     assert "<b>Bisected:</b> One operation &lt;b&gt;." in text
@@ -132,8 +177,8 @@ def test_one_stream_of_one_step_makes_a_page() -> None:
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "parity.html"
     target.write_text("old")
-    write_page(target, "model.nsm", [report_of()], {}, {})
-    assert target.read_text(encoding="utf-8") == page("model.nsm", [report_of()], {}, {})
+    write_page(target, "model.nsm", [report_of()], {}, {}, {})
+    assert target.read_text(encoding="utf-8") == page("model.nsm", [report_of()], {}, {}, {})
     assert [item.name for item in tmp_path.iterdir()] == ["parity.html"]
     with pytest.raises(InputError, match="Make the folder first"):
-        write_page(tmp_path / "none" / "x.html", "model.nsm", [], {}, {})
+        write_page(tmp_path / "none" / "x.html", "model.nsm", [], {}, {}, {})
