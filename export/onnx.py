@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from nsm.errors import BuildError
 from nsm.export.onnx_failure import failure
+from nsm.export.onnx_graph import nodes_of
 from nsm.export.passes import optimise
 from nsm.export.source import OPSET
 from nsm.export.state_table import STATES_KEY, state_table
@@ -199,8 +200,11 @@ def _check_interface(
             if shape != shapes[value.name]:
                 raise BuildError(f"{value.name} has the shape {shape} in the graph; declared is {shapes[value.name]}.")
     domains = {(item.domain, item.version) for item in proto.opset_import}
-    used = {node.domain for node in proto.graph.node}
-    if used - {"", "ai.onnx"}:
-        raise BuildError(f"The graph uses operators outside the ONNX standard: domains {sorted(used)}.")
+    foreign = next((node for node in nodes_of(proto.graph) if node.domain not in ("", "ai.onnx")), None)
+    if foreign is not None:
+        raise BuildError(
+            f"The exporter wrote an operator outside the ONNX standard: the node {foreign.name} is "
+            f"{foreign.domain}::{foreign.op_type}."
+        )
     if ("", opset) not in domains:
         raise BuildError(f"The exporter wrote the operator sets {sorted(domains)}; asked for was opset {opset}.")
