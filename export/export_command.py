@@ -16,14 +16,12 @@ from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, pa
 from nsm.export.guard import DRIFT_STEPS, judged_briefly
 from nsm.export.source import OPSET
 from nsm.files import settled
+from nsm.runtimes.targets import find_target
 from nsm.staging import FAILED_SUFFIX
 
 if TYPE_CHECKING:
     from nsm.export.pipeline import Plan
     from nsm.export.savings import Savings
-
-CHECKED_WHEN_BUILT = {"tensorrt": "the engines' inputs, outputs and states were checked against the model's"}
-"""What a builder makes sure of by itself, by target; for people who get an artifact that was not run."""
 
 
 def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -> None:
@@ -132,8 +130,8 @@ def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
     for artifact in bundle.manifest.artifacts:
         if artifact.parity["status"] == "not_run":
             terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
-            if artifact.target in CHECKED_WHEN_BUILT:
-                terminal.say(f"Instead, {CHECKED_WHEN_BUILT[artifact.target]}.")
+            if checked := find_target(artifact.target).checked_when_built:
+                terminal.say(f"Instead, {checked}.")
             for note in artifact.notes:
                 terminal.say(f"{note[0].upper()}{note[1:]}.")
             terminal.say(

@@ -15,7 +15,7 @@ from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
 from nsm.export.parity_page import write_page
 from nsm.manifest import Artifact
 from nsm.runtimes.answers import MAX_FLIPS
-from nsm.runtimes.bisect import BISECTABLE, bisect, check_bisectable
+from nsm.runtimes.bisect import bisect, check_bisectable
 from nsm.runtimes.branches import thresholds_of
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
@@ -71,7 +71,7 @@ def parity(
                 results.append(reports[-1].to_json())
                 if artifact.quantization:
                     results[-1]["quantization"] = dict(artifact.quantization)
-                if bisected and name not in BISECTABLE:
+                if bisected and not find_target(name).bisectable:
                     terminal.remark(f"{name}: not bisected; it shows no intermediate results.")
                 elif bisected:
                     with terminal.stage(f"Bisecting {name}") as progress:

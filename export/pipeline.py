@@ -29,22 +29,15 @@ from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.report import ParityReport
-from nsm.runtimes.targets import find_target
+from nsm.runtimes.targets import TARGETS, find_target
 from nsm.spec import StepSpec
 from nsm.staging import check_output, staged, write_manifest
 from nsm.trace import Array, Origin
 
-_PACKAGES = (
-    "torch",
-    "onnx",
-    "onnxscript",
-    "onnxruntime",
-    "openvino",
-    "tensorrt",
-    "tensorrt_rtx",
-    "numpy",
+_PACKAGES = tuple(
+    dict.fromkeys(("torch", "onnx", "onnxscript", *(name for target in TARGETS.values() for name in target.packages)))
 )
-
+"""Whose versions a bundle tells."""
 
 _GOLDEN_STEPS = 64
 

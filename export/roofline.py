@@ -214,7 +214,7 @@ def _product(
     target: Target, rows: int, depth: int, columns: int, threads: int | None
 ) -> Iterator[Callable[[], object]]:
     """x[rows, depth] @ constant[depth, columns] on a target, to be called."""
-    if target.name == "tensorrt":
+    if "cpu" not in target.devices:
         raise UnsupportedError("The roofline is measured on targets that run on a CPU.")
     weight = np.random.default_rng(0).standard_normal((depth, columns), np.float32)
     spec = StepSpec(

@@ -21,10 +21,8 @@ from nsm.runtimes.parity import Progress, check_comparable
 from nsm.runtimes.replay import free_run, groups, one_step
 from nsm.runtimes.report import Bisection, Quantiles
 from nsm.runtimes.session import Session
+from nsm.runtimes.targets import TARGETS, find_target
 from nsm.trace import Trace
-
-BISECTABLE = ("onnx", "onnxruntime", "openvino")
-"""The targets whose intermediate results can be seen."""
 
 
 def bisect(
@@ -39,7 +37,7 @@ def bisect(
 
     Args:
         bundle: that the artifact is in, verified.
-        artifact: of one of the targets `BISECTABLE`.
+        artifact: of a target that can be bisected.
         session: over the artifact; its streams are reset.
         trace: the bundle's golden trace, or its first steps.
         budget: of the artifact's precision.
@@ -70,10 +68,11 @@ def bisect(
 
 def check_bisectable(target: str) -> None:
     """Raise `UnsupportedError` for a target that shows no intermediate results."""
-    if target not in BISECTABLE:
+    if not find_target(target).bisectable:
+        able = ", ".join(item.name for item in TARGETS.values() if item.bisectable)
         raise UnsupportedError(
             f"An artifact of {target} shows no intermediate results, so --bisect is not possible there; it is for "
-            f"{', '.join(BISECTABLE)}. Bisect one of these in the bundle, for instance: --target onnxruntime"
+            f"{able}. Bisect one of these in the bundle, for instance: --target onnxruntime"
         )
 
 

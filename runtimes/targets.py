@@ -1,4 +1,4 @@
-"""The table of targets. A new one is a file (its builder and loader) and a row here."""
+"""The table of targets. A new one is its builder, its loader and a row here."""
 
 from __future__ import annotations
 
@@ -30,6 +30,8 @@ class Target:
         asked_only: whether `nsm bench --all` leaves it out unless it is named.
         stem: name of that file without the suffix.
         entries: those that run there; () for all. A session there has no others.
+        bisectable: whether its intermediate results can be seen; `nsm.runtimes.bisect_operation` says how.
+        checked_when_built: what its builder checks of an artifact that cannot be run where it is built.
     """
 
     name: str
@@ -45,6 +47,8 @@ class Target:
     asked_only: bool = False
     stem: str = "{entry}"
     entries: tuple[str, ...] = ()
+    bisectable: bool = False
+    checked_when_built: str = ""
 
     def file(self, entry: str) -> str:
         """Name of the file that the runtime opens for an entry."""
@@ -88,111 +92,115 @@ _PROCESSORS = ("cpu", "cpu-dot")
 # "portable": Ampere and later; "current": the GPU in this machine; the others are compute capabilities.
 _NVIDIA = ("portable", "current", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
 
-TARGETS: Mapping[str, Target] = MappingProxyType(
-    {
-        target.name: target
-        for target in (
-            Target(
-                name="onnx",
-                runtime="nsm.runtimes.onnxruntime_plain",
-                builder="nsm.export.onnxruntime",
-                packages=("onnxruntime",),
-                extra="onnxruntime",
-                suffix=".onnx",
-                folder="graphs",
-                devices=("cpu",),
-                summary="the portable graph, run as it is written (no graph optimisation)",
-            ),
-            Target(
-                name="onnxruntime",
-                runtime="nsm.runtimes.onnxruntime",
-                builder="nsm.export.onnxruntime",
-                packages=("onnxruntime",),
-                extra="onnxruntime",
-                suffix=".onnx",
-                folder="graphs",
-                devices=_PROCESSORS,
-                summary="ONNX Runtime on the CPU, fully optimised",
-                aliases=("ort",),
-            ),
-            Target(
-                name="openvino",
-                runtime="nsm.runtimes.openvino",
-                builder="nsm.export.openvino",
-                packages=("openvino",),
-                extra="openvino",
-                suffix=".xml",
-                folder="openvino",
-                devices=_PROCESSORS,
-                summary="OpenVINO IR on the CPU",
-                aliases=("ov",),
-            ),
-            Target(
-                name="tensorrt",
-                runtime="nsm.runtimes.tensorrt",
-                builder="nsm.export.tensorrt",
-                packages=("tensorrt", "tensorrt_rtx"),
-                extra="tensorrt",
-                suffix=".engine",
-                folder="tensorrt",
-                devices=_NVIDIA,
-                summary="a TensorRT engine for one kind of NVIDIA GPU",
-                aliases=("trt",),
-            ),
-            Target(
-                name="onnxruntime-cuda",
-                runtime="nsm.runtimes.onnxruntime_cuda",
-                builder="nsm.export.onnxruntime_cuda",
-                packages=("onnxruntime",),
-                extra="gpu",
-                suffix=".onnx",
-                folder="graphs",
-                devices=("cuda",),
-                summary="ONNX Runtime on an NVIDIA GPU, with the state in its memory and CUDA graphs",
-                aliases=("cuda",),
-                asked_only=True,
-            ),
-            Target(
-                name="mobile",
-                runtime="nsm.runtimes.onnxruntime",
-                builder="nsm.export.mobile",
-                packages=("onnxruntime",),
-                extra="onnxruntime",
-                suffix=".ort",
-                folder="mobile",
-                devices=_PROCESSORS,
-                summary="ONNX Runtime's own format, for builds with few operators; as well: -t onnxruntime --mobile",
-                asked_only=True,
-            ),
-            Target(
-                name="web",
-                runtime="nsm.runtimes.web",
-                builder="nsm.export.web",
-                packages=("numpy",),
-                extra="web",
-                suffix=".onnx",
-                folder="graphs",
-                devices=("wasm",),
-                summary="a folder for any static file server: the graphs on ONNX Runtime Web, with a page",
-                asked_only=True,
-            ),
-            Target(
-                name="triton",
-                runtime="nsm.runtimes.triton",
-                builder="nsm.export.triton",
-                packages=("onnxruntime",),
-                extra="triton",
-                suffix=".onnx",
-                folder="triton",
-                devices=("cpu",),
-                summary="a model repository for Triton Inference Server, which keeps the state of each sequence",
-                asked_only=True,
-                stem="model",
-                entries=("step",),
-            ),
-        )
-    }
-)
+_ROWS = {
+    target.name: target
+    for target in (
+        Target(
+            name="onnx",
+            runtime="nsm.runtimes.onnxruntime_plain",
+            builder="nsm.export.onnxruntime",
+            packages=("onnxruntime",),
+            extra="onnxruntime",
+            suffix=".onnx",
+            folder="graphs",
+            devices=("cpu",),
+            summary="the portable graph, run as it is written (no graph optimisation)",
+            bisectable=True,
+        ),
+        Target(
+            name="onnxruntime",
+            runtime="nsm.runtimes.onnxruntime",
+            builder="nsm.export.onnxruntime",
+            packages=("onnxruntime",),
+            extra="onnxruntime",
+            suffix=".onnx",
+            folder="graphs",
+            devices=_PROCESSORS,
+            summary="ONNX Runtime on the CPU, fully optimised",
+            aliases=("ort",),
+            bisectable=True,
+        ),
+        Target(
+            name="openvino",
+            runtime="nsm.runtimes.openvino",
+            builder="nsm.export.openvino",
+            packages=("openvino",),
+            extra="openvino",
+            suffix=".xml",
+            folder="openvino",
+            devices=_PROCESSORS,
+            summary="OpenVINO IR on the CPU",
+            aliases=("ov",),
+            bisectable=True,
+        ),
+        Target(
+            name="tensorrt",
+            runtime="nsm.runtimes.tensorrt",
+            builder="nsm.export.tensorrt",
+            packages=("tensorrt", "tensorrt_rtx"),
+            extra="tensorrt",
+            suffix=".engine",
+            folder="tensorrt",
+            devices=_NVIDIA,
+            summary="a TensorRT engine for one kind of NVIDIA GPU",
+            aliases=("trt",),
+            checked_when_built="the engines' inputs, outputs and states were checked against the model's",
+        ),
+        Target(
+            name="onnxruntime-cuda",
+            runtime="nsm.runtimes.onnxruntime_cuda",
+            builder="nsm.export.onnxruntime_cuda",
+            packages=("onnxruntime",),
+            extra="gpu",
+            suffix=".onnx",
+            folder="graphs",
+            devices=("cuda",),
+            summary="ONNX Runtime on an NVIDIA GPU, with the state in its memory and CUDA graphs",
+            aliases=("cuda",),
+            asked_only=True,
+        ),
+        Target(
+            name="mobile",
+            runtime="nsm.runtimes.onnxruntime",
+            builder="nsm.export.mobile",
+            packages=("onnxruntime",),
+            extra="onnxruntime",
+            suffix=".ort",
+            folder="mobile",
+            devices=_PROCESSORS,
+            summary="ONNX Runtime's own format, for builds with few operators; as well: -t onnxruntime --mobile",
+            asked_only=True,
+        ),
+        Target(
+            name="web",
+            runtime="nsm.runtimes.web",
+            builder="nsm.export.web",
+            packages=("numpy",),
+            extra="web",
+            suffix=".onnx",
+            folder="graphs",
+            devices=("wasm",),
+            summary="a folder for any static file server: the graphs on ONNX Runtime Web, with a page",
+            asked_only=True,
+        ),
+        Target(
+            name="triton",
+            runtime="nsm.runtimes.triton",
+            builder="nsm.export.triton",
+            packages=("onnxruntime",),
+            extra="triton",
+            suffix=".onnx",
+            folder="triton",
+            devices=("cpu",),
+            summary="a model repository for Triton Inference Server, which keeps the state of each sequence",
+            asked_only=True,
+            stem="model",
+            entries=("step",),
+        ),
+    )
+}
+
+TARGETS: Mapping[str, Target] = MappingProxyType(_ROWS)
 
 
 def find_target(name: str) -> Target:

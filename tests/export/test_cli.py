@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import nsm
+from nsm.runtimes.targets import TARGETS
 from tests.conftest import make_sequences
 from tests.export.helpers import (
     COMMANDS,
@@ -45,6 +46,13 @@ def test_help_says_what_a_command_does(command: str, phrases: tuple[str, ...], o
     text = " ".join(succeeded(invoke(command, option)).split())
     for phrase in (*phrases, "--json", "--verbose"):
         assert phrase in text
+
+
+@pytest.mark.parametrize("command", ["export", "parity", "bench", "build"])
+def test_help_names_every_target_of_the_table(command: str) -> None:
+    text = " ".join(succeeded(invoke(command, "--help")).split())
+    named = [f"{target.name} ({target.aliases[0]})" if target.aliases else target.name for target in TARGETS.values()]
+    assert f"{', '.join(named[:-1])} or {named[-1]}." in text
 
 
 def test_help_lists_every_command_with_a_line() -> None:
