@@ -36,7 +36,7 @@ LANES = 8
 CASES = tuple(
     (target, precision)
     for target, precisions in (
-        ("openvino", ("fp32", "bf16", "int8", "int8-weights")),
+        ("openvino", ("fp32", "fp16", "bf16", "int8", "int8-weights")),
         ("onnxruntime", ("fp32", "int8", "int8-weights")),
     )
     for precision in precisions
@@ -47,7 +47,9 @@ Measure = Callable[[Session], float]
 
 @dataclass(frozen=True)
 class Row:
-    """One precision of one target; None where there is no artifact, and `status` says why."""
+    """One precision of one target; None where there is no artifact, and `status` says why. `flips` are the changed
+    choices, without excuse and excused.
+    """
 
     target: str
     precision: str
@@ -55,6 +57,7 @@ class Row:
     score: float | None = None
     drift_mean: float | None = None
     argmax: float | None = None
+    flips: tuple[int, int] | None = None
     exponent: float | None = None
     interval: tuple[float, float] | None = None
     speed: float | None = None
@@ -136,6 +139,7 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
         score,
         report["free_run_mean"],
         report["argmax_agreement"],
+        (report["unexcused_flips"], report["excused_flips"]),
         report["drift_exponent"],
         None if low is None or high is None else (low, high),
         speed.get("step", {}).get("median"),
@@ -147,7 +151,7 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
 def show(task: str, steps: int, rows: list[Row]) -> None:
     """The table, with what each changes against the same target's fp32."""
     _, name, hoped = TASKS[task]
-    console = Console(width=190)
+    console = Console(width=210)
     table = Table(
         title=f"{task}: {LANES} streams, golden streams of {steps} calls; hoped for: {name} within {hoped:.1%}",
         box=None,
@@ -160,6 +164,7 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
         "change",
         "mean error",
         "argmax",
+        "flips",
         "drift exponent",
         "step",
         "decode",
@@ -170,8 +175,8 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
     base = {row.target: row.score for row in rows if row.precision == "fp32"}
     for row in rows:
         exact = base.get(row.target)
-        if row.score is None or row.drift_mean is None or row.argmax is None or exact is None:
-            table.add_row(row.target, row.precision, *["-"] * 8, row.status)
+        if row.score is None or row.drift_mean is None or row.argmax is None or row.flips is None or exact is None:
+            table.add_row(row.target, row.precision, *["-"] * 9, row.status)
             continue
         change = row.score / exact - 1 if task == "text" else row.score - exact
         spread = "-" if row.interval is None else f"{row.exponent:.2f} ({row.interval[0]:.2f} to {row.interval[1]:.2f})"
@@ -183,6 +188,7 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
             f"{change:+.2%}",
             f"{row.drift_mean:.1e}",
             f"{row.argmax:.2%}",
+            f"{row.flips[0]} + {row.flips[1]} excused",
             spread,
             "-" if row.speed is None else f"{row.speed:.2f}x",
             "-" if row.decode_speed is None else f"{row.decode_speed:.2f}x",
