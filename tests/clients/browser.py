@@ -137,11 +137,6 @@ class Browser:
         height, width, data = found
         return np.frombuffer(base64.b64decode(data), np.uint8).reshape(height, width, 4)
 
-    def screenshot(self, path: Path) -> None:
-        """Of the whole page, however long."""
-        answer = self._ask("Page.captureScreenshot", captureBeyondViewport=True)
-        path.write_bytes(base64.b64decode(answer["data"]))
-
     def _ask(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Send a command and take its answer; what else the browser says meanwhile is left out."""
         self._count += 1

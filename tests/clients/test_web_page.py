@@ -35,7 +35,6 @@ MARGIN, GAP = 26, 8
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     with Browser(tmp_path_factory.mktemp("browser")) as browser:
-        browser.size(1100, 900)
         yield browser
 
 
@@ -61,6 +60,7 @@ def feed(session: nsm.Session, tokens: Array) -> Array:
 
 
 def opened(browser: Browser, address: str, kind: str) -> None:
+    browser.size(1100, 900)
     browser.open(f"{address}/web/")
     browser.wait("document.documentElement?.dataset.done")
     assert browser.value("document.documentElement.dataset.ready") == kind
@@ -248,3 +248,11 @@ def test_a_recorded_stream_is_replayed_and_checked(browser: Browser, checkpoint:
         browser.wait("document.documentElement.dataset.checked")
         assert browser.value("document.documentElement.dataset.checked") == "passed"
         assert "8 streams of 4 steps" in browser.value("document.getElementById('verdict').textContent")
+
+        tops = "['input', 'state', 'verdict'].map(id => document.getElementById(id).getBoundingClientRect().top)"
+        given, drawn, checked = browser.value(tops)
+        assert drawn < checked
+        browser.size(390, 844, phone=True)
+        assert browser.value("document.documentElement.scrollWidth") == 390, "nothing sticks out on a phone"
+        given, drawn, checked = browser.value(tops)
+        assert given < drawn < checked, "the bank comes before the check"
