@@ -21,9 +21,8 @@ _CORPUS_BYTES = 4_000_000
 
 Ids = NDArray[np.int64]
 
-# Models over bytes: with 1.0 to 1.2 million parameters, to be trained side by side; and the two
-# of compare.py that have the same width.
-MODELS: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
+# Models over bytes with 1.0 to 1.2 million parameters, to be trained side by side.
+SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
     {
         "nsm": (
             SimpleNSM,
@@ -55,10 +54,16 @@ MODELS: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyTy
         "gru": (RecurrentLM, {"d_model": 236, "num_layers": 3, "kind": "gru"}),
         "rwkv": (RWKVLM, {"d_model": 144, "num_layers": 4, "num_heads": 4}),
         "mamba": (MambaLM, {"d_model": 128, "num_layers": 8}),
+    }
+)
+# The two of compare.py that have the same width, 7.3 million parameters each.
+COMPARED: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
+    {
         "nsm-compared": (SimpleNSM, compare.NSM),
         "transformer-compared": (TransformerLM, {"d_model": 384, "num_layers": 4, "num_heads": 8, "context": CONTEXT}),
     }
 )
+MODELS = MappingProxyType({**SMALL, **COMPARED})
 
 
 def build(name: str) -> StepModel:

@@ -38,7 +38,7 @@ def text(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def train_text(text: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """The script, with tiny models and one batch to validate on."""
     module = importlib.import_module("train_text")
-    monkeypatch.setattr(text, "SMALL", TINY)
+    monkeypatch.setattr(text, "MODELS", TINY)
     monkeypatch.setattr(module, "_VALIDATION_BATCHES", 1)
     return module
 
@@ -149,7 +149,7 @@ def test_the_script_runs_by_itself(data: Path, tmp_path: Path) -> None:
     code = (
         "import runpy, sys, text\n"
         "from nsm.models import SimpleNSM\n"
-        "text.SMALL = {'nsm': (SimpleNSM, {'d_model': 8, 'num_states': 4, 'num_layers': 1, 'num_heads': 2})}\n"
+        "text.MODELS = {'nsm': (SimpleNSM, {'d_model': 8, 'num_states': 4, 'num_layers': 1, 'num_heads': 2})}\n"
         "runpy.run_path('train_text.py', run_name='__main__')"
     )
     options = ["--data", str(data), "--steps", "2", "--count", "1", "--output", str(tmp_path / "text.pt")]
