@@ -11,7 +11,7 @@ import onnxruntime as ort
 from nsm.errors import RunError, UnsupportedError
 from nsm.export.onnx_file import Port
 from nsm.export.onnx_foreign import Foreign
-from nsm.runtimes.base import State
+from nsm.runtimes.base import Handles, State
 from nsm.runtimes.checks import all_finite
 from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays
@@ -106,15 +106,15 @@ class GivenRuntime:
         self._given, self._spec = given, spec
         self._state: Arrays = {}
         self._answered: Arrays = {}
-        self._live = State(self)
+        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._state = {name: np.array(value) for name, value in arrays.items()}
         self._answered = {}
-        return self._turned()
+        return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        state.check(self)
+        self._handles.check(state)
         answers, after = self._given.step(inputs["tokens"], self._state)
         if VALID in inputs:
             runs = inputs[VALID] > 0
@@ -122,21 +122,16 @@ class GivenRuntime:
                 after[name] = np.where(runs.reshape(-1, *[1] * (new.ndim - 1)), new, self._state[name])
         self._state = after
         self._answered = {item.name: answers[item.name].reshape(item.shape) for item in self._spec.entry(entry).outputs}
-        return {name: np.array(value) for name, value in self._answered.items()}, self._turned()
+        return {name: np.array(value) for name, value in self._answered.items()}, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
-        state.check(self)
+        self._handles.check(state)
         return {name: np.array(value) for name, value in self._state.items()}
 
     def finite(self, state: State) -> bool:
-        state.check(self)
+        self._handles.check(state)
         arrays = (*self._state.values(), *self._answered.values())
         return all_finite([array.reshape(-1) for array in arrays if array.dtype.kind == "f"])
 
     def close(self) -> None:
         self._state = {}
-
-    def _turned(self) -> State:
-        self._live.live = False
-        self._live = State(self)
-        return self._live

@@ -15,7 +15,7 @@ from nsm.errors import InputError, RunError, StreamError, UnsupportedError
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.models.step import State as Tensors
 from nsm.models.step import StepModel
-from nsm.runtimes.base import State
+from nsm.runtimes.base import Handles, State
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
@@ -41,15 +41,15 @@ class TorchRuntime:
         self._outputs = {entry.name: [item.name for item in entry.outputs] for entry in spec.entries}
         self._tensors: Tensors = {}
         self._answered: tuple[torch.Tensor, ...] = ()
-        self._live: State | None = None
+        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._tensors = _dense({name: self._tensor(value) for name, value in arrays.items()})
         self._answered = ()
-        return self._handle()
+        return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        state.check(self)
+        self._handles.check(state)
         if entry not in self._calls:
             raise StreamError("The session is closed. Open the model again.")
         given = {name: self._tensor(value) for name, value in inputs.items()}
@@ -59,14 +59,14 @@ class TorchRuntime:
         except Exception as error:  # whatever a module raises
             raise RunError(f"PyTorch failed while it ran {entry}: {error}") from error
         self._answered = tuple(outputs[name] for name in self._outputs[entry])
-        return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handle()
+        return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
-        state.check(self)
+        self._handles.check(state)
         return {name: value.detach().numpy().copy() for name, value in self._tensors.items()}
 
     def finite(self, state: State) -> bool:
-        state.check(self)
+        self._handles.check(state)
         written = (*self._tensors.values(), *self._answered)
         return all(bool(torch.isfinite(value).all()) for value in written if value.is_floating_point())
 
@@ -76,12 +76,6 @@ class TorchRuntime:
     def _tensor(self, value: Array) -> torch.Tensor:
         tensor = torch.from_numpy(np.array(value))
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
-
-    def _handle(self) -> State:
-        if self._live is not None:
-            self._live.live = False
-        self._live = State(self)
-        return self._live
 
 
 def model_session(model: StepModel, spec: StepSpec, identity: str, compiled: bool = False) -> Session:

@@ -14,33 +14,41 @@ from nsm.trace import Array, Arrays
 class State:
     """A handle on the state that a runtime holds, on its device perhaps. Passing it to a call consumes it."""
 
-    __slots__ = ("_owner", "live")
+    __slots__ = ()
 
-    def __init__(self, owner: object) -> None:
-        self._owner = owner
-        self.live = True
 
-    def check(self, owner: object) -> None:
-        """Raise `StreamError` if the handle was consumed before, or belongs to another runtime."""
-        if self._owner is not owner or not self.live:
+class Handles:
+    """The handles that a runtime has given out: the last one is good."""
+
+    def __init__(self) -> None:
+        self._last = State()
+
+    def new(self) -> State:
+        """A handle in place of the last one, which is consumed now."""
+        self._last = State()
+        return self._last
+
+    def check(self, handle: State) -> None:
+        """Raise `StreamError` if a handle was consumed before, or belongs to another runtime."""
+        if handle is not self._last:
             raise StreamError(
                 "This State was consumed by an earlier call, or belongs to another runtime. "
                 "Use the State that the last call returned, or load_state again."
             )
 
 
-class Sides:
+class Sides(Handles):
     """Which of its two buffers, 0 or 1, each state lies in; a call turns those over that its entry writes.
 
     `bits` has a bit for each state, in the order of the spec.
     """
 
     def __init__(self, spec: StepSpec) -> None:
+        super().__init__()
         self.bits = 0
         self._bit = {name: 1 << index for index, name in enumerate(spec.state_names)}
         appended = {state.name for state in spec.states if state.append_axis is not None}
         self._turned = {entry.name: self.mask(set(entry.writes) - appended) for entry in spec.entries}
-        self._live: State | None = None
 
     def __getitem__(self, name: str) -> int:
         return int(self.bits & self._bit[name] != 0)
@@ -49,25 +57,19 @@ class Sides:
         """The bits of these states."""
         return sum(self._bit[name] for name in names)
 
-    def reset(self, owner: object) -> State:
+    def reset(self) -> State:
         """All states lie in buffer 0 now; the new handle on them."""
         self.bits = 0
-        return self._handle(owner)
+        return self.new()
 
-    def flip(self, owner: object, entry: str) -> State:
+    def flip(self, entry: str) -> State:
         """An entry has run; the new handle on what it left."""
         self.bits ^= self._turned[entry]
-        return self._handle(owner)
+        return self.new()
 
     def turn(self, entry: str) -> None:
         """The states that an entry writes lie in their other buffer now."""
         self.bits ^= self._turned[entry]
-
-    def _handle(self, owner: object) -> State:
-        if self._live is not None:
-            self._live.live = False
-        self._live = State(owner)
-        return self._live
 
 
 class Watched:

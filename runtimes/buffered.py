@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import NamedTuple
+from sys import getrefcount
 
 import numpy as np
 
@@ -15,8 +15,10 @@ from nsm.spec import COUNT, VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 Run = Callable[[], object]
-Bind = Callable[[Arrays, Arrays], Run]
-"""(arrays to read by input name, arrays to write by output name) -> a function that runs the graph on them."""
+Point = Callable[[str, Array], None]
+"""From now on, an output of this name is written into that array."""
+Bind = Callable[[Arrays, Arrays], tuple[Run, Point]]
+"""(arrays to read by input name, arrays to write by output name) -> what runs the graph on them."""
 Opener = Callable[[], Bind]
 """Opens a graph; called when it is first used, because an open graph holds a copy of the weights."""
 
@@ -29,8 +31,11 @@ class BufferedRuntime:
 
     One buffer bound as both input and output of a state may be overwritten before it is read (ONNX Runtime did so,
     silently, in one of two valid orders of the nodes). So an entry is bound once for each way in which the states it
-    touches can lie in their two buffers, when that first happens; a call then is a copy of the inputs, a run, and a
-    copy of the outputs. A state that an entry does not touch stays where it is.
+    touches can lie in their two buffers, when that first happens; a call then is a copy of the inputs and a run. A
+    state that an entry does not touch stays where it is.
+
+    Outputs are not copied: a caller is given the memory that the graph wrote into, and it is written again only when
+    nothing refers to it any more. Until then the graph is given other memory.
 
     Args:
         spec: of the model.
@@ -50,27 +55,27 @@ class BufferedRuntime:
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         for name, buffers in self._banks.buffers.items():
             buffers[0][...] = arrays[name]
-        handle = self._sides.reset(self)
+        handle = self._sides.reset()
         names = self._spec.state_names
         self._written = self._banks.flat(names, dict.fromkeys(names, 0))
         return handle
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        state.check(self)
+        self._sides.check(state)
         found = self._entries.get(entry) or self._open(entry)
         try:
-            bound, outputs = found.run(inputs, self._sides)
+            bound = found.run(inputs, self._sides)
         except Exception as error:  # the backends' errors have no common base
             raise RunError(f"The backend failed while it ran {entry}: {error}") from error
         self._written = bound.written
-        return outputs, self._sides.flip(self, entry)
+        return bound.answers(), self._sides.flip(entry)
 
     def read_state(self, state: State) -> Arrays:
-        state.check(self)
+        self._sides.check(state)
         return {name: buffers[self._sides[name]].copy() for name, buffers in self._banks.buffers.items()}
 
     def finite(self, state: State) -> bool:
-        state.check(self)
+        self._sides.check(state)
         return all_finite(self._written)
 
     def bare(self, entry: str) -> Run:
@@ -81,7 +86,9 @@ class BufferedRuntime:
         found = self._entries.get(entry) or self._open(entry)
         runs = []
         for _ in range(2):
-            runs.append(found.bound(self._sides).run)
+            bound = found.bound(self._sides)
+            bound.let_go()
+            runs.append(bound.run)
             self._sides.turn(entry)
         turns = itertools.cycle(runs)
 
@@ -155,11 +162,44 @@ class Banks:
         return all(sides[name] == side for name in between)
 
 
-class _Bound(NamedTuple):
-    """A graph bound to memory: a function that runs it, and what it writes, as flat arrays."""
+class _Bound:
+    """A graph bound to memory.
 
-    run: Run
-    written: Sequence[Array]
+    Args:
+        run: runs it.
+        point: see `Point`.
+        outputs: what it writes into for the caller, by name.
+        states: what else it writes, as flat arrays.
+    """
+
+    def __init__(self, run: Run, point: Point, outputs: Arrays, states: Sequence[Array]) -> None:
+        self.run = run
+        self._point, self._outputs, self._states = point, outputs, states
+        self.written = self._all()
+        self._unheld = {name: self._references(name) for name in outputs}
+
+    def let_go(self) -> None:
+        """Leave the outputs that somebody still refers to as they are, and write into other memory from now on."""
+        for name, unheld in self._unheld.items():
+            if self._references(name) > unheld:
+                self._renew(name)
+
+    def answers(self) -> Arrays:
+        """The outputs as they are. A view refers to what it is a view of, and so does every view of a view."""
+        return {name: array[...] for name, array in self._outputs.items()}
+
+    def _renew(self, name: str) -> None:
+        self._outputs[name] = np.zeros_like(self._outputs[name])
+        self._point(name, self._outputs[name])
+        self.written = self._all()
+
+    def _references(self, name: str) -> int:
+        # Always from here: how many of them come from the asking itself is the interpreter's own affair.
+        return getrefcount(self._outputs[name])
+
+    def _all(self) -> Sequence[Array]:
+        flat = (array.reshape(-1) for array in self._outputs.values() if array.dtype.kind == "f")
+        return [*self._states, *flat]
 
 
 class _Entry:
@@ -168,7 +208,7 @@ class _Entry:
     def __init__(self, spec: EntrySpec, bind: Bind, model: StepSpec, banks: Banks, sides: Sides) -> None:
         tokens = spec.inputs[0].shape[1] if spec.inputs else 0
         self._inputs = {item.name: _zeros(item) for item in spec.inputs}
-        self._outputs = {item.name: _zeros(item) for item in spec.outputs}
+        self._outputs = spec.outputs
         self._bind, self._banks = bind, banks
         self._reads, self._writes = model.states_of(spec.reads), model.states_of(spec.writes)
         self._rings = {
@@ -181,17 +221,18 @@ class _Entry:
         self._touched = sides.mask({*spec.reads, *spec.writes})
         self._all: dict[int, _Bound] = {}
 
-    def run(self, inputs: Mapping[str, Array], sides: Sides) -> tuple[_Bound, Arrays]:
+    def run(self, inputs: Mapping[str, Array], sides: Sides) -> _Bound:
         for name, buffer in self._inputs.items():
             buffer[...] = inputs[name]
         bound = self.bound(sides)
+        bound.let_go()
         bound.run()
         if self._rings:
             # How many tokens the lanes had before this call: the count has not been turned over yet.
             count = self._banks.buffers[COUNT][sides[COUNT]]
             for ring in self._rings.values():
                 ring.append(count, inputs.get(VALID))
-        return bound, {name: buffer.copy() for name, buffer in self._outputs.items()}
+        return bound
 
     def bound(self, sides: Sides) -> _Bound:
         key = sides.bits & self._touched
@@ -209,12 +250,12 @@ class _Entry:
             else buffers[state.name][1 - sides[state.name]]
             for state in self._writes
         }
-        run = self._bind({**self._inputs, **read}, {**self._outputs, **written})
-        others = [*(ring.rows for ring in self._rings.values()), *self._outputs.values()]
-        flat = [array.reshape(-1) for array in others if array.dtype.kind == "f"]
+        outputs = {item.name: _zeros(item) for item in self._outputs}
+        run, point = self._bind({**self._inputs, **read}, {**outputs, **written})
+        rows = [ring.rows.reshape(-1) for ring in self._rings.values() if ring.rows.dtype.kind == "f"]
         turned = [state.name for state in self._writes if state.name not in self._rings]
         after = {name: sides[name] ^ (name in turned) for name in buffers}
-        return _Bound(run, [*self._banks.flat(turned, after), *flat])
+        return _Bound(run, point, outputs, [*self._banks.flat(turned, after), *rows])
 
 
 class _Ring:

@@ -11,9 +11,9 @@ import onnxruntime as ort
 
 from nsm.errors import BuildError, UnsupportedError
 from nsm.runtimes.base import Runtime, Watched
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
+from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Point, Run
 from nsm.spec import StepSpec
-from nsm.trace import Arrays
+from nsm.trace import Array, Arrays
 
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
 # What computes the products of a precision: one is in the graph, or the precision is not what was asked. Products in
@@ -105,12 +105,16 @@ def graph_precision(session: ort.InferenceSession, path: Path, precision: str) -
 
 
 def _binder(session: ort.InferenceSession) -> Bind:
-    def bind(read: Arrays, written: Arrays) -> Run:
+    def bind(read: Arrays, written: Arrays) -> tuple[Run, Point]:
         binding = session.io_binding()
+
+        def point(name: str, array: Array) -> None:
+            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
+
         for name, array in read.items():
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in written.items():
-            binding.bind_output(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
-        return lambda: session.run_with_iobinding(binding)
+            point(name, array)
+        return lambda: session.run_with_iobinding(binding), point
 
     return bind

@@ -85,30 +85,30 @@ class OnCuda:
             self._buffers[spec.name][0].update_inplace(np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
         self._written = [self._buffers[spec.name][0] for spec in self._spec.states if spec.numpy_dtype.kind == "f"]
         self._answered = []
-        return self._sides.reset(self)
+        return self._sides.reset()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
         self._check_open()
-        state.check(self)
+        self._sides.check(state)
         found = self._entries.get(entry) or self._open(entry)
         try:
             outputs = found.run(inputs, self._sides)
         except Exception as error:  # the backend's errors have no common base
             raise RunError(f"ONNX Runtime failed while it ran {entry} on {self._device}: {error}") from error
-        handle = self._sides.flip(self, entry)
+        handle = self._sides.flip(entry)
         self._written = [self._buffers[name][self._sides[name]] for name in found.written]
         self._answered = [array.reshape(-1) for array in outputs.values() if array.dtype.kind == "f"]
         return outputs, handle
 
     def read_state(self, state: State) -> Arrays:
         self._check_open()
-        state.check(self)
+        self._sides.check(state)
         return {name: np.array(pair[self._sides[name]].numpy()) for name, pair in self._buffers.items()}
 
     def finite(self, state: State) -> bool:
         """See `Runtime.finite`; what was written into the state is downloaded for it."""
         self._check_open()
-        state.check(self)
+        self._sides.check(state)
         return all_finite([*self._answered, *(value.numpy().reshape(-1) for value in self._written)])
 
     def close(self) -> None:

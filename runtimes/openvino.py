@@ -12,9 +12,9 @@ from openvino import properties as props
 
 from nsm.errors import BuildError, DeviceUnavailableError
 from nsm.runtimes.base import Runtime, Watched
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Run
+from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Point, Run
 from nsm.spec import StepSpec
-from nsm.trace import Arrays
+from nsm.trace import Array, Arrays
 
 # Beside the graphs of a bundle: one file of numbers for all of them.
 WEIGHTS = "weights.bin"
@@ -97,10 +97,15 @@ def _products_in_int8(compiled: ov.CompiledModel) -> bool:
 
 
 def _binder(compiled: ov.CompiledModel) -> Bind:
-    def bind(read: Arrays, written: Arrays) -> Run:
+    def bind(read: Arrays, written: Arrays) -> tuple[Run, Point]:
         request = compiled.create_infer_request()
-        for name, array in (read | written).items():
+
+        def point(name: str, array: Array) -> None:
             request.set_tensor(name, ov.Tensor(array, shared_memory=True))
-        return lambda: request.infer(share_outputs=True)  # else it would copy every output for its own result
+
+        for name, array in (read | written).items():
+            point(name, array)
+        # Without sharing it would copy every output for its own result.
+        return lambda: request.infer(share_outputs=True), point
 
     return bind

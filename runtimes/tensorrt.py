@@ -105,11 +105,11 @@ class TensorRt:
             self._upload(self._buffers[spec.name][0], np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
         self._synchronize()
         self._answered = ()
-        return self._sides.reset(self)
+        return self._sides.reset()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
         self._check_open()
-        state.check(self)
+        self._sides.check(state)
         host_in, host_out, pointers, context = self._entries[entry]
         for name, buffer in host_in.items():
             np.copyto(buffer, inputs[name])
@@ -125,11 +125,11 @@ class TensorRt:
             self._download(buffer, pointers[name])
         self._synchronize()
         self._answered = tuple(host_out.values())
-        return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(self, entry)
+        return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(entry)
 
     def read_state(self, state: State) -> Arrays:
         self._check_open()
-        state.check(self)
+        self._sides.check(state)
         arrays = {spec.name: np.empty(spec.shape, spec.numpy_dtype) for spec in self._spec.states}
         for name, array in arrays.items():
             self._download(array, self._buffers[name][self._sides[name]])

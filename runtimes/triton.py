@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsm.errors import BuildError, BundleDamagedError, RunError, StreamError
-from nsm.runtimes.base import Runtime, State
+from nsm.runtimes.base import Handles, Runtime, State
 from nsm.runtimes.checks import all_finite
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
@@ -134,20 +134,20 @@ class TritonRuntime:
         self._held: Arrays = {}
         self._untouched: Arrays = {}
         self._looked_at: list[Array] = []
-        self._live: State | None = None
+        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
-        if self._live is None:
+        if not self._held:
             self._check_start(arrays)
         self._held = {
             state.past: np.array(arrays[name], state.start.dtype, order="C") for name, state in self._states.items()
         }
         self._untouched = {name: np.array(value) for name, value in arrays.items() if name not in self._states}
         self._looked_at = [*self._held.values(), *self._untouched.values()]
-        return self._handle()
+        return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        state.check(self)
+        self._handles.check(state)
         if self._graph is None:
             raise StreamError("The session is closed. Open the bundle again.")
         names = [*self._outputs, *(present for _, present in self._pairs)]
@@ -157,15 +157,15 @@ class TritonRuntime:
             raise RunError(f"ONNX Runtime failed while it ran {entry}: {error}") from error
         self._held = {past: results[present] for past, present in self._pairs}
         self._looked_at = list(results.values())
-        return {name: results[name] for name in self._outputs}, self._handle()
+        return {name: results[name] for name in self._outputs}, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
-        state.check(self)
+        self._handles.check(state)
         held = {name: self._held[item.past] for name, item in self._states.items()}
         return {name: ({**held, **self._untouched})[name].copy() for name in self._spec.state_names}
 
     def finite(self, state: State) -> bool:
-        state.check(self)
+        self._handles.check(state)
         return all_finite(value.reshape(-1) for value in self._looked_at if value.dtype.kind == "f")
 
     def close(self) -> None:
@@ -181,12 +181,6 @@ class TritonRuntime:
                 raise BundleDamagedError(
                     f"The repository starts its sequences from another {name} than the bundle. {_AGAIN}"
                 )
-
-    def _handle(self) -> State:
-        if self._live is not None:
-            self._live.live = False
-        self._live = State(self)
-        return self._live
 
 
 def check_loads(served: Served, graph: Any, path: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 
 from nsm.errors import BundleDamagedError, DeviceUnavailableError, RunError, StreamError
 from nsm.files import sha256
-from nsm.runtimes.base import Runtime, State
+from nsm.runtimes.base import Handles, Runtime, State
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
@@ -112,7 +112,7 @@ class WebRuntime:
     def __init__(self, command: list[str], spec: StepSpec, effective_precision: str) -> None:
         self.effective_precision = effective_precision
         self._spec = spec
-        self._live: State | None = None
+        self._handles = Handles()
         self._finite = True
         # Into a file: a pipe that nobody reads is full one day, and Node waits then for ever.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
@@ -123,21 +123,21 @@ class WebRuntime:
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         dtypes = {state.name: state.numpy_dtype for state in self._spec.states}
         self._ask({"op": "load"}, {name: np.asarray(arrays[name], dtype) for name, dtype in dtypes.items()})
-        return self._handle()
+        return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        state.check(self)
-        return self._ask({"op": "call", "entry": entry}, inputs), self._handle()
+        self._handles.check(state)
+        return self._ask({"op": "call", "entry": entry}, inputs), self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
-        state.check(self)
+        self._handles.check(state)
         finite = self._finite
         arrays = self._ask({"op": "read"}, {})
         self._finite = finite
         return arrays
 
     def finite(self, state: State) -> bool:
-        state.check(self)
+        self._handles.check(state)
         return self._finite
 
     def close(self) -> None:
@@ -153,12 +153,6 @@ class WebRuntime:
 
     def __del__(self) -> None:
         self.close()
-
-    def _handle(self) -> State:
-        if self._live is not None:
-            self._live.live = False
-        self._live = State(self)
-        return self._live
 
     def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
         """Send a frame, and take what comes back; see node.js."""

@@ -77,7 +77,7 @@ class AdaptiveRuntime:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._arrays = {name: value.copy() for name, value in arrays.items()}
-        return State(self)
+        return State()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
         streams, steps = inputs["tokens"][:, 0], self._arrays[COUNT].copy()
@@ -87,7 +87,7 @@ class AdaptiveRuntime:
             if self._spoil is not None:
                 self._spoil(stream, step, outputs[lane], {name: value[lane] for name, value in self._arrays.items()})
         self._finite = bool(np.isfinite(outputs).all())
-        return {"outputs": outputs}, State(self)
+        return {"outputs": outputs}, State()
 
     def read_state(self, state: State) -> Arrays:
         return {name: value.copy() for name, value in self._arrays.items()}

@@ -16,7 +16,7 @@ from dataclasses import replace
 import numpy as np
 
 from nsm.errors import StreamError
-from nsm.runtimes.base import State
+from nsm.runtimes.base import Handles, State
 from nsm.runtimes.session import Session
 from nsm.spec import COUNT, OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays, Trace
@@ -158,17 +158,17 @@ class FakeRuntime:
         self._loaded = loaded
         self._arrays: Arrays = {}
         self._answered: tuple[Array, ...] = ()
-        self._live: State | None = None
+        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         given = {name: np.moveaxis(arrays[name], axis, 0).copy() for name, axis in self._axes.items()}
         self._arrays = given if self._loaded is None else self._loaded(given, self._arrays)
         self.calls = 0
         self._answered = ()
-        return self._handle()
+        return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        state.check(self)
+        self._handles.check(state)
         self.called.append(entry)
         before = self._arrays
         outputs, self._arrays = fake_run(entry, inputs, before)
@@ -177,24 +177,18 @@ class FakeRuntime:
             if self._after is not None:
                 self._after(self.calls, outputs, self._arrays, before)
         self._answered = tuple(outputs.values())
-        return outputs, self._handle()
+        return outputs, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
-        state.check(self)
+        self._handles.check(state)
         return {name: np.moveaxis(self._arrays[name], 0, axis).copy() for name, axis in self._axes.items()}
 
     def finite(self, state: State) -> bool:
-        state.check(self)
+        self._handles.check(state)
         return all(np.isfinite(array).all() for array in (*self._arrays.values(), *self._answered))
 
     def close(self) -> None:
         self.closed = True
-
-    def _handle(self) -> State:
-        if self._live is not None:
-            self._live.live = False
-        self._live = State(self)
-        return self._live
 
 
 def fake_session(

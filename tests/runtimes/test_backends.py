@@ -80,6 +80,25 @@ def test_a_runtime_sees_a_number_that_is_not_finite(
             assert runtime.finite(runtime.load_state(arrays)) == finite
 
 
+def test_outputs_that_are_kept_stay_and_those_that_are_not_give_their_memory_back(
+    bundle: Bundle, runtime: Runtime
+) -> None:
+    kept: list[tuple[Array, Array]] = []
+    state = runtime.load_state(bundle.state_init())
+    for seed in range(60):
+        outputs, state = runtime.call("step", _inputs(seed), state)
+        kept.append((outputs["outputs"][1, 2:], outputs["outputs"].copy()[1, 2:]))
+    assert len({wanted.tobytes() for _, wanted in kept}) == len(kept)
+    for found, wanted in kept:
+        np.testing.assert_array_equal(found, wanted)
+    kept.clear()
+    places = set()
+    for seed in range(20):
+        outputs, state = runtime.call("step", _inputs(seed), state)
+        places.add(outputs["outputs"].ctypes.data)
+    assert len(places) == 2
+
+
 def test_the_effective_precision_is_fp32(runtime: Runtime) -> None:
     assert runtime.effective_precision == "fp32"
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from nsm.errors import BundleDamagedError, StreamError
-from nsm.runtimes.base import Sides, State, Watched
+from nsm.runtimes.base import Handles, Sides, State, Watched
 from nsm.spec import COUNT, OFFSET
 from tests.runtimes.fake import fake_spec
 
@@ -15,24 +15,25 @@ def sides_of(sides: Sides) -> dict[str, int]:
 
 
 def test_a_state_is_of_use_to_its_owner_while_it_lives() -> None:
-    owner = object()
-    state = State(owner)
-    state.check(owner)
-    with pytest.raises(StreamError, match="belongs to another runtime"):
-        state.check(object())
-    state.live = False
+    mine, other = Handles(), Handles()
+    state = mine.new()
+    mine.check(state)
+    for stranger in (State(), other.new()):
+        with pytest.raises(StreamError, match="belongs to another runtime"):
+            mine.check(stranger)
+    mine.new()
     with pytest.raises(StreamError, match="consumed by an earlier call"):
-        state.check(owner)
+        mine.check(state)
 
 
 def test_a_call_turns_over_the_states_that_its_entry_writes_and_no_other() -> None:
     spec = fake_spec(ring=True)
-    sides, owner = Sides(spec), object()
-    sides.reset(owner)
+    sides = Sides(spec)
+    sides.reset()
     expected = dict.fromkeys(spec.state_names, 0)
     assert sides_of(sides) == expected
     for entry in ("step", "decode", "commit", "commit", "step", "decode", "decode"):
-        sides.flip(owner, entry)
+        sides.flip(entry)
         for name in spec.entry(entry).writes:
             expected[name] ^= name != "0.recent"
         assert sides_of(sides) == expected
@@ -40,26 +41,28 @@ def test_a_call_turns_over_the_states_that_its_entry_writes_and_no_other() -> No
 
 
 def test_a_state_that_no_entry_writes_and_one_that_is_appended_to_stay_where_they_are() -> None:
-    sides, owner = Sides(fake_spec(ring=True)), object()
-    sides.reset(owner)
+    sides = Sides(fake_spec(ring=True))
+    sides.reset()
     for entry in ("step", "decode", "commit") * 3:
-        sides.flip(owner, entry)
+        sides.flip(entry)
         assert (sides["0.mask"], sides["0.recent"]) == (0, 0)
 
 
 def test_a_reset_brings_all_states_back() -> None:
-    sides, owner = Sides(fake_spec(ring=True)), object()
-    sides.reset(owner)
-    sides.flip(owner, "step")
-    sides.reset(owner)
+    sides = Sides(fake_spec(ring=True))
+    sides.reset()
+    sides.flip("step")
+    sides.reset()
     assert set(sides_of(sides).values()) == {0}
 
 
 def test_only_the_last_handle_lives() -> None:
-    sides, owner = Sides(fake_spec()), object()
-    handles = [sides.reset(owner), sides.flip(owner, "step"), sides.flip(owner, "decode"), sides.reset(owner)]
-    assert [handle.live for handle in handles] == [False, False, False, True]
-    handles[-1].check(owner)
+    sides = Sides(fake_spec())
+    handles = [sides.reset(), sides.flip("step"), sides.flip("decode"), sides.reset()]
+    for consumed in handles[:-1]:
+        with pytest.raises(StreamError, match="consumed by an earlier call"):
+            sides.check(consumed)
+    sides.check(handles[-1])
 
 
 def test_watched_files_are_to_stay_and_what_is_no_file_is_not_looked_at(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import pytest
 
 from nsm.errors import BuildError, RunError, StreamError
-from nsm.runtimes.buffered import Banks, Bind, BufferedRuntime, Run, _Ring
+from nsm.runtimes.buffered import Banks, Bind, BufferedRuntime, Point, Run, _Ring
 from nsm.runtimes.session import Session
 from nsm.spec import COUNT, OFFSET, StateSpec, StepSpec
 from nsm.trace import Array, Arrays
@@ -38,9 +39,15 @@ class Graph:
         self.opened += 1
         return self.bind
 
-    def bind(self, read: Arrays, written: Arrays) -> Run:
+    def bind(self, read: Arrays, written: Arrays) -> tuple[Run, Point]:
         index = len(self.bound)
         self.bound.append((read, written))
+        self.pointed = 0
+
+        def point(name: str, array: Array) -> None:
+            self.pointed += 1
+            written[name] = array
+
         reads, writes = self.spec.states_of(self.entry.reads), self.spec.states_of(self.entry.writes)
 
         def run() -> None:
@@ -62,7 +69,7 @@ class Graph:
                 else:
                     written[state.present][...] = new
 
-        return run
+        return run, point
 
     def _past(self, name: str) -> str:
         return self.spec.states_of((name,))[0].past
@@ -214,7 +221,7 @@ def test_a_state_of_another_runtime_is_refused() -> None:
         mine.call("step", inputs(), other.load_state(fake_initial(spec)))
 
 
-def test_everything_is_copied_in_and_out() -> None:
+def test_what_goes_in_is_copied_and_what_comes_out_is_the_callers_own() -> None:
     spec = fake_spec(ring=True)
     buffered, _ = runtime(spec)
     initial = fake_initial(spec)
@@ -229,8 +236,86 @@ def test_everything_is_copied_in_and_out() -> None:
     outputs, state = buffered.call("step", given, state)
     kept = outputs["outputs"].copy()
     given["tokens"][...] = 0
-    buffered.call("step", given, state)
-    np.testing.assert_array_equal(outputs["outputs"], kept)
+    for _ in range(4):
+        _, state = buffered.call("step", given, state)
+        np.testing.assert_array_equal(outputs["outputs"], kept)
+
+
+# -- outputs are not copied -------------------------------------------------------------------------------------------
+
+
+def test_outputs_stay_as_they_are_for_as_long_as_anything_refers_to_them() -> None:
+    """Against the honest recurrence, with whatever a caller may keep: all of it, views, views of views."""
+    spec, random = fake_spec(), np.random.default_rng(0)
+    session, _ = buffered_session(spec)
+    honest = fake_session(spec)
+    keep: list[Callable[[Array], Any]] = [
+        lambda value: value,
+        lambda value: value[0, -1:][..., :1],
+        lambda value: value.T.reshape(-1, order="F"),
+        lambda value: value.data,
+        iter,
+        lambda value: None,
+    ]
+    kept: list[tuple[Any, Any]] = []
+    for _ in range(400):
+        tokens, which = random.integers(0, VOCABULARY, (2, CHUNK)), random.integers(len(keep))
+        kept.append((keep[which](honest.step(tokens)["outputs"]), keep[which](session.step(tokens)["outputs"])))
+        if random.random() < 0.3:
+            kept.pop(random.integers(len(kept)))
+    assert len(kept) > 200
+    for wanted, found in kept:
+        if wanted is not None:
+            first, second = (list(value) if isinstance(value, Iterator) else value for value in (wanted, found))
+            np.testing.assert_array_equal(first, second)
+
+
+def test_memory_of_outputs_that_nobody_refers_to_is_used_again() -> None:
+    session, graphs = buffered_session(fake_spec())
+    places = set()
+    for step in range(50):
+        places.add(session.step(inputs(seed=step)["tokens"])["outputs"].ctypes.data)
+    assert len(places) == 2, "one for each side of the state"
+    assert graphs["step"].pointed == 0
+
+
+def test_only_what_is_held_is_replaced() -> None:
+    session, graphs = buffered_session(fake_spec())
+    held = [session.step(inputs(seed=step)["tokens"])["outputs"] for step in range(6)]
+    assert len({array.ctypes.data for array in held}) == 6
+    pointed = graphs["step"].pointed
+    last = [held.pop(), held.pop()]
+    del held
+    for step in range(20):
+        session.step(inputs(seed=step)["tokens"])
+    assert graphs["step"].pointed == pointed + len(last)
+
+
+def test_what_a_caller_does_to_its_outputs_is_its_own_affair() -> None:
+    spec = fake_spec()
+    session, _ = buffered_session(spec)
+    honest = fake_session(spec)
+    for step in range(6):
+        tokens = inputs(seed=step)["tokens"]
+        found = session.step(tokens)["outputs"]
+        np.testing.assert_array_equal(found, honest.step(tokens)["outputs"])
+        found[...] = np.nan
+        found.shape = (-1,)
+        found.flags.writeable = False
+        del found
+
+
+def test_a_bare_loop_leaves_the_outputs_of_calls_before_it_alone() -> None:
+    spec = fake_spec()
+    session, _ = buffered_session(spec)
+    outputs = [session.step(inputs(seed=step)["tokens"])["outputs"] for step in range(2)]
+    kept = [value.copy() for value in outputs]
+    assert isinstance(session.runtime, BufferedRuntime)
+    bare = session.runtime.bare("step")
+    for _ in range(4):
+        bare()
+    for value, wanted in zip(outputs, kept, strict=True):
+        np.testing.assert_array_equal(value, wanted)
 
 
 @pytest.mark.parametrize("ring", [False, True], ids=["", "ring"])
@@ -238,15 +323,15 @@ def test_a_call_that_fails_leaves_the_state_in_use(ring: bool) -> None:
     spec = fake_spec(ring=ring)
     graph = Graph(spec, "step")
 
-    def bind(read: Arrays, written: Arrays) -> Run:
-        run = graph.bind(read, written)
+    def bind(read: Arrays, written: Arrays) -> tuple[Run, Point]:
+        run, point = graph.bind(read, written)
 
         def fail_on_demand() -> None:
             run()
             if read["tokens"][0, 0] == 10:
                 raise RuntimeError("out of memory")
 
-        return fail_on_demand
+        return fail_on_demand, point
 
     buffered = BufferedRuntime(spec, {"step": lambda: bind}, "fp32")
     state = buffered.load_state(fake_initial(spec))
@@ -274,15 +359,15 @@ class Spoiled(Graph):
     spoiled: str | None = None
     value = 0.0
 
-    def bind(self, read: Arrays, written: Arrays) -> Run:
-        run = super().bind(read, written)
+    def bind(self, read: Arrays, written: Arrays) -> tuple[Run, Point]:
+        run, point = super().bind(read, written)
 
         def run_and_spoil() -> None:
             run()
             if self.spoiled is not None:
                 written[self.spoiled][-1, -1] = self.value
 
-        return run_and_spoil
+        return run_and_spoil, point
 
 
 @pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (-np.inf, False), (3e38, True)])

@@ -10,10 +10,10 @@ import pytest
 import nsm
 from nsm.errors import UnsupportedError
 from nsm.runtimes import overhead as module
-from nsm.runtimes.buffered import BufferedRuntime
+from nsm.runtimes.buffered import BufferedRuntime, Point, Run
 from nsm.runtimes.overhead import overhead
 from nsm.runtimes.session import Session
-from nsm.trace import Array
+from nsm.trace import Array, Arrays
 from tests.runtimes.fake import fake_session, fake_spec
 from tests.runtimes.test_buffered import buffered_session
 
@@ -41,14 +41,14 @@ def test_the_difference_is_what_the_session_adds(monkeypatch: pytest.MonkeyPatch
 
     bind = graphs["step"].bind
 
-    def taking(read: object, written: object) -> Callable[[], object]:
-        run = bind(read, written)  # type: ignore[arg-type]
+    def taking(read: Arrays, written: Arrays) -> tuple[Run, Point]:
+        run, point = bind(read, written)
 
         def timed() -> object:
             clock[0] += 100e-6
             return run()
 
-        return timed
+        return timed, point
 
     monkeypatch.setattr(graphs["step"], "bind", taking)
     monkeypatch.setattr(session, "step", slower)
