@@ -12,6 +12,7 @@ import click
 import digits
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.nn import functional
 
@@ -22,8 +23,8 @@ from nsm.models import StreamModel
 DIGITS_PER_STREAM = 8
 
 
-def build(adaptive: bool, width: int = 48) -> StreamModel:
-    """A new model: a fixed bank of 16 slots a layer, or one that adapts within 64."""
+def build(adaptive: bool, width: int = 48, slots: int = 16) -> StreamModel:
+    """A new model: a fixed bank of so many slots a layer, or one that begins with them and adapts within 64."""
     sizes: dict[str, Any] = {
         "vocab_size": digits.VOCABULARY,
         "d_model": width,
@@ -34,8 +35,16 @@ def build(adaptive: bool, width: int = 48) -> StreamModel:
         "gate_type": "mingru",
     }
     if adaptive:
-        return nsm.AdaptiveNSM(**sizes, state_dim=2 * width, max_states=64, initial_states=16)
-    return nsm.SimpleNSM(**sizes, num_states=16)
+        return nsm.AdaptiveNSM(**sizes, state_dim=2 * width, max_states=64, initial_states=slots)
+    return nsm.SimpleNSM(**sizes, num_states=slots)
+
+
+def slots_in_use(model: StreamModel, ids: NDArray[np.int64]) -> str:
+    """How many slots a layer has at the end of streams [B, T], on average: "12.5 + 3.0"."""
+    with torch.no_grad():
+        _, state = model(torch.from_numpy(ids), return_state=True)
+    masks = [value for name, value in state.items() if name.endswith(".mask")]
+    return " + ".join(f"{mask.sum(-1).double().mean():.1f}" for mask in masks)
 
 
 @click.command()
@@ -45,6 +54,7 @@ def build(adaptive: bool, width: int = 48) -> StreamModel:
 @click.option("--digits-per-update", default=1, show_default=True, help="Length of a gradient, in digits.")
 @click.option("--learning-rate", default=4e-3, show_default=True)
 @click.option("--adaptive", is_flag=True, help="Banks of 64 slots that prune and allocate their own.")
+@click.option("--slots", type=click.IntRange(1, 64), default=16, show_default=True, help="Of a bank, when it begins.")
 @click.option("--width", default=48, show_default=True, help="d_model, a multiple of 8.")
 @click.option("--seed", default=0, show_default=True)
 def main(
@@ -54,6 +64,7 @@ def main(
     digits_per_update: int,
     learning_rate: float,
     adaptive: bool,
+    slots: int,
     width: int,
     seed: int,
 ) -> None:
@@ -61,7 +72,7 @@ def main(
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     train, test = digits.load()
-    model = build(adaptive, width)
+    model = build(adaptive, width, slots)
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, pct_start=0.1)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -87,10 +98,11 @@ def main(
     model.eval()
     test_ids, test_labels = digits.streams(test, 8)
     accuracy = float((digits.classify(model, test_ids) == test_labels).mean())
+    used = f", {slots_in_use(model, test_ids)} slots in use at the end of its streams" if adaptive else ""
     samples, _ = digits.streams(train, 40)
     nsm.save(model, output, samples=samples)
     parameters = sum(p.numel() for p in model.parameters())
-    click.echo(f"{output}: {parameters:,} parameters, test accuracy {accuracy:.2%} on chained digits")
+    click.echo(f"{output}: {parameters:,} parameters, test accuracy {accuracy:.2%} on chained digits{used}")
 
 
 if __name__ == "__main__":

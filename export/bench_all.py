@@ -54,6 +54,20 @@ _REASON = 90
 
 NOT_FASTER = "not faster than fp32"
 
+# What only a run can tell.
+_MEASURED = (
+    "steps",
+    "batch",
+    "tokens_per_call",
+    "latency_us",
+    "tokens_per_second",
+    "decode_us",
+    "ratio",
+    "decode_ratio",
+    "state_bytes",
+    "peak_rss_mb",
+)
+
 # Exit code of what went wrong -> status.
 _STATUS: Mapping[int, str] = MappingProxyType(
     {2: "refused", 3: "not supported", 4: "build failed", 5: "parity failed", 7: NOT_FASTER}
@@ -86,7 +100,7 @@ class Combination:
         known: dict[str, Any] = {} if self.measured is None else self.measured.to_json(steps)
         artifact = self.artifact
         return {
-            **dict.fromkeys(("steps", "latency_us", "tokens_per_second", "decode_us", "ratio", "peak_rss_mb")),
+            **dict.fromkeys(_MEASURED),
             **known,
             "target": self.target,
             "precision": self.precision,

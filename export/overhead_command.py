@@ -69,6 +69,6 @@ def measure_overhead(path: Path, targets: Sequence[str], steps: int | None, thre
     ]
     terminal.table(COLUMNS, lines, f"A call of step, {rounds} rounds of {CALLS} calls of each in turn")
     terminal.say(
-        "\nsession: inputs checked and copied, the call, outputs copied, finiteness looked at; bare: the graph alone, "
+        "\nsession: inputs checked and copied, the call, finiteness looked at; bare: the graph alone, "
         "bound once.\nwrapper: the median over rounds of their difference, and its 95 % interval."
     )

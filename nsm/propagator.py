@@ -46,9 +46,10 @@ class StatePropagator(nn.Module):
 
     All start near "keep": an untrained propagator hands on 95 % of `prev`.
 
-    Communication lets the active slots of a bank attend to each other (multi-head, pre-norm, residual) and then
-    gives every slot the norm it had before, so that communication turns states and never grows them. A single
-    state [B, D] has nobody to talk to, and is left as it is.
+    Communication lets the active slots of a bank attend to each other (multi-head, pre-norm, residual). What a slot
+    hears is measured by what it holds, and goes through a gate that starts nearly closed. Every slot then has the norm
+    it had before, so that communication turns states and never grows them. A single state [B, D] has nobody to talk
+    to, and is left as it is.
 
     Args:
         state_dim: D.
@@ -98,6 +99,8 @@ class StatePropagator(nn.Module):
             self.qkv = nn.Linear(state_dim, 3 * state_dim, bias=False)
             self.out = nn.Linear(state_dim, state_dim, bias=False)
             nn.init.zeros_(self.out.weight)
+            self.listen = nn.Linear(state_dim, 1)
+            nn.init.constant_(self.listen.bias, _KEEP_BIAS)
 
     @overload
     def forward(self, prev: Tensor, new: Tensor, cell: None = None, mask: Tensor | None = None) -> Tensor: ...
@@ -164,14 +167,15 @@ class StatePropagator(nn.Module):
     def communicate(self, state: Tensor, mask: Tensor | None) -> Tensor:
         """Let the active slots of a bank [B, S, D] attend to each other."""
         batch, slots, dim = state.shape
-        heads = self.qkv(self.norm(state)).view(batch, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        normed = self.norm(state)
+        heads = self.qkv(normed).view(batch, slots, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = heads.unbind(0)
         scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
         if mask is not None:
             scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
         mixed = (scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, slots, dim)
-        turned: Tensor = state + self.out(mixed)
         norm = torch.linalg.vector_norm(state, dim=-1, keepdim=True)
+        turned: Tensor = state + torch.sigmoid(self.listen(normed)) * dim**-0.5 * norm * self.out(mixed)
         kept: Tensor = turned * (norm / (torch.linalg.vector_norm(turned, dim=-1, keepdim=True) + 1e-6))
         return kept
 

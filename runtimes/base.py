@@ -110,7 +110,7 @@ class Runtime(Protocol):
         ...
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        """Run one entry. Inputs have the dtypes and shapes of the spec. The outputs are the caller's own copies."""
+        """Run one entry. Inputs have the dtypes and shapes of the spec. The outputs are the caller's own."""
         ...
 
     def read_state(self, state: State) -> Arrays:

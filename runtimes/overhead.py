@@ -26,7 +26,7 @@ class Overhead:
     """Microseconds of a call of `step`.
 
     Args:
-        step_us: through the session: inputs checked and copied, the call, outputs copied, finiteness looked at.
+        step_us: through the session: inputs checked and copied, the call, finiteness looked at.
         bare_us: of the graph alone, bound to its memory once.
         median, low, high: of the difference within a round, and its 95 % interval (bootstrap over rounds).
     """

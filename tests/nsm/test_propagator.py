@@ -69,7 +69,7 @@ def one_transition(propagator: StatePropagator, prev: Tensor, new: Tensor, cell:
 
 
 def communicate_slot_by_slot(propagator: StatePropagator, bank: Tensor, active: list[int]) -> Tensor:
-    """Every slot of bank [S, D] asks the active slots, head by head, and keeps its norm."""
+    """Every slot of bank [S, D] asks the active slots, head by head, listens as much as it will, and keeps its norm."""
     dim, heads = propagator.state_dim, propagator.num_heads
     width = dim // heads
     result = torch.empty_like(bank)
@@ -80,7 +80,9 @@ def communicate_slot_by_slot(propagator: StatePropagator, bank: Tensor, active: 
             part = slice(head * width, (head + 1) * width)
             scores = torch.stack([query[slot, part] @ key[other, part] for other in active]) / width**0.5
             answer.append(sum(w * value[other, part] for w, other in zip(scores.softmax(0), active, strict=True)))
-        turned = bank[slot] + propagator.out(torch.cat([torch.as_tensor(part) for part in answer]))
+        said = propagator.out(torch.cat([torch.as_tensor(part) for part in answer]))
+        listens = torch.sigmoid(propagator.listen(propagator.norm(bank[slot])))
+        turned = bank[slot] + listens * bank[slot].square().mean().sqrt() * said
         result[slot] = turned / turned.norm() * bank[slot].norm()
     return result
 
@@ -178,6 +180,18 @@ def test_communication_keeps_the_norm_of_every_slot(gate_type: GateType) -> None
     silent.load_state_dict(talking.state_dict(), strict=False)
     prev, new, _ = random_states(2, 5, 12)
     assert_close(talking(prev, new).norm(dim=-1), silent(prev, new).norm(dim=-1), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("size", [1.0, 0.1, 0.01])
+def test_what_others_say_is_measured_by_what_a_slot_holds(size: float) -> None:
+    """However little a bank holds, an untrained gate lets its slots be turned by a twentieth of what is said."""
+    propagator = make_propagator(stirred=False, enable_communication=True)
+    with torch.no_grad():
+        propagator.out.weight.normal_()
+    bank = size * random_states(2, 5, 12)[0]
+    turned = propagator.communicate(bank, None)
+    assert ((turned - bank).norm(dim=-1) < 0.25 * bank.norm(dim=-1)).all()
+    assert ((turned - bank).norm(dim=-1) > 0.005 * bank.norm(dim=-1)).all()
 
 
 def test_communication_without_a_mask_is_among_all_slots() -> None:
