@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -54,7 +54,16 @@ class EntryModule(nn.Module):
         inputs = {item.name: value for item, value in zip(self.entry.inputs, flat[:count], strict=True)}
         state = {**self.unread, **dict(zip(self.reads, flat[count:], strict=True))}
         outputs, state = self.model.graph(self.entry.name, inputs, state)
-        return (*(outputs[item.name] for item in self.entry.outputs), *(state[name] for name in self.writes))
+        results = (*(outputs[item.name] for item in self.entry.outputs), *(state[name] for name in self.writes))
+        return tuple(_apart(results, flat))
+
+
+def _apart(results: Sequence[Tensor], taken: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Results as tensors of their own: one name of a graph cannot be both an input and an output, or two outputs."""
+    seen = {id(value) for value in taken}
+    for value in results:
+        yield value.clone() if id(value) in seen else value
+        seen.add(id(value))
 
 
 def export_onnx(model: StepModel, spec: StepSpec, directory: Path, opset: int = OPSET) -> list[Path]:

@@ -100,6 +100,8 @@ class StateSpec:
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
+        if 0 in self.shape:
+            raise ConfigError(f"The state {self.name} of shape {list(self.shape)} holds nothing. Leave it out.")
         if not self.name.strip("."):
             raise ConfigError(f"A state is called {self.name!r}; expected is a name that a file could have.")
         if self.shape and not 0 <= self.batch_axis < len(self.shape):

@@ -173,8 +173,11 @@ class Range:
         self._kept.append(flat if len(flat) <= _KEPT else self._generator.choice(flat, _KEPT, replace=False))
 
     def scale(self) -> float:
-        """The scale with the least mean squared error on what was seen; 1 for an activation that is always zero."""
-        if not self._largest:
+        """The scale with the least mean squared error on what was seen; 1 for an activation that is as good as zero.
+
+        A scale that is no normal number of float32 is nothing to divide by: OpenVINO gives NaN.
+        """
+        if 0.3 * self._largest / LEVELS < np.finfo(np.float32).tiny:
             return 1.0
         values = np.concatenate(self._kept)
         best, least = self._largest / LEVELS, np.inf

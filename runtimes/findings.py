@@ -117,6 +117,7 @@ class Findings:
             given = {name: states[name][lane] for name in trace.after}
             for name in self._exact:
                 self._mismatches += int((trace.after[name][stream, index] != given[name]).sum())
+                self._changed |= bool((given[name] != trace.before[name][stream, index]).any())
             if self._dropped[kind][stream, step]:
                 continue
             for name in self._inexact:

@@ -154,7 +154,8 @@ class Session:
             valid: [B], how many of the tokens count on each lane (default: all).
 
         Returns:
-            The outputs by name, [B, T, ...]; zero behind a lane's valid tokens.
+            The outputs by name, [B, T, ...]; zero behind a lane's valid tokens. Debug outputs are those of `step`: NaN
+            for tokens that went through `decode`.
 
         Raises:
             InputError: as for `step`. Nothing has happened to the state.
@@ -376,10 +377,11 @@ class Session:
         for lane in np.flatnonzero(counts):
             first, count = start[lane], counts[lane]
             batch[lane, :count] = tokens[lane, first : first + count]
-        for name, value in call(batch, counts).items():
+        answers = call(batch, counts)
+        for name, result in results.items():
             for lane in np.flatnonzero(counts):
                 first, count = start[lane], counts[lane]
-                results[name][lane, first : first + count] = value[lane, :count]
+                result[lane, first : first + count] = answers[name][lane, :count] if name in answers else np.nan
 
     def _checked_shape(self, call: str, sequence: ArrayLike) -> Array:
         """A sequence [B, T, ...] of the shape that the model takes."""

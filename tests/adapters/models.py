@@ -161,3 +161,27 @@ class InPlace(nn.Module):
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         h.mul_(0.5).add_(x)
         return h.clone(), h.clone()
+
+
+class Handed(nn.Module):
+    """States that are handed on as they are: a delay line of two calls, a scale that stays, and a count of calls."""
+
+    def forward(
+        self, x: Tensor, late: Tensor, later: Tensor, scale: Tensor, calls: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return later * scale + x.square(), x, late, scale, calls + 1
+
+
+class Twice(nn.Module):
+    """One tensor is the answer and both of the states."""
+
+    def forward(self, x: Tensor, h: Tensor, copy: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        h = 0.5 * h + 0.25 * copy + x
+        return h, h, h
+
+
+class Counting(nn.Module):
+    """The only state that ever changes is an integer."""
+
+    def forward(self, x: Tensor, calls: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return x * scale * calls[:, None].to(x.dtype), calls + 1, scale

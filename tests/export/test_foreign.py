@@ -16,7 +16,7 @@ from nsm.errors import InputError, NsmError, UnsupportedError
 from nsm.export.state_names import find_states
 from nsm.export.state_options import StateOption, parse_constants, parse_states
 from nsm.export.torch_program import load_program
-from tests.adapters.models import VoiceActivity
+from tests.adapters.models import Counting, Handed, Twice, VoiceActivity
 from tests.adapters.test_as_step import MODELS, tokens
 from tests.export.helpers import invoke, refused, succeeded
 
@@ -43,6 +43,32 @@ def test_a_module_becomes_a_verified_bundle(name: str, tmp_path: Path) -> None:
         wanted.restore(session.snapshot(1), 0)
         first = session.spec.state_names[0]
         np.testing.assert_array_equal(wanted.read_state()[first][0], session.read_state()[first][1])
+
+
+H = torch.full((1, 3), 0.5)
+CALLS = torch.zeros(1, dtype=torch.int64)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize(
+    ("module", "states"),
+    [(Handed(), [H, H, H, CALLS]), (Twice(), [H, H]), (Counting(), [CALLS, H])],
+    ids=["handed", "twice", "counting"],
+)
+def test_states_may_be_handed_on_as_they_are_or_be_one_tensor(
+    module: nn.Module, states: list[torch.Tensor], batch: int, tmp_path: Path
+) -> None:
+    model = nsm.as_step(module, states, token_shape=(3,))
+    samples = tokens(model, 4, 30)
+    bundle = nsm.export_model(model, ["onnxruntime", "openvino"], tmp_path / "m.nsm", samples, batch=batch, **SMALL)
+    assert [item.parity["status"] for item in bundle.manifest.artifacts] == ["passed", "passed"]
+    given = tokens(model, batch, 7, seed=3)
+    for target in ("onnxruntime", "openvino"):
+        with nsm.open(bundle, target) as session, nsm.reference(model, batch=batch) as wanted:
+            found, expected = session.feed(given), wanted.feed(given)
+            np.testing.assert_allclose(found["outputs"], expected["outputs"], rtol=1e-5, atol=1e-6)
+            for name, value in wanted.read_state().items():
+                np.testing.assert_allclose(session.read_state()[name], value, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

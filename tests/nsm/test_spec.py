@@ -69,6 +69,11 @@ def test_sizes_in_bytes() -> None:
     assert StateSpec("x", (), "float64").nbytes == 8
 
 
+def test_a_state_that_holds_nothing_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"The state 0\.cache of shape \[1, 0, 4\] holds nothing\. Leave it out"):
+        StateSpec("0.cache", (1, 0, 4), "float32")
+
+
 def test_dtypes_are_those_of_numpy() -> None:
     spec = make_spec()
     assert [state.numpy_dtype for state in spec.states[:4]] == [np.int64, np.float32, np.bool_, np.float16]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from nsm.errors import InputError, RunError, StreamError
 from nsm.runtimes.base import State
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.session import Session
+from nsm.spec import TensorSpec
 from nsm.trace import Array, Arrays
 from tests.runtimes.fake import (
     CHUNK,
@@ -299,6 +301,21 @@ def test_a_wrong_decode_is_refused_and_leaves_the_state_untouched(tokens: Any, v
         session.decode(tokens, valid)
     assert_same(session.read_state(), before)
     assert session.offsets.tolist() == [1, 3]
+
+
+def test_debug_outputs_are_nan_for_tokens_that_were_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = fake_spec(1)
+    step = spec.entry("step")
+    debug = replace(step, outputs=(*step.outputs, TensorSpec("routing.0", (1, CHUNK, 2), "float32", 1)))
+    session = fake_session(replace(spec, entries=(debug, *spec.entries[1:])))
+    real = session.step
+    monkeypatch.setattr(
+        session, "step", lambda *given: {**real(*given), "routing.0": np.full((1, CHUNK, 2), 0.5, np.float32)}
+    )
+    session.decode(np.zeros((1, 1), np.int64))
+    found = session.feed(np.zeros((1, 2 * CHUNK - 1), np.int64))["routing.0"]
+    assert np.isnan(found[:, : CHUNK - 1]).all()
+    assert (found[:, CHUNK - 1 :] == 0.5).all()
 
 
 @pytest.mark.parametrize(
