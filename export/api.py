@@ -28,7 +28,7 @@ def export_model(
     """Build a verified bundle from a model in memory, as `nsm-export` does from a file.
 
     Args:
-        model: one of ours, or what `nsm.as_step` made of a module.
+        model: one of ours, or what `nsm.as_step` made of a module; in float32.
         targets: "onnx", "onnxruntime", "openvino", "tensorrt", or several of them.
         output: the bundle to write.
         samples: real sequences, [T] ids or [T, *token] numbers each; some judge the export, the others calibrate int8.
@@ -40,7 +40,7 @@ def export_model(
         The bundle; open it with `nsm.open`.
 
     Raises:
-        InputError, UnsupportedError, BuildError, ParityError, SlowerError: see `nsm.errors`.
+        InputError, ConfigError, UnsupportedError, BuildError, ParityError, SlowerError: see `nsm.errors`.
 
     Example:
         >>> step = nsm.as_step(nn.GRU(40, 128, num_layers=2))   # doctest: +SKIP
@@ -52,6 +52,7 @@ def export_model(
             f"export_model takes one of nsm's models, or what nsm.as_step made of a module; given "
             f"{type(given).__name__}. Make a step model of it first: nsm.as_step(module, ...)."
         )
+    model.check_float32()
     golden, calibration = split_samples(model, samples)
     source = TorchSource(Checkpoint(model, golden, calibration, fingerprint(model)))
     path = None if data is None else Path(data)

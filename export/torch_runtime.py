@@ -91,15 +91,18 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
     A snapshot taken from an artifact of the model can be restored here, and the other way round.
 
     Args:
-        model: a model, or a checkpoint written by `nsm.save`.
+        model: a model in float32, or in float64 to see how much is rounding; or a checkpoint written by `nsm.save`.
         batch: lanes.
         tokens_per_call: K of a `step`, a multiple of the model's chunk (default: one chunk).
 
     Raises:
         CheckpointError: see `nsm.load`.
         InputError: the model does not take so many tokens a call.
+        ConfigError: the model is in a lower precision.
     """
     if isinstance(model, StepModel):
+        if model.dtype != torch.float64:
+            model.check_float32()
         found, identity = model, fingerprint(model)
     else:
         checkpoint = load_checkpoint(model)

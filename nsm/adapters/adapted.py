@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nsm.adapters.carried import Carried
 from nsm.errors import ConfigError, InputError, UnsupportedError
-from nsm.models.step import State, StepModel
+from nsm.models.step import State, StepModel, check_float32
 from nsm.spec import VALID, EntrySpec, StepSpec, TensorSpec
 
 Call = Callable[[Any, Tensor, list[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -54,7 +54,7 @@ class AdaptedModel(StepModel):
             raise ConfigError("A step model has at least one state; given none. Name them with states=[...].")
         if chunk_size < 1:
             raise ConfigError(f"chunk_size is at least 1; given {chunk_size}.")
-        _check_dtypes(module, states)
+        check_float32(module, [(state.name, state.initial) for state in states])
         self.module = module.eval()
         self.token_spec = token
         self.chunk_size = chunk_size if timed else 1
@@ -86,6 +86,11 @@ class AdaptedModel(StepModel):
         return tuple(
             Carried(state.name, getattr(self, f"initial_{index}"), state.lane_axis)
             for index, state in enumerate(self._carried)
+        )
+
+    def check_float32(self) -> None:
+        check_float32(
+            self.module, [(state.name, getattr(self, f"initial_{i}")) for i, state in enumerate(self._carried)]
         )
 
     def declare(self, shapes: dict[str, tuple[int, ...]], lanes: int | None, why: str = "") -> None:
@@ -171,19 +176,6 @@ class AdaptedModel(StepModel):
             parts.append(outputs)
         result = torch.cat(parts, 1)
         return (result, state) if return_state else result
-
-
-def _check_dtypes(module: nn.Module, states: Sequence[Carried]) -> None:
-    """Raise unless it is a model in float32. Buffers may be finer: a module rounds them where it takes them."""
-    found = [(f"its weight {name}", value.dtype) for name, value in module.named_parameters()]
-    found += [(f"its buffer {name}", v.dtype) for name, v in module.named_buffers() if v.dtype != torch.float64]
-    found += [(f"its state {state.name}", state.initial.dtype) for state in states]
-    for what, dtype in found:
-        if dtype.is_floating_point and dtype != torch.float32:
-            raise ConfigError(
-                f"{type(module).__name__} is to be exported from float32; {what} is {dtype}. Convert the module, and "
-                "the states, with .float(); a lower precision is asked for at the export: precision=..."
-            )
 
 
 def _where(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:

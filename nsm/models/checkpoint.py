@@ -62,7 +62,7 @@ def save(
     """Write a checkpoint, atomically.
 
     Args:
-        model: the trained model.
+        model: the trained model, in float32.
         path: usually `something.pt`.
         samples: real sequences of tokens, [T] ids or [T, input_dim] vectors each (an array [N, T] will do). Up
             to 8, spread over the list, are kept as golden sequences that every export is checked on; the others
@@ -70,6 +70,7 @@ def save(
 
     Raises:
         InputError: a model of another kind, or samples the model does not take.
+        ConfigError: a model that is not in float32.
     """
     name = type(model).__name__
     if MODELS.get(name) != type(model).__module__:
@@ -78,6 +79,7 @@ def save(
             "export from "
             "Python with nsm.export_model(model, target, output), or write a program with torch.export.save (.pt2)."
         )
+    model.check_float32()
     golden, calibration = split_samples(model, samples)
     content = {
         "format": FORMAT,

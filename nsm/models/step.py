@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from nsm.errors import InputError
+from nsm.errors import ConfigError, InputError
 from nsm.spec import StepSpec, TensorSpec
 
 State = dict[str, Tensor]
@@ -69,6 +70,10 @@ class StepModel(nn.Module, ABC):
         numbers = (*self.parameters(), *self.buffers())
         return next((value.dtype for value in numbers if value.is_floating_point()), torch.float32)
 
+    def check_float32(self) -> None:
+        """Raise `ConfigError` unless the model is in float32, as files and bundles hold it."""
+        check_float32(self)
+
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise `InputError` unless the tokens are [B, T, ...] of this model's kind and in range."""
         spec = self.token_spec
@@ -103,3 +108,20 @@ class StepModel(nn.Module, ABC):
                 f"Take {max(1, round(count / self.chunk_size)) * self.chunk_size}."
             )
         return count
+
+
+def check_float32(module: nn.Module, states: Iterable[tuple[str, Tensor]] = ()) -> None:
+    """Raise `ConfigError` unless a module, and its states by name, are in float32.
+
+    Buffers may be finer: a module rounds them where it takes them.
+    """
+    found = [(f"its weight {name}", value.dtype) for name, value in module.named_parameters()]
+    found += [(f"its buffer {name}", v.dtype) for name, v in module.named_buffers() if v.dtype != torch.float64]
+    found += [(f"its state {name}", value.dtype) for name, value in states]
+    for what, dtype in found:
+        if dtype.is_floating_point and dtype != torch.float32:
+            raise ConfigError(
+                f"{type(module).__name__} is to be saved, exported or run in float32; {what} is {dtype}. Convert it, "
+                "and states that you give, with .float(), as in model.float(); a lower precision is asked for at the "
+                "export: precision=..."
+            )

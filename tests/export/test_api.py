@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import nsm
-from nsm.errors import InputError
+from nsm.errors import ConfigError, InputError
 from nsm.export.torch_source import TorchSource
+from nsm.models.simple import SimpleNSM
 from tests.adapters.models import Learned
+
+
+class Sum(nn.Module):
+    def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        return total * 2, total + x
+
 
 SMALL: dict[str, Any] = {"num_samples": 2, "golden_steps": 4}
 
@@ -22,6 +30,24 @@ def test_a_module_that_is_no_step_model_is_told_what_makes_it_one(tmp_path: Path
     module: Any = nn.LSTM(8, 8)
     with pytest.raises(InputError, match=r"given LSTM\. Make a step model of it first: nsm\.as_step\(module"):
         nsm.export_model(module, "onnx", tmp_path / "m.nsm")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_in_another_precision_is_told_how_to_convert_it(
+    model_factory: Callable[..., SimpleNSM], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    adapted = nsm.as_step(nn.GRU(4, 4))
+    for model in (model_factory(num_layers=1), adapted):
+        with pytest.raises(ConfigError, match=rf"in float32; its weight \S+ is {dtype}\. .*model\.float\(\)"):
+            nsm.export_model(model.to(dtype), "onnx", tmp_path / "m.nsm")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_states_of_a_module_count_as_its_weights_do(tmp_path: Path) -> None:
+    """A module without weights: what is in another precision then are the values that its states begin with."""
+    model = nsm.as_step(Sum(), [nsm.Carried("sum", torch.ones(1, 3))], token_shape=(3,))
+    with pytest.raises(ConfigError, match=r"Sum is to be .* in float32; its state sum is torch\.float64"):
+        nsm.export_model(model.double(), "onnx", tmp_path / "m.nsm")
 
 
 def test_a_learned_initial_value_and_a_file_of_sequences_by_its_name(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 import nsm
 from nsm.baselines import RecurrentLM
 from nsm.bundle import Bundle
-from nsm.errors import RunError, StreamError
+from nsm.errors import ConfigError, RunError, StreamError
 from nsm.export.bench_command import lane_tokens
 from nsm.export.torch_runtime import compiled_session, load_matching, model_session, reference, torch_threads
 from nsm.models.simple import SimpleNSM
@@ -59,6 +59,14 @@ def test_in_double_it_says_so_and_is_closer(model_factory: type) -> None:
     session = model_session(exact, exact.spec(1), "exact")
     assert session.effective_precision == "fp64"
     assert session.step(make_sequences(1, CHUNK))["outputs"].dtype == np.float64
+
+
+def test_the_reference_runs_in_double_and_in_nothing_coarser(model_factory: type) -> None:
+    with nsm.reference(model_factory().double()) as session:
+        assert session.effective_precision == "fp64"
+    for dtype in (torch.float16, torch.bfloat16):
+        with pytest.raises(ConfigError, match=rf"in float32; its weight \S+ is {dtype}\. .*model\.float\(\)"):
+            nsm.reference(model_factory().to(dtype))
 
 
 def test_a_closed_or_failing_model_is_an_error_of_ours(model: SimpleNSM, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import nsm
-from nsm.errors import CheckpointError, InputError
+from nsm.errors import CheckpointError, ConfigError, InputError
 from nsm.layer import NSMLayer
 from nsm.manager import StateManager
 from nsm.models.checkpoint import MAX_GOLDEN, fingerprint, load, load_checkpoint, save
@@ -252,6 +252,21 @@ def test_only_models_of_the_family_are_saved(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=f"nsm.save writes SimpleNSM, .*; given {name}"):
             save(model, tmp_path / "model.pt")  # type: ignore[arg-type]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_model_in_another_precision_is_not_written(
+    model_factory: Callable[..., SimpleNSM], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """It would come back in float32, as another model."""
+    model = model_factory(**SMALL).to(dtype)
+    with pytest.raises(
+        ConfigError, match=rf"SimpleNSM is to be .* in float32; its weight \S+ is {dtype}\..*model\.float\(\)"
+    ):
+        save(model, tmp_path / "model.pt")
+    assert list(tmp_path.iterdir()) == []
+    save(model.float(), tmp_path / "model.pt")
+    assert load_checkpoint(tmp_path / "model.pt").fingerprint == fingerprint(model)
 
 
 # -- fingerprint -------------------------------------------------------------------------------------------------
