@@ -23,6 +23,7 @@ from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
 from nsm.export.state_options import parse_constants, parse_shapes, parse_states
 from nsm.manifest import Artifact, Manifest
+from nsm.plain import real, whole
 from nsm.quantization.checks import check_enough
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
@@ -60,6 +61,9 @@ class ExportOptions:
         constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
         shapes: sizes of open axes of its inputs, `name=size,size,...` each.
         vocab_size: of a foreign model over ids that does not say how many there are.
+
+    Raises:
+        InputError: a size or share that is no number.
     """
 
     targets: Sequence[str]
@@ -83,6 +87,13 @@ class ExportOptions:
     require_parity: bool = False
     force: bool = False
     command: str = ""
+
+    def __post_init__(self) -> None:
+        for name in ("chunk", "batch", "opset", "num_samples", "golden_steps", "vocab_size"):
+            value = getattr(self, name)
+            if value is not None:
+                object.__setattr__(self, name, whole(name, value, InputError))
+        object.__setattr__(self, "max_float_share", real("max_float_share", self.max_float_share, InputError))
 
     @property
     def steps(self) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from nsm.adapters.carried import Carried
 from nsm.errors import ConfigError, InputError, UnsupportedError
 from nsm.models.step import State, StepModel, check_float32
+from nsm.plain import flag, whole
 from nsm.spec import VALID, EntrySpec, StepSpec, TensorSpec
 
 Call = Callable[[Any, Tensor, list[Tensor]], tuple[list[Tensor], list[Tensor]]]
@@ -52,6 +53,7 @@ class AdaptedModel(StepModel):
             raise ConfigError(f"Two of the states and outputs are called {twice}; every one needs a name of its own.")
         if not states:
             raise ConfigError("A step model has at least one state; given none. Name them with states=[...].")
+        chunk_size, timed = whole("chunk_size", chunk_size), flag("timed", timed)
         if chunk_size < 1:
             raise ConfigError(f"chunk_size is at least 1; given {chunk_size}.")
         check_float32(module, [(state.name, state.initial) for state in states])

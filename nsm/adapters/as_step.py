@@ -14,6 +14,7 @@ from nsm.adapters.adapted import AdaptedModel, Call
 from nsm.adapters.carried import Carried
 from nsm.adapters.examine import examine
 from nsm.errors import ConfigError, UnsupportedError
+from nsm.plain import each_whole, whole
 from nsm.spec import TensorSpec
 
 Recurrent = nn.LSTM | nn.GRU | nn.RNN
@@ -76,6 +77,7 @@ def as_step(
 
 
 def _token(vocab_size: int | None, token_shape: Sequence[int] | None) -> TensorSpec:
+    vocab_size = None if vocab_size is None else whole("vocab_size", vocab_size)
     if (vocab_size is None) == (token_shape is None) or (vocab_size is not None and vocab_size < 1):
         raise ConfigError(
             "as_step needs to know the tokens: vocab_size=N for ids, or token_shape=(...) for numbers, (512,) for "
@@ -84,7 +86,7 @@ def _token(vocab_size: int | None, token_shape: Sequence[int] | None) -> TensorS
     if vocab_size is not None:
         return TensorSpec("tokens", (), "int64", None, 0, vocab_size - 1)
     assert token_shape is not None
-    return TensorSpec("tokens", tuple(token_shape), "float32")
+    return TensorSpec("tokens", tuple(each_whole("token_shape", token_shape)), "float32")
 
 
 def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:

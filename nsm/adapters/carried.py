@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nsm.errors import ConfigError
+from nsm.plain import whole
 from nsm.spec import StateSpec
 
 # A model is float32, or float64 for the while that its rounding is measured.
@@ -48,6 +49,8 @@ class Carried:
             )
         # A result of other tensors could not be copied with the model.
         object.__setattr__(self, "initial", given.detach().clone())
+        if self.lane_axis is not None:
+            object.__setattr__(self, "lane_axis", whole(f"lane_axis of the state {self.name}", self.lane_axis))
         axis, shape = self.lane_axis, list(self.initial.shape)
         if self.initial.dtype not in _DTYPES:
             known = ", ".join(dict.fromkeys(_DTYPES.values()))

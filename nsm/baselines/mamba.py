@@ -35,7 +35,7 @@ class MambaLM(CausalLM):
     def __init__(
         self, vocab_size: int, d_model: int, num_layers: int, state_size: int = 16, chunk_size: int = 16
     ) -> None:
-        sizes = checked_sizes(
+        size = checked_sizes(
             "MambaLM",
             {
                 "vocab_size": vocab_size,
@@ -45,8 +45,9 @@ class MambaLM(CausalLM):
                 "chunk_size": chunk_size,
             },
         )
-        super().__init__(vocab_size, d_model, chunk_size, [MambaLayer(d_model, state_size) for _ in range(num_layers)])
-        self.config = {**sizes}
+        layers = [MambaLayer(size["d_model"], size["state_size"]) for _ in range(size["num_layers"])]
+        super().__init__(size["vocab_size"], size["d_model"], size["chunk_size"], layers)
+        self.config = dict(size)
 
 
 class MambaLayer(RecurrentLayer):

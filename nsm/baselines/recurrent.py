@@ -40,14 +40,15 @@ class RecurrentLM(CausalLM):
     def __init__(
         self, vocab_size: int, d_model: int, num_layers: int, kind: Kind = "lstm", chunk_size: int = 16
     ) -> None:
-        sizes = checked_sizes(
+        size = checked_sizes(
             "RecurrentLM",
             {"vocab_size": vocab_size, "d_model": d_model, "num_layers": num_layers, "chunk_size": chunk_size},
         )
         if kind not in _CELLS:
             raise ConfigError(f"kind must be one of {', '.join(_CELLS)}; given {kind!r}.")
-        super().__init__(vocab_size, d_model, chunk_size, [GatedLayer(d_model, kind) for _ in range(num_layers)])
-        self.config = {**sizes, "kind": kind}
+        layers = [GatedLayer(size["d_model"], kind) for _ in range(size["num_layers"])]
+        super().__init__(size["vocab_size"], size["d_model"], size["chunk_size"], layers)
+        self.config = {**size, "kind": kind}
 
 
 class GatedLayer(RecurrentLayer):

@@ -11,6 +11,7 @@ from nsm.errors import ConfigError
 from nsm.layout import join_heads, split_heads
 from nsm.models.options import checked_sizes
 from nsm.models.step import State
+from nsm.plain import real
 
 BLOCK = 16
 """Tokens that are taken at once in closed form."""
@@ -49,7 +50,7 @@ class RWKVLM(CausalLM):
         feed_forward: float = 3.5,
         chunk_size: int = 16,
     ) -> None:
-        sizes = checked_sizes(
+        size = checked_sizes(
             "RWKVLM",
             {
                 "vocab_size": vocab_size,
@@ -59,13 +60,14 @@ class RWKVLM(CausalLM):
                 "chunk_size": chunk_size,
             },
         )
-        if d_model % num_heads or feed_forward <= 0:
+        width, heads, factor = size["d_model"], size["num_heads"], real("feed_forward of RWKVLM", feed_forward)
+        if width % heads or factor <= 0:
             raise ConfigError(
-                f"num_heads must divide d_model={d_model}, and feed_forward be > 0; given {num_heads}, {feed_forward}."
+                f"num_heads must divide d_model={width}, and feed_forward be > 0; given {heads}, {factor}."
             )
-        layers = [RWKVLayer(d_model, num_heads, round(feed_forward * d_model)) for _ in range(num_layers)]
-        super().__init__(vocab_size, d_model, chunk_size, layers)
-        self.config = {**sizes, "feed_forward": feed_forward}
+        layers = [RWKVLayer(width, heads, round(factor * width)) for _ in range(size["num_layers"])]
+        super().__init__(size["vocab_size"], width, size["chunk_size"], layers)
+        self.config = {**size, "feed_forward": factor}
 
 
 class RWKVLayer(RecurrentLayer):

@@ -51,7 +51,7 @@ class TransformerLM(CausalLM):
     def __init__(
         self, vocab_size: int, d_model: int, num_layers: int, num_heads: int, context: int, chunk_size: int = 16
     ) -> None:
-        sizes = checked_sizes(
+        size = checked_sizes(
             "TransformerLM",
             {
                 "vocab_size": vocab_size,
@@ -62,17 +62,18 @@ class TransformerLM(CausalLM):
                 "chunk_size": chunk_size,
             },
         )
-        if d_model % (2 * num_heads) or context > LONGEST:
+        width, heads, length = size["d_model"], size["num_heads"], size["context"]
+        if width % (2 * heads) or length > LONGEST:
             raise ConfigError(
-                f"2 * num_heads must divide d_model={d_model}, and context be at most {LONGEST}; given "
-                f"num_heads={num_heads}, context={context}."
+                f"2 * num_heads must divide d_model={width}, and context be at most {LONGEST}; given "
+                f"num_heads={heads}, context={length}."
             )
-        layers = [TransformerLayer(d_model, num_heads) for _ in range(num_layers)]
-        super().__init__(vocab_size, d_model, chunk_size, layers)
-        self.config = dict(sizes)
-        self.context = context
-        self.shape = (num_heads, context, d_model // num_heads)
-        self.period = -(-LONGEST // context) * context
+        layers = [TransformerLayer(width, heads) for _ in range(size["num_layers"])]
+        super().__init__(size["vocab_size"], width, size["chunk_size"], layers)
+        self.config = dict(size)
+        self.context = length
+        self.shape = (heads, length, width // heads)
+        self.period = -(-LONGEST // length) * length
         self.stride = math.isqrt(self.period) + 1
         self.register_buffer("coarse", self._rotations(self.stride), persistent=False)
         self.register_buffer("fine", self._rotations(1), persistent=False)

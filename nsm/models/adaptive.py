@@ -9,8 +9,18 @@ from typing import Unpack
 from nsm.adaptation import Adaptation
 from nsm.layer import NSMLayer
 from nsm.manager import StateManager
-from nsm.models.options import LayerOptions, check_one_form, checked_sizes, embedding, output_head, per_layer, stored
+from nsm.models.options import (
+    LayerOptions,
+    check_one_form,
+    checked_options,
+    checked_sizes,
+    embedding,
+    one_or_each,
+    output_head,
+    per_layer,
+)
 from nsm.models.stream import StreamModel
+from nsm.plain import real, whole
 
 
 class AdaptiveNSM(StreamModel):
@@ -57,41 +67,43 @@ class AdaptiveNSM(StreamModel):
     ) -> None:
         check_one_form("AdaptiveNSM", vocab_size, input_dim)
         sizes = {
-            "state_dim": state_dim,
+            "vocab_size": vocab_size,
+            "input_dim": input_dim,
+            "state_dim": whole("state_dim of AdaptiveNSM", state_dim),
             "output_dim": next(size for size in (output_dim, input_dim, vocab_size) if size is not None),
             "d_model": state_dim // 2 if d_model is None else d_model,
             "num_layers": num_layers,
             "num_heads": 4 if num_heads is None else num_heads,
         }
-        size = checked_sizes("AdaptiveNSM", {"vocab_size": vocab_size, "input_dim": input_dim, **sizes})
+        size = checked_sizes("AdaptiveNSM", sizes)
         width = size["d_model"]
         if num_heads is None:
             size["num_heads"] = gcd(size["num_heads"], width)
-        adaptation = Adaptation(prune_threshold, allocate_threshold, novelty_threshold)
+        slots = one_or_each("AdaptiveNSM", "max_states", max_states)
+        begin = None if initial_states is None else whole("initial_states of AdaptiveNSM", initial_states)
+        thresholds = {
+            "prune_threshold": real("prune_threshold of AdaptiveNSM", prune_threshold),
+            "allocate_threshold": real("allocate_threshold of AdaptiveNSM", allocate_threshold),
+            "novelty_threshold": real("novelty_threshold of AdaptiveNSM", novelty_threshold),
+        }
+        adaptation = Adaptation(**thresholds)
+        options = checked_options("AdaptiveNSM", options)
         layers = [
             NSMLayer(
-                state_dim,
+                size["state_dim"],
                 width,
                 size["num_heads"],
                 count,
-                initial_states=initial_states,
-                prune_threshold=prune_threshold,
+                initial_states=begin,
+                prune_threshold=thresholds["prune_threshold"],
                 adaptation=adaptation,
                 **options,
             )
-            for count in per_layer("AdaptiveNSM", "max_states", max_states, num_layers)
+            for count in per_layer("AdaptiveNSM", "max_states", slots, size["num_layers"])
         ]
-        embed, tokens = embedding(vocab_size, input_dim, width)
+        embed, tokens = embedding(size.get("vocab_size"), size.get("input_dim"), width)
         super().__init__(embed, layers, output_head(width, size["output_dim"]), tokens, size["output_dim"])
-        self.config = {
-            **size,
-            "max_states": max_states if isinstance(max_states, int) else list(max_states),
-            "initial_states": initial_states,
-            "prune_threshold": prune_threshold,
-            "allocate_threshold": allocate_threshold,
-            "novelty_threshold": novelty_threshold,
-            **stored(options),
-        }
+        self.config = {**size, "max_states": slots, "initial_states": begin, **thresholds, **options}
 
     @property
     def state_managers(self) -> list[StateManager]:

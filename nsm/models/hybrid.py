@@ -7,8 +7,17 @@ from typing import Unpack
 
 from nsm.attention_layer import AttentionLayer
 from nsm.layer import NSMLayer
-from nsm.models.options import LayerOptions, checked_sizes, embedding, output_head, per_layer, stored
+from nsm.models.options import (
+    LayerOptions,
+    checked_options,
+    checked_sizes,
+    embedding,
+    one_or_each,
+    output_head,
+    per_layer,
+)
 from nsm.models.stream import StreamModel
+from nsm.plain import whole
 
 
 class HybridModel(StreamModel):
@@ -51,7 +60,7 @@ class HybridModel(StreamModel):
             "HybridModel",
             {
                 "vocab_size": vocab_size,
-                "d_model": d_model,
+                "d_model": whole("d_model of HybridModel", d_model),
                 "num_attention_layers": num_attention_layers,
                 "num_nsm_layers": num_nsm_layers,
                 "num_heads": num_heads,
@@ -60,19 +69,21 @@ class HybridModel(StreamModel):
                 "output_dim": vocab_size if output_dim is None else output_dim,
             },
         )
+        width, heads = size["d_model"], size["num_heads"]
+        slots = one_or_each("HybridModel", "num_states", num_states)
+        options = checked_options("HybridModel", options)
         chunk_size, causal = options.get("chunk_size", 16), options.get("causal", True)
         feed_forward = options.get("feed_forward", 4.0)
         layers = [
             *(
-                AttentionLayer(d_model, num_heads, attention_window, chunk_size, feed_forward, causal)
-                for _ in range(num_attention_layers)
+                AttentionLayer(width, heads, size["attention_window"], chunk_size, feed_forward, causal)
+                for _ in range(size["num_attention_layers"])
             ),
             *(
-                NSMLayer(size["state_dim"], d_model, num_heads, count, **options)
-                for count in per_layer("HybridModel", "num_states", num_states, num_nsm_layers)
+                NSMLayer(size["state_dim"], width, heads, count, **options)
+                for count in per_layer("HybridModel", "num_states", slots, size["num_nsm_layers"])
             ),
         ]
-        embed, tokens = embedding(vocab_size, None, d_model)
-        super().__init__(embed, layers, output_head(d_model, size["output_dim"]), tokens, size["output_dim"])
-        slots = num_states if isinstance(num_states, int) else list(num_states)
-        self.config = {**size, "num_states": slots, **stored(options)}
+        embed, tokens = embedding(size["vocab_size"], None, width)
+        super().__init__(embed, layers, output_head(width, size["output_dim"]), tokens, size["output_dim"])
+        self.config = {**size, "num_states": slots, **options}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
+import numpy as np
 from torch import nn
 
 from nsm.errors import ConfigError
+from nsm.plain import each_whole, flag, real, whole
 from nsm.propagator import GateType
 from nsm.router import Routing
 from nsm.spec import TensorSpec
@@ -31,25 +33,61 @@ class LayerOptions(TypedDict, total=False):
     causal: bool
 
 
+_WHOLE = ("chunk_size", "window", "routing_heads", "top_k", "consolidate_every", "conv_width", "memory_rows")
+_FLAGS = ("communication", "causal")
+
+
 def checked_sizes(model: str, sizes: Mapping[str, int | None]) -> dict[str, int]:
-    """The sizes that are given, all >= 1.
+    """The sizes that are given, as plain numbers, all >= 1.
 
     Raises:
         ConfigError: names the first that is not.
     """
-    for name, value in sizes.items():
-        if value is not None and value < 1:
+    found = {name: whole(f"{name} of {model}", value) for name, value in sizes.items() if value is not None}
+    for name, value in found.items():
+        if value < 1:
             raise ConfigError(f"{model} needs {name} >= 1; given {value}.")
-    return {name: value for name, value in sizes.items() if value is not None}
+    return found
 
 
-def per_layer(model: str, name: str, value: int | Sequence[int], layers: int) -> list[int]:
+def checked_options(model: str, options: LayerOptions) -> LayerOptions:
+    """Options in plain numbers, as a checkpoint keeps them. What they may be is for the layers to say.
+
+    Raises:
+        ConfigError: names the first of another type.
+    """
+    given = cast(dict[str, Any], options)
+    found = dict(given)
+    for name, value in given.items():
+        what = f"{name} of {model}"
+        if name in _WHOLE and value is not None:
+            found[name] = whole(what, value)
+        elif name in _FLAGS:
+            found[name] = flag(what, value)
+        elif name == "feed_forward":
+            found[name] = real(what, value)
+        elif name == "hierarchy":
+            found[name] = each_whole(what, value)
+    return cast(LayerOptions, found)
+
+
+def one_or_each(model: str, name: str, value: int | Sequence[int]) -> int | list[int]:
+    """A size for all layers, or a list with one for each, in plain numbers.
+
+    Raises:
+        ConfigError: it is of another type.
+    """
+    what = f"{name} of {model}"
+    return each_whole(what, value) if isinstance(value, Sequence | np.ndarray) else whole(what, value)
+
+
+def per_layer(model: str, name: str, value: int | list[int], layers: int) -> list[int]:
     """A size of each layer, from one for all or a list of them.
 
     Raises:
         ConfigError: a list of another length, or sizes below 1.
     """
-    sizes = [value] * layers if isinstance(value, int) else list(value)
+    sizes = [value] * layers if isinstance(value, int) else value
     if len(sizes) != layers or any(size < 1 for size in sizes):
         raise ConfigError(
             f"{model} needs {name} >= 1, one for all or one for each of its {layers} layers; given {value}."
@@ -77,8 +115,3 @@ def embedding(vocab_size: int | None, input_dim: int | None, width: int) -> tupl
 def output_head(width: int, output_dim: int) -> nn.Module:
     """Norm and linear map to the outputs."""
     return nn.Sequential(nn.LayerNorm(width), nn.Linear(width, output_dim))
-
-
-def stored(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options as a checkpoint keeps them: plain values only."""
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in options.items()}

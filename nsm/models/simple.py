@@ -8,14 +8,24 @@ from typing import Literal, Unpack, overload
 
 from nsm.errors import ConfigError
 from nsm.layer import NSMLayer
-from nsm.models.options import LayerOptions, check_one_form, checked_sizes, embedding, output_head, per_layer, stored
+from nsm.models.options import (
+    LayerOptions,
+    check_one_form,
+    checked_options,
+    checked_sizes,
+    embedding,
+    one_or_each,
+    output_head,
+    per_layer,
+)
 from nsm.models.stream import StreamModel
+from nsm.plain import real, whole
 
 Form = Literal["ids", "vectors"]
 
 # What the two forms leave to a default; None stands for "the other form's argument".
 _STATES: Mapping[Form, int] = {"ids": 64, "vectors": 16}
-_DEFAULTS: Mapping[Form, Mapping[str, int | None]] = {
+_DEFAULTS: Mapping[Form, Mapping[str, int]] = {
     "ids": {"d_model": 256, "max_seq_length": 1024, "num_heads": 8, "num_layers": 2},
     "vectors": {"state_dim": 128, "output_dim": 10, "num_heads": 4, "num_layers": 2},
 }
@@ -100,7 +110,9 @@ class SimpleNSM(StreamModel):
         **options: Unpack[LayerOptions],
     ) -> None:
         form = _form(vocab_size, input_dim, max_seq_length)
-        given = {
+        sizes = {
+            "vocab_size": vocab_size,
+            "input_dim": input_dim,
             "d_model": d_model,
             "state_dim": state_dim,
             "output_dim": output_dim,
@@ -108,36 +120,40 @@ class SimpleNSM(StreamModel):
             "num_layers": num_layers,
             "num_heads": num_heads,
         }
-        sizes = {**_DEFAULTS[form], **{name: value for name, value in given.items() if value is not None}}
-        sizes.setdefault("d_model", (sizes.get("state_dim") or 0) // 2)
-        sizes.setdefault("state_dim", 2 * (sizes["d_model"] or 0))
-        sizes.setdefault("output_dim", vocab_size)
-        size = checked_sizes("SimpleNSM", {"vocab_size": vocab_size, "input_dim": input_dim, **sizes})
+        given = checked_sizes("SimpleNSM", sizes)
+        chosen = {**_DEFAULTS[form], **given}
+        chosen.setdefault("d_model", chosen.get("state_dim", 0) // 2)
+        chosen.setdefault("state_dim", 2 * chosen["d_model"])
+        chosen.setdefault("output_dim", chosen.get("vocab_size", 0))
+        size = checked_sizes("SimpleNSM", chosen)
         width = size["d_model"]
         if num_heads is None:
             size["num_heads"] = gcd(size["num_heads"], width)
-        slots = _STATES[form] if num_states is None else num_states
+        slots = one_or_each("SimpleNSM", "num_states", _STATES[form] if num_states is None else num_states)
+        begin = None if initial_states is None else whole("initial_states of SimpleNSM", initial_states)
+        threshold = real("prune_threshold of SimpleNSM", prune_threshold)
+        options = checked_options("SimpleNSM", options)
         layers = [
             NSMLayer(
                 size["state_dim"],
                 width,
                 size["num_heads"],
                 count,
-                initial_states=initial_states,
-                prune_threshold=prune_threshold,
+                initial_states=begin,
+                prune_threshold=threshold,
                 **options,
             )
             for count in per_layer("SimpleNSM", "num_states", slots, size["num_layers"])
         ]
-        embed, tokens = embedding(vocab_size, input_dim, width)
+        embed, tokens = embedding(size.get("vocab_size"), size.get("input_dim"), width)
         head = output_head(width, size["output_dim"])
         super().__init__(embed, layers, head, tokens, size["output_dim"], size.get("max_seq_length"))
         self.config = {
             **size,
-            "num_states": slots if isinstance(slots, int) else list(slots),
-            "initial_states": initial_states,
-            "prune_threshold": prune_threshold,
-            **stored(options),
+            "num_states": slots,
+            "initial_states": begin,
+            "prune_threshold": threshold,
+            **options,
         }
 
 

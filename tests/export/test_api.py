@@ -23,6 +23,16 @@ class Sum(nn.Module):
         return total * 2, total + x
 
 
+class Ids(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(5, 2)
+
+    def forward(self, x: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+        total = torch.tanh(total + self.embed(x))
+        return total * 2, total
+
+
 SMALL: dict[str, Any] = {"num_samples": 2, "golden_steps": 4}
 
 
@@ -48,6 +58,30 @@ def test_the_states_of_a_module_count_as_its_weights_do(tmp_path: Path) -> None:
     model = nsm.as_step(Sum(), [nsm.Carried("sum", torch.ones(1, 3))], token_shape=(3,))
     with pytest.raises(ConfigError, match=r"Sum is to be .* in float32; its state sum is torch\.float64"):
         nsm.export_model(model.double(), "onnx", tmp_path / "m.nsm")
+
+
+def test_numbers_of_numpy_are_taken_like_others(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    states = [nsm.Carried("sum", torch.ones(1, 3), np.int64(0))]  # type: ignore[arg-type]
+    shape, size, timed = np.array([3]), np.int64(4), np.bool_(False)
+    model = nsm.as_step(Sum(), states, token_shape=shape, timed=timed, chunk_size=size)  # type: ignore[arg-type]
+    options = {"batch": 2, "num_samples": 2, "golden_steps": 4, "opset": 20}
+    given: dict[str, Any] = {name: np.int64(value) for name, value in options.items()}
+    bundle = nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_float_share=np.float32(0.5), **given)
+    assert bundle.manifest.spec.batch == 2
+    assert bundle.manifest.model["config"]["states"] == [["sum", [1, 3], 0]]
+    ids = nsm.as_step(Ids(), [torch.zeros(1, 2)], vocab_size=np.int64(5))  # type: ignore[arg-type]
+    assert nsm.export_model(ids, "onnx", tmp_path / "ids.nsm", **given).manifest.spec.entries[0].inputs[0].maximum == 4
+
+
+@pytest.mark.parametrize("name", ["batch", "chunk", "opset", "num_samples", "golden_steps", "vocab_size"])
+def test_options_of_another_type_are_named(tmp_path: Path, name: str) -> None:
+    model = nsm.as_step(nn.GRU(4, 4))
+    given: dict[str, Any] = {name: 2.5}
+    with pytest.raises(InputError, match=rf"{name} is a whole number; given 2\.5 of type float"):
+        nsm.export_model(model, "onnx", tmp_path / "m.nsm", **given)
+    with pytest.raises(InputError, match=r"max_float_share is a number; given 'half' of type str"):
+        nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_float_share="half")
 
 
 def test_a_learned_initial_value_and_a_file_of_sequences_by_its_name(tmp_path: Path) -> None:

@@ -430,7 +430,7 @@ def test_a_missing_part_is_named(content: dict[str, Any], tmp_path: Path, missin
         ({"config": None}, "mapping"),
         ({"config": {"vocab_size": 20, "surprise": 1}}, "surprise"),
         ({"config": {"vocab_size": 20, "num_states": 0}}, "SimpleNSM needs num_states >= 1.*given 0"),
-        ({"config": {"vocab_size": 20, "d_model": "four"}}, "'str' and 'int'"),
+        ({"config": {"vocab_size": 20, "d_model": "four"}}, "d_model of SimpleNSM is a whole number; given 'four'"),
         ({"weights": {}}, r"Missing key\(s\) in state_dict"),
         ({"weights": [1]}, "state_dict"),
         ({"golden": 3}, "not iterable"),
