@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor, nn
@@ -40,8 +41,8 @@ class AttentionLayer(nn.Module):
         causal: bool = True,
     ) -> None:
         super().__init__()
-        if feed_forward <= 0:
-            raise ConfigError(f"feed_forward must be > 0; given {feed_forward}.")
+        if not isfinite(feed_forward * token_dim) or feed_forward <= 0:
+            raise ConfigError(f"feed_forward must be finite and > 0; given {feed_forward}.")
         self.chunk_size = chunk_size
         self.causal = causal
         self.norm = nn.LayerNorm(token_dim)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -110,9 +111,9 @@ class NSMLayer(nn.Module):
             raise ConfigError(f"chunk_size must be at least 2; given {chunk_size}.")
         if routing_heads < 1:
             raise ConfigError(f"routing_heads must be at least 1; given {routing_heads}.")
-        if conv_width < 2 or feed_forward <= 0 or memory_rows < 0:
+        if conv_width < 2 or not isfinite(feed_forward * token_dim) or feed_forward <= 0 or memory_rows < 0:
             raise ConfigError(
-                "conv_width must be >= 2, feed_forward > 0, memory_rows >= 0; given "
+                "conv_width must be >= 2, feed_forward finite and > 0, memory_rows >= 0; given "
                 f"{conv_width}, {feed_forward}, {memory_rows}."
             )
         if hierarchy and adaptation is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -61,9 +63,9 @@ class RWKVLM(CausalLM):
             },
         )
         width, heads, factor = size["d_model"], size["num_heads"], real("feed_forward of RWKVLM", feed_forward)
-        if width % heads or factor <= 0:
+        if width % heads or not math.isfinite(factor * width) or factor <= 0:
             raise ConfigError(
-                f"num_heads must divide d_model={width}, and feed_forward be > 0; given {heads}, {factor}."
+                f"num_heads must divide d_model={width}, and feed_forward be finite and > 0; given {heads}, {factor}."
             )
         layers = [RWKVLayer(width, heads, round(factor * width)) for _ in range(size["num_layers"])]
         super().__init__(size["vocab_size"], width, size["chunk_size"], layers)

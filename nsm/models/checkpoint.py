@@ -147,7 +147,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         raise CheckpointError(
             f"{path} is tagged as a checkpoint, but does not make a model: it lacks the part {error}."
         ) from error
-    except (TypeError, AttributeError, RuntimeError, InputError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError, RuntimeError, InputError) as error:
         raise CheckpointError(
             f"{path} is tagged as a checkpoint, but its config and weights do not make a model: {error}"
         ) from error

@@ -129,7 +129,9 @@ def test_gradients_reach_every_parameter() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"feed_forward": 0.0}, "feed_forward must be > 0; given 0.0"),
+        ({"feed_forward": 0.0}, "feed_forward must be finite and > 0; given 0.0"),
+        ({"feed_forward": float("inf")}, "feed_forward must be finite and > 0; given inf"),
+        ({"feed_forward": float("nan")}, "feed_forward must be finite and > 0; given nan"),
         ({"num_heads": 4}, "num_heads must divide token_dim=6; given 4"),
         ({"window": 2}, "window counts .*given window=2, chunk_size=3"),
     ],

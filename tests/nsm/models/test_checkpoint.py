@@ -445,6 +445,31 @@ def test_parts_that_make_no_model_are_refused(
         load(path)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"feed_forward": float("inf")},
+        {"feed_forward": float("nan")},
+        {"feed_forward": 1e308},
+        {"feed_forward": 10**400},
+        {"prune_threshold": torch.tensor(0.1)},
+        {"prune_threshold": float("nan")},
+        {"communication": torch.tensor(True)},
+        {"causal": None},
+        {"gate_type": torch.tensor(1)},
+        {"routing": ["softmax"]},
+        {"hierarchy": torch.tensor([2])},
+        {"initial_states": 1.0},
+        {"max_seq_length": torch.ones(2)},
+    ],
+    ids=lambda changes: " ".join(f"{name} {value}" for name, value in changes.items()),
+)
+def test_a_config_that_was_altered_is_refused(content: dict[str, Any], tmp_path: Path, changes: dict[str, Any]) -> None:
+    path = spoiled(content, tmp_path / "model.pt", config={**content["config"], **changes})
+    with pytest.raises(CheckpointError, match=r"its config and weights do not make a model: "):
+        load(path)
+
+
 def test_weights_of_the_wrong_shape_missing_and_surplus_are_named(content: dict[str, Any], tmp_path: Path) -> None:
     weights = content["weights"]
     for changed, message in (

@@ -111,7 +111,7 @@ def test_the_config_builds_the_same_model_again(changes: dict[str, Any]) -> None
         ({"state_dim": -2}, "HybridModel needs state_dim >= 1; given -2"),
         ({"state_dim": 7}, "even state_dim"),
         ({"num_heads": 3}, "num_heads must divide token_dim=8; given 3"),
-        ({"feed_forward": 0.0}, "feed_forward must be > 0"),
+        ({"feed_forward": 0.0}, "feed_forward must be finite and > 0"),
     ],
 )
 def test_what_makes_no_model_is_refused(changes: dict[str, Any], message: str) -> None:

@@ -109,6 +109,8 @@ WRONG: list[tuple[str, dict[str, Any], str]] = [
     ("hybrid", {"d_model": 8.0}, r"d_model of HybridModel is a whole number; given 8\.0"),
     ("hybrid", {"window": 8.0}, r"window of HybridModel is a whole number; given 8\.0"),
     ("transformer", {"context": 8.0}, r"context of TransformerLM is a whole number; given 8\.0"),
+    ("rwkv", {"feed_forward": float("inf")}, "feed_forward be finite and > 0; given 2, inf"),
+    ("rwkv", {"feed_forward": float("nan")}, "feed_forward be finite and > 0; given 2, nan"),
     ("rwkv", {"feed_forward": None}, r"feed_forward of RWKVLM is a number; given None"),
 ]
 
