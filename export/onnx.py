@@ -23,7 +23,7 @@ from nsm.export.onnx_graph import nodes_of
 from nsm.export.passes import optimise
 from nsm.export.source import OPSET
 from nsm.export.state_table import STATES_KEY, state_table
-from nsm.export.weights import save_shared
+from nsm.export.weights import check_graphs, save_shared
 from nsm.models.step import State, StepModel
 from nsm.spec import VALID, EntrySpec, StepSpec
 from nsm.trace import Arrays
@@ -83,15 +83,14 @@ def export_onnx(model: StepModel, spec: StepSpec, directory: Path, opset: int = 
 
     Raises:
         UnsupportedError: ONNX lacks an operator of the model; names it and its module.
-        BuildError: the exporter failed, or a graph does not have the declared inputs and outputs.
+        BuildError: the exporter failed, or a graph is not valid or does not have the declared inputs and outputs.
     """
     graphs = {}
     for entry in spec.entries:
         with _no_garbage_collection():
             graphs[entry.name] = _export_entry(model, spec, entry, opset)
     paths = save_shared(graphs, directory, WEIGHTS)
-    for path in paths:
-        onnx.checker.check_model(str(path), full_check=True)
+    check_graphs(paths)
     return paths
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnx
 
-from nsm.errors import BuildError, InputError, UnsupportedError
+from nsm.errors import InputError, UnsupportedError
 from nsm.export.onnx_examine import examine, lane_axes, sample_tokens
 from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, is_read, ports, read_onnx, real_inputs
 from nsm.export.onnx_foreign import Foreign
@@ -29,7 +29,7 @@ from nsm.export.onnx_states import (
 )
 from nsm.export.state_names import crossed, find_states
 from nsm.export.state_options import ZEROS, StateOption
-from nsm.export.weights import save_shared
+from nsm.export.weights import check_graphs, save_shared
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -120,11 +120,7 @@ class OnnxSource:
 
     def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:
         graphs = {entry.name: normal_graph(self._foreign, spec, entry, opset) for entry in spec.entries}
-        for path in save_shared(graphs, directory, WEIGHTS):
-            try:
-                onnx.checker.check_model(str(path), full_check=True)
-            except Exception as error:  # raised from C++
-                raise BuildError(f"The graph of {path.stem} is not valid ONNX: {error}") from error
+        check_graphs(save_shared(graphs, directory, WEIGHTS))
 
     def initial_arrays(self, batch: int) -> Arrays:
         return {state.name: state.initial_lanes(batch) for state in self._foreign.states}

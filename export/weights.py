@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import onnx
 from onnx.external_data_helper import uses_external_data
+
+from nsm.errors import BuildError
 
 # Smaller tensors stay inside the graph, where a reader sees them.
 MIN_BYTES = 1024
@@ -46,6 +48,15 @@ def save_shared(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights:
         paths.append(directory / f"{name}.onnx")
         onnx.save(graph, str(paths[-1]))
     return paths
+
+
+def check_graphs(paths: Iterable[Path]) -> None:
+    """Raise `BuildError` for the first graph that is not valid ONNX."""
+    for path in paths:
+        try:
+            onnx.checker.check_model(str(path), full_check=True)
+        except Exception as error:  # raised from C++
+            raise BuildError(f"The graph of {path.stem} is not valid ONNX: {error}") from error
 
 
 def load_shared(path: Path) -> onnx.ModelProto:

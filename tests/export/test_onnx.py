@@ -475,6 +475,10 @@ def _reshape(proto: onnx.ModelProto) -> None:
     bank.type.tensor_type.shape.dim[1].dim_value = 99
 
 
+def _invent(proto: onnx.ModelProto) -> None:
+    proto.graph.node[0].op_type = "Invented"
+
+
 def _unchanged(proto: onnx.ModelProto) -> None:
     del proto
 
@@ -520,6 +524,15 @@ def test_a_graph_that_is_not_as_declared_is_a_build_error(
     with pytest.raises(BuildError, match=message):
         export_onnx(model, model.spec(batch), tmp_path, opset)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_that_is_not_valid_is_a_build_error(
+    model: SimpleNSM, tmp_path: Path, ready_program: Callable[[Callable[[onnx.ModelProto], None]], None]
+) -> None:
+    ready_program(_invent)
+    spec = model.spec(2)
+    with pytest.raises(BuildError, match=r"The graph of step is not valid ONNX: .*Invented"):
+        export_onnx(model, replace(spec, entries=spec.entries[:1]), tmp_path)
 
 
 def test_a_state_of_another_name_is_refused(
