@@ -28,7 +28,8 @@ def export_model(
     """Build a verified bundle from a model in memory, as `nsm-export` does from a file.
 
     Args:
-        model: one of ours, or what `nsm.as_step` made of a module; in float32.
+        model: one of ours, or what `nsm.as_step` made of a module; in float32. Of a model on another device a copy is
+            exported, on the CPU.
         targets: "onnx", "onnxruntime", "openvino", "tensorrt", or several of them.
         output: the bundle to write.
         samples: real sequences, [T] ids or [T, *token] numbers each; some judge the export, the others calibrate int8.

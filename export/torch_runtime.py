@@ -14,7 +14,7 @@ from nsm.bundle import Bundle
 from nsm.errors import InputError, RunError, StreamError, UnsupportedError
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.models.step import State as Tensors
-from nsm.models.step import StepModel
+from nsm.models.step import StepModel, on_cpu
 from nsm.runtimes.base import Handles, State
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
@@ -92,6 +92,7 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
 
     Args:
         model: a model in float32, or in float64 to see how much is rounding; or a checkpoint written by `nsm.save`.
+            Of a model on another device a copy runs, on the CPU.
         batch: lanes.
         tokens_per_call: K of a `step`, a multiple of the model's chunk (default: one chunk).
 
@@ -103,7 +104,7 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
     if isinstance(model, StepModel):
         if model.dtype != torch.float64:
             model.check_float32()
-        found, identity = model, fingerprint(model)
+        identity, found = fingerprint(model), on_cpu(model)
     else:
         checkpoint = load_checkpoint(model)
         found, identity = checkpoint.model, checkpoint.fingerprint

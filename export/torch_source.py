@@ -18,7 +18,7 @@ from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import Checkpoint, fingerprint
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
-from nsm.models.step import StepModel
+from nsm.models.step import StepModel, on_cpu
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -30,9 +30,9 @@ class TorchSource:
     def __init__(self, checkpoint: Checkpoint, remarks: Sequence[str] = ()) -> None:
         self.checkpoint = checkpoint
         self.remarks = tuple(remarks)
+        model = on_cpu(checkpoint.model)
         # A copy, since a model that somebody is training is to stay as it is.
-        training = any(part.training for part in checkpoint.model.modules())
-        self.model = copy.deepcopy(checkpoint.model).eval() if training else checkpoint.model
+        self.model = copy.deepcopy(model).eval() if any(part.training for part in model.modules()) else model
 
     @classmethod
     def of(cls, model: StepModel) -> TorchSource:

@@ -14,6 +14,7 @@ from nsm.adapters.adapted import AdaptedModel, Call
 from nsm.adapters.carried import Carried
 from nsm.adapters.examine import examine
 from nsm.errors import ConfigError, UnsupportedError
+from nsm.models.step import devices
 from nsm.plain import each_whole, whole
 from nsm.spec import TensorSpec
 
@@ -47,7 +48,7 @@ def as_step(
     ones where those give nothing finite, or any ids) or on `samples`.
 
     Args:
-        module: in float32; put into eval mode; it must not change anything of its own in forward.
+        module: in float32, on the CPU; put into eval mode; it must not change anything of its own in forward.
         states: for the third kind.
         vocab_size: where tokens are ids, 0 .. vocab_size - 1.
         token_shape: where they are numbers, the shape of one of them: (512,) for frames of 512 samples, () for one.
@@ -62,6 +63,13 @@ def as_step(
         ConfigError: what is said of the module does not fit it; the message names the state or output.
         UnsupportedError: a module that cannot be a step model (bidirectional, or it keeps something to itself).
     """
+    given: Any = module
+    elsewhere = sorted(devices(module) - {"cpu"}) if isinstance(given, nn.Module) else []
+    if elsewhere:
+        raise ConfigError(
+            f"{type(module).__name__} lies on the device {', '.join(elsewhere)}; as_step examines modules on the CPU. "
+            "Move it there first, with module.cpu()."
+        )
     if isinstance(module, Recurrent):
         model = _recurrent(module, chunk_size)
     else:

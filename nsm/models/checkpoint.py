@@ -191,9 +191,18 @@ def check_records(file: IO[bytes]) -> None:
 
 
 def fingerprint(model: StepModel) -> str:
-    """SHA-256 over the class and config of the model and the names, dtypes, shapes and bytes of its weights."""
+    """SHA-256 over the class and config of the model and the names, dtypes, shapes and bytes of its weights.
+
+    Raises:
+        InputError: weights on the device "meta", which have no bytes.
+    """
     digest = hashlib.sha256(json.dumps([type(model).__name__, model.config], sort_keys=True).encode())
     for name, tensor in sorted(model.state_dict().items()):
+        if tensor.is_meta:
+            raise InputError(
+                f"{model.kind} has shapes and no numbers: {name} lies on the device meta. Build it on the CPU and load "
+                "its weights first."
+            )
         array = tensor.detach().cpu().contiguous().numpy()
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
@@ -227,7 +236,7 @@ def _read(path: Path) -> Any:
 def _checked_sample(model: StepModel, index: int, sample: ArrayLike) -> torch.Tensor:
     spec = model.token_spec
     try:
-        array = sample.detach().numpy() if isinstance(sample, torch.Tensor) else np.asarray(sample)
+        array = sample.detach().cpu().numpy() if isinstance(sample, torch.Tensor) else np.asarray(sample)
         if array.dtype.kind not in ("iu" if spec.dtype == "int64" else "f"):
             raise InputError(f"its dtype is {array.dtype}, the model takes {spec.dtype}.")
         tensor = torch.from_numpy(array.astype(spec.dtype))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,19 @@ class StepModel(nn.Module, ABC):
                 f"Take {max(1, round(count / self.chunk_size)) * self.chunk_size}."
             )
         return count
+
+
+Model = TypeVar("Model", bound=StepModel)
+
+
+def on_cpu(model: Model) -> Model:
+    """The model, or where it lies on another device a copy on the CPU, where models are run and exported."""
+    return model if devices(model) <= {"cpu"} else copy.deepcopy(model).cpu()
+
+
+def devices(module: nn.Module) -> set[str]:
+    """The kinds of devices that weights and buffers lie on."""
+    return {value.device.type for value in (*module.parameters(), *module.buffers())}
 
 
 def check_float32(module: nn.Module, states: Iterable[tuple[str, Tensor]] = ()) -> None:

@@ -249,6 +249,7 @@ def test_a_state_that_is_written_in_place_is_refused() -> None:
         (nn.Linear(3, 3), {"states": [H], "token_shape": (3,), "timed": "yes"}, ConfigError, "timed is True or False"),
         (Decay(), {"token_shape": (4,)}, ConfigError, r"fails on tokens of shape \[1, 1, 4\]"),
         (nn.LSTM(3, 3).bfloat16(), {}, ConfigError, r"weight_ih_l0 is torch.bfloat16. Convert .* with .float\(\)"),
+        (nn.LSTM(3, 3).to("meta"), {}, ConfigError, r"LSTM lies on the device meta; .* with module\.cpu\(\)"),
         (nn.LSTM(3, 3).double(), {}, ConfigError, "weight_ih_l0 is torch.float64"),
         (
             nn.Linear(3, 3),

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import nsm
 from nsm.errors import ConfigError, InputError
 from nsm.export.torch_source import TorchSource
+from nsm.models import step
 from nsm.models.simple import SimpleNSM
 from tests.adapters.models import Learned
 
@@ -58,6 +59,41 @@ def test_the_states_of_a_module_count_as_its_weights_do(tmp_path: Path) -> None:
     model = nsm.as_step(Sum(), [nsm.Carried("sum", torch.ones(1, 3))], token_shape=(3,))
     with pytest.raises(ConfigError, match=r"Sum is to be .* in float32; its state sum is torch\.float64"):
         nsm.export_model(model.double(), "onnx", tmp_path / "m.nsm")
+
+
+def test_a_model_without_numbers_is_refused(model_factory: Callable[..., SimpleNSM], tmp_path: Path) -> None:
+    model = model_factory(num_layers=1).to("meta")
+    for refused in (
+        lambda: nsm.export_model(model, "onnx", tmp_path / "m.nsm"),
+        lambda: nsm.save(model, tmp_path / "m.pt"),
+        lambda: nsm.reference(model),
+    ):
+        with pytest.raises(InputError, match=r"SimpleNSM has shapes and no numbers: \S+ lies on the device meta\."):
+            refused()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_of_a_model_on_another_device_a_copy_on_the_cpu_is_taken(
+    model: SimpleNSM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = np.arange(8)[None]
+    with nsm.reference(model) as session:
+        wanted = session.step(tokens)["outputs"]
+    moved: list[nn.Module] = []
+    cpu = nn.Module.cpu
+    monkeypatch.setattr(step, "devices", lambda _module: {"cuda"})
+
+    def move(module: nn.Module) -> nn.Module:
+        moved.append(module)
+        return cpu(module)
+
+    monkeypatch.setattr(nn.Module, "cpu", move)
+    source = TorchSource.of(model)
+    with nsm.reference(model) as session:
+        np.testing.assert_array_equal(session.step(tokens)["outputs"], wanted)
+    assert len(moved) == 2
+    assert source.model is moved[0]
+    assert model not in moved
 
 
 def test_numbers_of_numpy_are_taken_like_others(tmp_path: Path) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import nsm
 from nsm.export.adding import add_target
+from tests.conftest import make_model, make_sequences
 
 pytestmark = pytest.mark.gpu
 
@@ -42,3 +44,16 @@ def test_a_reset_stream_is_a_fresh_one(bundle_copy: Path, target: str) -> None:
         first = session.run(ids)["outputs"]
         session.reset()
         np.testing.assert_array_equal(session.run(ids)["outputs"], first)
+
+
+def test_a_model_on_the_gpu_is_exported_as_it_is_on_the_cpu(tmp_path: Path) -> None:
+    model, ids = make_model(), make_sequences(1, 40)
+    with torch.no_grad():
+        wanted = model(torch.from_numpy(ids)).numpy()
+    model.cuda()
+    samples = list(torch.from_numpy(make_sequences(2, 40)).cuda())
+    bundle = nsm.export_model(model, "onnxruntime", tmp_path / "m.nsm", samples)
+    with nsm.open(bundle) as session, nsm.reference(model) as reference:
+        for one in (session, reference):
+            np.testing.assert_allclose(one.run(ids)["outputs"], wanted, rtol=1e-4, atol=1e-5)
+    assert next(model.parameters()).is_cuda
