@@ -29,7 +29,7 @@ from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Trace
 
-CULPRITS = "most of the drift comes from"
+CULPRITS = "most of the "
 """How the note begins that names the products at fault, of an artifact in low precision that failed."""
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")

@@ -1,7 +1,7 @@
 """Building an artifact and holding it to its budget: parity over whole streams and, in low precision, speed.
 
-In low precision two more things can go wrong. The error may be over budget: then the products whose rounding makes a
-stream drift most are put back to float, one after the other, as far as `max_float_share` allows. And it may not be
+In low precision two more things can go wrong. The error may be over budget: then the products whose rounding does most
+to what is over it are put back to float, one after the other, as far as `max_float_share` allows. And it may not be
 faster than fp32, by the rule of `nsm.runtimes.bench.not_faster`: then there is no reason to have it, and the export
 says so.
 """
@@ -108,6 +108,53 @@ def judged_briefly(steps: int) -> str:
     )
 
 
+@dataclass(frozen=True)
+class Alone:
+    """What one product in low precision does, with all others in float.
+
+    Args:
+        drift: mean free-run error of the first output.
+        per_tensor: 99th percentiles, see `ParityReport`.
+    """
+
+    drift: float
+    per_tensor: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Over:
+    """What of a report is furthest over its budget.
+
+    Args:
+        kind: of error, "one_step" or "free_run"; "" where no tensor's error is over budget, but choices or KL are.
+        tensor: whose error it is.
+    """
+
+    kind: str
+    tensor: str
+
+    @classmethod
+    def of(cls, report: ParityReport) -> Over:
+        """The tensor and kind of error with the largest share of its budget."""
+        limits = {"one_step": report.budget.one_step_p99, "free_run": report.budget.free_run_p99}
+        shares = {
+            (kind, name): _infinite_if_nan(errors[f"{kind}_p99"]) / limit
+            for name, errors in report.per_tensor.items()
+            for kind, limit in limits.items()
+            if f"{kind}_p99" in errors
+        }
+        kind, tensor = max(shares, key=lambda key: shares[key])
+        return cls(kind, tensor) if shares[kind, tensor] > 1.0 else cls("", "")
+
+    def share(self, alone: Alone) -> float:
+        """How much of it a product makes."""
+        made = alone.per_tensor.get(self.tensor, {}).get(f"{self.kind}_p99", np.nan) if self.kind else alone.drift
+        return _infinite_if_nan(made)
+
+    def __str__(self) -> str:
+        return f"{self.kind.replace('_', '-')} error of {self.tensor}" if self.kind else "drift"
+
+
 class Maker:
     """Builds one target of a bundle in one low precision, with some products put back to float."""
 
@@ -162,23 +209,24 @@ class Maker:
     ) -> tuple[Artifact, ParityReport | None]:
         """The artifact with as few products put back as its budget asks for, or with as many as is allowed."""
         put_back: dict[str, str] = {}
-        ranked: list[tuple[str, float]] | None = None
+        alone: Mapping[str, Alone] = {}
         while True:
             artifact, report = check_artifact(self.bundle, self.build(put_back), trace, progress)
             if report is None or report.passed or self.lowered is None:
                 return artifact, report
             if report.effective_precision != self.precision:  # which more in float does not mend
                 return artifact, report
-            ranked = self._by_drift(trace) if ranked is None else ranked
+            alone = alone or self._alone(trace)
+            over = Over.of(report)
             left = [
-                (key, drift)
-                for key, drift in ranked
+                key
+                for key in alone
                 if key not in put_back and self.lowered.float_share({*put_back, key}) <= limits.max_float_share
             ]
             if not left:
-                return replace(artifact, notes=(*artifact.notes, self._culprits(ranked))), report
-            key, drift = left[0]
-            put_back[key] = f"alone it makes the stream drift by {drift:.2g}"
+                return replace(artifact, notes=(*artifact.notes, self._culprits(over, alone))), report
+            worst = max(left, key=lambda key: over.share(alone[key]))
+            put_back[worst] = f"alone it makes the {over} {over.share(alone[worst]):.2g}"
 
     def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Ratio]:
         """How many times as fast as the same target in fp32, `step` and `decode`, in the same process and in turn."""
@@ -211,24 +259,24 @@ class Maker:
         for name in (_LOW, _BASE, _TRIAL):
             shutil.rmtree(self.bundle.path / name, ignore_errors=True)
 
-    def _by_drift(self, trace: Trace) -> list[tuple[str, float]]:
-        """The products by the drift that each makes alone, largest first."""
+    def _alone(self, trace: Trace) -> dict[str, Alone]:
+        """What each product does alone, by key."""
         assert self.lowered is not None
         short = trace.first(min(trace.steps, SENSITIVITY_STEPS))
-        found = []
+        found = {}
         for product in self.lowered.low:
             others = {other.key: "" for other in self.lowered.low if other.key != product.key}
             # In a folder of its own: the artifact that is over budget stays what it is.
             _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
-            drift = np.nan if report is None else report.free_run_mean
-            found.append((product.key, drift if np.isfinite(drift) else np.inf))
-        return sorted(found, key=lambda item: -item[1])
+            found[product.key] = Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
+        return found
 
-    def _culprits(self, ranked: list[tuple[str, float]]) -> str:
+    def _culprits(self, over: Over, alone: Mapping[str, Alone]) -> str:
         assert self.lowered is not None
         names = {product.key: product.node for product in self.lowered.low}
-        worst = ", ".join(f"{names[key]} ({drift:.2g})" for key, drift in ranked[:3])
-        return f"{CULPRITS} {worst}"
+        ranked = sorted(alone, key=lambda key: -over.share(alone[key]))
+        worst = ", ".join(f"{names[key]} ({over.share(alone[key]):.2g})" for key in ranked[:3])
+        return f"{CULPRITS}{over} comes from {worst}"
 
     def _notes(self, artifact: Artifact) -> tuple[str, ...]:
         notes = [*artifact.notes, self.policy.note]
@@ -238,6 +286,10 @@ class Maker:
                 "float"
             )
         return tuple(note for note in notes if note)
+
+
+def _infinite_if_nan(value: float) -> float:
+    return value if np.isfinite(value) else np.inf
 
 
 def _calls(trace: Trace, batch: int) -> Array:

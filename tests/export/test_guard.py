@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -17,14 +19,13 @@ from nsm.errors import ParityError, SlowerError, UnsupportedError
 from nsm.export import guard
 from nsm.export.adding import add_target
 from nsm.export.build import check_artifact
-from nsm.export.guard import Limits, Maker
+from nsm.export.guard import Alone, Limits, Over
 from nsm.export.pipeline import ExportOptions, export
 from nsm.manifest import Artifact
-from nsm.quantization.policy import find_policy
 from nsm.runtimes import onnxruntime, processor
 from nsm.runtimes.bench import Latency, Steppable
+from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.report import ParityReport
-from nsm.runtimes.targets import find_target
 from nsm.trace import Array, Trace
 from tests.export.helpers import ROUGH, invoke, names, refused, succeeded, the_json
 
@@ -80,7 +81,7 @@ def test_the_product_that_cannot_be_rounded_is_put_back_and_no_other(rough_copy:
     assert artifact.parity["status"] == "passed"
     facts = artifact.quantization
     assert sorted(facts["low"]) == sorted(OTHERS)
-    assert facts["float"][ROUGH].startswith("alone it makes the stream drift by 0.")
+    assert facts["float"][ROUGH].startswith("alone it makes the one-step error of ")
     assert not [name for name in OTHERS if name in facts["float"]]
     for entry in ("step", "decode"):
         graph = rough_copy / "onnxruntime" / f"{entry}.onnx"
@@ -105,8 +106,8 @@ def test_no_more_is_put_back_than_is_allowed_and_the_culprit_is_named(
     failed.verify()
     artifact = failed.artifact("onnxruntime")
     assert artifact.parity["status"] == "failed"
-    (note,) = (note for note in artifact.notes if "drift comes from" in note)
-    assert note.startswith(f"most of the drift comes from {ROUGH} (")
+    (note,) = (note for note in artifact.notes if " comes from " in note)
+    assert re.match(rf"most of the (one-step|free-run) error of \S+ comes from {ROUGH} \(", note)
     assert sorted(artifact.quantization["low"]) == sorted([ROUGH, *OTHERS])
     assert all(
         "MatMulInteger" in operators(failed.path / "onnxruntime" / "step.onnx", name) for name in (ROUGH, *OTHERS)
@@ -121,7 +122,7 @@ def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
         invoke(*build, "--max-float-share", "0.25"),
         5,
         "Parity failed on onnxruntime int8",
-        f"Most of the drift comes from {ROUGH} (",
+        f" comes from {ROUGH} (",
     )
     text = succeeded(invoke(*build))
     (artifact,) = (item for item in Bundle(rough_copy).manifest.artifacts if item.target == "onnxruntime")
@@ -130,22 +131,32 @@ def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
     assert "onnxruntime int8: step " in text
 
 
-def test_a_drift_that_is_not_a_number_is_the_largest(rough: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    bundle = Bundle(rough)
-    policy = find_policy("onnxruntime", "int8")
-    assert policy is not None
-    maker = Maker(bundle, find_target("onnxruntime"), None, "int8", policy, None)
-    assert maker.lowered is not None
-    keys = [product.key for product in maker.lowered.low]
-    drifts = iter([0.1, float("nan"), 0.2])
+def budgeted(**errors: dict[str, float]) -> ParityReport:
+    """As much of a report as says what is over the budget of int8."""
+    found = {name: {"one_step_p99": 0.0, "free_run_p99": 0.0, **values} for name, values in errors.items()}
+    return cast(ParityReport, SimpleNamespace(budget=find_budget("int8"), per_tensor=found))
 
-    class Report:
-        def __init__(self) -> None:
-            self.free_run_mean = next(drifts)
 
-    monkeypatch.setattr(Maker, "build", lambda *_: bundle.artifact("onnxruntime"))
-    monkeypatch.setattr(guard, "check_artifact", lambda *_: (None, Report()))
-    assert maker._by_drift(bundle.trace()) == [(keys[1], np.inf), (keys[2], 0.2), (keys[0], 0.1)]
+def test_what_is_furthest_over_its_budget_is_what_products_are_ranked_by() -> None:
+    limit = find_budget("int8")
+    report = budgeted(
+        outputs={"free_run_p99": 1.5 * limit.free_run_p99},
+        value={"one_step_p99": 2 * limit.one_step_p99, "free_run_p99": limit.free_run_p99},
+    )
+    over = Over.of(report)
+    assert over == Over("one_step", "value")
+    assert str(over) == "one-step error of value"
+    drifting = Alone(0.9, {"value": {"one_step_p99": 0.1}})
+    guilty = Alone(0.1, {"value": {"one_step_p99": 0.4}})
+    assert over.share(guilty) > over.share(drifting)
+    assert over.share(Alone(0.1, {"value": {"one_step_p99": np.nan}})) == np.inf
+
+
+def test_where_no_error_is_over_budget_products_are_ranked_by_drift() -> None:
+    over = Over.of(budgeted(outputs={}, value={}))
+    assert str(over) == "drift"
+    assert over.share(Alone(0.2, {})) == 0.2
+    assert over.share(Alone(np.nan, {})) == np.inf
 
 
 # -- what float does not mend ----------------------------------------------------------------------------------------
