@@ -114,6 +114,7 @@ class WebRuntime:
         self._spec = spec
         self._handles = Handles()
         self._finite = True
+        self._cut_off = False
         # Into a file: a pipe that nobody reads is full one day, and Node waits then for ever.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
@@ -137,6 +138,7 @@ class WebRuntime:
         return arrays
 
     def finite(self, state: State) -> bool:
+        self._check_open()
         self._handles.check(state)
         return self._finite
 
@@ -154,39 +156,52 @@ class WebRuntime:
     def __del__(self) -> None:
         self.close()
 
-    def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
-        """Send a frame, and take what comes back; see node.js."""
+    def _check_open(self) -> None:
+        if self._cut_off:
+            raise StreamError(
+                "The session is closed: a call was cut off before its answer was whole. Open the bundle again."
+            )
         if self._process is None:
             raise StreamError("The session is closed. Open the bundle again.")
-        assert self._process.stdin is not None
+
+    def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
+        """Send a frame, and take what comes back; see node.js."""
+        self._check_open()
         whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
         listed = [
             {"name": name, "dtype": str(value.dtype), "shape": list(value.shape), "bytes": value.nbytes}
             for name, value in whole.items()
         ]
         text = json.dumps({**head, "arrays": listed}).encode()
+        frame = struct.pack("<I", len(text)) + text + b"".join(value.tobytes() for value in whole.values())
         try:
-            self._process.stdin.write(
-                struct.pack("<I", len(text)) + text + b"".join(v.tobytes() for v in whole.values())
-            )
+            said, found = self._exchange(frame)
+        except BaseException:  # also Ctrl-C: the next call would take what is left of this answer for its own
+            self._cut_off = True
+            self.close()
+            raise
+        if not said["ok"]:
+            raise RunError(f"ONNX Runtime Web failed: {said['error']}")
+        self._finite = said["finite"]
+        return found
+
+    def _exchange(self, frame: bytes) -> tuple[dict[str, Any], Arrays]:
+        """The head of the answer to a frame, and its arrays. Where this raises, the pipe is of no use any more."""
+        assert self._process is not None
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(frame)
             self._process.stdin.flush()
-            return self._answer()
+            (length,) = struct.unpack("<I", self._read(4))
+            if length > _MAX_HEADER:
+                raise EOFError
+            head = json.loads(self._read(length))
+            return head, {
+                item["name"]: np.frombuffer(self._read(item["bytes"]), item["dtype"]).reshape(item["shape"]).copy()
+                for item in head["arrays"]
+            }
         except (OSError, EOFError) as error:
             raise RunError(f"Node ended while it ran the bundle: {self._last_words()}") from error
-
-    def _answer(self) -> Arrays:
-        (length,) = struct.unpack("<I", self._read(4))
-        if length > _MAX_HEADER:
-            raise EOFError
-        head = json.loads(self._read(length))
-        arrays = {
-            item["name"]: np.frombuffer(self._read(item["bytes"]), item["dtype"]).reshape(item["shape"]).copy()
-            for item in head["arrays"]
-        }
-        if not head["ok"]:
-            raise RunError(f"ONNX Runtime Web failed: {head['error']}")
-        self._finite = head["finite"]
-        return arrays
 
     def _read(self, count: int) -> bytes:
         assert self._process is not None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import pytest
 
 from nsm.errors import RunError, StreamError
@@ -23,6 +25,32 @@ while length := sys.stdin.buffer.read(4):
     %s
     sys.stdout.buffer.write(struct.pack("<I", len(answer)) + answer)
     sys.stdout.buffer.flush()
+"""
+
+# Answers frame n with the number n. At the second frame it is interrupted, early or late, whom it answers.
+COUNTS = """
+import json, os, signal, struct, sys, time
+
+def interrupt(place):
+    if count == 2 and place == %r:
+        os.kill(os.getppid(), signal.SIGUSR1)
+        time.sleep(0.2)
+
+count = 0
+while length := sys.stdin.buffer.read(4):
+    count += 1
+    head = json.loads(sys.stdin.buffer.read(struct.unpack("<I", length)[0]))
+    interrupt("while the frame is written")
+    sys.stdin.buffer.read(sum(item["bytes"] for item in head["arrays"]))
+    interrupt("before the answer")
+    item = {"name": "outputs", "dtype": "int64", "shape": [1], "bytes": 8}
+    answer = json.dumps({"ok": True, "finite": True, "arrays": [item]}).encode()
+    answer = struct.pack("<I", len(answer)) + answer + struct.pack("<q", count)
+    parts = {"inside the head": answer[:20], "inside the arrays": answer[20:-3], "after the answer": answer[-3:]}
+    for place, part in parts.items():
+        sys.stdout.buffer.write(part)
+        sys.stdout.buffer.flush()
+        interrupt(place)
 """
 
 Start = Callable[[str], WebRuntime]
@@ -74,4 +102,55 @@ def test_the_last_words_of_a_process_are_quoted_in_short(start: Start, said: str
     assert len(str(caught.value)) < 600
     runtime.close()
     with pytest.raises(StreamError, match="The session is closed"):
+        load(runtime)
+
+
+@pytest.mark.parametrize(
+    "place", ["while the frame is written", "before the answer", "inside the head", "inside the arrays"]
+)
+def test_a_call_that_is_interrupted_ends_the_session(start: Start, place: str) -> None:
+    """What is left of its answer must not be taken for the answer to the next call."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    runtime = start(COUNTS % place)
+    process = runtime._process
+    assert process is not None
+    state = runtime.load_state(fake_initial(fake_spec()))
+    tokens = np.zeros((2, 100_000), np.int64)  # more than a pipe holds
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            runtime.call("step", {"tokens": tokens}, state)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert process.poll() is not None
+    calls: list[Callable[[], object]] = [
+        lambda: runtime.call("step", {"tokens": tokens}, state),
+        lambda: runtime.load_state(fake_initial(fake_spec())),
+        lambda: runtime.read_state(state),
+        lambda: runtime.finite(state),
+    ]
+    for call in calls:
+        with pytest.raises(StreamError, match=r"The session is closed: a call was cut off.*Open the bundle again"):
+            call()
+    runtime.close()
+
+
+def test_an_error_in_an_answer_leaves_the_session_open(start: Start) -> None:
+    """Its answer is whole, and the next one is that of the next call."""
+    said = "{'ok': head['op'] != 'call', 'error': 'spoiled', 'finite': True, 'arrays': []}"
+    runtime = start(ANSWERS % f"answer = json.dumps({said}).encode()")
+    state = runtime.load_state(fake_initial(fake_spec()))
+    with pytest.raises(RunError, match="ONNX Runtime Web failed: spoiled"):
+        runtime.call("step", {}, state)
+    assert runtime.read_state(state) == {}
+
+
+def test_a_session_whose_process_ended_is_closed(start: Start) -> None:
+    runtime = start(ANSWERS % "sys.exit(1)")
+    with pytest.raises(RunError, match="Node ended while it ran the bundle"):
+        load(runtime)
+    with pytest.raises(StreamError, match=r"The session is closed.*Open the bundle again"):
         load(runtime)
