@@ -44,14 +44,14 @@ class TorchRuntime:
         self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._check_open()
         self._tensors = _dense({name: self._tensor(value) for name, value in arrays.items()})
         self._answered = ()
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        self._check_open()
         self._handles.check(state)
-        if entry not in self._calls:
-            raise StreamError("The session is closed. Open the model again.")
         given = {name: self._tensor(value) for name, value in inputs.items()}
         try:
             with torch.inference_mode():
@@ -62,16 +62,23 @@ class TorchRuntime:
         return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
+        self._check_open()
         self._handles.check(state)
         return {name: value.detach().numpy().copy() for name, value in self._tensors.items()}
 
     def finite(self, state: State) -> bool:
+        self._check_open()
         self._handles.check(state)
         written = (*self._tensors.values(), *self._answered)
         return all(bool(torch.isfinite(value).all()) for value in written if value.is_floating_point())
 
     def close(self) -> None:
         self._calls.clear()
+        self._tensors, self._answered = {}, ()
+
+    def _check_open(self) -> None:
+        if not self._calls:
+            raise StreamError("The session is closed. Open the model again.")
 
     def _tensor(self, value: Array) -> torch.Tensor:
         tensor = torch.from_numpy(np.array(value))

@@ -53,6 +53,7 @@ class BufferedRuntime:
         self._written: Sequence[Array] = ()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._check_open()
         for name, buffers in self._banks.buffers.items():
             buffers[0][...] = arrays[name]
         handle = self._sides.reset()
@@ -71,10 +72,12 @@ class BufferedRuntime:
         return bound.answers(), self._sides.flip(entry)
 
     def read_state(self, state: State) -> Arrays:
+        self._check_open()
         self._sides.check(state)
         return {name: buffers[self._sides[name]].copy() for name, buffers in self._banks.buffers.items()}
 
     def finite(self, state: State) -> bool:
+        self._check_open()
         self._sides.check(state)
         return all_finite(self._written)
 
@@ -100,10 +103,15 @@ class BufferedRuntime:
     def close(self) -> None:
         self._openers.clear()
         self._entries.clear()
+        self._banks.free()
+        self._written = ()
 
-    def _open(self, entry: str) -> _Entry:
+    def _check_open(self) -> None:
         if not self._openers:
             raise StreamError("The session is closed. Open the bundle again.")
+
+    def _open(self, entry: str) -> _Entry:
+        self._check_open()  # here, and not in `call`: a runtime that is closed has no entries
         bind = self._openers[entry]()
         self._entries[entry] = _Entry(self._spec.entry(entry), bind, self._spec, self._banks, self._sides)
         return self._entries[entry]
@@ -156,6 +164,11 @@ class Banks:
             else:
                 joined.append((side, start, end))
         return [*(self._arenas[side][start:end] for side, start, end in joined), *others]
+
+    def free(self) -> None:
+        """Let go of all memory."""
+        self.buffers.clear()
+        self._arenas = _aligned_zeros(0), _aligned_zeros(0)
 
     def _same_side(self, sides: Mapping[str, int], side: int, start: int, end: int) -> bool:
         between = (name for name, (place, _) in self._places.items() if start <= place < end)

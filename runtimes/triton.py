@@ -137,6 +137,7 @@ class TritonRuntime:
         self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._check_open()
         if not self._held:
             self._check_start(arrays)
         self._held = {
@@ -147,9 +148,8 @@ class TritonRuntime:
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        self._check_open()
         self._handles.check(state)
-        if self._graph is None:
-            raise StreamError("The session is closed. Open the bundle again.")
         names = [*self._outputs, *(present for _, present in self._pairs)]
         try:
             results = dict(zip(names, self._graph.run(names, {**inputs, **self._held}), strict=True))
@@ -160,16 +160,23 @@ class TritonRuntime:
         return {name: results[name] for name in self._outputs}, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
+        self._check_open()
         self._handles.check(state)
         held = {name: self._held[item.past] for name, item in self._states.items()}
         return {name: ({**held, **self._untouched})[name].copy() for name in self._spec.state_names}
 
     def finite(self, state: State) -> bool:
+        self._check_open()
         self._handles.check(state)
         return all_finite(value.reshape(-1) for value in self._looked_at if value.dtype.kind == "f")
 
     def close(self) -> None:
         self._graph = None
+        self._held, self._untouched, self._looked_at = {}, {}, []
+
+    def _check_open(self) -> None:
+        if self._graph is None:
+            raise StreamError("The session is closed. Open the bundle again.")
 
     def _check_start(self, arrays: Mapping[str, Array]) -> None:
         """A session begins with the bundle's initial state, and a sequence with what the repository says."""

@@ -81,6 +81,9 @@ def test_a_closed_or_failing_model_is_an_error_of_ours(model: SimpleNSM, monkeyp
     session.close()
     with pytest.raises(StreamError, match="The session is closed"):
         session.step(make_sequences(1, CHUNK))
+    for look in (session.read_state, session.snapshot, session.reset, session.is_fresh):
+        with pytest.raises(StreamError, match="The session is closed"):
+            look()
 
 
 def test_a_model_that_is_not_causal_has_no_single_tokens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -462,6 +462,11 @@ def test_what_fails_while_it_runs_is_a_run_error_and_a_closed_session_says_so(tw
             runtime.call("step", {"tokens": np.zeros((1, 1), np.int64)}, state)
     with pytest.raises(StreamError, match="closed"):
         runtime.call("step", {}, state)
+    for look in (session.read_state, session.snapshot, session.reset, session.is_fresh):
+        with pytest.raises(StreamError, match="The session is closed"):
+            look()
+    with pytest.raises(StreamError, match="The session is closed"):
+        runtime.finite(state)
 
 
 # -- graphs that lack a side of a state --------------------------------------------------------------------------------

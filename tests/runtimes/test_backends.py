@@ -293,6 +293,11 @@ def test_a_closed_session_says_so(bundle: Bundle, target: str) -> None:
             call(_inputs()["tokens"])
     with pytest.raises(StreamError, match="The session is closed"):
         session.decode(np.zeros((2, 1), int))
+    for look in (session.read_state, session.snapshot, session.reset, session.is_fresh):
+        with pytest.raises(StreamError, match="The session is closed"):
+            look()
+    with pytest.raises(StreamError, match="The session is closed"):
+        session.reset(1)
 
 
 def test_a_bundle_that_is_replaced_while_it_is_open_does_not_change_the_model(bundle_copy: Path, target: str) -> None:

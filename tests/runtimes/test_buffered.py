@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -442,6 +443,34 @@ def test_a_closed_runtime_says_so() -> None:
     for entry in ENTRIES:
         with pytest.raises(StreamError, match=r"The session is closed\. Open the bundle again"):
             buffered.call(entry, inputs(), state)
+    calls: list[Callable[[], object]] = [
+        lambda: buffered.load_state(fake_initial(spec)),
+        lambda: buffered.read_state(state),
+        lambda: buffered.finite(state),
+    ]
+    for call in calls:
+        with pytest.raises(StreamError, match=r"The session is closed\. Open the bundle again"):
+            call()
+    buffered.close()
+
+
+def test_a_closed_runtime_lets_go_of_its_memory() -> None:
+    """Except for the outputs that a caller holds, which stay as they are."""
+    spec = fake_spec(ring=True)
+    session, graphs = buffered_session(spec)
+    outputs = session.step(inputs()["tokens"])["outputs"]
+    kept = outputs.copy()
+    session.step(inputs()["tokens"])
+    assert isinstance(session.runtime, BufferedRuntime)
+    banks = session.runtime._banks
+    memory = [weakref.ref(array) for pair in banks.buffers.values() for array in pair]
+    memory += [weakref.ref(arena) for arena in banks._arenas]
+    for graph in graphs.values():
+        graph.bound.clear()
+    session.close()
+    assert memory
+    assert not [found for found in memory if found() is not None]
+    np.testing.assert_array_equal(outputs, kept)
 
 
 # -- states that are appended to --------------------------------------------------------------------------------------
