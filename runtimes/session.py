@@ -427,11 +427,11 @@ class _Call:
         if self._counted is not None:
             counts = counts if valid is None else checked_input(self._counted, valid)
             inputs[VALID] = counts
-        elif valid is not None and np.any(np.asarray(valid) != counts):
-            length = self._tokens.shape[1]
+        elif valid is not None and not np.array_equal(given := as_array(VALID, valid), counts):
             raise InputError(
-                f"The entry {self._entry.name} has no input valid: all {length} tokens of a call count. Leave valid "
-                "out, and give other numbers of tokens to feed or run."
+                f"The entry {self._entry.name} has no input valid: all {self._tokens.shape[1]} tokens of a call count "
+                f"on every lane, valid={counts.tolist()}; given {given.tolist()}. Leave valid out, and give other "
+                "numbers of tokens to feed or run."
             )
         if fine is None:
             inputs[name] = finite_tokens(self._tokens, inputs[name], counts)

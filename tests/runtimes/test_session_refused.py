@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -189,10 +190,24 @@ def test_valid_is_refused_where_the_entry_has_none() -> None:
     assert np.isfinite(session.step(ids(session))["outputs"]).all()
     session.step(ids(session), [CHUNK, CHUNK])
     before = session.read_state()
-    for valid in ([1, 2], [CHUNK, 0], CHUNK - 1):
-        with pytest.raises(InputError, match=rf"step has no input valid: all {CHUNK} tokens .*feed or run"):
+    given: list[Any] = [[1, 2], [CHUNK, 0], CHUNK - 1, CHUNK, [CHUNK] * 3, [[CHUNK]], [], ["a", "b"], [None, CHUNK]]
+    for valid in given:
+        with pytest.raises(
+            InputError,
+            match=rf"step has no input valid: all {CHUNK} tokens .*given {re.escape(str(valid))}.*feed or run",
+        ):
             session.step(ids(session), valid)
+    with pytest.raises(InputError, match="valid is not an array"):
+        session.step(ids(session), [[CHUNK], [CHUNK, 1]])
     assert_same(session.read_state(), before)
+
+
+def test_valid_for_more_lanes_than_there_are_is_refused_where_the_entry_has_none() -> None:
+    """With one lane numpy would take any number of them for it."""
+    session = fake_session(fake_spec(batch=1, valid=False))
+    with pytest.raises(InputError, match=rf"count on every lane, valid=\[{CHUNK}\]; given \[4, 4, 4\]"):
+        session.step(ids(session), [CHUNK] * 3)
+    session.step(ids(session), [CHUNK])
 
 
 def test_run_refuses_a_partial_chunk_where_the_entry_cannot_say_so() -> None:
