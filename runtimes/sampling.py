@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsm.errors import InputError
+from nsm.runtimes.checks import as_array
 from nsm.trace import Array
 
 
@@ -37,7 +39,12 @@ class Sampler:
         self._generator = np.random.default_rng(seed)
 
     def probabilities(self, logits: Array) -> Array:
-        """Of each token, [V], from logits [V]."""
+        """Of each token, [V], from logits [V]; a token with -inf is never drawn.
+
+        Raises:
+            InputError: no logits of one token, NaN or +inf among them, or nothing but -inf.
+        """
+        logits = _checked(logits)
         if self.temperature == 0.0:
             chosen: Array = (np.arange(len(logits)) == logits.argmax()).astype(np.float64)
             return chosen
@@ -56,5 +63,22 @@ class Sampler:
         return result
 
     def __call__(self, logits: Array) -> int:
-        """An id drawn from logits [V]."""
-        return int(self._generator.choice(len(logits), p=self.probabilities(logits)))
+        """An id drawn from logits [V]; see `probabilities` for what is refused."""
+        shares = self.probabilities(logits)
+        return int(self._generator.choice(len(shares), p=shares))
+
+
+def _checked(logits: ArrayLike) -> Array:
+    array = as_array("What a sampler was given", logits)
+    if array.ndim != 1 or not array.size or array.dtype.kind not in "fiu":
+        raise InputError(
+            f"A sampler takes the logits of one token, [V] numbers; given are {array.dtype} of shape "
+            f"{list(array.shape)}. Give it one row of the outputs."
+        )
+    if not np.isfinite(array.max()):  # NaN is the largest
+        raise InputError(
+            f"A sampler takes logits that are finite, or -inf for tokens that are never to be drawn; given are "
+            f"{int(np.isnan(array).sum())} NaN, {int((array == np.inf).sum())} inf and "
+            f"{int((array == -np.inf).sum())} -inf of {array.size}. Check what they come from."
+        )
+    return array

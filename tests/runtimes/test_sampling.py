@@ -158,3 +158,33 @@ def test_logits_are_not_changed() -> None:
 def test_numbers_outside_their_range_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         Sampler(**arguments)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize(
+    ("logits", "message"),
+    [
+        ([0.0, np.nan, 1.0], "logits that are finite, .*given are 1 NaN, 0 inf and 0 -inf of 3"),
+        ([np.nan, -np.inf], "given are 1 NaN, 0 inf and 1 -inf of 2"),
+        ([np.inf, 1.0, np.inf], "given are 0 NaN, 2 inf and 0 -inf of 3"),
+        ([-np.inf, -np.inf], "given are 0 NaN, 0 inf and 2 -inf of 2"),
+        ([], r"the logits of one token, \[V\] numbers; given are float64 of shape \[0\]"),
+        ([[0.0, 1.0]], r"given are float64 of shape \[1, 2\]"),
+        (1.0, r"given are float64 of shape \[\]"),
+        (["a", "b"], r"given are <U1 of shape \[2\]"),
+        ([[0.0], [1.0, 2.0]], "What a sampler was given is not an array"),
+    ],
+)
+def test_logits_that_nothing_can_be_drawn_from_are_refused(logits: Any, message: str, temperature: float) -> None:
+    sampler = Sampler(temperature)
+    for call in (sampler, sampler.probabilities):
+        with pytest.raises(InputError, match=message):
+            call(logits if message.endswith("array") else np.array(logits))
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.5, 1.0])
+def test_tokens_with_minus_infinity_are_never_drawn(temperature: float) -> None:
+    logits = np.array([-np.inf, 0.0, -np.inf, 0.1, -np.inf], np.float32)
+    sampler = Sampler(temperature, seed=0)
+    assert {sampler(logits) for _ in range(100)} <= {1, 3}
+    assert sampler.probabilities(logits)[[0, 2, 4]].tolist() == [0.0] * 3
