@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import TypeGuard
@@ -88,8 +89,9 @@ class Session:
             self._state = self._runtime.load_state(self._initial)
             self._stand(np.zeros(self.batch, np.int64))
         else:
-            self._replace_lane(self._lane(lane), self._initial)
-            self._stand(np.where(np.arange(self.batch) == lane, 0, self._offset))
+            index = self._lane(lane)
+            self._replace_lane(index, self._initial)
+            self._stand(np.where(np.arange(self.batch) == index, 0, self._offset))
 
     def step(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
         """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
@@ -242,12 +244,12 @@ class Session:
             arrays = {s.name: arrays[s.name][s.lane_index(index)] for s in self.spec.states}
         return pack(Snapshot(self.fingerprint, None if lane is not None else self.batch, arrays))
 
-    def restore(self, snapshot: bytes, lane: int | None = None) -> None:
+    def restore(self, snapshot: bytes | bytearray | memoryview, lane: int | None = None) -> None:
         """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
 
         Raises:
-            SnapshotError: damaged, of another model, of other lanes, or with states that the model does not take.
-                Nothing has happened to the state.
+            SnapshotError: no bytes, damaged, of another model, of other lanes, or with states that the model does not
+                take. Nothing has happened to the state.
         """
         shapes = {
             state.name: state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
@@ -291,9 +293,15 @@ class Session:
         self.close()
 
     def _lane(self, lane: int) -> int:
-        if not 0 <= lane < self.batch:
+        try:
+            index = operator.index(lane)
+        except TypeError as error:
+            raise InputError(
+                f"A lane is one whole number, 0 .. {self.batch - 1}; given {lane!r} of type {type(lane).__name__}."
+            ) from error
+        if not 0 <= index < self.batch:
             raise InputError(f"The session has lanes 0 .. {self.batch - 1}; given {lane}.")
-        return lane
+        return index
 
     def _replace_lane(self, lane: int, source: Mapping[str, Array]) -> None:
         whole = self.read_state()

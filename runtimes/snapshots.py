@@ -50,17 +50,19 @@ def pack(snapshot: Snapshot) -> bytes:
     return _MAGIC + hashlib.sha256(payload).digest() + payload
 
 
-def unpack(data: bytes, fingerprint: str, lanes: int | None, shapes: Mapping[str, tuple[int, ...]]) -> Arrays:
+def unpack(
+    data: bytes | bytearray | memoryview, fingerprint: str, lanes: int | None, shapes: Mapping[str, tuple[int, ...]]
+) -> Arrays:
     """The states of a snapshot, by name, if it fits.
 
     Args:
-        data: what `pack` made.
+        data: what `pack` made, as bytes or in memory that Python can read as such.
         fingerprint, lanes, shapes: of the model, as `Snapshot` has them.
 
     Raises:
-        SnapshotError: damaged, of another version, of another model, or of other lanes.
+        SnapshotError: no bytes, damaged, of another version, of another model, or of other lanes.
     """
-    snapshot = _parse(data)
+    snapshot = _parse(_as_bytes(data))
     if snapshot.fingerprint != fingerprint:
         raise SnapshotError(
             f"The snapshot is of another model (fingerprint {snapshot.fingerprint[:12]}..., this is "
@@ -74,6 +76,18 @@ def unpack(data: bytes, fingerprint: str, lanes: int | None, shapes: Mapping[str
         if snapshot.arrays.get(name, np.empty(0)).shape != shape:
             raise SnapshotError(f"The snapshot does not hold {name} of shape {list(shape)}.")
     return snapshot.arrays
+
+
+def _as_bytes(data: object) -> bytes:
+    if isinstance(data, bytes):
+        return data
+    try:
+        return bytes(memoryview(data))  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:  # a ValueError where the memory was released
+        raise SnapshotError(
+            f"A snapshot is bytes; given is a {type(data).__name__}: {error}. Expected is what Session.snapshot() "
+            "returned, of a file what Path.read_bytes() returns."
+        ) from error
 
 
 def _parse(data: bytes) -> Snapshot:

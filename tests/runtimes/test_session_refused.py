@@ -221,6 +221,36 @@ def test_run_refuses_a_partial_chunk_where_the_entry_cannot_say_so() -> None:
     assert_same(session.read_state(), before)
 
 
+@pytest.mark.parametrize("lane", [1.0, "a", [0], np.float32(0), np.zeros(2, int)], ids=repr)
+def test_a_lane_that_is_no_whole_number_is_refused(lane: Any) -> None:
+    session = fake_session()
+    session.step(ids(session), [CHUNK, 1])
+    before, kept = session.read_state(), session.snapshot(0)
+    calls: list[Callable[[], object]] = [
+        lambda: session.reset(lane),
+        lambda: session.snapshot(lane),
+        lambda: session.restore(kept, lane),
+        lambda: session.fork(lane, 1),
+        lambda: session.fork(0, lane),
+    ]
+    for call in calls:
+        with pytest.raises(
+            InputError, match=rf"A lane is one whole number, 0 \.\. 1; given {re.escape(repr(lane))} of type"
+        ):
+            call()
+    assert_same(session.read_state(), before)
+    assert session.offsets.tolist() == [0, 1]
+
+
+def test_a_lane_may_be_a_number_of_numpy() -> None:
+    session = fake_session()
+    session.step(ids(session), [1, 2])
+    session.reset(np.int64(1))  # type: ignore[arg-type]
+    assert session.offsets.tolist() == [1, 0]
+    session.fork(np.uint8(0), np.array(1))  # type: ignore[arg-type]
+    assert session.offsets.tolist() == [1, 1]
+
+
 def test_load_state_refuses_what_is_not_the_whole_state() -> None:
     session = fake_session()
     state = session.read_state()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -99,6 +103,35 @@ def test_a_damaged_snapshot_is_refused_whatever_the_damage() -> None:
         with pytest.raises(SnapshotError, match="damaged: the hash does not fit"):
             session.restore(bad)
     assert_same(session.read_state(), before)
+
+
+@pytest.mark.parametrize("kind", [bytearray, memoryview, lambda data: np.frombuffer(data, np.uint8)])
+def test_a_snapshot_is_taken_from_any_memory(kind: Callable[[bytes], Any]) -> None:
+    session = fake_session()
+    session.step(ids(session))
+    whole, lane, state = session.snapshot(), session.snapshot(1), session.read_state()
+    session.reset()
+    session.restore(kind(whole))
+    assert_same(session.read_state(), state)
+    session.restore(kind(lane), 0)
+    assert_same(lane_of(session.read_state(), 0), lane_of(state, 1))
+    with pytest.raises(SnapshotError, match="damaged: the hash does not fit"):
+        session.restore(kind(whole[:-1]))
+
+
+@pytest.mark.parametrize("given", ["abc", None, 3, Path("kept.bin"), [1, 2]], ids=lambda given: type(given).__name__)
+def test_what_is_no_bytes_is_no_snapshot(given: Any) -> None:
+    session = fake_session()
+    for lane in (None, 0):
+        with pytest.raises(
+            SnapshotError,
+            match=rf"A snapshot is bytes; given is a {type(given).__name__}.*Session\.snapshot\(\) returned",
+        ):
+            session.restore(given, lane)
+    released = memoryview(session.snapshot())
+    released.release()
+    with pytest.raises(SnapshotError, match=r"given is a memoryview.*released"):
+        session.restore(released)
 
 
 @pytest.mark.parametrize("version", [1, 3, 12])
