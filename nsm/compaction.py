@@ -6,7 +6,6 @@ import copy
 from collections.abc import Sequence
 from typing import TypeVar
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
@@ -14,6 +13,7 @@ from torch import Tensor
 from nsm.errors import ConfigError, InputError
 from nsm.layer import NSMLayer
 from nsm.models.adaptive import AdaptiveNSM
+from nsm.models.checkpoint import checked_sample, taken_by
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
 from nsm.models.stream import StreamModel
@@ -32,14 +32,15 @@ def compact(model: Model, sequences: Sequence[ArrayLike] | None = None) -> Model
 
     Args:
         model: stays as it is.
-        sequences: representative streams, [T] ids or [T, input_dim] vectors each. An `AdaptiveNSM` needs them.
+        sequences: representative streams, [T] ids or [T, input_dim] vectors each, of any that `nsm.save` takes as
+            samples. An `AdaptiveNSM` needs them.
 
     Returns:
         A model of the same class, in the same mode, with smaller banks.
 
     Raises:
         ConfigError: a model with a hierarchy, whose banks have fixed sizes.
-        InputError: an adaptive model without sequences.
+        InputError: an adaptive model without sequences, or with one that it does not take.
     """
     layers = nsm_layers(model)
     if any(layer.consolidation.hierarchy for layer in layers):
@@ -79,8 +80,9 @@ def used_slots(model: StreamModel, sequences: Sequence[ArrayLike] | None = None)
         )
     names = [f"{index}.mask" for index, layer in enumerate(model.layers) if isinstance(layer, NSMLayer)]
     model = copy.deepcopy(model).eval()
-    for sequence in sequences:
-        tokens = torch.from_numpy(np.asarray(sequence)).unsqueeze(0)
+    checked = [checked_sample(model, index, item, "sequences") for index, item in enumerate(sequences)]
+    for sequence in checked:
+        tokens = taken_by(model, sequence).unsqueeze(0)
         state = model.initial_state(1)
         for piece in tokens.split(model.chunk_size, 1):
             _, state = model(piece, state, return_state=True)

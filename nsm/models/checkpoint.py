@@ -104,7 +104,7 @@ def split_samples(
         InputError: names the first that the model does not take.
     """
     sequences = [
-        _checked_sample(model, index, sample).numpy() for index, sample in enumerate(() if samples is None else samples)
+        checked_sample(model, index, sample).numpy() for index, sample in enumerate(() if samples is None else samples)
     ]
     golden_ids = set(np.linspace(0, len(sequences) - 1, min(MAX_GOLDEN, (len(sequences) + 1) // 2)).astype(int))
     golden = [item for index, item in enumerate(sequences) if index in golden_ids]
@@ -233,16 +233,31 @@ def _read(path: Path) -> Any:
         ) from error
 
 
-def _checked_sample(model: StepModel, index: int, sample: ArrayLike) -> torch.Tensor:
+def checked_sample(model: StepModel, index: int, sample: ArrayLike, name: str = "samples") -> torch.Tensor:
+    """A sequence of tokens, [T, ...], in the dtype that the graphs take.
+
+    Args:
+        model: what it is for.
+        index, name: of the sequence and of the argument that it comes from, for the message.
+        sample: integers of any width for ids, floats of any width for vectors.
+
+    Raises:
+        InputError: the model does not take it, or it holds NaN or infinity.
+    """
     spec = model.token_spec
     try:
         array = sample.detach().cpu().numpy() if isinstance(sample, torch.Tensor) else np.asarray(sample)
         if array.dtype.kind not in ("iu" if spec.dtype == "int64" else "f"):
             raise InputError(f"its dtype is {array.dtype}, the model takes {spec.dtype}.")
         tensor = torch.from_numpy(array.astype(spec.dtype))
-        model.check_tokens(tensor.unsqueeze(0))
+        model.check_tokens(taken_by(model, tensor).unsqueeze(0))
         if not bool(torch.isfinite(tensor).all()):
             raise InputError("it holds NaN or infinite numbers.")
     except (InputError, ValueError, TypeError) as error:
-        raise InputError(f"samples[{index}] is not a sequence for this model: {error}") from error
+        raise InputError(f"{name}[{index}] is not a sequence for this model: {error}") from error
     return tensor
+
+
+def taken_by(model: StepModel, tensor: torch.Tensor) -> torch.Tensor:
+    """Vectors in the dtype of the weights, which are in float64 after `double()`; ids as they are."""
+    return tensor.to(model.dtype) if tensor.is_floating_point() else tensor

@@ -176,6 +176,49 @@ def test_an_adaptive_model_needs_sequences(sequences: list[np.ndarray] | None) -
         compact(adaptive(), sequences)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, "list", "tensor"])
+def test_sequences_of_ids_are_taken_as_samples_are(dtype: Any, tmp_path: Path) -> None:
+    model = adaptive(max_states=24)
+    sequences = sequences_for(model, 2, 20)
+    convert: dict[Any, Any] = {"list": np.ndarray.tolist, "tensor": torch.from_numpy}
+    given = [convert.get(dtype, lambda ids: ids.astype(dtype))(ids) for ids in sequences]
+    nsm.save(model, tmp_path / "model.pt", samples=given)
+    for one, other in zip(used_slots(model, given), used_slots(model, sequences), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("double", [False, True], ids=["fp32", "fp64"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float64])
+def test_sequences_of_vectors_are_taken_as_samples_are(dtype: Any, double: bool) -> None:
+    model = adaptive("adaptive, lstm, memory, vectors")
+    sequences = [vectors.astype(np.float16).astype(np.float32) for vectors in sequences_for(model, 2, 20)]
+    wanted = used_slots(model, sequences)
+    given = [vectors.astype(dtype) for vectors in sequences]
+    for one, other in zip(used_slots(model.double() if double else model, given), wanted, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "sequence", "message"),
+    [
+        ("adaptive", "abc", "its dtype is <U3, the model takes int64"),
+        ("adaptive", list("abc"), "its dtype is <U1, the model takes int64"),
+        ("adaptive", [0.5], "its dtype is float64, the model takes int64"),
+        ("adaptive", [[0, 1]], r"ids \[B, T\], at least one token; given shape \[1, 1, 2\]"),
+        ("adaptive", [0, 10_000], "must lie in"),
+        ("adaptive", [[0], [1, 2]], "inhomogeneous"),
+        ("adaptive, lstm, memory, vectors", [[1]], "its dtype is int64, the model takes float32"),
+        ("adaptive, lstm, memory, vectors", "not finite", "it holds NaN or infinite numbers"),
+    ],
+)
+def test_a_sequence_that_the_model_does_not_take_is_named(name: str, sequence: Any, message: str) -> None:
+    model = adaptive(name)
+    good = sequences_for(model, 1, 2)[0]
+    given = np.full_like(good, np.nan) if sequence == "not finite" else sequence
+    with pytest.raises(InputError, match=rf"sequences\[1\] is not a sequence for this model: .*{message}"):
+        compact(model, [good, given])
+
+
 def test_a_hierarchy_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"A hierarchy has banks of fixed sizes"):
         compact(simple("hierarchy"))
