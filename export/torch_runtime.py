@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -99,7 +100,8 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
 
     Args:
         model: a model in float32, or in float64 to see how much is rounding; or a checkpoint written by `nsm.save`.
-            Of a model on another device a copy runs, on the CPU.
+            Of a model on another device, or in training mode, the session has a copy as it is now, on the CPU; the
+            model stays as it is.
         batch: lanes.
         tokens_per_call: K of a `step`, a multiple of the model's chunk (default: one chunk).
 
@@ -115,7 +117,14 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
     else:
         checkpoint = load_checkpoint(model)
         found, identity = checkpoint.model, checkpoint.fingerprint
-    return model_session(found.eval(), found.spec(batch, tokens_per_call), identity)
+    found = in_eval_mode(found)
+    return model_session(found, found.spec(batch, tokens_per_call), identity)
+
+
+def in_eval_mode(model: StepModel) -> StepModel:
+    """The model, or a copy where any part of it is in training mode: what somebody is training is to stay as it is."""
+    training = any(part.training for part in model.modules())
+    return copy.deepcopy(model).eval() if training else model
 
 
 def compiled_session(model: StepModel, spec: StepSpec, identity: str, tokens: Array) -> Session:

@@ -13,7 +13,7 @@ import torch
 from nsm.compaction import compact
 from nsm.errors import UnsupportedError
 from nsm.export.onnx import export_onnx, initial_arrays
-from nsm.export.torch_runtime import model_session
+from nsm.export.torch_runtime import in_eval_mode, model_session
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import Checkpoint, fingerprint
 from nsm.models.hybrid import HybridModel
@@ -30,9 +30,7 @@ class TorchSource:
     def __init__(self, checkpoint: Checkpoint, remarks: Sequence[str] = ()) -> None:
         self.checkpoint = checkpoint
         self.remarks = tuple(remarks)
-        model = on_cpu(checkpoint.model)
-        # A copy, since a model that somebody is training is to stay as it is.
-        self.model = copy.deepcopy(model).eval() if any(part.training for part in model.modules()) else model
+        self.model = in_eval_mode(on_cpu(checkpoint.model))
 
     @classmethod
     def of(cls, model: StepModel) -> TorchSource:

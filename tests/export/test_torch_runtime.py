@@ -43,6 +43,22 @@ def test_it_is_the_model_itself_bit_by_bit(model: SimpleNSM) -> None:
         np.testing.assert_array_equal(step, model.step(torch.from_numpy(tokens[:, :CHUNK]), model.initial_state(1))[0])
 
 
+@pytest.mark.parametrize("trained", ["all of it", "a part", "nothing"])
+def test_the_callers_model_stays_in_its_mode(trained: str) -> None:
+    model = make_model()
+    part = list(model.modules())[-1]
+    if trained != "nothing":
+        (model if trained == "all of it" else part).train()
+    modes = {name: module.training for name, module in model.named_modules()}
+    tokens = make_sequences(1, CHUNK)
+    with reference(model) as session:
+        assert {name: module.training for name, module in model.named_modules()} == modes
+        given = session.step(tokens)["outputs"]
+    model.eval()
+    with torch.no_grad():
+        np.testing.assert_array_equal(given, model.step(torch.from_numpy(tokens), model.initial_state(1))[0])
+
+
 def test_a_model_without_commit_is_a_stream_too() -> None:
     torch.manual_seed(0)
     model = RecurrentLM(20, 8, 1).eval()
