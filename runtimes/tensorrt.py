@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -96,7 +97,8 @@ class TensorRt:
                     )
                 self._entries[name] = self._bind(engine, name)
         except BaseException:
-            self.close()
+            with contextlib.suppress(RunError):  # what went wrong first is of use
+                self.close()
             raise
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
@@ -145,12 +147,16 @@ class TensorRt:
         return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
 
     def close(self) -> None:
+        """Free everything, whatever CUDA says of a part of it; what it said first is raised then."""
         self._entries.clear()
+        freed = []
         while self._pointers:
-            self._check(self._cuda.cudaFree(self._pointers.pop()))
+            freed.append(self._cuda.cudaFree(self._pointers.pop()))
         if self._stream is not None:
-            self._check(self._cuda.cudaStreamDestroy(self._stream))
-            self._stream = None
+            stream, self._stream = self._stream, None
+            freed.append(self._cuda.cudaStreamDestroy(stream))
+        for result in freed:
+            self._check(result)
 
     def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], Any]:
         """Host buffers in and out, their device pointers, and the context; states are bound at each call."""

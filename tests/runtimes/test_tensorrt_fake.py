@@ -73,7 +73,7 @@ class FakeCuda:
 
     def cudaStreamDestroy(self, stream: int) -> tuple[Status]:  # noqa: N802
         self.streams.remove(stream)
-        return (Status.cudaSuccess,)
+        return (self._status("cudaStreamDestroy"),)
 
     def cudaStreamSynchronize(self, stream: int) -> tuple[Status]:  # noqa: N802
         assert stream in self.streams
@@ -90,7 +90,7 @@ class FakeCuda:
 
     def cudaFree(self, pointer: int) -> tuple[Status]:  # noqa: N802
         del self.blocks[pointer]
-        return (Status.cudaSuccess,)
+        return (self._status("cudaFree"),)
 
     def cudaMemcpyAsync(self, to: int, source: int, size: int, kind: str, stream: int) -> tuple[Status]:  # noqa: N802
         assert stream in self.streams
@@ -322,6 +322,29 @@ def test_tensorrt_frees_what_it_holds(gpu: Gpu) -> None:
     assert gpu.cuda.blocks
     session.close()
     session.close()
+    assert not gpu.cuda.blocks
+    assert not gpu.cuda.streams
+
+
+@pytest.mark.parametrize("first", ["cudaFree", "cudaStreamDestroy"])
+def test_tensorrt_frees_the_rest_where_a_part_cannot_be_freed(gpu: Gpu, first: str) -> None:
+    """CUDA also reports there what an earlier, asynchronous call ran into."""
+    session = gpu.session()
+    gpu.cuda.fails |= {"cudaStreamDestroy": Status.cudaErrorMemoryAllocation, first: Status.cudaErrorIllegalAddress}
+    with pytest.raises(RunError, match=r"CUDA failed: cudaErrorIllegalAddress\."):
+        session.close()
+    assert not gpu.cuda.blocks
+    assert not gpu.cuda.streams
+    session.close()
+    with pytest.raises(StreamError, match="The session is closed"):
+        session.read_state()
+
+
+def test_what_could_not_be_opened_is_told_before_what_could_not_be_freed_then(gpu: Gpu) -> None:
+    gpu.files["decode"].write_text("engine for commit")
+    gpu.cuda.fails["cudaFree"] = Status.cudaErrorIllegalAddress
+    with pytest.raises(BuildError, match="The engine of decode has no tensor tokens"):
+        gpu.runtime()
     assert not gpu.cuda.blocks
     assert not gpu.cuda.streams
 
