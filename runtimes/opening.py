@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 from nsm.bundle import Bundle
-from nsm.errors import BundleDamagedError, DeviceUnavailableError, InputError, MissingDependencyError, UnsupportedError
+from nsm.errors import (
+    BundleDamagedError,
+    DeviceUnavailableError,
+    InputError,
+    MissingDependencyError,
+    RunError,
+    UnsupportedError,
+)
 from nsm.manifest import Artifact
 from nsm.runtimes.base import Loader
 from nsm.runtimes.processor import require_device
@@ -105,7 +113,12 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
     files = {entry: bundle.locate(path) for entry, path in recorded.items()}
     initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
     runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
-    return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name)
+    try:
+        return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name)
+    except BaseException:
+        with contextlib.suppress(RunError):  # what went wrong first is of use
+            runtime.close()
+        raise
 
 
 def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:

@@ -18,15 +18,17 @@ from nsm.errors import (
     DeviceUnavailableError,
     InputError,
     MissingDependencyError,
+    RunError,
     StreamError,
 )
 from nsm.manifest import MANIFEST
 from nsm.runtimes import onnxruntime, onnxruntime_plain, openvino, processor
-from nsm.runtimes.base import Runtime
+from nsm.runtimes.base import Runtime, State
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
-from tests.runtimes.fake import assert_same
+from nsm.trace import Array
+from tests.runtimes.fake import FakeRuntime, assert_same
 
 
 def edit(bundle: Path, change: Callable[[Any], object]) -> None:
@@ -255,6 +257,30 @@ def test_a_backend_is_told_the_precision_of_the_artifact(bundle: Bundle, monkeyp
         with open_artifact(bundle, replace(bundle.artifact("onnxruntime"), precision=precision)) as session:
             assert session.effective_precision == "fp32"
     assert told == ["fp32", "int8"]
+
+
+@pytest.mark.parametrize("closes", [True, False])
+def test_a_runtime_whose_session_cannot_start_is_closed(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, closes: bool
+) -> None:
+    closed: list[bool] = []
+
+    class Broken(FakeRuntime):
+        def load_state(self, arrays: Mapping[str, Array]) -> State:
+            raise RunError("out of memory")
+
+        def close(self) -> None:
+            closed.append(True)
+            if not closes:
+                raise RunError("cannot be freed either")
+
+    def load(files: Mapping[str, Path], spec: StepSpec, *_: object) -> Runtime:
+        return Broken(spec)
+
+    monkeypatch.setattr(onnxruntime, "load", load)
+    with pytest.raises(RunError, match="out of memory"):
+        open_bundle(bundle, "onnxruntime")
+    assert closed == [True]
 
 
 def test_two_sessions_of_one_bundle_are_two_streams(bundle: Bundle, target: str) -> None:
