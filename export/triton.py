@@ -83,11 +83,10 @@ def check_states(states: Iterable[StateSpec]) -> None:
             f"Triton replaces a state by the graph's output as it is; of {', '.join(rings)} the graph gives new rows "
             f"only, which whoever runs it writes into a ring. {way_out}"
         )
-    odd = [f"{s.name} ({s.dtype} {list(s.shape)})" for s in states if s.dtype not in KINDS or 0 in s.shape]
+    odd = [f"{s.name} ({s.dtype} {list(s.shape)})" for s in states if s.dtype not in KINDS]
     if odd:
         raise UnsupportedError(
-            f"Triton carries states of at least one number, of the types {', '.join(KINDS)}; given are "
-            f"{', '.join(odd)}. {way_out}"
+            f"Triton carries states of the types {', '.join(KINDS)}; given are {', '.join(odd)}. {way_out}"
         )
     pairs = [(state.past, state.present) for state in states]
     wrong = [pair for pair in as_paired(pairs) if pair not in pairs]

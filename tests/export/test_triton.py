@@ -296,7 +296,6 @@ def test_rings_are_refused_with_the_way_out() -> None:
 @pytest.mark.parametrize(
     ("states", "part"),
     [
-        ([StateSpec("0.none", (1, 0), "float32")], r"0\.none \(float32 \[1, 0\]\)"),
         ([StateSpec("0.odd", (1, 2), "complex64")], r"0\.odd \(complex64 \[1, 2\]\)"),
         (
             [
