@@ -189,12 +189,13 @@ class _Bound:
         self.run = run
         self._point, self._outputs, self._states = point, outputs, states
         self.written = self._all()
-        self._unheld = {name: self._references(name) for name in outputs}
+        # How many references come from here and from asking: the expression is that of `let_go`.
+        self._unheld = {name: getrefcount(self._outputs[name]) for name in outputs}
 
     def let_go(self) -> None:
         """Leave the outputs that somebody still refers to as they are, and write into other memory from now on."""
         for name, unheld in self._unheld.items():
-            if self._references(name) > unheld:
+            if getrefcount(self._outputs[name]) > unheld:
                 self._renew(name)
 
     def answers(self) -> Arrays:
@@ -205,10 +206,6 @@ class _Bound:
         self._outputs[name] = np.zeros_like(self._outputs[name])
         self._point(name, self._outputs[name])
         self.written = self._all()
-
-    def _references(self, name: str) -> int:
-        # Always from here: how many of them come from the asking itself is the interpreter's own affair.
-        return getrefcount(self._outputs[name])
 
     def _all(self) -> Sequence[Array]:
         flat = (array.reshape(-1) for array in self._outputs.values() if array.dtype.kind == "f")
