@@ -19,13 +19,15 @@ from nsm.errors import ParityError, SlowerError, UnsupportedError
 from nsm.export import guard
 from nsm.export.adding import add_target
 from nsm.export.build import check_artifact
-from nsm.export.guard import Alone, Limits, Over
+from nsm.export.guard import Alone, Limits, Maker, Over
 from nsm.export.pipeline import ExportOptions, export
 from nsm.manifest import Artifact
+from nsm.quantization.policy import find_policy
 from nsm.runtimes import onnxruntime, processor
 from nsm.runtimes.bench import Latency, Steppable
 from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.report import ParityReport
+from nsm.runtimes.targets import find_target
 from nsm.trace import Array, Trace
 from tests.export.helpers import ROUGH, invoke, names, refused, succeeded, the_json
 
@@ -150,6 +152,31 @@ def test_what_is_furthest_over_its_budget_is_what_products_are_ranked_by() -> No
     guilty = Alone(0.1, {"value": {"one_step_p99": 0.4}})
     assert over.share(guilty) > over.share(drifting)
     assert over.share(Alone(0.1, {"value": {"one_step_p99": np.nan}})) == np.inf
+
+
+def test_a_product_that_drifts_more_stays_low_where_another_is_at_fault(
+    rough: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle(rough)
+    policy = find_policy("onnxruntime", "int8")
+    assert policy is not None
+    maker = Maker(bundle, find_target("onnxruntime"), None, "int8", policy, None)
+    assert maker.lowered is not None
+    drifting, guilty, _ = keys = [product.key for product in maker.lowered.low]
+    errors = dict(zip(keys, [0.1, 9.0, 0.0], strict=True))
+    alone = {key: Alone(float(key == drifting), {"value": {"split_p99": error}}) for key, error in errors.items()}
+    tried: list[list[str]] = []
+
+    def checked(*_: object) -> tuple[None, ParityReport]:
+        passed = guilty in tried[-1]
+        over = budgeted(value={"split_p99": 0.0 if passed else 9.0})
+        return None, cast(ParityReport, SimpleNamespace(**vars(over), passed=passed, effective_precision="int8"))
+
+    monkeypatch.setattr(Maker, "build", lambda _, put_back: tried.append(list(put_back)))
+    monkeypatch.setattr(Maker, "_alone", lambda *_: alone)
+    monkeypatch.setattr(guard, "check_artifact", checked)
+    maker.within_budget(bundle.trace(), Limits(1.0), None)
+    assert tried == [[], [guilty]]
 
 
 def test_where_no_error_is_over_budget_products_are_ranked_by_drift() -> None:
