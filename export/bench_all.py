@@ -65,6 +65,7 @@ _MEASURED = (
     "ratio",
     "decode_ratio",
     "state_bytes",
+    "threads",
     "peak_rss_mb",
 )
 
@@ -158,7 +159,7 @@ def bench_all(model: Path, targets: Sequence[str], steps: int, threads: int | No
         rows = [item.to_json(steps) for item in found]
         click.echo(json.dumps({"model": str(model), "threads": threads, "results": rows}))
     else:
-        _show(terminal, model, found, steps, threads)
+        _show(terminal, model, found, steps)
     if all(item.measured is None for item in found):
         raise UnsupportedError("None of the combinations could be measured here; each one's status says why.")
 
@@ -238,10 +239,10 @@ def _measured(
     return results
 
 
-def _show(terminal: Terminal, model: Path, found: Sequence[Combination], steps: int, threads: int | None) -> None:
+def _show(terminal: Terminal, model: Path, found: Sequence[Combination], steps: int) -> None:
     measured = [item.measured for item in found if item.measured is not None]
     terminal.say()
-    title = heading(measured[0], steps, threads) if measured else str(model)
+    title = heading(measured, steps) if measured else str(model)
     rows = [item.row() for item in found]
     # As wide as it is: the last column, which may be long, is then wrapped by the terminal and not cut.
     widths = [max(len(cell) for cell in column) for column in zip(COLUMNS, *rows, strict=True)]

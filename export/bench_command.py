@@ -41,6 +41,7 @@ class Entrant:
         stream: a session, or the like.
         artifact_mb: size of its files; None where it has none.
         peak_rss_mb: of a process of its own; None where there was none.
+        threads: that it was given; None where it chose itself.
     """
 
     name: str
@@ -50,6 +51,7 @@ class Entrant:
     stream: Steppable
     artifact_mb: float | None = None
     peak_rss_mb: float | None = None
+    threads: int | None = None
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,7 @@ class Measured:
             "ratio": self._beside(self.ratio),
             "decode_ratio": self._beside(self.decode_ratio),
             "state_bytes": spec.state_nbytes,
+            "threads": entrant.threads,
             "peak_rss_mb": entrant.peak_rss_mb,
             "artifact_mb": entrant.artifact_mb,
         }
@@ -131,7 +134,7 @@ def bench_bundle(
         click.echo(json.dumps({"threads": threads, "results": rows[: len(entrants)], **other}))
         return
     terminal.say()
-    terminal.table(COLUMNS, [_row(item) for item in found], heading(found[0], steps, threads))
+    terminal.table(COLUMNS, [_row(item) for item in found], heading(found, steps))
     explain(terminal, " or ".join(dict.fromkeys(item.against for item in found if item.against)))
 
 
@@ -161,7 +164,8 @@ def open_entrant(bundle: Bundle, artifact: Artifact, name: str, threads: int | N
     session = stack.enter_context(open_artifact(bundle, artifact, threads=threads))
     peak = fresh_peak_mb(bundle.path, artifact.target, threads)
     effective = session.effective_precision
-    return Entrant(name, artifact.target, artifact.precision, effective, session, artifact.nbytes / 1e6, peak)
+    size = artifact.nbytes / 1e6
+    return Entrant(name, artifact.target, artifact.precision, effective, session, size, peak, session.threads)
 
 
 def compared(entrant: Entrant, latency: Latency, against: tuple[str, Latency] | None) -> Measured:
@@ -174,13 +178,15 @@ def compared(entrant: Entrant, latency: Latency, against: tuple[str, Latency] | 
     return Measured(entrant, latency, name, paired_ratio(other.rounds_us, latency.rounds_us), decode)
 
 
-def heading(found: Measured, steps: int, threads: int | None) -> str:
+def heading(found: Sequence[Measured], steps: int) -> str:
     """What was measured, as the title of a table."""
-    entry = found.entrant.stream.spec.entry("step").inputs[0]
-    used = "" if threads is None else f", {threads} thread" + "s" * (threads > 1)
+    entry = found[0].entrant.stream.spec.entry("step").inputs[0]
+    threads = {item.entrant.threads for item in found}
+    (same,) = threads if len(threads) == 1 else (None,)
+    used = "" if same is None else f", {same} thread" + "s" * (same > 1)
     return (
         f"{steps} calls of {entry.shape[1]} tokens on {lanes_of(entry.shape[0])}{used}, "
-        f"in {len(found.latency.rounds_us)} rounds of turns"
+        f"in {len(found[0].latency.rounds_us)} rounds of turns"
     )
 
 
@@ -306,7 +312,7 @@ def _open_pytorch(
             if kind == "compile"
             else torch_runtime.model_session(reference, spec, identity)
         )
-    return Entrant(kind, kind, "fp32", "fp32", stream)
+    return Entrant(kind, kind, "fp32", "fp32", stream, threads=threads)
 
 
 def _inputs(item: TensorSpec) -> str:

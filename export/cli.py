@@ -248,7 +248,12 @@ def parity(
 @click.option("--all", "everything", is_flag=True, help="Build and measure every target and precision of MODEL.pt.")
 @click.option("--overhead", "wrapper", is_flag=True, help="Measure what a session adds to the backend's bare call.")
 @click.option("--steps", type=int, metavar="N", help="Timed calls of each.  [default: 500; 2500 with --overhead]")
-@click.option("--threads", type=int, metavar="N", help="Threads of the backend and torch.  [default: their own choice]")
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Threads of the backend and torch.  [default: one for a small model, else their own choice]",
+)
 @_shared
 def bench(
     bundle: Path,
@@ -305,7 +310,12 @@ def bench(
 @main.command(short_help="Compare a step with what its arithmetic allows.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
-@click.option("--threads", type=int, metavar="N", help="Threads of the backend.  [default: its own choice]")
+@click.option(
+    "--threads",
+    type=int,
+    metavar="N",
+    help="Threads of the backend.  [default: one for a small model, else its own choice]",
+)
 @_shared
 def roofline(bundle: Path, target: str | None, threads: int | None, as_json: bool) -> None:
     """Measure what BUNDLE's target reaches on large products here, and how much of it the entries reach.

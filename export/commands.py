@@ -22,6 +22,7 @@ from nsm.files import replacing
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
+from nsm.runtimes.threads import chosen_threads
 from nsm.spec import VALID
 from nsm.trace import Array
 
@@ -39,6 +40,7 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     bundle = Bundle(path)
     bundle.verify()
     artifact = chosen_artifact(bundle, target)
+    threads = chosen_threads(threads, bundle.manifest.work)
     with (
         roofline_module.products(find_target(artifact.target), threads) as machine,
         open_artifact(bundle, artifact, threads=threads) as session,

@@ -244,7 +244,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
             source.write_graphs(spec, stage / GRAPHS, options.opset)
             initial: dict[str, Any] = dict(source.initial_arrays(options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)
-        manifest = _manifest(planned, spec, [])
+        manifest = _manifest(planned, spec, stage / GRAPHS)
         write_manifest(stage, manifest)
         bundle = Bundle(stage)
         calibration = _calibrated(bundle, planned, stages)
@@ -287,17 +287,22 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
     return calibration
 
 
-def _manifest(planned: Plan, spec: StepSpec, artifacts: list[Artifact]) -> Manifest:
+def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
+    """What is known before anything is built."""
+    from nsm.export.roofline import entry_work
+
     source = planned.source
+    work = {entry.name: entry_work(graphs / f"{entry.name}.onnx") for entry in spec.entries}
     return Manifest(
         spec=spec,
         fingerprint=source.fingerprint,
         model={"class": source.kind, "config": source.config, "parameters": source.parameters},
-        artifacts=tuple(artifacts),
+        artifacts=(),
         files=(),
         versions=versions(),
         command=planned.options.command,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        work={name: item for name, item in work.items() if item is not None},
     )
 
 

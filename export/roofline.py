@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
+from onnx.shape_inference import InferenceError
 
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export.build import Built, Request
+from nsm.manifest import EntryWork
 from nsm.runtimes.opening import entry_files
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
@@ -47,6 +49,11 @@ class Work:
     @property
     def nbytes(self) -> float:
         return sum(nbytes for _, _, nbytes in self.operations)
+
+    @property
+    def total(self) -> EntryWork:
+        """The sums, as a manifest has them."""
+        return EntryWork(self.flops, self.nbytes)
 
     def least_seconds(self, machine: Machine) -> float:
         """The time that the roofline allows."""
@@ -95,6 +102,14 @@ def work_of(graph: Path) -> Work:
         if flops or nbytes:
             operations.append((node.name, flops, nbytes))
     return Work(tuple(operations))
+
+
+def entry_work(graph: Path) -> EntryWork | None:
+    """The sums of `work_of`; None where it cannot be counted."""
+    try:
+        return work_of(graph).total
+    except (BuildError, InferenceError):
+        return None
 
 
 def _flops(node: onnx.NodeProto, dims: Mapping[str, Sequence[int]]) -> float:

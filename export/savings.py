@@ -19,6 +19,7 @@ from nsm.models.stream import StreamModel
 from nsm.runtimes.opening import entry_files, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
+from nsm.runtimes.threads import chosen_threads
 from nsm.spec import StepSpec
 
 _ROUNDS = 5
@@ -55,12 +56,12 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
         directory = Path(folder)
         (directory / GRAPHS).mkdir()
         old.write_graphs(before, directory / GRAPHS, planned.options.opset)
-        flops = [work_of(path / GRAPHS / "step.onnx").flops for path in (directory, bundle.path)]
+        work = [work_of(path / GRAPHS / "step.onnx") for path in (directory, bundle.path)]
         artifact = next((item for item in bundle.manifest.artifacts if item.parity["status"] == "passed"), None)
         times = None
         if artifact is not None:
             with (
-                _open(old, before, directory, artifact.target) as first,
+                _open(old, before, directory, artifact.target, chosen_threads(None, {"step": work[0].total})) as first,
                 open_bundle(bundle, artifact.target) as second,
             ):
                 times = _times(first, second)
@@ -70,12 +71,12 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
         (slots[0], slots[1]),
         (old.parameters, new.parameters),
         (before.state_nbytes // before.batch, after.state_nbytes // after.batch),
-        (flops[0], flops[1]),
+        (work[0].flops, work[1].flops),
         times,
     )
 
 
-def _open(source: Source, spec: StepSpec, directory: Path, name: str) -> Session:
+def _open(source: Source, spec: StepSpec, directory: Path, name: str, threads: int | None) -> Session:
     """A session over the graphs in a directory, built for a target there."""
     target = find_target(name)
     spec = target.served(spec)
@@ -83,7 +84,7 @@ def _open(source: Source, spec: StepSpec, directory: Path, name: str) -> Session
     built: Built = target.builder_module().build(Request(directory, directory / target.folder, spec, None))
     found = entry_files(target, spec, built.files, directory)
     files = {entry: directory / path for entry, path in found.items()}
-    runtime = target.runtime_module().load(files, spec, target.devices[0], None, "fp32")
+    runtime = target.runtime_module().load(files, spec, target.devices[0], threads, "fp32")
     return Session(runtime, spec, source.initial_arrays(spec.batch), "", target.name)
 
 

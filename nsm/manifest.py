@@ -87,12 +87,24 @@ def _is_number(value: object, none: bool = False) -> bool:
     return (none and value is None) or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
+@dataclass(frozen=True)
+class EntryWork:
+    """What a call of an entry does at least, in fp32: floating-point operations of its products, and bytes moved."""
+
+    flops: float
+    nbytes: float
+
+
 _MODEL = {"class": str, "config": Mapping, "parameters": int}
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. `model` holds at least its `class`, its `config`, and how many `parameters`."""
+    """What a bundle says of itself.
+
+    `model` holds at least its `class`, its `config`, and how many `parameters`; `work` what an entry does, by its name,
+    where that can be counted.
+    """
 
     spec: StepSpec
     fingerprint: str
@@ -102,6 +114,7 @@ class Manifest:
     versions: Mapping[str, str]
     command: str
     created: str
+    work: Mapping[str, EntryWork] = field(default_factory=dict)
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -128,7 +141,8 @@ class Manifest:
                 f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
                 "Export it again with this version, or install the nsm that wrote it."
             )
-        return decode(cls, data, MANIFEST)
+        # Bundles that are older than what is said of their work are opened as before.
+        return decode(cls, {"work": {}, **data}, MANIFEST)
 
 
 def file_record(directory: Path, relative: str) -> FileRecord:

@@ -21,6 +21,7 @@ from nsm.runtimes.base import Loader
 from nsm.runtimes.processor import require_device
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, Target, find_target
+from nsm.runtimes.threads import chosen_threads
 from nsm.spec import StepSpec
 
 
@@ -37,7 +38,8 @@ def open_bundle(
         target: one of those that `nsm doctor` lists, or an alias (default: the first in the bundle that passed
             its parity check and can be opened in this machine).
         device: for targets that run on several (default: the one the artifact was built for).
-        threads: threads of the backend (default: its own choice).
+        threads: threads of the backend (default: one for a small model, for which a second one does not pay; its own
+            choice for others).
 
     Returns:
         A `Session`; use it in a `with` block or close it.
@@ -112,9 +114,10 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
     recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
     files = {entry: bundle.locate(path) for entry, path in recorded.items()}
     initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
+    threads = chosen_threads(threads, bundle.manifest.work)
     runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
     try:
-        return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name)
+        return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name, threads)
     except BaseException:
         with contextlib.suppress(RunError):  # what went wrong first is of use
             runtime.close()

@@ -39,6 +39,7 @@ class Session:
         initial: the states' initial values, by name, lanes included. `reset` returns to them bit by bit.
         fingerprint: of the model; snapshots carry it.
         target: name of the target, for people.
+        threads: that the runtime was given; None where it chose itself, or has none.
 
     Example:
         >>> with nsm.open("digits.nsm", target="openvino") as session:   # doctest: +SKIP
@@ -46,11 +47,18 @@ class Session:
     """
 
     def __init__(
-        self, runtime: Runtime, spec: StepSpec, initial: Mapping[str, Array], fingerprint: str, target: str
+        self,
+        runtime: Runtime,
+        spec: StepSpec,
+        initial: Mapping[str, Array],
+        fingerprint: str,
+        target: str,
+        threads: int | None = None,
     ) -> None:
         self.spec = spec
         self.target = target
         self.fingerprint = fingerprint
+        self.threads = threads
         self.effective_precision = runtime.effective_precision
         self._runtime = runtime
         self._initial = {s.name: checked_state(initial, s, spec.chunk_size).copy() for s in spec.states}

@@ -38,14 +38,22 @@ class CausalLM(StepModel):
         d_model: d.
         chunk_size: tokens that the entry `step` takes unless another multiple is asked for.
         layers: `RecurrentLayer`s, or those that a subclass with its own `advance` knows how to run.
-
+        embedding_std: standard deviation of embeddings at the start; each kind of model has that with which it learns
+            text best (docs/measurements.md, "Language").
     """
 
-    def __init__(self, vocab_size: int, d_model: int, chunk_size: int, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        vocab_size: int,
+        d_model: int,
+        chunk_size: int,
+        layers: Sequence[nn.Module],
+        embedding_std: float = 1.0,
+    ) -> None:
         super().__init__()
         self.chunk_size = chunk_size
         self.output_dim = vocab_size
-        self.embed, self.token_spec = embedding(vocab_size, None, d_model)
+        self.embed, self.token_spec = embedding(vocab_size, None, d_model, embedding_std)
         self.layers = nn.ModuleList(layers)
         self.head = output_head(d_model, vocab_size)
 

@@ -47,7 +47,7 @@ class RecurrentLM(CausalLM):
         if kind not in _CELLS:
             raise ConfigError(f"kind must be one of {', '.join(_CELLS)}; given {kind!r}.")
         layers = [GatedLayer(size["d_model"], kind) for _ in range(size["num_layers"])]
-        super().__init__(size["vocab_size"], size["d_model"], size["chunk_size"], layers)
+        super().__init__(size["vocab_size"], size["d_model"], size["chunk_size"], layers, embedding_std=0.1)
         self.config = {**size, "kind": kind}
 
 

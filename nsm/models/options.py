@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypedDict, cast
 
 import numpy as np
+import torch
 from torch import nn
 
 from nsm.errors import ConfigError
@@ -33,6 +34,7 @@ class LayerOptions(TypedDict, total=False):
     causal: bool
 
 
+EMBEDDING_STD = 0.1
 _WHOLE = ("chunk_size", "window", "routing_heads", "top_k", "consolidate_every", "conv_width", "memory_rows")
 _FLAGS = ("communication", "causal")
 
@@ -104,10 +106,22 @@ def check_one_form(model: str, vocab_size: int | None, input_dim: int | None) ->
         )
 
 
-def embedding(vocab_size: int | None, input_dim: int | None, width: int) -> tuple[nn.Module, TensorSpec]:
-    """The embedding of ids or vectors, and the spec of one token."""
+def embedding(
+    vocab_size: int | None, input_dim: int | None, width: int, std: float = EMBEDDING_STD
+) -> tuple[nn.Module, TensorSpec]:
+    """The embedding of ids or vectors, and the spec of one token.
+
+    Args:
+        vocab_size, input_dim: one of them.
+        width: of an embedded token.
+        std: standard deviation of the table of ids at the start. A small one lets what the first layers add count at
+            once; an NSM learns sooner with it, a transformer later (docs/measurements.md, "Language").
+    """
     if vocab_size is not None:
-        return nn.Embedding(vocab_size, width), TensorSpec("tokens", (), "int64", None, 0, vocab_size - 1)
+        embed = nn.Embedding(vocab_size, width)
+        with torch.no_grad():
+            embed.weight.mul_(std)
+        return embed, TensorSpec("tokens", (), "int64", None, 0, vocab_size - 1)
     assert input_dim is not None
     return nn.Linear(input_dim, width), TensorSpec("tokens", (input_dim,), "float32")
 

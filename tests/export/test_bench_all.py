@@ -122,7 +122,7 @@ def test_every_precision_has_a_line_whatever_became_of_it(checkpoint: Path, expo
     assert found["int8"][3:8] == [*size, "-", "-", "-"]
     assert " ".join(found["int8"][10:]) == "parity failed: Parity failed on onnxruntime int8"
     assert "speed: how many times as fast as the target's fp32 in the same round" in text
-    assert "50 calls of 8 tokens on 2 lanes, in 3 rounds of turns" in text
+    assert "50 calls of 8 tokens on 2 lanes, 1 thread, in 3 rounds of turns" in text
     assert f"The fastest that is ok: nsm-export {checkpoint} --target onnxruntime --precision fp16" in text
     assert [(list(item.targets), item.precision) for item in asked] == [(["onnxruntime"], p) for p in PRECISIONS]
 

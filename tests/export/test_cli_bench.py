@@ -22,6 +22,7 @@ from tests.export.helpers import (
     succeeded,
     the_json,
 )
+from tests.nsm.bundles import edit
 
 
 @pytest.fixture
@@ -76,6 +77,7 @@ def test_bench_prints_one_json_object(exported: Path, no_gpu: None) -> None:
         assert item["tokens_per_second"] == pytest.approx(16 / item["latency_us"]["p50"] * 1e6)
         assert 0 < item["decode_us"]["p50"] <= item["decode_us"]["p99"]
         assert item["decode_us"]["call"] > 0
+        assert item["threads"] == 1
         assert item["state_bytes"] == bundle.manifest.spec.state_nbytes
         assert item["peak_rss_mb"] > 10
         assert item["artifact_mb"] == pytest.approx(bundle.artifact(item["target"]).nbytes / 1e6)
@@ -110,6 +112,20 @@ def test_bench_for_people_says_what_was_left_out(exported: Path, hide: Callable[
     assert "Measuring in turns" in remarks
     assert "openvino: not measured. The target openvino needs" in remarks
     assert "tensorrt: not measured. There is no usable NVIDIA GPU" in remarks
+
+
+def test_a_small_model_has_one_thread_where_nobody_says_it(
+    exported: Path, bundle_copy: Path, no_gpu: None, fake_times: Times
+) -> None:
+    fake_times(100, 100, 100)
+    assert "of 8 tokens on 2 lanes, 1 thread, in" in succeeded(invoke("bench", exported))
+    fake_times(100, 100, 100)
+    found = the_json(invoke("bench", exported, "--json"))
+    assert found["threads"] is None
+    assert [item["threads"] for item in found["results"]] == [1, 1, 1]
+    edit(bundle_copy, lambda data: data["work"]["step"].update(flops=1e9))
+    fake_times(100, 100, 100)
+    assert "of 8 tokens on 2 lanes, in" in succeeded(invoke("bench", bundle_copy))
 
 
 def test_several_targets_can_be_named(exported: Path, fake_times: Times) -> None:

@@ -24,11 +24,13 @@ from nsm.export.roofline import (
     Reached,
     Work,
     calls_of,
+    entry_work,
     measure_call,
     measure_reached,
     products,
     work_of,
 )
+from nsm.manifest import EntryWork
 from nsm.runtimes.targets import find_target
 from tests.conftest import CHUNK
 from tests.export.helpers import invoke, refused, succeeded, the_json
@@ -63,6 +65,15 @@ def test_products_count_all_operands_and_the_rest_what_it_reads_and_writes_outsi
     assert work.operations == (("product", 2.0 * 2 * 3 * 5, 4.0 * (6 + 15 + 10)), ("last", 0.0, 4.0 * 10))
     assert work.flops == 60.0
     assert work.nbytes == 164.0
+
+
+def test_the_work_of_an_entry_is_the_sum_and_unknown_where_a_shape_is(tmp_path: Path) -> None:
+    node = helper.make_node("MatMul", ["x", "w"], ["y"], name="product")
+    known = graph(tmp_path / "known.onnx", [node], {"x": [2, 3]}, [2, 5], w=floats(3, 5))
+    assert entry_work(known) == EntryWork(2.0 * 2 * 3 * 5, 4.0 * (6 + 15 + 10))
+    assert entry_work(graph(tmp_path / "open.onnx", [node], {"x": ["n", 3]}, ["n", 5], w=floats(3, 5))) is None
+    wrong = graph(tmp_path / "wrong.onnx", [node], {"x": [2, 4]}, [2, 5], w=floats(3, 5))
+    assert entry_work(wrong) is None
 
 
 def test_batched_products(tmp_path: Path) -> None:
@@ -273,6 +284,13 @@ def test_the_command_says_how_much_is_reached(byte_bundle: Path, fixed_machine: 
         assert entry["share"] == pytest.approx(entry["roofline_us"] / entry["measured_us"])
         low, high = entry["share_quartiles"]
         assert 0 < low <= entry["share"] <= high
+
+
+def test_the_machine_has_the_threads_of_the_session(
+    byte_bundle: Path, fixed_machine: list[tuple[str, int | None]]
+) -> None:
+    succeeded(invoke("roofline", byte_bundle, "--json"))
+    assert fixed_machine == [("onnxruntime", 1)]
 
 
 @pytest.mark.usefixtures("fixed_machine")

@@ -11,7 +11,7 @@ import numpy as np
 
 from nsm.bundle import GOLDEN, STATE_INIT
 from nsm.files import write_json
-from nsm.manifest import MANIFEST, Artifact, Manifest, file_record
+from nsm.manifest import MANIFEST, Artifact, EntryWork, Manifest, file_record
 from nsm.staging import write_manifest
 from tests.runtimes.fake import FINGERPRINT, fake_initial, fake_spec, fake_trace
 
@@ -54,6 +54,7 @@ def fill(stage: Path, command: str = "nsm-export model.pt") -> Manifest:
         versions={"python": "3.11", "nsm": "0.1.0"},
         command=command,
         created="2025-01-01T00:00:00+00:00",
+        work={"step": EntryWork(2e6, 5e5)},
     )
     write_manifest(stage, manifest)
     return manifest

@@ -151,6 +151,9 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "versions a word": (("versions",), "new"),
     "no command": (("command",), KeyError),
     "created a list": (("created",), []),
+    "work null": (("work",), None),
+    "work of an entry without bytes": (("work",), {"step": {"flops": 1.0}}),
+    "work of an entry a word": (("work",), {"step": {"flops": "many", "nbytes": 1.0}}),
 }
 
 
@@ -168,3 +171,8 @@ def test_a_manifest_that_was_edited_by_hand_is_refused(made: Path, path: tuple[s
     with pytest.raises(BundleError, match="edited by hand") as caught:
         Bundle(made)
     assert caught.value.exit_code == 6
+
+
+def test_a_manifest_that_is_older_than_the_counting_of_work_is_read(made: Path) -> None:
+    edit(made, lambda data: data.pop("work"))
+    assert Bundle(made).manifest.work == {}
