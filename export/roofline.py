@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+from google.protobuf.message import DecodeError
 from onnx import TensorProto, helper
 from onnx.shape_inference import InferenceError
 
@@ -108,7 +109,7 @@ def entry_work(graph: Path) -> EntryWork | None:
     """The sums of `work_of`; None where it cannot be counted."""
     try:
         return work_of(graph).total
-    except (BuildError, InferenceError):
+    except (BuildError, InferenceError, DecodeError):
         return None
 
 

@@ -88,6 +88,12 @@ def test_openvinos_own_cache_gives_the_same_answers(tmp_path: Path) -> None:
     assert re.search(r"512 +\d+ +\d+ +[\d.]+x", shown)
 
 
+def test_one_thread_is_compared_with_two(exported: Path, tmp_path: Path) -> None:
+    shown = _run(tmp_path, str(EXAMPLES / "threads.py"), str(exported), "--steps", "50", "--target", "onnxruntime")
+    assert re.search(r"[\d.]+ MFLOP and [\d.]+ MB a call", shown)
+    assert re.search(r"onnxruntime +\d+ +\d+ +[\d.]+x \([\d.]+-[\d.]+\) +[\d.]+x", shown)
+
+
 @pytest.mark.slow
 def test_foreign_models_are_exported_in_fp32_and_int8(tmp_path: Path) -> None:
     shown = _run(tmp_path, str(EXAMPLES / "foreign_models.py"), "--steps", "64")  # fewer: states near zero
@@ -107,6 +113,6 @@ def test_what_low_precision_does_to_recall_is_measured(tmp_path: Path) -> None:
 
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
-    run_here |= {"calibration", "compared_model", "foreign_models", "low_precision", "stateful_cache"}
+    run_here |= {"calibration", "compared_model", "foreign_models", "low_precision", "stateful_cache", "threads"}
     run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere
