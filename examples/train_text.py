@@ -30,15 +30,31 @@ _VALIDATION_BATCHES = 16
 @click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Updates of the weights.")
 @click.option("--count", default=16, show_default=True, help="Sequences a batch.")
 @click.option("--learning-rate", default=3e-3, show_default=True)
+@click.option(
+    "--embedding-std",
+    type=click.FloatRange(0, min_open=True),
+    help="Standard deviation of the embeddings at the start.  [default: the model's own]",
+)
 @click.option("--seed", default=0, show_default=True)
 def main(
-    name: str, output: Path | None, data: Path | None, steps: int, count: int, learning_rate: float, seed: int
+    name: str,
+    output: Path | None,
+    data: Path | None,
+    steps: int,
+    count: int,
+    learning_rate: float,
+    embedding_std: float | None,
+    seed: int,
 ) -> None:
     """Train on windows of 256 bytes and print the loss on text that was held out, in nats a byte."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     train, held_out = text.corpus(data)
     model = text.build(name)
+    if embedding_std is not None:
+        table = model.get_parameter("embed.weight")
+        with torch.no_grad():
+            table.mul_(embedding_std / table.std())
     if len(held_out) < 64 * model.chunk_size + 2:
         raise click.UsageError(f"A tenth of the text is held out, {len(held_out):,} bytes here: give a longer one.")
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.1, betas=(0.9, 0.98))

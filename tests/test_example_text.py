@@ -16,6 +16,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 
+import nsm
 from nsm.baselines import RecurrentLM
 from nsm.models import SimpleNSM, StepModel, load_checkpoint
 
@@ -120,6 +121,14 @@ def test_training_learns(train_text: ModuleType, data: Path) -> None:
     before = held_out_loss(trained(train_text, data, "--steps", "1", "--learning-rate", "1e-9"))
     after = held_out_loss(trained(train_text, data, "--steps", "25", "--learning-rate", "3e-2"))
     assert after < before - 1.0
+
+
+def test_how_embeddings_start_can_be_said(train_text: ModuleType, data: Path, tmp_path: Path) -> None:
+    options = ("--steps", "1", "--learning-rate", "1e-9", "--output", str(tmp_path / "text.pt"))
+    held_out_loss(trained(train_text, data, *options, "--embedding-std", "0.5"))
+    assert nsm.load(tmp_path / "text.pt").get_parameter("embed.weight").std().item() == pytest.approx(0.5, rel=1e-3)
+    held_out_loss(trained(train_text, data, *options))
+    assert nsm.load(tmp_path / "text.pt").get_parameter("embed.weight").std().item() == pytest.approx(0.1, rel=0.05)
 
 
 def test_the_same_seed_trains_the_same(train_text: ModuleType, data: Path) -> None:
