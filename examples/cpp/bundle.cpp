@@ -14,6 +14,8 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr int format_version = 1;
+// With less, a second thread takes longer than it saves: docs/benchmark.md, "Threads".
+constexpr double small_flops = 50e6, small_bytes = 7e6;
 
 template <typename T>
 std::optional<T> maybe(const json& value) {
@@ -90,6 +92,11 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
         }
         spec_ = spec_of(manifest.at("spec"));
         fingerprint_ = manifest.at("fingerprint");
+        const json work = manifest.value("work", json::object());
+        if (work.contains("step")) {
+            const double flops = work["step"].at("flops"), bytes = work["step"].at("nbytes");
+            small_step_ = flops < small_flops && bytes < small_bytes;
+        }
         const auto keep = [&](const json& record) {
             records_[record.at("path")] = {record.at("size"), record.at("sha256")};
             return record.at("path").get<std::string>();

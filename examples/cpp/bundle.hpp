@@ -52,6 +52,8 @@ public:
     const std::string& fingerprint() const { return fingerprint_; }
     // Of the OpenVINO artifact: fp32, int8, ...; empty where there is none.
     const std::string& precision() const { return precision_; }
+    // Whether a step is over before a second thread pays; not where the manifest does not say what it does.
+    bool small_step() const { return small_step_; }
     // Where a file of the manifest lies, after its size and hash were checked.
     std::filesystem::path verified(const std::string& name) const;
     // The file of the OpenVINO artifact with this ending.
@@ -65,6 +67,7 @@ private:
     std::filesystem::path path_;
     Spec spec_;
     std::string fingerprint_, precision_;
+    bool small_step_ = false;
     std::map<std::string, Record> records_;
     std::vector<std::string> openvino_;
 };

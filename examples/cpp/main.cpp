@@ -46,7 +46,8 @@ void bench(const Bundle& bundle, Session& session, int calls) {
         if (i >= 10) times.push_back(took.count());
     }
     std::nth_element(times.begin(), times.begin() + calls / 2, times.end());
-    std::printf("%.1f us a step (median of %d)\n", times[static_cast<std::size_t>(calls / 2)], calls);
+    const std::string threads = session.threads() == 0 ? "" : ", threads: " + std::to_string(session.threads());
+    std::printf("%.1f us a step (median of %d%s)\n", times[static_cast<std::size_t>(calls / 2)], calls, threads.c_str());
 }
 
 int number(const std::string& name, const std::string& text) {

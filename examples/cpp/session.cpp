@@ -27,11 +27,15 @@ void check_finite(const Arrays& outputs, std::size_t count) {
 }  // namespace
 
 Session::Session(const Bundle& bundle, int threads)
-    : bundle_(bundle), spec_(bundle.spec()), memory_(spec_), initial_(read_npz(bundle.verified("state_init.npz"))) {
+    : bundle_(bundle),
+      spec_(bundle.spec()),
+      threads_(threads == 0 && bundle.small_step() ? 1 : threads),
+      memory_(spec_),
+      initial_(read_npz(bundle.verified("state_init.npz"))) {
     bundle_.openvino_file("step.xml");  // throws where there is no such artifact
     // OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise.
     options_ = {ov::hint::inference_precision(ov::element::f32), ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
-    if (threads > 0) options_.emplace(ov::inference_num_threads(threads));
+    if (threads_ > 0) options_.emplace(ov::inference_num_threads(threads_));
     chunked_ = std::any_of(spec_.states.begin(), spec_.states.end(), [](const State& s) { return s.name == "lane.offset"; });
     reset();
 }

@@ -10,10 +10,12 @@ namespace nsm {
 
 class Session {
 public:
+    // Without threads, one for a model whose step is small, and OpenVINO's choice for others.
     Session(const Bundle& bundle, int threads);
     Session(const Session&) = delete;
     Session& operator=(const Session&) = delete;
 
+    int threads() const { return threads_; }  // 0: OpenVINO's choice
     std::size_t batch() const { return spec_.batch; }
     const std::string& first_output() const { return spec_.find("step")->outputs.front().name; }
     void reset();
@@ -36,6 +38,7 @@ private:
 
     const Bundle& bundle_;
     const Spec& spec_;
+    const int threads_;
     ov::Core core_;
     ov::AnyMap options_;
     Memory memory_;

@@ -146,7 +146,8 @@ def test_a_commit_that_is_not_carried_does_not_pass(client: Path, single: Path, 
 
 @pytest.mark.slow
 def test_a_step_is_timed(client: Path, single: Path) -> None:
-    assert "us a step (median of 20)" in run(client, single, "--bench", 20).stdout
+    assert "us a step (median of 20, threads: 1)" in run(client, single, "--bench", 20).stdout
+    assert "us a step (median of 20, threads: 2)" in run(client, single, "--bench", 20, "--threads", 2).stdout
 
 
 @pytest.mark.slow
