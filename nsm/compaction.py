@@ -36,7 +36,7 @@ def compact(model: Model, sequences: Sequence[ArrayLike] | None = None) -> Model
             samples. An `AdaptiveNSM` needs them.
 
     Returns:
-        A model of the same class, in the same mode, with smaller banks.
+        A model of the same class, in the same mode, of the same dtype and on the same device, with smaller banks.
 
     Raises:
         ConfigError: a model with a hierarchy, whose banks have fixed sizes.
@@ -52,6 +52,7 @@ def compact(model: Model, sequences: Sequence[ArrayLike] | None = None) -> Model
     if isinstance(model, HybridModel):
         del config["initial_states"]
     smaller: Model = type(model)(**config)
+    smaller.to(next(model.parameters()))
     weights = model.state_dict()
     numbers = [index for index, layer in enumerate(model.layers) if isinstance(layer, NSMLayer)]
     for number, index, layer in zip(numbers, kept, layers, strict=True):

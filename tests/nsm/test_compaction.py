@@ -278,3 +278,10 @@ def test_a_compacted_model_can_be_compacted_again() -> None:
 
 def test_the_package_offers_it() -> None:
     assert nsm.compact is compact
+
+
+def test_the_dtype_is_kept() -> None:
+    model = simple().double()
+    small = compact(model)
+    assert {parameter.dtype for parameter in small.parameters()} == {torch.float64}
+    assert_same(small, model, random_tokens(model, 2, 3 * CHUNK))
