@@ -121,7 +121,9 @@ def inspect(path: Path, as_json: bool) -> None:
     for entry in spec.entries:
         tensors = [("input", item) for item in entry.inputs] + [("output", item) for item in entry.outputs]
         rows = [[kind, item.name, item.dtype, str(list(item.shape)), _range(item)] for kind, item in tensors]
-        terminal.table(("", "name", "dtype", "shape", "values"), rows, f"Entry {entry.name}")
+        work = manifest.work.get(entry.name)
+        does = "" if work is None else f": {work.flops / 1e6:,.1f} MFLOP, {size(work.nbytes)} read and written a call"
+        terminal.table(("", "name", "dtype", "shape", "values"), rows, f"Entry {entry.name}{does}")
     states = [
         [
             s.name,

@@ -30,7 +30,8 @@ def test_inspect_shows_what_a_client_must_know(exported: Path, bundle: Bundle) -
         writers = [entry.name for entry in bundle.manifest.spec.entries if state.name in entry.writes]
         assert " ".join(line).endswith(f"{state.init} {', '.join(writers) or '-'}")
     for entry in bundle.manifest.spec.entries:
-        assert f"Entry {entry.name}" in text
+        flops = bundle.manifest.work[entry.name].flops / 1e6
+        assert f"Entry {entry.name}: {flops:.1f} MFLOP, " in text
     for artifact in bundle.manifest.artifacts:
         assert any(line[:3] == [artifact.target, artifact.device, "fp32"] for line in lines)
         assert all(f"{artifact.target}: {note}" in text for note in artifact.notes)

@@ -160,7 +160,9 @@ def test_a_model_of_many_words_is_small_in_int8(target: str, tmp_path: Path) -> 
     torch.manual_seed(0)
     model = nsm.SimpleNSM(vocab_size=2048, d_model=128, num_states=4, num_layers=1, chunk_size=8).eval()
     with torch.no_grad():
-        model.embed.weight.mul_(10)  # an untrained model's outputs are all rounding else, and the guard keeps a product
+        model.get_parameter("embed.weight").mul_(
+            10
+        )  # an untrained model's outputs are all rounding else, and the guard keeps a product
     words = np.random.default_rng(0).integers(0, 2048, (4, 96))
     path = tmp_path / "m.nsm"
     bundle = nsm.export_model(
