@@ -52,7 +52,9 @@ def made_up(graph: Path, session: Session, sequences: list[Array]) -> Calibratio
         for key, values in watched(random_states(session.spec, call.feeds, generator)).items():
             ranges[key].add(values)
         calls += 1
-    return Calibration({key: found.scale() for key, found in ranges.items()}, len(sequences), calls, (0,), None)
+    scales = {key: found.scale() for key, found in ranges.items()}
+    unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned()) is not None}
+    return Calibration(scales, unsigned, len(sequences), calls, (0,), None)
 
 
 def second_pass(bundle: Bundle, first: Calibration, sequences: list[Array]) -> Calibration:

@@ -21,7 +21,7 @@ from nsm.errors import InputError, MissingDependencyError, SlowerError
 from nsm.export.build import CULPRITS, build_target, check_artifact
 from nsm.manifest import Artifact
 from nsm.quantization.checks import check_trace
-from nsm.quantization.policy import SAFE_LEVELS, Policy, find_policy
+from nsm.quantization.policy import Policy, find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.bench import Ratio, bench, not_faster, paired_ratio
 from nsm.runtimes.opening import open_artifact
@@ -282,7 +282,7 @@ class Maker:
 
     def _notes(self, artifact: Artifact) -> tuple[str, ...]:
         notes = [*artifact.notes, self.policy.note]
-        if self.policy.levels == SAFE_LEVELS and self.policy.form in ("static", "dynamic") and int8_dot_products():
+        if self.policy.guarded and self.policy.form in ("static", "dynamic") and int8_dot_products():
             notes.append(
                 f"for processors like this one alone, --device {CPU_DOT} is more exact, and may need fewer products in "
                 "float"

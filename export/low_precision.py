@@ -109,11 +109,12 @@ def _lowered(
             raise BundleDamagedError(
                 f"{CALIBRATION} has no scale for {missing[0]}: it was found on another model. Export the bundle again."
             )
-        return forms.static(model, products, calibration.scales, policy.levels)
+        unsigned = calibration.unsigned if policy.unsigned else {}
+        return forms.static(model, products, calibration.scales, policy.guarded, unsigned)
     if policy.form == "half":
         return forms.half(model, products, onnx.TensorProto.FLOAT16)
     if policy.form == "brain":
         return forms.half(model, products, onnx.TensorProto.BFLOAT16)
     if policy.form == "dynamic":
-        return forms.dynamic(model, products, policy.levels)
+        return forms.dynamic(model, products, policy.guarded)
     return {"weights": forms.weights_only, "blocked": forms.blocked}[policy.form](model, products)

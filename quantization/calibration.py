@@ -21,7 +21,7 @@ from nsm.errors import NonFiniteError, UnsupportedError
 from nsm.quantization.checks import MAX_STEPS, check_bounded, check_enough, size_of
 from nsm.quantization.policy import LEVELS
 from nsm.quantization.products import Product, products_of
-from nsm.quantization.recipe import Calibration
+from nsm.quantization.recipe import Calibration, Unsigned
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
@@ -30,6 +30,10 @@ from nsm.trace import Array, Arrays
 AGES = 12
 """Calls of a stream that are looked at, log-spaced from the first to the last."""
 _KEPT = 4096
+_SHARES: tuple[float, ...] = tuple(np.linspace(0.3, 1.0, 71).tolist())
+"""Of a range that are tried as its end: to clip a few numbers gives the others finer levels."""
+_GAIN = 0.8
+"""Squared error of unsigned levels against signed ones from which on they are worth a zero point."""
 """Numbers of an activation that are kept of a call, besides the largest."""
 
 
@@ -65,8 +69,9 @@ def calibrate(
         calls += 1
         streams = max(streams, call.streams)
     scales = {key: found.scale() for key, found in ranges.items()}
+    unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned()) is not None}
     occupancy = (min(shares), max(shares)) if shares else None
-    return Calibration(scales, streams, calls, tuple(sorted(ages)), occupancy)
+    return Calibration(scales, unsigned, streams, calls, tuple(sorted(ages)), occupancy)
 
 
 @dataclass(frozen=True)
@@ -153,7 +158,7 @@ class Range:
     """The range of one activation."""
 
     def __init__(self) -> None:
-        self._largest = 0.0
+        self._low, self._high = 0.0, 0.0
         self._kept: list[Array] = []
         self._generator = np.random.default_rng(0)
 
@@ -163,13 +168,14 @@ class Range:
         Raises:
             NonFiniteError: one is NaN or infinite.
         """
-        flat = np.abs(values.ravel())
+        flat = values.ravel()
         if not np.isfinite(flat).all():
             raise NonFiniteError(
                 "The fp32 model gives NaN or infinite activations on the calibration sequences. Check the weights and "
                 "the sequences."
             )
-        self._largest = max(self._largest, float(flat.max(initial=0.0)))
+        self._low = min(self._low, float(flat.min(initial=0.0)))
+        self._high = max(self._high, float(flat.max(initial=0.0)))
         self._kept.append(flat if len(flat) <= _KEPT else self._generator.choice(flat, _KEPT, replace=False))
 
     def scale(self) -> float:
@@ -177,17 +183,53 @@ class Range:
 
         A scale that is no normal number of float32 is nothing to divide by: OpenVINO gives NaN.
         """
-        if 0.3 * self._largest / LEVELS < np.finfo(np.float32).tiny:
+        if self._nothing:
             return 1.0
-        values = np.concatenate(self._kept)
-        best, least = self._largest / LEVELS, np.inf
-        for share in np.linspace(0.3, 1.0, 71):
-            scale = share * self._largest / LEVELS
-            levels = np.minimum(np.rint(values / scale), LEVELS)
-            error = float(np.mean(np.square(values - scale * levels)))
-            if error < least:
-                best, least = scale, error
-        return float(best)
+        values, largest = self._values(), self._largest
+        return min((share * largest / LEVELS for share in _SHARES), key=lambda scale: _signed_error(values, scale))
+
+    def unsigned(self) -> Unsigned | None:
+        """What a uint8 should stand for; None where an int8 with its `scale` does nearly as well.
+
+        The ends of the range are moved in turn to where the mean squared error is least. Zero stays a level of its own.
+        """
+        if self._nothing:
+            return None
+        values = self._values()
+        low, high = self._low, self._high
+        for _ in range(2):
+            high = min((share * self._high for share in _SHARES), key=lambda end: _error(values, _between(low, end)))
+            low = min((share * self._low for share in _SHARES), key=lambda end: _error(values, _between(end, high)))
+        best = _between(low, high)
+        return best if _error(values, best) < _GAIN * _signed_error(values, self.scale()) else None
+
+    @property
+    def _largest(self) -> float:
+        return max(-self._low, self._high)
+
+    @property
+    def _nothing(self) -> bool:
+        return bool(0.3 * self._largest / 255 < np.finfo(np.float32).tiny)
+
+    def _values(self) -> Array:
+        return np.concatenate(self._kept)
+
+
+def _signed_error(values: Array, scale: float) -> float:
+    """Mean squared error of int8 without a zero point."""
+    return float(np.mean(np.square(values - scale * np.clip(np.rint(values / scale), -LEVELS, LEVELS))))
+
+
+def _between(low: float, high: float) -> Unsigned:
+    """From the number at `low` or next to it to the one at `high`, zero among them."""
+    scale = float(high - low) / 255
+    return Unsigned(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
+
+
+def _error(values: Array, levels: Unsigned) -> float:
+    """Mean squared error of uint8."""
+    numbers = np.clip(np.rint(values / levels.scale) + levels.zero, 0, 255) - levels.zero
+    return float(np.mean(np.square(values - levels.scale * numbers)))
 
 
 def _feeds(spec: StepSpec, tokens: Array, state: Arrays) -> Arrays:

@@ -1,13 +1,15 @@
 """The forms of a graph in low precision, of its products and its tables: functions from one ONNX graph to another.
 
-All are symmetric: a number q stands for scale * q, with no zero point. TensorRT takes nothing else, and OpenVINO
-loses less that way. Matrices have a scale for each column. Biases and everything between the products stay float.
+Matrices are symmetric: a number q stands for scale * q, with no zero point, and there is a scale for each column. So
+are activations whose scale is calibrated, but for those of which hardly any is negative: they may be unsigned, with a
+zero point, which TensorRT refuses. Biases and everything between the products stay float.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 import onnx
@@ -16,13 +18,21 @@ from onnx import TensorProto, helper, numpy_helper
 
 from nsm.quantization.policy import LEVELS, Tables
 from nsm.quantization.products import Product
+from nsm.quantization.recipe import Unsigned
 from nsm.trace import Array
 
 
-def quantised_weight(numbers: Array, levels: int = LEVELS) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """A matrix [D, N] as int8 [D, N], from -levels to levels, and a scale for each column, [N]."""
-    scale = _scales(np.abs(numbers).max(0), levels)
-    return np.clip(np.rint(numbers / scale), -levels, levels).astype(np.int8), scale
+def quantised_weight(numbers: Array, guarded: bool = False) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """A matrix [D, N] as int8 [D, N], from -127 to 127, and a scale for each column, [N].
+
+    If it is guarded, two neighbours of a sign, in rows 2 i and 2 i + 1, add up to `SAFE_SUM` at most.
+    """
+    largest = np.abs(numbers).max(0)
+    if guarded:
+        # They add up to LEVELS at most before they are rounded, which may add a half to each: then it is SAFE_SUM.
+        largest = np.maximum(largest, _largest_pair(numbers))
+    scale = _scales(largest)
+    return np.clip(np.rint(numbers / scale), -LEVELS, LEVELS).astype(np.int8), scale
 
 
 def weights_only(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
@@ -31,7 +41,11 @@ def weights_only(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.Mo
 
 
 def static(
-    model: onnx.ModelProto, products: Sequence[Product], scales: Mapping[str, float], levels: int = LEVELS
+    model: onnx.ModelProto,
+    products: Sequence[Product],
+    scales: Mapping[str, float],
+    guarded: bool = False,
+    unsigned: Mapping[str, Unsigned] = MappingProxyType({}),
 ) -> onnx.ModelProto:
     """Backends run it as an int8 product: dequantised(quantised(x)) @ dequantised(W).
 
@@ -39,23 +53,27 @@ def static(
         model: the graph.
         products: those to quantise.
         scales: of the activations, by the key of the product.
-        levels: of the matrices.
+        guarded: the matrices; see `quantised_weight`.
+        unsigned: by key too: activations that become uint8 instead.
     """
 
     def rewrite(rewriter: _Rewriter, product: Product) -> None:
         rewriter.dequantised_weight(product)
-        rewriter.quantised_activation(product, scales[product.key])
+        if (found := unsigned.get(product.key)) is None:
+            rewriter.quantised_activation(product, scales[product.key], np.int8(0))
+        else:
+            rewriter.quantised_activation(product, found.scale, np.uint8(found.zero))
 
-    return _Rewriter(model, products, levels).run(rewrite)
+    return _Rewriter(model, products, guarded).run(rewrite)
 
 
-def dynamic(model: onnx.ModelProto, products: Sequence[Product], levels: int = LEVELS) -> onnx.ModelProto:
+def dynamic(model: onnx.ModelProto, products: Sequence[Product], guarded: bool = False) -> onnx.ModelProto:
     """An integer product whose activations get their scale at each call: ONNX Runtime's fast form on a CPU.
 
-    One scale for all lanes and tokens of a call; `levels` are those of the matrices. An LSTM becomes ONNX Runtime's own
+    One scale for all lanes and tokens of a call; `guarded` is said of the matrices. An LSTM becomes ONNX Runtime's own
     operator, which does the same at every step.
     """
-    rewriter = _Rewriter(model, products, levels)
+    rewriter = _Rewriter(model, products, guarded)
     if any(product.operator == "LSTM" for product in products):
         rewriter.use_domain("com.microsoft")
 
@@ -101,9 +119,18 @@ def looked_up(model: onnx.ModelProto, tables: Sequence[Product], kept: Tables) -
 _HALVES = {"half": TensorProto.FLOAT16, "brain": TensorProto.BFLOAT16}
 
 
-def _scales(largest: Array, levels: int = LEVELS) -> NDArray[np.float32]:
+def _largest_pair(numbers: Array) -> Array:
+    """Of each column, [N]: the largest sum of the magnitudes of numbers of a sign in rows 2 i and 2 i + 1."""
+    padded = np.pad(numbers, ((0, len(numbers) % 2), (0, 0)))
+    found: Array = np.zeros(numbers.shape[1], np.float32)
+    for part in (np.maximum(padded, 0), np.maximum(-padded, 0)):
+        found = np.maximum(found, (part[0::2] + part[1::2]).max(0))
+    return found
+
+
+def _scales(largest: Array) -> NDArray[np.float32]:
     """Of groups whose largest numbers are these; 1 for a group of zeros, or of numbers too small to be divided."""
-    scale = (largest / levels).astype(np.float32)
+    scale = (largest / LEVELS).astype(np.float32)
     return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1.0))
 
 
@@ -116,8 +143,8 @@ def _brain(numbers: Array) -> NDArray[np.uint16]:
 class _Rewriter:
     """Rewrites products one by one in a copy of a graph; what several share is made once."""
 
-    def __init__(self, model: onnx.ModelProto, products: Sequence[Product], levels: int = LEVELS) -> None:
-        self.levels = levels
+    def __init__(self, model: onnx.ModelProto, products: Sequence[Product], guarded: bool = False) -> None:
+        self.guarded = guarded
         self.model = copy.deepcopy(model)
         self.products = {product.node: product for product in products}
         self.constants = {tensor.name: tensor for tensor in self.model.graph.initializer}
@@ -156,13 +183,13 @@ class _Rewriter:
             self.made["dequantised", product.weight] = name
         self.node.input[1] = name
 
-    def quantised_activation(self, product: Product, scale: float) -> None:
-        key = ("quantised", product.activation, str(scale))
+    def quantised_activation(self, product: Product, scale: float, zero: np.int8 | np.uint8) -> None:
+        key = ("quantised", product.activation, str(scale), str(zero.dtype), str(zero))
         if key not in self.made:
             stem = f"{product.node}.activation"
             constants = [
                 self._constant(f"{stem}.scale", np.float32(scale)),
-                self._constant(f"{stem}.zero", np.int8(0)),
+                self._constant(f"{stem}.zero", zero),
             ]
             self._node("QuantizeLinear", [product.activation, *constants], f"{stem}.quantised")
             self._node("DequantizeLinear", [f"{stem}.quantised", *constants], f"{stem}.dequantised")
@@ -195,7 +222,7 @@ class _Rewriter:
         for place in (1, 2):
             name = inputs[place]
             numbers = numpy_helper.to_array(self.constants[name])
-            parts = [quantised_weight(matrix.T, self.levels) for matrix in numbers]
+            parts = [quantised_weight(matrix.T, self.guarded) for matrix in numbers]
             inputs[place] = self._constant(f"{name}.int8", np.stack([levels for levels, _ in parts]))
             scale = np.stack([scale for _, scale in parts])
             scales.append(self._constant(f"{name}.scale", scale))
@@ -255,7 +282,7 @@ class _Rewriter:
 
     def _int8(self, product: Product) -> tuple[str, str]:
         """Names of the matrix in int8 and of its scales."""
-        numbers, scale = quantised_weight(numpy_helper.to_array(self.constants[product.weight]), self.levels)
+        numbers, scale = quantised_weight(numpy_helper.to_array(self.constants[product.weight]), self.guarded)
         return (
             self._constant(f"{product.weight}.int8", numbers),
             self._constant(f"{product.weight}.scale", scale),

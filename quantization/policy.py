@@ -23,11 +23,12 @@ int8-weights is the precision for those who want to lose little, and int8 rows w
 LEVELS = 127
 """Largest number that an int8 stands for; -128 is left out, so that the range is symmetric."""
 
-SAFE_LEVELS = 64
-"""Largest number of a matrix whose products are right on every x86 processor.
+SAFE_SUM = 128
+"""Largest sum of the numbers of a sign in rows 2 i and 2 i + 1 of a column whose products are right on every x86.
 
-Without VNNI they are made of the instruction vpmaddubsw, which adds two products of an unsigned and a signed byte in 16
-bits, and cuts off what is larger: 2 * 255 * 127 is, 2 * 255 * 64 is not. Backends do not guard against it.
+Without VNNI they are made of the instruction vpmaddubsw, which adds the products of two unsigned and two signed bytes
+in 16 bits, and cuts off what is larger: 255 * (127 + 127) is, 255 * 128 is not. Backends do not guard against it. In
+OpenVINO and ONNX Runtime the two are such neighbours, as `tests/export/test_saturation.py` sees on older processors.
 """
 
 Form = Literal["float", "static", "dynamic", "blocked", "weights", "half", "brain"]
@@ -55,15 +56,17 @@ class Policy:
         form: of the products.
         keep: patterns of the names of products that stay float.
         note: what a user should know.
-        levels: largest number of a matrix, where activations are int8 too. On processors `SAFE_LEVELS`, so that an
-            artifact is right on those without VNNI as well.
+        guarded: whether matrices keep to `SAFE_SUM`, where activations are int8 too: an artifact for processors is
+            right on those without VNNI as well.
+        unsigned: whether calibrated activations may be uint8 with a zero point, where that loses less.
         tables: what the numbers of tables that ids are looked up in are kept in. They are computed with in float.
     """
 
     form: Form
     keep: tuple[str, ...] = _ALWAYS_FLOAT
     note: str = ""
-    levels: int = SAFE_LEVELS
+    guarded: bool = True
+    unsigned: bool = False
     tables: Tables = "int8"
 
     @property
@@ -91,7 +94,7 @@ class Policy:
 
 POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
     {
-        ("openvino", "int8"): Policy("static"),
+        ("openvino", "int8"): Policy("static", unsigned=True),
         ("openvino", "int8-weights"): Policy(
             "weights",
             tables="half",
@@ -110,7 +113,8 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
             "dynamic",
             note="one activation scale for all lanes and tokens of a call: lanes are not independent of each other",
         ),
-        ("tensorrt", "int8"): Policy("static", levels=LEVELS, tables="half"),  # it has no look-up of bytes
+        # TensorRT refuses zero points, and has no look-up of bytes.
+        ("tensorrt", "int8"): Policy("static", guarded=False, tables="half"),
         ("tensorrt", "int8-weights"): Policy("weights", tables="half"),
         ("tensorrt", "fp16"): Policy("half", tables="half"),
         ("tensorrt", "bf16"): Policy("brain", tables="brain"),
@@ -120,7 +124,7 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
 
 
 def find_policy(target: str, precision: str, device: str | None = None) -> Policy | None:
-    """The policy of a precision on a target; None for fp32. For the device "cpu-dot" matrices have all their levels.
+    """The policy of a precision on a target; None for fp32. For the device "cpu-dot" matrices are not guarded.
 
     Raises:
         UnsupportedError: the target does not compute in that precision.
@@ -133,4 +137,4 @@ def find_policy(target: str, precision: str, device: str | None = None) -> Polic
         raise UnsupportedError(
             f"The target {target} is not built in {precision}. It is built in: {', '.join(['fp32', *known])}."
         )
-    return replace(policy, levels=LEVELS) if device is not None and device.lower() == CPU_DOT else policy
+    return replace(policy, guarded=False) if device is not None and device.lower() == CPU_DOT else policy

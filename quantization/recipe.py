@@ -15,16 +15,32 @@ from nsm.files import write_json
 
 
 @dataclass(frozen=True)
+class Unsigned:
+    """A uint8 q stands for scale * (q - zero): all 256 levels lie where an activation has its numbers."""
+
+    scale: float
+    zero: int
+
+    def __post_init__(self) -> None:
+        _require_scale(self.scale, "a uint8")
+        if not 0 <= self.zero <= 255:
+            raise ConfigError(f"The zero point of a uint8 lies in 0 .. 255; given {self.zero}.")
+
+
+@dataclass(frozen=True)
 class Calibration:
     """What was seen.
 
     scales: of each product's activations, by the product's key: what 1 of an int8 stands for.
+    unsigned: for the products whose activations lose less that way, as those of which hardly any is negative do: what
+        a uint8 stands for, for backends that take a zero point.
     streams, calls: sequences that were rolled, and calls that were looked at.
     ages: of the calls, in calls since the reset.
     occupancy: least and largest share of active slots in the calls, None for models without masks.
     """
 
     scales: Mapping[str, float]
+    unsigned: Mapping[str, Unsigned]
     streams: int
     calls: int
     ages: tuple[int, ...]
@@ -32,8 +48,7 @@ class Calibration:
 
     def __post_init__(self) -> None:
         for key, scale in self.scales.items():
-            if not (math.isfinite(scale) and scale > 0):
-                raise ConfigError(f"A scale is a number above 0; that of {key} is {scale}.")
+            _require_scale(scale, key)
 
     def save(self, directory: Path) -> None:
         """Write it into the directory of a bundle."""
@@ -42,8 +57,13 @@ class Calibration:
     def summary(self) -> dict[str, Any]:
         """Without the scales."""
         data = asdict(self)
-        del data["scales"]
+        del data["scales"], data["unsigned"]
         return data
+
+
+def _require_scale(scale: float, owner: str) -> None:
+    if not (math.isfinite(scale) and scale > 0):
+        raise ConfigError(f"A scale is a number above 0; that of {owner} is {scale}.")
 
 
 def read_calibration(bundle: Bundle) -> Calibration:
@@ -59,4 +79,6 @@ def read_calibration(bundle: Bundle) -> Calibration:
             f"{bundle.path} holds no calibration, which int8 needs. Export it with --precision int8 where torch is, or "
             "build int8-weights, which needs none."
         )
+    if isinstance(data, dict):
+        data = {"unsigned": {}} | data  # bundles of before the key
     return decode(Calibration, data, CALIBRATION)

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from onnx import TensorProto
 
 import nsm
 from nsm.bundle import CALIBRATION, Bundle
@@ -25,6 +26,7 @@ from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.measures import relative_error
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.session import Session
+from nsm.staging import write_manifest
 from nsm.trace import Array
 from tests.conftest import CHUNK, make_model, make_sequences
 from tests.export.helpers import names, needs_bf16, needs_fp16
@@ -118,7 +120,7 @@ def test_the_manifest_says_what_became_of_the_products(built: Built, target: str
 def test_the_summary_of_the_calibration_is_that_of_the_file(int8_bundle: Path) -> None:
     found = Bundle(int8_bundle).artifact("openvino").quantization["calibration"]
     kept = json.loads((int8_bundle / CALIBRATION).read_text())
-    assert len(kept.pop("scales")) >= 3
+    assert len(kept.pop("scales")) > len(kept.pop("unsigned")) > 0
     assert found == kept
     assert found["streams"] == 6, "those of the checkpoint that do not judge"
     assert found["ages"][0] == 0
@@ -309,6 +311,36 @@ def test_only_large_products_are_chosen_and_shares_are_of_their_numbers(int8_bun
     assert lowered.float_share(sizes) == 1.0
     first = next(iter(sizes))
     assert Lowered(lowered.low, {}).float_share([first, "another"]) == sizes[first] / sum(sizes.values())
+
+
+def test_activations_are_unsigned_where_the_calibration_says_so_and_the_target_takes_it(
+    int8_bundle: Path, tmp_path: Path
+) -> None:
+    bundle = Bundle(int8_bundle)
+    calibration, spec = read_calibration(bundle), bundle.manifest.spec
+    assert calibration.unsigned  # what a GELU gives
+    kinds = {}
+    for target in ("openvino", "tensorrt"):
+        policy = find_policy(target, "int8")
+        assert policy is not None
+        write_graphs(int8_bundle, tmp_path / target, spec, policy, calibration)
+        model = load_shared(tmp_path / target / "step.onnx")
+        types = {tensor.name: tensor.data_type for tensor in model.graph.initializer}
+        kinds[target] = {types[node.input[2]] for node in model.graph.node if node.op_type == "QuantizeLinear"}
+    assert TensorProto.UINT8 in kinds["openvino"]
+    assert kinds["tensorrt"] == {TensorProto.INT8}
+
+
+def test_a_calibration_of_before_it_knew_unsigned_levels_is_read(int8_bundle: Path, tmp_path: Path) -> None:
+    """What an earlier version wrote, in a bundle whose list of files was written then too."""
+    shutil.copytree(int8_bundle, tmp_path / "b.nsm")
+    path = tmp_path / "b.nsm" / "calibration.json"
+    data = json.loads(path.read_text())
+    del data["unsigned"]
+    path.write_text(json.dumps(data))
+    write_manifest(tmp_path / "b.nsm", Bundle(int8_bundle).manifest)
+    found = read_calibration(Bundle(tmp_path / "b.nsm"))
+    assert found == replace(read_calibration(Bundle(int8_bundle)), unsigned={})
 
 
 def test_a_calibration_of_another_model_is_refused(int8_bundle: Path, tmp_path: Path) -> None:

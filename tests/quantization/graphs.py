@@ -146,3 +146,14 @@ def slow_int8(weight: Array) -> tuple[Array, Array]:
         for row in range(weight.shape[0]):
             levels[row, column] = round(float(weight[row, column] / scales[column]))
     return levels, scales
+
+
+def largest_pair(numbers: Array) -> float:
+    """Number by number: the largest sum, in magnitude, of those of a sign in rows 2 i and 2 i + 1 of a column."""
+    found = 0.0
+    for column in numbers.T.astype(float).tolist():
+        for first in range(0, len(column), 2):
+            pair = column[first : first + 2]
+            for sign in (1, -1):
+                found = max(found, sum(sign * number for number in pair if sign * number > 0))
+    return found

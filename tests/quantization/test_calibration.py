@@ -93,6 +93,59 @@ def test_of_many_numbers_some_will_do_but_the_largest_counts() -> None:
     assert found.scale() == pytest.approx(np.abs(values).max() / 127, rel=0.05)
 
 
+def unsigned_error(values: Array, scale: float, zero: float) -> float:
+    levels = np.clip(np.rint(values / scale) + zero, 0, 255) - zero
+    return float(np.mean((values - scale * levels) ** 2))
+
+
+@pytest.mark.parametrize(("sign", "zeros"), [(1.0, range(9, 20)), (-1.0, range(236, 247))])
+def test_what_is_hardly_ever_negative_is_unsigned_with_levels_near_the_best(sign: float, zeros: range) -> None:
+    """As a GELU or SiLU gives it, or its mirror image."""
+    x = 1e3 * draw("normal", 4000).astype(np.float64)
+    values = (sign * x / (1 + np.exp(-x))).astype(np.float32)
+    found = Range()
+    found.add(values)
+    best = found.unsigned()
+    assert best is not None
+    assert best.zero in zeros
+    ends = np.linspace(0.3, 1.1, 41)
+    low, high = float(min(values)), float(max(values))
+    least = min(
+        unsigned_error(values, scale, np.rint(-a * low / scale))
+        for a in ends
+        for b in ends
+        if (scale := (b * high - a * low) / 255) > 0
+    )
+    given = unsigned_error(values, best.scale, best.zero)
+    assert given <= 1.1 * least
+    assert given < 0.5 * squared_error(values, found.scale())
+
+
+@pytest.mark.parametrize("kind", ["uniform", "normal", "long tails"])
+def test_what_has_both_signs_alike_stays_signed(kind: str) -> None:
+    found, values = Range(), draw(kind, 3000)
+    found.add(values)
+    found.add(-values)
+    assert found.unsigned() is None
+
+
+@pytest.mark.parametrize("value", [3.0, -0.25])
+def test_a_constant_is_a_level(value: float) -> None:
+    found = Range()
+    found.add(np.full(100, value, np.float32))
+    assert found.unsigned() is None  # its int8 is exact
+
+
+def test_zero_is_a_level_even_where_no_number_is_near_it() -> None:
+    """Masked slots are zero, and padding is."""
+    found, values = Range(), draw("uniform", 3000)
+    found.add(np.abs(values) / 4 + 3)
+    best = found.unsigned()
+    assert best is not None
+    assert best.zero == 0
+    assert best.scale == pytest.approx((np.abs(values).max() / 4 + 3) / 255, rel=0.02)
+
+
 def test_an_activation_that_is_always_zero_has_a_scale_of_one() -> None:
     found = Range()
     found.add(np.zeros((2, 5), np.float32))
@@ -102,6 +155,7 @@ def test_an_activation_that_is_always_zero_has_a_scale_of_one() -> None:
         found = Range()
         found.add(np.full(8, size, np.float32))
         assert found.scale() == 1.0
+        assert found.unsigned() is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -218,6 +272,7 @@ def test_a_calibration_says_what_was_seen(toy: Toy) -> None:
     assert found.calls == len(found.ages) + 3  # the short one was looked at on its own, at ages that were there
     assert found.occupancy == (0.0, 1.0)
     assert set(found.scales) == {FIRST, LAST}
+    assert set(found.unsigned) <= set(found.scales)
 
 
 def test_a_model_without_masks_has_no_occupancy(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from onnxruntime import InferenceSession
 
 from nsm.quantization import forms
 from nsm.quantization.calibration import Range
-from nsm.quantization.policy import LEVELS, SAFE_LEVELS
+from nsm.quantization.policy import LEVELS
 from nsm.quantization.products import products_of
 from nsm.trace import Array
 
@@ -50,8 +50,8 @@ def _session(form: str, matrix: Array, scale: float) -> InferenceSession:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     products = products_of(model)
     made: onnx.ModelProto = {
-        "static": lambda: forms.static(model, products, {products[0].key: scale}, SAFE_LEVELS),
-        "dynamic": lambda: forms.dynamic(model, products, SAFE_LEVELS),
+        "static": lambda: forms.static(model, products, {products[0].key: scale}, guarded=True),
+        "dynamic": lambda: forms.dynamic(model, products, guarded=True),
         "blocked": lambda: forms.blocked(model, products),
         "weights": lambda: forms.weights_only(model, products),
     }[form]()

@@ -12,7 +12,9 @@ from onnx.reference import ReferenceEvaluator
 
 from nsm.quantization import forms
 from nsm.quantization.forms import quantised_weight
+from nsm.quantization.policy import LEVELS, SAFE_SUM
 from nsm.quantization.products import products_of
+from nsm.quantization.recipe import Unsigned
 from nsm.trace import Array
 from tests.quantization.graphs import (
     BLOCK,
@@ -28,6 +30,7 @@ from tests.quantization.graphs import (
     constants,
     feeds,
     four_products,
+    largest_pair,
     make_graph,
     product_node,
     run,
@@ -69,6 +72,19 @@ def test_the_range_is_symmetric(weight: Array) -> None:
     (levels, scale), (mirrored, same) = quantised_weight(weight), quantised_weight(-weight)
     np.testing.assert_array_equal(mirrored, -levels)
     np.testing.assert_array_equal(same, scale)
+
+
+@given(MATRICES)
+def test_neighbours_of_a_guarded_matrix_do_not_add_up_to_more_than_is_safe(weight: Array) -> None:
+    levels, scale = quantised_weight(weight, guarded=True)
+    free, finer = quantised_weight(weight)
+    assert largest_pair(levels) <= SAFE_SUM
+    assert np.all((finer <= scale) & (scale <= 2 * finer * (1 + 1e-6)) | (scale == 1.0))
+    error = np.abs(weight.astype(np.float64) - levels * scale.astype(np.float64))
+    assert np.all(error <= scale * (0.5 + 1e-4))
+    for column in range(weight.shape[1]):  # one that is safe as it is stays as it is
+        if largest_pair(free[:, [column]]) < LEVELS:
+            np.testing.assert_array_equal(levels[:, column], free[:, column])
 
 
 def test_it_is_what_counting_by_hand_gives() -> None:
@@ -158,6 +174,26 @@ def test_static_rounds_to_even_and_clips() -> None:
     wanted = np.array([[0, 2, 2, 0, -2, 126, 127, 127, -128, -128, -128]]) * scale
     for optimise in (False, True):
         np.testing.assert_allclose(run(low, {"x": halves * scale}, optimise)["y"], wanted, rtol=1e-6)
+
+
+@pytest.mark.parametrize("optimise", [False, True])
+def test_unsigned_activations_are_what_their_zero_point_says(optimise: bool) -> None:
+    """Those of one product, next to another that reads the same numbers as int8."""
+    numbers, given = weights(), feeds()
+    model = four_products(numbers)
+    keys = {product.weight: product.key for product in products_of(model)}
+    scale, zero = 0.0125, 37
+    scales = {keys[name]: float(SCALES[name]) for name in "AB"}
+    low = forms.static(model, chosen(model), scales, unsigned={keys["A"]: Unsigned(scale, zero)})
+    outputs = run(low, given, optimise)
+
+    def product(x: Array) -> Array:
+        levels = np.clip(np.rint(x / np.float32(scale)) + zero, 0, 255) - zero
+        return slow_weights(levels * np.float32(scale), numbers["A"], "A")
+
+    y = product(given["x"]) + slow_static(given["x"], numbers["B"], "B")
+    np.testing.assert_allclose(outputs["y"], y, rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(outputs["r"], product(given["z"]), rtol=1e-5, atol=1e-4)
 
 
 def test_dynamic_gives_zero_for_a_state_of_zeros() -> None:

@@ -11,7 +11,6 @@ import pytest
 
 from nsm.bundle import Bundle
 from nsm.quantization import forms
-from nsm.quantization.policy import SAFE_LEVELS
 from nsm.quantization.products import products_of
 from nsm.trace import Arrays
 from tests.quantization.graphs import FAST, chosen, compiled, constants, count, feeds, four_products, run, weights
@@ -133,9 +132,9 @@ def test_every_entry_of_a_bundle_takes_every_form(form: str, entry: str, exporte
     model = onnx.load(str(exported / "graphs" / f"{entry}.onnx"))
     products = products_of(model)
     if form == "static":
-        low = forms.static(model, products, dict.fromkeys([item.key for item in products], 0.05), SAFE_LEVELS)
+        low = forms.static(model, products, dict.fromkeys([item.key for item in products], 0.05), guarded=True)
     elif form == "dynamic":
-        low = forms.dynamic(model, products, SAFE_LEVELS)
+        low = forms.dynamic(model, products, guarded=True)
     else:
         low = FAST[form](model, products)
     check(low, form)

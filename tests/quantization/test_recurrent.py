@@ -14,10 +14,11 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from nsm.quantization import forms
-from nsm.quantization.policy import SAFE_LEVELS
+from nsm.quantization.policy import SAFE_SUM
 from nsm.quantization.products import products_of
 from nsm.quantization.recurrent import LONGEST, unroll
 from nsm.trace import Array, Arrays
+from tests.quantization.graphs import largest_pair
 
 GATES = {"LSTM": 4, "GRU": 3, "RNN": 1}
 LANES, WIDTH, SIZE = 2, 5, 3
@@ -167,13 +168,15 @@ def test_an_lstm_in_int8_is_the_lstm_to_int8s_rounding(direction: str, length: i
     directions = 2 if direction == "bidirectional" else 1
     assert (product.node, product.activation, product.weight, product.operator) == ("memory/LSTM", "x", "w", "LSTM")
     assert product.shape == (WIDTH + SIZE, directions * 4 * SIZE)
-    low = forms.dynamic(model, [product], SAFE_LEVELS)
+    low = forms.dynamic(model, [product], guarded=True)
     assert kinds(low) == {"DynamicQuantizeLSTM"}
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in low.graph.initializer}
     assert {name for name in ("w", "r") if name in held} == set()
     for name in ("w.int8", "r.int8"):
         assert held[name].dtype == np.int8
-        assert np.abs(held[name]).max() == SAFE_LEVELS
+        for matrix in held[name]:  # [D, N]
+            assert largest_pair(matrix) <= SAFE_SUM
+            assert np.abs(matrix).max() > 64  # a number alone may be larger
     expected, found = run(model), run(low)
     for name, value in expected.items():
         difference = np.abs(found[name] - value).max() / np.abs(value).max()
