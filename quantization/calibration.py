@@ -30,11 +30,11 @@ from nsm.trace import Array, Arrays
 AGES = 12
 """Calls of a stream that are looked at, log-spaced from the first to the last."""
 _KEPT = 4096
+"""Numbers of an activation that are kept of a call, besides its ends."""
 _SHARES: tuple[float, ...] = tuple(np.linspace(0.3, 1.0, 71).tolist())
 """Of a range that are tried as its end: to clip a few numbers gives the others finer levels."""
 _GAIN = 0.8
 """Squared error of unsigned levels against signed ones from which on they are worth a zero point."""
-"""Numbers of an activation that are kept of a call, besides the largest."""
 
 
 def calibrate(
