@@ -103,7 +103,10 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
         };
         for (const auto& record : manifest.at("files")) keep(record);
         for (const auto& artifact : manifest.at("artifacts")) {
-            if (artifact.at("target") == "openvino") precision_ = artifact.at("precision");
+            if (artifact.at("target") == "openvino") {
+                precision_ = artifact.at("precision");
+                device_ = artifact.at("device");
+            }
             for (const auto& record : artifact.at("files")) {
                 const auto name = keep(record);
                 if (artifact.at("target") == "openvino") openvino_.push_back(name);

@@ -52,6 +52,8 @@ public:
     const std::string& fingerprint() const { return fingerprint_; }
     // Of the OpenVINO artifact: fp32, int8, ...; empty where there is none.
     const std::string& precision() const { return precision_; }
+    // Whether it is in int8 for processors with VNNI (or dotprod on Arm) alone.
+    bool needs_dot_products() const { return precision_ == "int8" && device_ == "cpu-dot"; }
     // Whether a step is over before a second thread pays; not where the manifest does not say what it does.
     bool small_step() const { return small_step_; }
     // Where a file of the manifest lies, after its size and hash were checked.
@@ -66,7 +68,7 @@ private:
     };
     std::filesystem::path path_;
     Spec spec_;
-    std::string fingerprint_, precision_;
+    std::string fingerprint_, precision_, device_;
     bool small_step_ = false;
     std::map<std::string, Record> records_;
     std::vector<std::string> openvino_;

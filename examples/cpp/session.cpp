@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "error.hpp"
+#include "processor.hpp"
 
 namespace nsm {
 namespace {
@@ -33,6 +34,12 @@ Session::Session(const Bundle& bundle, int threads)
       memory_(spec_),
       initial_(read_npz(bundle.verified("state_init.npz"))) {
     bundle_.openvino_file("step.xml");  // throws where there is no such artifact
+    if (bundle_.needs_dot_products() && !int8_dot_products().value_or(true)) {
+        throw Error(Code::missing,
+                    "This artifact in int8 was built for processors with VNNI (or dotprod on Arm), with --device cpu-dot. The one "
+                    "in this machine has none: its sums of products would be cut off. Build it for any processor: nsm build BUNDLE "
+                    "--target openvino --precision int8");
+    }
     // OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise.
     options_ = {ov::hint::inference_precision(ov::element::f32), ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
     if (threads_ > 0) options_.emplace(ov::inference_num_threads(threads_));

@@ -22,6 +22,8 @@ from nsm.export.api import export_model
 from tests.conftest import CHUNK, make_model, make_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
+OLDER = ("qemu-x86_64-static", "-cpu", "Haswell")
+"""What emulates a processor without VNNI."""
 TOOLS = {"cmake": "cmake", "c++": "g++"}
 MISSING = [package for tool, package in TOOLS.items() if shutil.which(tool) is None]
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs a C++ compiler: apt-get install {' '.join(MISSING)}")
@@ -182,6 +184,24 @@ def test_low_precision_is_not_measured_with_the_budget_of_fp32(client: Path, sin
     result = run(client, copy, "--check")
     assert result.returncode == 3
     assert "this artifact is in int8" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which(OLDER[0]) is None, reason="needs qemu: apt-get install qemu-user-static")
+def test_int8_for_processors_with_dot_products_is_refused_on_others(client: Path, single: Path, tmp_path: Path) -> None:
+    np.save(tmp_path / "tokens.npy", make_sequences(1, 8)[0])
+    codes = {}
+    for device in ("cpu", "cpu-dot"):
+        copy = Path(shutil.copytree(single, tmp_path / f"{device}.nsm"))
+        manifest = json.loads((copy / "manifest.json").read_text())
+        manifest["artifacts"][0] |= {"precision": "int8", "device": device}
+        (copy / "manifest.json").write_text(json.dumps(manifest))
+        command = [*OLDER, str(client), str(copy), str(tmp_path / "tokens.npy"), str(tmp_path / "out.npy")]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        codes[device] = result.returncode
+    assert codes == {"cpu": 0, "cpu-dot": 3}
+    assert "built for processors with VNNI" in result.stderr
+    assert "nsm build BUNDLE --target openvino --precision int8" in result.stderr
 
 
 def _with_weights(bundle: Path, folder: Path, change: Callable[[Any], Any]) -> Path:
