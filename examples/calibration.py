@@ -24,7 +24,7 @@ from nsm.export.build import check_artifact
 from nsm.export.guard import Maker
 from nsm.export.pipeline import ExportOptions, export
 from nsm.models.checkpoint import load_checkpoint
-from nsm.quantization.calibration import Range, Watched, calibrate, rollouts
+from nsm.quantization.calibration import Range, Watched, calibrate, levels_of, rollouts
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -52,9 +52,7 @@ def made_up(graph: Path, session: Session, sequences: list[Array]) -> Calibratio
         for key, values in watched(random_states(session.spec, call.feeds, generator)).items():
             ranges[key].add(values)
         calls += 1
-    scales = {key: found.scale() for key, found in ranges.items()}
-    unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned()) is not None}
-    return Calibration(scales, unsigned, len(sequences), calls, (0,), None)
+    return Calibration(*levels_of(ranges), len(sequences), calls, (0,), None)
 
 
 def second_pass(bundle: Bundle, first: Calibration, sequences: list[Array]) -> Calibration:

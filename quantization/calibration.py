@@ -9,7 +9,7 @@ NSM, they make no difference; examples/calibration.py measures it.)
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,10 +68,8 @@ def calibrate(
         shares += call.occupancy
         calls += 1
         streams = max(streams, call.streams)
-    scales = {key: found.scale() for key, found in ranges.items()}
-    unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned()) is not None}
     occupancy = (min(shares), max(shares)) if shares else None
-    return Calibration(scales, unsigned, streams, calls, tuple(sorted(ages)), occupancy)
+    return Calibration(*levels_of(ranges), streams, calls, tuple(sorted(ages)), occupancy)
 
 
 @dataclass(frozen=True)
@@ -188,8 +186,8 @@ class Range:
         values, largest = self._values(), self._largest
         return min((share * largest / LEVELS for share in _SHARES), key=lambda scale: _signed_error(values, scale))
 
-    def unsigned(self) -> Unsigned | None:
-        """What a uint8 should stand for; None where an int8 with its `scale` does nearly as well.
+    def unsigned(self, scale: float) -> Unsigned | None:
+        """What a uint8 should stand for; None where an int8 with this scale does nearly as well.
 
         The ends of the range are moved in turn to where the mean squared error is least. Zero stays a level of its own.
         """
@@ -201,7 +199,7 @@ class Range:
             high = min((share * self._high for share in _SHARES), key=lambda end: _error(values, _between(low, end)))
             low = min((share * self._low for share in _SHARES), key=lambda end: _error(values, _between(end, high)))
         best = _between(low, high)
-        return best if _error(values, best) < _GAIN * _signed_error(values, self.scale()) else None
+        return best if _error(values, best) < _GAIN * _signed_error(values, scale) else None
 
     @property
     def _largest(self) -> float:
@@ -213,6 +211,13 @@ class Range:
 
     def _values(self) -> Array:
         return np.concatenate(self._kept)
+
+
+def levels_of(ranges: Mapping[str, Range]) -> tuple[dict[str, float], dict[str, Unsigned]]:
+    """What 1 of an int8 stands for in each, and for those that lose less that way, what a uint8 does."""
+    scales = {key: found.scale() for key, found in ranges.items()}
+    unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned(scales[key])) is not None}
+    return scales, unsigned
 
 
 def _signed_error(values: Array, scale: float) -> float:

@@ -16,7 +16,7 @@ import onnx
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from nsm.quantization.policy import LEVELS, Tables
+from nsm.quantization.policy import LEVELS, SAFE_SUM, Tables
 from nsm.quantization.products import Product
 from nsm.quantization.recipe import Unsigned
 from nsm.trace import Array
@@ -29,8 +29,8 @@ def quantised_weight(numbers: Array, guarded: bool = False) -> tuple[NDArray[np.
     """
     largest = np.abs(numbers).max(0)
     if guarded:
-        # They add up to LEVELS at most before they are rounded, which may add a half to each: then it is SAFE_SUM.
-        largest = np.maximum(largest, _largest_pair(numbers))
+        # To one less before they are rounded, which may add a half to each.
+        largest = np.maximum(largest, _largest_pair(numbers) * (LEVELS / (SAFE_SUM - 1)))
     scale = _scales(largest)
     return np.clip(np.rint(numbers / scale), -LEVELS, LEVELS).astype(np.int8), scale
 

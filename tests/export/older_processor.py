@@ -37,7 +37,7 @@ def error(form: str, kind: str, guarded: bool) -> float:
     else:
         import io
 
-        import openvino
+        import openvino  # which an emulated processor need not be able to load
 
         (product,) = products_of(model)
         scales = {product.key: float(np.abs(x).max() / LEVELS)}

@@ -105,7 +105,7 @@ def test_what_is_hardly_ever_negative_is_unsigned_with_levels_near_the_best(sign
     values = (sign * x / (1 + np.exp(-x))).astype(np.float32)
     found = Range()
     found.add(values)
-    best = found.unsigned()
+    best = found.unsigned(found.scale())
     assert best is not None
     assert best.zero in zeros
     ends = np.linspace(0.3, 1.1, 41)
@@ -126,21 +126,21 @@ def test_what_has_both_signs_alike_stays_signed(kind: str) -> None:
     found, values = Range(), draw(kind, 3000)
     found.add(values)
     found.add(-values)
-    assert found.unsigned() is None
+    assert found.unsigned(found.scale()) is None
 
 
 @pytest.mark.parametrize("value", [3.0, -0.25])
 def test_a_constant_is_a_level(value: float) -> None:
     found = Range()
     found.add(np.full(100, value, np.float32))
-    assert found.unsigned() is None  # its int8 is exact
+    assert found.unsigned(found.scale()) is None  # its int8 is exact
 
 
 def test_zero_is_a_level_even_where_no_number_is_near_it() -> None:
     """Masked slots are zero, and padding is."""
     found, values = Range(), draw("uniform", 3000)
     found.add(np.abs(values) / 4 + 3)
-    best = found.unsigned()
+    best = found.unsigned(found.scale())
     assert best is not None
     assert best.zero == 0
     assert best.scale == pytest.approx((np.abs(values).max() / 4 + 3) / 255, rel=0.02)
@@ -155,7 +155,7 @@ def test_an_activation_that_is_always_zero_has_a_scale_of_one() -> None:
         found = Range()
         found.add(np.full(8, size, np.float32))
         assert found.scale() == 1.0
-        assert found.unsigned() is None
+        assert found.unsigned(found.scale()) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])

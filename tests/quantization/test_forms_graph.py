@@ -12,6 +12,7 @@ import pytest
 from nsm.bundle import Bundle
 from nsm.quantization import forms
 from nsm.quantization.products import products_of
+from nsm.quantization.recipe import Unsigned
 from nsm.trace import Arrays
 from tests.quantization.graphs import FAST, chosen, compiled, constants, count, feeds, four_products, run, weights
 
@@ -164,6 +165,20 @@ def test_openvino_computes_static_products_in_int8(exported: Path) -> None:
     scales = dict.fromkeys([item.key for item in products], 0.05)
     low = forms.static(model, products[:4], scales)
     assert sorted(fully_connected(low)) == ["f32"] * (len(products) - 4) + ["i8"] * 4
+
+
+def test_openvino_computes_unsigned_products_in_bytes_too() -> None:
+    """Otherwise a zero point would turn them back into fp32 without a word."""
+    model = four_products(weights())
+    scales = {product.key: 0.02 for product in products_of(model)}
+    unsigned = {product.key: Unsigned(1 / 64, 37) for product in chosen(model)}
+    low = forms.static(model, chosen(model), scales, unsigned=unsigned)
+    found = fully_connected(low)
+    assert len(found) == 4
+    assert found.count("f32") == 1
+    results, wanted = compiled(low)(feeds()), run(low, feeds())
+    for name, value in wanted.items():
+        np.testing.assert_allclose(results[name], value, rtol=1e-4, atol=1e-3, err_msg=name)
 
 
 def test_openvino_gives_what_onnxruntime_gives() -> None:
