@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getrefcount
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,8 +18,25 @@ from nsm.trace import Array, Arrays
 Run = Callable[[], object]
 Point = Callable[[str, Array], None]
 """From now on, an output of this name is written into that array."""
-Bind = Callable[[Arrays, Arrays], tuple[Run, Point]]
-"""(arrays to read by input name, arrays to write by output name) -> what runs the graph on them."""
+
+
+class BoundGraph(NamedTuple):
+    """A graph bound to memory.
+
+    Args:
+        run: runs it, as fast as the backend can.
+        point: lets it write an output elsewhere.
+        documented: runs it by the call that the backend's users know, which `BufferedRuntime.bare` is measured by;
+            None where `run` is that call.
+    """
+
+    run: Run
+    point: Point
+    documented: Run | None = None
+
+
+Bind = Callable[[Arrays, Arrays], BoundGraph]
+"""(arrays to read by input name, arrays to write by output name) -> the graph on them."""
 Opener = Callable[[], Bind]
 """Opens a graph; called when it is first used, because an open graph holds a copy of the weights."""
 
@@ -84,14 +102,15 @@ class BufferedRuntime:
     def bare(self, entry: str) -> Run:
         """What a loop written for one stream would do for each call: run the graph, on its memory in turn.
 
-        It has nothing of this around it, and leaves the streams in disorder: reset them afterwards.
+        By the call that the backend documents, with nothing of this around it. It leaves the streams in disorder: reset
+        them afterwards.
         """
         found = self._entries.get(entry) or self._open(entry)
         runs = []
         for _ in range(2):
             bound = found.bound(self._sides)
             bound.let_go()
-            runs.append(bound.run)
+            runs.append(bound.documented)
             self._sides.turn(entry)
         turns = itertools.cycle(runs)
 
@@ -176,18 +195,18 @@ class Banks:
 
 
 class _Bound:
-    """A graph bound to memory.
+    """A bound graph, and what it writes.
 
     Args:
-        run: runs it.
-        point: see `Point`.
+        graph: bound to this memory.
         outputs: what it writes into for the caller, by name.
         states: what else it writes, as flat arrays.
     """
 
-    def __init__(self, run: Run, point: Point, outputs: Arrays, states: Sequence[Array]) -> None:
-        self.run = run
-        self._point, self._outputs, self._states = point, outputs, states
+    def __init__(self, graph: BoundGraph, outputs: Arrays, states: Sequence[Array]) -> None:
+        self.run, self._point, documented = graph
+        self.documented = documented or self.run
+        self._outputs, self._states = outputs, states
         self.written = self._all()
         # How many references come from here and from asking: the expression is that of `let_go`.
         self._unheld = {name: getrefcount(self._outputs[name]) for name in outputs}
@@ -261,11 +280,11 @@ class _Entry:
             for state in self._writes
         }
         outputs = {item.name: _zeros(item) for item in self._outputs}
-        run, point = self._bind({**self._inputs, **read}, {**outputs, **written})
+        graph = self._bind({**self._inputs, **read}, {**outputs, **written})
         rows = [ring.rows.reshape(-1) for ring in self._rings.values() if ring.rows.dtype.kind == "f"]
         turned = [state.name for state in self._writes if state.name not in self._rings]
         after = {name: sides[name] ^ (name in turned) for name in buffers}
-        return _Bound(run, point, outputs, [*self._banks.flat(turned, after), *rows])
+        return _Bound(graph, outputs, [*self._banks.flat(turned, after), *rows])
 
 
 class _Ring:

@@ -11,7 +11,7 @@ import onnxruntime as ort
 
 from nsm.errors import BuildError, UnsupportedError
 from nsm.runtimes.base import Runtime, Watched
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Opener, Point, Run
+from nsm.runtimes.buffered import Bind, BoundGraph, BufferedRuntime, Opener
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
@@ -105,7 +105,7 @@ def graph_precision(session: ort.InferenceSession, path: Path, precision: str) -
 
 
 def _binder(session: ort.InferenceSession) -> Bind:
-    def bind(read: Arrays, written: Arrays) -> tuple[Run, Point]:
+    def bind(read: Arrays, written: Arrays) -> BoundGraph:
         binding = session.io_binding()
 
         def point(name: str, array: Array) -> None:
@@ -115,6 +115,6 @@ def _binder(session: ort.InferenceSession) -> Bind:
             binding.bind_input(name, "cpu", 0, array.dtype, array.shape, array.ctypes.data)
         for name, array in written.items():
             point(name, array)
-        return lambda: session.run_with_iobinding(binding), point
+        return BoundGraph(functools.partial(session.run_with_iobinding, binding), point)
 
     return bind

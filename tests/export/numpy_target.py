@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from nsm.export.build import Built, Request
 from nsm.export.weights import load_shared
 from nsm.runtimes.base import Runtime
-from nsm.runtimes.buffered import Bind, BufferedRuntime, Point, Run
+from nsm.runtimes.buffered import Bind, BoundGraph, BufferedRuntime
 from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
@@ -54,11 +54,11 @@ def load(
 def _opened(path: Path) -> Bind:
     evaluator = ReferenceEvaluator(onnx.load_model_from_string(path.read_bytes()))
 
-    def bind(read: Arrays, written: Arrays) -> tuple[Run, Point]:
+    def bind(read: Arrays, written: Arrays) -> BoundGraph:
         def run() -> None:
             for name, value in zip(written, evaluator.run(list(written), read), strict=True):
                 written[name][...] = value
 
-        return run, written.__setitem__
+        return BoundGraph(run, written.__setitem__)
 
     return bind

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from nsm.errors import BuildError, RunError, StreamError
-from nsm.runtimes.buffered import Banks, Bind, BufferedRuntime, Point, Run, _Ring
+from nsm.runtimes.buffered import Banks, Bind, BoundGraph, BufferedRuntime, _Ring
 from nsm.runtimes.session import Session
 from nsm.spec import COUNT, OFFSET, StateSpec, StepSpec
 from nsm.trace import Array, Arrays
@@ -40,7 +40,7 @@ class Graph:
         self.opened += 1
         return self.bind
 
-    def bind(self, read: Arrays, written: Arrays) -> tuple[Run, Point]:
+    def bind(self, read: Arrays, written: Arrays) -> BoundGraph:
         index = len(self.bound)
         self.bound.append((read, written))
         self.pointed = 0
@@ -70,7 +70,7 @@ class Graph:
                 else:
                     written[state.present][...] = new
 
-        return run, point
+        return BoundGraph(run, point)
 
     def _past(self, name: str) -> str:
         return self.spec.states_of((name,))[0].past
@@ -324,15 +324,15 @@ def test_a_call_that_fails_leaves_the_state_in_use(ring: bool) -> None:
     spec = fake_spec(ring=ring)
     graph = Graph(spec, "step")
 
-    def bind(read: Arrays, written: Arrays) -> tuple[Run, Point]:
-        run, point = graph.bind(read, written)
+    def bind(read: Arrays, written: Arrays) -> BoundGraph:
+        run, point, _ = graph.bind(read, written)
 
         def fail_on_demand() -> None:
             run()
             if read["tokens"][0, 0] == 10:
                 raise RuntimeError("out of memory")
 
-        return fail_on_demand, point
+        return BoundGraph(fail_on_demand, point)
 
     buffered = BufferedRuntime(spec, {"step": lambda: bind}, "fp32")
     state = buffered.load_state(fake_initial(spec))
@@ -360,15 +360,15 @@ class Spoiled(Graph):
     spoiled: str | None = None
     value = 0.0
 
-    def bind(self, read: Arrays, written: Arrays) -> tuple[Run, Point]:
-        run, point = super().bind(read, written)
+    def bind(self, read: Arrays, written: Arrays) -> BoundGraph:
+        run, point, _ = super().bind(read, written)
 
         def run_and_spoil() -> None:
             run()
             if self.spoiled is not None:
                 written[self.spoiled][-1, -1] = self.value
 
-        return run_and_spoil, point
+        return BoundGraph(run_and_spoil, point)
 
 
 @pytest.mark.parametrize(("value", "finite"), [(np.nan, False), (-np.inf, False), (3e38, True)])
