@@ -1,7 +1,8 @@
-"""Save the NSM that compare.py measures, untrained, with real text to calibrate and check on.
+"""Save the NSM that compare.py measures, or a wider one, untrained, with real text to calibrate and check on.
 
 python examples/compared_model.py --output compared.pt
 nsm bench --all compared.pt
+python examples/compared_model.py --width 1536 --output wide.pt        (116 million parameters instead of 7.3)
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ SEQUENCES, LENGTH = 24, 3360
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="compared.pt", show_default=True)
+@click.option("--width", default=compare.NSM["d_model"], show_default=True, help="Of tokens and states.")
 @click.option("--data", type=click.Path(path_type=Path), help="A text file.  [default: Python's library]")
-def main(output: Path, data: Path | None) -> None:
+def main(output: Path, width: int, data: Path | None) -> None:
     """Write the checkpoint."""
     torch.manual_seed(0)
     corpus = text.corpus(data)[0][: SEQUENCES * LENGTH]
-    nsm.save(SimpleNSM(**compare.NSM).eval(), output, samples=list(corpus.reshape(SEQUENCES, LENGTH)))
+    model = SimpleNSM(**{**compare.NSM, "d_model": width, "state_dim": width}).eval()
+    nsm.save(model, output, samples=list(corpus.reshape(SEQUENCES, LENGTH)))
 
 
 if __name__ == "__main__":

@@ -56,10 +56,11 @@ SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyTyp
         "mamba": (MambaLM, {"d_model": 128, "num_layers": 8}),
     }
 )
-# The two of compare.py that have the same width, 7.3 million parameters each.
+# The two of compare.py that have the same width, 7.3 million parameters each; and the NSM twice as wide, 28 million.
 COMPARED: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
     {
         "nsm-compared": (SimpleNSM, compare.NSM),
+        "nsm-wide": (SimpleNSM, {**compare.NSM, "d_model": 768, "state_dim": 768}),
         "transformer-compared": (TransformerLM, {"d_model": 384, "num_layers": 4, "num_heads": 8, "context": CONTEXT}),
     }
 )

@@ -122,6 +122,25 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
     }
 )
 
+_WHY_NOT: Mapping[tuple[str, str], str] = MappingProxyType(
+    {
+        ("onnxruntime", "fp16"): "ONNX Runtime turns such products back into fp32 on a processor. Take int8",
+        ("onnxruntime", "bf16"): "ONNX Runtime has no such products on a processor. Take int8",
+        # Without kernels every product becomes two copies between the GPU and the processor (microsoft/onnxruntime,
+        # issues 12229 and 24807).
+        (
+            "onnxruntime-cuda",
+            "int8",
+        ): "its CUDA provider has no kernels for int8, and runs such a graph more slowly than "
+        "fp32. Take fp16, or int8 on the target tensorrt",
+        (
+            "onnxruntime-cuda",
+            "int8-weights",
+        ): "no form of it was measured on a GPU yet. Take fp16, or int8-weights on the target tensorrt",
+    }
+)
+"""Why a target is not built in a precision that others of its kind are, and what to take."""
+
 
 def find_policy(target: str, precision: str, device: str | None = None) -> Policy | None:
     """The policy of a precision on a target; None for fp32. For the device "cpu-dot" matrices are not guarded.
@@ -134,7 +153,9 @@ def find_policy(target: str, precision: str, device: str | None = None) -> Polic
     policy = POLICIES.get((target, precision))
     if policy is None:
         known = [name for where, name in POLICIES if where == target]
+        reason = _WHY_NOT.get((target, precision))
         raise UnsupportedError(
-            f"The target {target} is not built in {precision}. It is built in: {', '.join(['fp32', *known])}."
+            f"The target {target} is not built in {precision}{f': {reason}' if reason else ''}. It is built in: "
+            f"{', '.join(['fp32', *known])}."
         )
     return replace(policy, guarded=False) if device is not None and device.lower() == CPU_DOT else policy

@@ -210,7 +210,11 @@ def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) 
             2,
             "There is no precision 'int9'. Precisions: fp32, fp16, bf16, int8, int8-weights",
         ),
-        (("-t", "ort", "-p", "bf16"), 3, "onnxruntime is not built in bf16. It is built in: fp32, int8, int8-weights."),
+        (
+            ("-t", "ort", "-p", "bf16"),
+            3,
+            "no such products on a processor. Take int8. It is built in: fp32, int8, int8-weights.",
+        ),
         (("-t", "onnx", "-p", "int8"), 3, "onnx is not built in int8. It is built in: fp32."),
         (("-t", "ort", "-p", "int8", "--max-float-share", "2"), 2, "--max-float-share lies in 0 .. 1; given 2.0"),
     ],

@@ -51,7 +51,6 @@ def test_fp32_needs_no_policy(target: str) -> None:
 @pytest.mark.parametrize(
     ("target", "precision", "known"),
     [
-        ("onnxruntime", "fp16", "fp32, int8, int8-weights"),
         ("onnx", "int8", "fp32"),
         ("tensorrt", "int4", "fp32, int8, int8-weights, fp16, bf16"),
     ],
@@ -60,6 +59,23 @@ def test_what_is_not_there_is_refused_with_what_there_is(target: str, precision:
     with pytest.raises(UnsupportedError) as caught:
         find_policy(target, precision)
     assert str(caught.value) == f"The target {target} is not built in {precision}. It is built in: {known}."
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "reason", "instead"),
+    [
+        ("onnxruntime", "fp16", "back into fp32", "int8"),
+        ("onnxruntime", "bf16", "no such products", "int8"),
+        ("onnxruntime-cuda", "int8", "no kernels for int8", "fp16"),
+        ("onnxruntime-cuda", "int8-weights", "measured on a GPU", "fp16"),
+    ],
+)
+def test_what_looks_as_if_it_should_be_there_is_refused_with_the_reason(
+    target: str, precision: str, reason: str, instead: str
+) -> None:
+    with pytest.raises(UnsupportedError, match=f"{reason}.* Take {instead}.* It is built in: fp32, "):
+        find_policy(target, precision)
+    find_policy(target, instead)
 
 
 # -- the choice ------------------------------------------------------------------------------------------------------
