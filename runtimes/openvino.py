@@ -10,7 +10,7 @@ from typing import Any
 import openvino as ov
 from openvino import properties as props
 
-from nsm.errors import BuildError, DeviceUnavailableError
+from nsm.errors import BuildError, BundleDamagedError, DeviceUnavailableError
 from nsm.runtimes.base import Runtime, Watched
 from nsm.runtimes.buffered import Bind, BoundGraph, BufferedRuntime, Opener
 from nsm.spec import StepSpec
@@ -48,6 +48,7 @@ def load(
 
     Raises:
         BuildError: OpenVINO refuses the file.
+        BundleDamagedError: a graph has an input that the spec does not name.
         DeviceUnavailableError: the processor has no fp16 or bf16, whichever it is.
     """
     core = ov.Core()
@@ -64,27 +65,42 @@ def load(
     if threads is not None:
         config[props.inference_num_threads()] = threads
 
-    def compiled(path: Path) -> ov.CompiledModel:
+    def compiled(name: str) -> ov.CompiledModel:
+        path = files[name]
         try:
-            return core.compile_model(core.read_model(path, path.with_name(WEIGHTS)), "CPU", config)
+            found = core.compile_model(core.read_model(path, path.with_name(WEIGHTS)), "CPU", config)
         except Exception as error:  # the binding raises bare RuntimeErrors
             raise BuildError(f"OpenVINO cannot compile {path}: {error}") from error
+        _check_inputs(found, spec, name, path)
+        return found
 
     watched = Watched(*{path.parent for path in files.values()})
 
-    def later(path: Path) -> Bind:
+    def later(name: str) -> Bind:
         watched.check()
-        return _binder(compiled(path))
+        return _binder(compiled(name))
 
     first, *others = files
-    opened = compiled(files[first])
+    opened = compiled(first)
     read_back = opened.get_property(props.hint.inference_precision()).get_type_name()
     entries: dict[str, Opener] = {first: lambda: _binder(opened)}
-    entries |= {name: functools.partial(later, files[name]) for name in others}
+    entries |= {name: functools.partial(later, name) for name in others}
     effective = _PRECISIONS.get(read_back, read_back)
     if precision in _INT8 and _products_in_int8(opened):
         effective = precision
     return BufferedRuntime(spec, entries, effective)
+
+
+def _check_inputs(compiled: ov.CompiledModel, spec: StepSpec, name: str, path: Path) -> None:
+    """Raise if nobody would fill an input of a graph: OpenVINO runs on whatever lies there."""
+    entry = spec.entry(name)
+    filled = {item.name for item in entry.inputs} | {state.past for state in spec.states_of(entry.reads)}
+    for port in compiled.inputs:
+        if filled.isdisjoint(port.get_names()):
+            raise BundleDamagedError(
+                f"{path} has the input {port.get_any_name()}, and by the manifest the entry {name} has no such input "
+                "and reads no such state. Was the manifest edited by hand? Export the bundle again."
+            )
 
 
 def _products_in_int8(compiled: ov.CompiledModel) -> bool:

@@ -14,6 +14,7 @@ namespace fs = std::filesystem;
 using nlohmann::json;
 
 constexpr int format_version = 1;
+constexpr std::uintmax_t largest_manifest = 64 << 20;
 // With less, a second thread takes longer than it saves: docs/benchmark.md, "Threads".
 constexpr double small_flops = 50e6, small_bytes = 7e6;
 
@@ -82,6 +83,9 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
     const auto place = inside(path, "manifest.json");
     if (!fs::is_regular_file(place)) {
         throw Error(Code::bundle, path.string() + " is not a bundle: it holds no manifest.json. Export it again.");
+    }
+    if (fs::file_size(place) > largest_manifest) {
+        throw Error(Code::bundle, place.string() + " has " + std::to_string(fs::file_size(place)) + " bytes, which no manifest has. Export the bundle again.");
     }
     try {
         const auto text = read_bytes(place);

@@ -1,5 +1,6 @@
 #include "entry.hpp"
 
+#include <algorithm>
 #include <cstring>
 
 #include "error.hpp"
@@ -26,7 +27,42 @@ Array array_of(const ov::Tensor& tensor, const std::string& dtype) {
     return array;
 }
 
+// What the graph has is what the manifest says: OpenVINO runs on whatever lies in an input that nobody fills, and memory
+// is laid out by these shapes next.
+void check_inputs(const ov::CompiledModel& model, const Entry& entry, const Spec& spec) {
+    std::map<std::string, Shape> filled;
+    for (const auto& input : entry.inputs) filled[input.name] = input.shape;
+    for (const auto& state : spec.states) {
+        if (entry.reads_state(state.name)) filled[state.past] = state.shape;
+    }
+    for (const auto& port : model.inputs()) {
+        const auto& names = port.get_names();
+        const auto found = std::find_if(filled.begin(), filled.end(), [&](const auto& item) { return names.count(item.first) > 0; });
+        const auto& shape = port.get_shape();
+        if (found == filled.end() || found->second != Shape(shape.begin(), shape.end())) {
+            throw Error(Code::bundle, "The graph of " + entry.name + " has the input " + port.get_any_name() + shown(Shape(shape.begin(), shape.end())) +
+                                          ", and the manifest none such. Was it edited by hand? Export the bundle again.");
+        }
+    }
+    for (const auto& output : entry.outputs) {
+        const auto& shape = model.output(output.name).get_shape();
+        if (output.shape != Shape(shape.begin(), shape.end())) {
+            throw Error(Code::bundle, "The graph of " + entry.name + " gives " + output.name + shown(Shape(shape.begin(), shape.end())) +
+                                          ", and the manifest says " + shown(output.shape) + ". Export the bundle again.");
+        }
+    }
+}
+
 }  // namespace
+
+void check_values(const Spec& spec, const Arrays& arrays) {
+    for (const auto& state : spec.states) {
+        const auto found = arrays.find(state.name);
+        if (found == arrays.end() || found->second.shape != state.shape || found->second.dtype != state.dtype) {
+            throw Error(Code::bundle, "There is no value of " + state.dtype + shown(state.shape) + " for the state " + state.name + ".");
+        }
+    }
+}
 
 Memory::Memory(const Spec& spec) {
     for (const auto& state : spec.states) {
@@ -37,13 +73,11 @@ Memory::Memory(const Spec& spec) {
 }
 
 void Memory::load(const Spec& spec, const Arrays& arrays) {
+    check_values(spec, arrays);
     for (const auto& state : spec.states) {
-        const auto found = arrays.find(state.name);
-        if (found == arrays.end() || found->second.shape != state.shape || found->second.dtype != state.dtype) {
-            throw Error(Code::bundle, "There is no value of " + state.dtype + shown(state.shape) + " for the state " + state.name + ".");
-        }
+        const auto& value = arrays.at(state.name);
         second[state.name] = false;
-        std::memcpy(live(state.name).data(), found->second.bytes.data(), found->second.bytes.size());
+        std::memcpy(live(state.name).data(), value.bytes.data(), value.bytes.size());
     }
 }
 
@@ -68,6 +102,7 @@ ov::Tensor& Memory::other(const std::string& name) {
 
 CompiledEntry::CompiledEntry(ov::CompiledModel model, const Entry& entry, const Spec& spec, Memory& memory)
     : model_(std::move(model)), entry_(entry), spec_(spec), memory_(memory) {
+    check_inputs(model_, entry, spec);
     for (const auto& input : entry.inputs) inputs_.emplace(input.name, tensor_of(input.dtype, input.shape));
     for (const auto& output : entry.outputs) outputs_.emplace(output.name, tensor_of(output.dtype, output.shape));
     const std::size_t tokens = entry.inputs.empty() ? 0 : entry.inputs.front().shape[1];

@@ -12,6 +12,9 @@ namespace nsm {
 
 using Arrays = std::map<std::string, Array>;
 
+// Throws unless there is a value for every state, of its shape and dtype.
+void check_values(const Spec& spec, const Arrays& arrays);
+
 // Every state has two buffers that are written in turn: a graph that reads and writes the same memory may overwrite what
 // it has not yet read. A state that is appended to has one; its new rows are put into it as a ring.
 struct Memory {

@@ -25,14 +25,21 @@ void check_finite(const Arrays& outputs, std::size_t count) {
     }
 }
 
+// Before memory is laid out by the manifest: what lies in a file bounds what is asked for.
+Arrays initial_of(const Bundle& bundle) {
+    Arrays arrays = read_npz(bundle.verified("state_init.npz"));
+    check_values(bundle.spec(), arrays);
+    return arrays;
+}
+
 }  // namespace
 
 Session::Session(const Bundle& bundle, int threads)
     : bundle_(bundle),
       spec_(bundle.spec()),
       threads_(threads == 0 && bundle.small_step() ? 1 : threads),
-      memory_(spec_),
-      initial_(read_npz(bundle.verified("state_init.npz"))) {
+      initial_(initial_of(bundle)),
+      memory_(spec_) {
     bundle_.openvino_file("step.xml");  // throws where there is no such artifact
     if (bundle_.needs_dot_products() && !int8_dot_products().value_or(true)) {
         throw Error(Code::missing,
@@ -45,6 +52,7 @@ Session::Session(const Bundle& bundle, int threads)
     if (threads_ > 0) options_.emplace(ov::inference_num_threads(threads_));
     chunked_ = std::any_of(spec_.states.begin(), spec_.states.end(), [](const State& s) { return s.name == "lane.offset"; });
     reset();
+    entry("step");  // opened here, before memory for tokens is laid out by its spec
 }
 
 void Session::reset() {

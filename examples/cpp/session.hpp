@@ -41,8 +41,8 @@ private:
     const int threads_;
     ov::Core core_;
     ov::AnyMap options_;
-    Memory memory_;
     Arrays initial_;
+    Memory memory_;
     std::map<std::string, std::unique_ptr<CompiledEntry>> entries_;
     std::size_t offset_ = 0;  // of lane 0 in its chunk; the other lanes stand there too, or rest
     bool chunked_ = false;

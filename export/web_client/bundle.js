@@ -74,6 +74,26 @@ export class Bundle {
     return bytes;
   }
 
+  /** The states' initial values, which the spec has to fit: what lies in a file bounds what is asked for. */
+  async initial() {
+    const { arrays } = await this.arrays("state_init.npz");
+    const broken = (/** @type {string} */ what) => new BundleError(`The manifest makes no sense: ${what}. Was it edited by hand? Export the bundle again.`);
+    const { batch, states, entries } = this.spec;
+    if (!Array.isArray(states)) throw broken("it has no states");
+    for (const { name, shape, dtype, batch_axis: axis } of states) {
+      const value = arrays[name];
+      if (value === undefined || String(value.shape) !== String(shape) || value.dtype !== dtype || shape[axis] !== batch) {
+        throw broken(`${name} is ${dtype}[${shape}] for ${batch} lanes, and starts from ${value ? `${value.dtype}[${value.shape}]` : "nothing"}`);
+      }
+    }
+    const names = states.map((/** @type {any} */ state) => state.name);
+    for (const entry of entries) {
+      const unknown = [...entry.reads, ...entry.writes].find((name) => !names.includes(name));
+      if (unknown !== undefined) throw broken(`${entry.name} names the state ${unknown}, which there is not`);
+    }
+    return arrays;
+  }
+
   /** @param {string} path */
   has(path) {
     return this._records.has(path);

@@ -28,8 +28,7 @@ const FREE_RUN_BUDGET = 1e-4; // of fp32, see runtimes/budgets.py
 /** Open a bundle. @param {import("./bundle.js").Reader} read @param {any} ort onnxruntime-web @returns {Promise<Session>} */
 export async function open(read, ort) {
   const bundle = await Bundle.open(read);
-  const { arrays } = await bundle.arrays("state_init.npz");
-  return new Session(new Runtime(ort, bundle), bundle, arrays);
+  return new Session(new Runtime(ort, bundle), bundle, await bundle.initial());
 }
 
 export class Session {
@@ -106,6 +105,7 @@ export class Session {
     if (counts.length !== this.batch || counts.some((count) => !Number.isInteger(count) || count < 0 || count > length)) {
       throw new InputError(`valid has a number of 0 .. ${length} for each of the ${this.batch} lanes; given [${counts}].`);
     }
+    this._checkTokens(spec, given, counts);
     const partial = this.runtime.has("decode") || entry.inputs.some((/** @type {any} */ input) => input.name === VALID);
     if (!partial && counts.some((count) => count !== counts[0] || count % spec.shape[1])) {
       throw new InputError(`This model takes whole calls of ${spec.shape[1]} tokens, on all lanes; given [${counts}].`);
@@ -157,6 +157,7 @@ export class Session {
 
   /** Go on from a snapshot, of one lane or of all. @param {Uint8Array} bytes @param {number} [lane] */
   async restore(bytes, lane) {
+    if (!(bytes instanceof Uint8Array)) throw new SnapshotError("A snapshot is a Uint8Array; given is something else.");
     const version = /^nsm-snapshot (\d{1,9})\n/.exec(new TextDecoder("latin1").decode(bytes.subarray(0, 24)));
     if (version && Number(version[1]) !== SNAPSHOT_VERSION) {
       throw new SnapshotError(`The snapshot has the format version ${version[1]}, and this client reads version ${SNAPSHOT_VERSION}.`);
@@ -273,11 +274,24 @@ export class Session {
     if (!fit || (!counted && counts.some((count) => count !== length))) {
       throw new InputError(`The entry ${name} cannot take [${counts}] tokens on its ${this.batch} lanes. Use feed.`);
     }
+    this._checkTokens(spec, given, counts);
     /** @type {Arrays} */
     const inputs = record();
     inputs[spec.name] = given;
     if (counted) inputs[VALID] = { data: BigInt64Array.from(counts, BigInt), shape: [this.batch], dtype: "int64" };
     return [inputs, counts];
+  }
+
+  /** Refuse vectors that count and are not finite. @param {any} spec @param {NdArray} given @param {number[]} counts */
+  _checkTokens(spec, given, counts) {
+    if (!isFloat(given.dtype)) return;
+    const [length, width] = [given.shape[1], sizeOf(given.shape.slice(2))];
+    const numbers = /** @type {Float32Array} */ (given.data);
+    const bad = counts.flatMap((count, lane) => {
+      const start = lane * length * width;
+      return numbers.subarray(start, start + count * width).every(Number.isFinite) ? [] : [lane];
+    });
+    if (bad.length) throw new InputError(`${spec.name} holds NaN or infinite numbers on lanes [${bad}].`);
   }
 
   /** What was given as an array of the input's dtype, in range. @param {any} spec @param {Tokens} tokens @returns {NdArray} */

@@ -72,6 +72,7 @@ class AdaptedModel(StepModel):
         # What tells two modules with equal weights apart, as far as it can be told.
         self.config = {
             "module": repr(module),
+            "attributes": _plain_attributes(module),
             "states": [[state.name, list(state.initial.shape), state.lane_axis] for state in states],
             "timed": timed,
             "chunk_size": self.chunk_size,
@@ -178,6 +179,24 @@ class AdaptedModel(StepModel):
             parts.append(outputs)
         result = torch.cat(parts, 1)
         return (result, state) if return_state else result
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, str]:
+    """Numbers, flags and names that the parts of a module were made with, which its representation need not show."""
+    found = {}
+    for place, part in module.named_modules():
+        for name, value in vars(part).items():
+            if name != "training" and not name.startswith("_") and _is_plain(value):
+                found[f"{place}.{name}"] = repr(value)
+    return found
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, (tuple, list)):
+        return all(_is_plain(item) for item in value)
+    if isinstance(value, dict):
+        return all(_is_plain(item) for item in (*value, *value.values()))
+    return value is None or isinstance(value, (bool, int, float, complex, str, torch.dtype))
 
 
 def _where(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:

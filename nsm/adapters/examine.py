@@ -238,7 +238,8 @@ def _lanes(model: AdaptedModel, tokens: Tensor) -> tuple[int | None, str]:
         if not _same([value[lane : lane + 1] for value in both], alone) or not _same_state(beside, after):
             raise UnsupportedError(
                 f"{type(model.module).__name__} answers a stream differently when another one is beside it. Does it "
-                "normalise over the batch, or are lanes not where the states say? (Carried(..., lane_axis=N))"
+                "normalise over the batch or decide by it, keep something from call to call in a list, or are lanes "
+                "not where the states say? (Carried(..., lane_axis=N))"
             )
     return None, ""
 

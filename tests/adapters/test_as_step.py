@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import nsm
 from nsm import Carried
 from nsm.adapters import AdaptedModel
-from nsm.errors import ConfigError, InputError, NsmError, UnsupportedError
+from nsm.errors import ConfigError, InputError, NsmError, SnapshotError, UnsupportedError
 from nsm.runtimes.session import Session
 from tests.adapters.models import (
     Decay,
@@ -350,3 +350,27 @@ def test_names_and_sizes_are_checked() -> None:
         nsm.as_step(Fault("none"), [H], token_shape=(3,), timed=True, chunk_size=0)
     with pytest.raises(InputError, match=r"nsm.save writes .*; given AdaptedModel.* nsm.export_model"):
         nsm.save(voice(), "voice.pt")
+
+
+class Leaky(nn.Module):
+    """Like `nn.RNN` with another non-linearity, it says nothing of a number that it was made with."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = h + self.rate * (x - h)
+        return h, h
+
+
+def test_modules_that_differ_in_a_number_or_name_are_different_models() -> None:
+    first, second = nn.RNN(5, 7), nn.RNN(5, 7, nonlinearity="relu")
+    second.load_state_dict(first.state_dict())
+    slow, fast = (nsm.as_step(Leaky(rate), [H], token_shape=(3,)) for rate in (0.1, 0.9))
+    for one, other in ((nsm.as_step(first), nsm.as_step(second)), (slow, fast)):
+        snapshot = nsm.reference(one).snapshot()
+        with pytest.raises(SnapshotError, match="another model"):
+            nsm.reference(other).restore(snapshot)
+    again = nsm.as_step(Leaky(0.1), [H], token_shape=(3,))
+    nsm.reference(again).restore(nsm.reference(slow).snapshot())

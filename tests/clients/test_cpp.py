@@ -282,6 +282,20 @@ def _set(place: str, value: Any) -> Callable[[Any], None]:
     return change
 
 
+def _wide_outputs(spec: Any) -> None:
+    for entry in spec["entries"][:2]:
+        entry["outputs"][0]["shape"][-1] = 10**9
+
+
+@pytest.mark.slow
+def test_a_manifest_of_a_size_that_none_has_is_not_read(client: Path, single: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(single, tmp_path / "copy.nsm"))
+    os.truncate(copy / "manifest.json", 65 << 20)  # a hole
+    result = run(client, copy, "--check")
+    assert result.returncode == 6
+    assert "has 68157440 bytes, which no manifest has" in result.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "code", "message"),
@@ -292,11 +306,18 @@ def _set(place: str, value: Any) -> Callable[[Any], None]:
         (_set("states.2.shape", [1, 2**39, 2**39]), 6, "0.bank has the shape"),
         (_set("states.2.append_axis", 9), 6, "no such axis to append on"),
         (_set("states.2.append_axis", 1), 6, "nothing counts the tokens"),
-        (_set("states.2.dtype", "float16"), 3, "knows no tensors of float16"),
+        (_set("states.2.dtype", "float16"), 6, "There is no value of float16"),
+        (
+            _set("states.2.shape", [1, 2, 10**9]),
+            6,
+            "There is no value of float32[1, 2, 1000000000] for the state 0.bank",
+        ),
+        (_set("entries.0.reads", []), 6, "and the manifest none such"),
         (_set("states.0.dtype", "int32"), 6, "lane.offset is not int64[1]"),
         (_set("entries", []), 6, "it has no step"),
         (_set("entries.0.inputs", []), 6, "step has no inputs or no outputs"),
         (_set("entries.0.inputs.0.shape", [1]), 6, "takes tokens of shape [1]"),
+        (_wide_outputs, 6, "and the manifest says [1, 16, 1000000000]"),
         (_set("entries.0.inputs.1.shape", [2]), 6, "valid is not int64[1]"),
         (_set("entries.0.inputs.1.name", "speaker"), 3, "this client knows tokens and valid"),
         (_set("entries.0.outputs.0.shape", [1, 3, 5]), 6, "step gives outputs of shape [1, 3, 5]"),

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import nsm
 from nsm.bundle import Bundle
@@ -287,6 +288,7 @@ def _record_again(bundle: Path, name: str) -> None:
         ("await s.feed([[1], [1]]); await s.step(Array(2).fill(Array(8).fill(1)))", "StreamError", "inside a chunk"),
         ("s.reset(2)", "InputError", "has lanes 0 .. 1; given 2"),
         ("s.loadState({})", "InputError", "has the shape"),
+        ("await s.restore(null)", "SnapshotError", "is a Uint8Array"),
         ("await s.runtime.call('other', {})", "InputError", "There is no entry"),
         (
             "const all = s.readState(); all['0.bank'].data.fill(NaN); s.loadState(all); await s.feed([[1], [1]])",
@@ -311,6 +313,45 @@ def test_a_path_out_of_the_bundle_is_refused(path: str, copy: Path) -> None:
     found = javascript(copy, "await Bundle.open(reader); say(0);")
     assert found["error"] == "BundleError"
     assert "not a path inside the bundle" in found["message"]
+
+
+@pytest.mark.parametrize("change", ["batch", "shape", "state"])
+def test_a_spec_that_does_not_fit_the_files_is_refused_before_memory_is_taken(change: str, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    spec = manifest["spec"]
+    if change == "batch":
+        spec["batch"] = 10**9
+    elif change == "shape":
+        spec["states"][-1]["shape"] = [2, 10**9]
+    else:
+        del spec["states"][-1]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    found = javascript(copy, "await open(reader, await loadOrt()); say(0);")
+    assert found["error"] == "BundleError"
+    assert "Was it edited by hand?" in found["message"]
+
+
+@pytest.mark.parametrize("bad", ["NaN", "Infinity"])
+def test_vectors_that_count_have_to_be_finite(bad: str, tmp_path: Path) -> None:
+    model = nsm.as_step(torch.nn.GRU(3, 4))
+    bundle = nsm.export_model(model, ["web"], output=tmp_path / "gru.nsm", batch=2, golden_steps=12)
+    found = javascript(
+        bundle.path,
+        f"""const s = await open(reader, await loadOrt());
+        const [good, bad] = [[1, 2, 3], [1, {bad}, 3]];
+        await s.feed([[good, bad], [good, good]], [1, 2]);
+        const before = JSON.stringify(plain(Object.values(s.readState())[0]));
+        try {{ await s.feed([[good, bad], [good, good]]); say(0); }}
+        catch (error) {{
+          const after = JSON.stringify(plain(Object.values(s.readState())[0]));
+          say({{ error: error.constructor.name, message: error.message, same: before === after }});
+        }}""",
+    )
+    assert found == {
+        "error": "InputError",
+        "message": "tokens holds NaN or infinite numbers on lanes [0].",
+        "same": True,
+    }
 
 
 @pytest.mark.parametrize("kind", ["version", "json", "hash", "size", "archive"])

@@ -124,6 +124,30 @@ def test_an_entry_that_leads_out_of_the_bundle_is_refused(bundle_copy: Path) -> 
         open_bundle(bundle_copy, "onnx")
 
 
+def test_openvino_never_runs_a_graph_with_an_input_that_nobody_fills(bundle_copy: Path) -> None:
+    def forget(data: Any) -> None:
+        for entry in data["spec"]["entries"]:
+            if entry["name"] != "commit":
+                entry["reads"] = [name for name in entry["reads"] if name != "0.bank"]
+
+    edit(bundle_copy, forget)
+    with pytest.raises(BundleDamagedError, match=r"step\.xml has the input past_state\.0\.bank.*edited by hand"):
+        open_bundle(bundle_copy, "openvino")
+
+
+def test_nor_one_that_is_opened_later(bundle_copy: Path) -> None:
+    def forget(data: Any) -> None:
+        (commit,) = [entry for entry in data["spec"]["entries"] if entry["name"] == "commit"]
+        commit["reads"].remove("0.bank")
+
+    edit(bundle_copy, forget)
+    with open_bundle(bundle_copy, "openvino") as session:
+        tokens = np.ones((session.batch, session.spec.chunk_size), np.int64)
+        session.feed(tokens[:, :1])
+        with pytest.raises(BundleDamagedError, match=r"commit\.xml has the input past_state\.0\.bank"):
+            session.feed(tokens[:, 1:])
+
+
 def test_a_file_that_is_run_but_was_not_recorded_is_refused(bundle_copy: Path) -> None:
     def forget(data: Any) -> None:
         for artifact in data["artifacts"]:
