@@ -23,7 +23,12 @@ class ScoreLog:
     """
 
     def __init__(self, path: Path, head: dict[str, Any], force: bool = False) -> None:
+        if path.is_dir():
+            raise InputError(
+                f"{path} is a folder; give a file to write the scores to, such as {path / 'scores.jsonl'}."
+            )
         self._path = path
+        self._failed: list[dict[str, Any]] = []  # what earlier runs could not score
         self.done: dict[tuple[str, int, str], dict[str, Any]] = {}
         kept = b"" if force or not path.exists() else self._read(path, head)
         try:
@@ -38,7 +43,8 @@ class ScoreLog:
 
     def add(self, line: dict[str, Any]) -> None:
         """Append what was found for one sequence; a crash leaves all of it or nothing that counts."""
-        self._append(line)
+        if line not in self._failed:  # what fails as it did before is there already
+            self._append(line)
         self.done[line["file"], line["index"], line["sha256"]] = line
 
     def close(self) -> None:
@@ -63,4 +69,5 @@ class ScoreLog:
                 f"{path} has scores of {first}, not of {head}. Take another name, or give --force to start over."
             )
         self.done = {key: line for key, line in results.items() if "error" not in line}  # those are tried again
+        self._failed = [line for line in lines if "error" in line]
         return data

@@ -37,7 +37,7 @@ class Bundle:
         if not self.path.is_dir():
             raise InputError(f"There is no bundle {self.path}: expected is a directory written by nsm-export.")
         try:
-            self.written = json_bytes(self.path / MANIFEST)
+            self.written = json_bytes(self.locate(MANIFEST))
             text = self.written.decode()
         except (OSError, UnicodeDecodeError) as error:
             raise BundleDamagedError(f"{self.path} is not a bundle: {MANIFEST} cannot be read ({error}).") from error
@@ -111,7 +111,7 @@ class Bundle:
         except (OSError, RuntimeError, ValueError):  # too long, a link to itself, a NUL byte
             inside = False
         if pure.is_absolute() or ".." in pure.parts or not inside:
-            raise BundleDamagedError(f"{self.path}: the manifest names {relative!r}, which is outside the bundle.")
+            raise BundleDamagedError(f"{self.path} names {relative!r}, which is outside the bundle.")
         return path
 
     def state_init(self) -> Arrays:

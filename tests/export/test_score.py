@@ -109,6 +109,9 @@ def test_what_cannot_be_scored_is_named_and_tried_again(predictor: Path, folder:
     assert "must lie in 0 .. 19" in errors["high.npy"]
     assert "at least two tokens" in errors["short.npy"]
     assert "The model takes sequences of shape ['T']" in errors["vectors.npy"]
+    before = lines_of(output)
+    refused_with_output(invoke("score", predictor, folder, "-o", output))
+    assert lines_of(output) == before, "what fails as it did is not written again"
     for name in ("broken", "short", "vectors"):
         (folder / f"{name}.npy").unlink()
     np.save(folder / "high.npy", np.array([1, 9]))
@@ -157,6 +160,8 @@ def test_a_log_of_something_else_is_left_alone(tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"Take another name, or give --force"):
             ScoreLog(path, HEAD)
         assert path.read_text() == text
+    with pytest.raises(InputError, match=r"is a folder; give a file"):
+        ScoreLog(tmp_path, HEAD)
     with pytest.raises(InputError, match="cannot be written"):
         ScoreLog(tmp_path / "absent" / "scores.jsonl", HEAD)
 

@@ -207,7 +207,7 @@ def test_a_path_that_leads_out_is_refused(made: Path, path: str) -> None:
 
     edit(made, lead_out)
     bundle = Bundle(made)
-    with pytest.raises(BundleDamagedError, match=r"the manifest names .*, which is outside the bundle") as caught:
+    with pytest.raises(BundleDamagedError, match=r" names .*, which is outside the bundle") as caught:
         bundle.verify()
     assert repr(path) in str(caught.value)
     assert caught.value.exit_code == 6
@@ -230,6 +230,13 @@ def test_a_link_that_leads_out_is_refused(made: Path, tmp_path: Path) -> None:
     (made / "graphs").symlink_to(outside, target_is_directory=True)
     with pytest.raises(BundleDamagedError, match="which is outside"):
         Bundle(made).verify()
+
+
+def test_a_manifest_behind_a_link_that_leads_out_is_not_read(made: Path, tmp_path: Path) -> None:
+    shutil.move(made / MANIFEST, tmp_path / "other.json")
+    (made / MANIFEST).symlink_to(tmp_path / "other.json")
+    with pytest.raises(BundleDamagedError, match=r"'manifest\.json', which is outside the bundle"):
+        Bundle(made)
 
 
 def test_a_link_that_stays_inside_and_a_linked_bundle_are_fine(made: Path, tmp_path: Path) -> None:
