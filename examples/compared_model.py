@@ -2,7 +2,7 @@
 
 python examples/compared_model.py --output compared.pt
 nsm bench --all compared.pt
-python examples/compared_model.py --width 1536 --output wide.pt        (116 million parameters instead of 7.3)
+python examples/compared_model.py --width 1536 --output wider.pt       (116 million parameters instead of 7.3)
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ class AdaptedModel(StepModel):
         # What tells two modules with equal weights apart, as far as it can be told.
         self.config = {
             "module": repr(module),
-            "attributes": _plain_attributes(module),
+            "attributes": plain_attributes(module),
             "states": [[state.name, list(state.initial.shape), state.lane_axis] for state in states],
             "timed": timed,
             "chunk_size": self.chunk_size,
@@ -181,7 +181,7 @@ class AdaptedModel(StepModel):
         return (result, state) if return_state else result
 
 
-def _plain_attributes(module: nn.Module) -> dict[str, str]:
+def plain_attributes(module: nn.Module) -> dict[str, str]:
     """Numbers, flags and names that the parts of a module were made with, which its representation need not show."""
     found = {}
     for place, part in module.named_modules():

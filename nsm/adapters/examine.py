@@ -9,7 +9,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from nsm.adapters.adapted import AdaptedModel
+from nsm.adapters.adapted import AdaptedModel, plain_attributes
 from nsm.errors import ConfigError, InputError, UnsupportedError
 from nsm.models.checkpoint import split_samples
 from nsm.models.step import State
@@ -126,26 +126,33 @@ def _no_numbers(model: AdaptedModel, odd: Sequence[str], tokens: Tensor, made_up
     )
 
 
-def _kept(model: AdaptedModel) -> dict[str, Tensor]:
-    """A copy of what a module could keep from call to call: buffers, and tensors in plain attributes."""
-    found = dict(model.module.named_buffers())
+def _kept(model: AdaptedModel) -> dict[str, Tensor | str]:
+    """A copy of what a module could keep from call to call: buffers, and tensors, numbers and names in attributes."""
+    found: dict[str, Tensor] = dict(model.module.named_buffers())
     for prefix, part in model.module.named_modules():
         attributes = {name: value for name, value in vars(part).items() if isinstance(value, Tensor)}
         found |= {f"{prefix}.{name}".lstrip("."): value for name, value in attributes.items()}
-    return {name: value.detach().clone() for name, value in found.items()}
+    plain = {name.lstrip("."): value for name, value in plain_attributes(model.module).items()}
+    return {**plain, **{name: value.detach().clone() for name, value in found.items()}}
 
 
-def _check_kept(model: AdaptedModel, before: dict[str, Tensor], repeated: bool = True) -> None:
+def _check_kept(model: AdaptedModel, before: dict[str, Tensor | str], repeated: bool = True) -> None:
     """Raise unless the module keeps nothing to itself; `repeated` says whether the same call gave the same answer."""
     now = _kept(model)
-    changed = [name for name, value in now.items() if name not in before or not torch.equal(value, before[name])]
+    changed = [name for name, value in now.items() if name not in before or not _equal(value, before[name])]
     if changed or not repeated:
-        what = f"its tensors {changed}" if changed else "something that is neither an argument nor a result"
+        what = f"its attributes {changed}" if changed else "something that is neither an argument nor a result"
         raise UnsupportedError(
             f"{type(model.module).__name__} keeps {what} from one call to the next, which no exported graph does. "
             "Make it a state: an argument of forward that is returned, new, and not written in place. (If the module "
             "draws random numbers, they have no place in eval mode.)"
         )
+
+
+def _equal(one: Tensor | str, two: Tensor | str) -> bool:
+    if isinstance(one, Tensor) and isinstance(two, Tensor):
+        return torch.equal(one, two)
+    return type(one) is type(two) and one == two
 
 
 def _check_states(model: AdaptedModel, after: State) -> None:

@@ -77,6 +77,7 @@ class Fault(nn.Module):
         self.kind = kind
         self.register_buffer("total", torch.zeros(3))
         self.last = torch.zeros(1, 3)
+        self.scale: float | None = None
         self.norm = nn.BatchNorm1d(3, affine=False, track_running_stats=False)
 
     def forward(self, x: Tensor, h: Tensor) -> Any:
@@ -94,6 +95,9 @@ class Fault(nn.Module):
             self.total += h[0]
         if kind == "attribute":
             y, self.last = y + self.last, h
+        if kind == "number":
+            self.scale = float(x.abs().mean()) if self.scale is None else self.scale
+            y = y * self.scale
         if kind == "random":
             y = y + torch.randn_like(y)
         if kind == "grows":

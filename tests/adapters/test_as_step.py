@@ -197,9 +197,10 @@ def test_lanes_that_all_have_to_go_are_not_waited_for_for_ever() -> None:
 # -- what is refused ---------------------------------------------------------------------------------------------------
 
 FAULTS: dict[str, tuple[type[NsmError], str]] = {
-    "buffer": (UnsupportedError, r"keeps its tensors \['total'\] .*Make it a state"),
-    "late buffer": (UnsupportedError, r"keeps its tensors \['total'\]"),
-    "attribute": (UnsupportedError, r"keeps its tensors \['last'\]"),
+    "buffer": (UnsupportedError, r"keeps its attributes \['total'\] .*Make it a state"),
+    "late buffer": (UnsupportedError, r"keeps its attributes \['total'\]"),
+    "attribute": (UnsupportedError, r"keeps its attributes \['last'\]"),
+    "number": (UnsupportedError, r"keeps its attributes \['scale'\]"),
     "random": (UnsupportedError, "draws random numbers"),
     "grows": (
         ConfigError,
