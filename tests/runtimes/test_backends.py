@@ -118,6 +118,8 @@ def test_openvino_is_asked_for_fp32_and_says_what_it_does(bundle: Bundle, monkey
     answers = iter(["bf16", "dynamic"])
 
     class Compiled:
+        inputs = ()
+
         def get_property(self, name: object) -> SimpleNamespace:
             return SimpleNamespace(get_type_name=lambda: next(answers))
 
