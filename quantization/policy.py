@@ -126,17 +126,9 @@ _WHY_NOT: Mapping[tuple[str, str], str] = MappingProxyType(
     {
         ("onnxruntime", "fp16"): "ONNX Runtime turns such products back into fp32 on a processor. Take int8",
         ("onnxruntime", "bf16"): "ONNX Runtime has no such products on a processor. Take int8",
-        # Without kernels every product becomes two copies between the GPU and the processor (microsoft/onnxruntime,
-        # issues 12229 and 24807).
-        (
-            "onnxruntime-cuda",
-            "int8",
-        ): "its CUDA provider has no kernels for int8, and runs such a graph more slowly than "
-        "fp32. Take fp16, or int8 on the target tensorrt",
-        (
-            "onnxruntime-cuda",
-            "int8-weights",
-        ): "no form of it was measured on a GPU yet. Take fp16, or int8-weights on the target tensorrt",
+        # Every product is copied to the processor and back (microsoft/onnxruntime, issues 12229 and 24807).
+        ("onnxruntime-cuda", "int8"): "ONNX Runtime has no kernels for int8 there. Take fp16, or the target tensorrt",
+        ("onnxruntime-cuda", "int8-weights"): "it was not measured on a GPU yet. Take fp16, or the target tensorrt",
     }
 )
 """Why a target is not built in a precision that others of its kind are, and what to take."""

@@ -27,9 +27,10 @@ Array array_of(const ov::Tensor& tensor, const std::string& dtype) {
     return array;
 }
 
-// What the graph has is what the manifest says: OpenVINO runs on whatever lies in an input that nobody fills, and memory
-// is laid out by these shapes next.
-void check_inputs(const ov::CompiledModel& model, const Entry& entry, const Spec& spec) {
+// The graph has what the manifest says: OpenVINO runs on whatever lies in an input that nobody fills, and memory is laid
+// out by these shapes next.
+void check_ports(const ov::CompiledModel& model, const Entry& entry, const Spec& spec) {
+    const auto shape_of = [](const ov::Output<const ov::Node>& port) { return Shape(port.get_shape().begin(), port.get_shape().end()); };
     std::map<std::string, Shape> filled;
     for (const auto& input : entry.inputs) filled[input.name] = input.shape;
     for (const auto& state : spec.states) {
@@ -37,18 +38,18 @@ void check_inputs(const ov::CompiledModel& model, const Entry& entry, const Spec
     }
     for (const auto& port : model.inputs()) {
         const auto& names = port.get_names();
-        const auto found = std::find_if(filled.begin(), filled.end(), [&](const auto& item) { return names.count(item.first) > 0; });
-        const auto& shape = port.get_shape();
-        if (found == filled.end() || found->second != Shape(shape.begin(), shape.end())) {
-            throw Error(Code::bundle, "The graph of " + entry.name + " has the input " + port.get_any_name() + shown(Shape(shape.begin(), shape.end())) +
+        const bool known = std::any_of(filled.begin(), filled.end(),
+                                       [&](const auto& item) { return names.count(item.first) > 0 && item.second == shape_of(port); });
+        if (!known) {
+            throw Error(Code::bundle, "The graph of " + entry.name + " has the input " + port.get_any_name() + shown(shape_of(port)) +
                                           ", and the manifest none such. Was it edited by hand? Export the bundle again.");
         }
     }
     for (const auto& output : entry.outputs) {
-        const auto& shape = model.output(output.name).get_shape();
-        if (output.shape != Shape(shape.begin(), shape.end())) {
-            throw Error(Code::bundle, "The graph of " + entry.name + " gives " + output.name + shown(Shape(shape.begin(), shape.end())) +
-                                          ", and the manifest says " + shown(output.shape) + ". Export the bundle again.");
+        const Shape found = shape_of(model.output(output.name));
+        if (output.shape != found) {
+            throw Error(Code::bundle, "The graph of " + entry.name + " gives " + output.name + shown(found) + ", and the manifest says " +
+                                          shown(output.shape) + ". Export the bundle again.");
         }
     }
 }
@@ -102,7 +103,7 @@ ov::Tensor& Memory::other(const std::string& name) {
 
 CompiledEntry::CompiledEntry(ov::CompiledModel model, const Entry& entry, const Spec& spec, Memory& memory)
     : model_(std::move(model)), entry_(entry), spec_(spec), memory_(memory) {
-    check_inputs(model_, entry, spec);
+    check_ports(model_, entry, spec);
     for (const auto& input : entry.inputs) inputs_.emplace(input.name, tensor_of(input.dtype, input.shape));
     for (const auto& output : entry.outputs) outputs_.emplace(output.name, tensor_of(output.dtype, output.shape));
     const std::size_t tokens = entry.inputs.empty() ? 0 : entry.inputs.front().shape[1];
