@@ -111,8 +111,20 @@ def test_what_low_precision_does_to_recall_is_measured(tmp_path: Path) -> None:
     assert all(row["score"] > 0.95 for row in rows if row["status"] == "ok")
 
 
+@pytest.mark.slow
+def test_no_publicly_reported_fault_is_silently_wrong(tmp_path: Path) -> None:
+    shown = _run(tmp_path, str(EXAMPLES / "public_reports.py"), "--output", "reports.json")  # 0: as expected
+    assert ": 0 silently wrong, 0 not as expected" in shown
+    outcomes = json.loads((tmp_path / "reports.json").read_text())
+    verdicts = [one["verdict"] for one in outcomes]
+    assert min(verdicts.count(verdict) for verdict in ("equal", "refused", "stops")) >= 2
+    assert all(one["tokens"] >= 500 for one in outcomes if one["verdict"] == "equal")
+    assert "| lane 0's position for all |" in (tmp_path / "reports.md").read_text()
+
+
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
     run_here |= {"calibration", "compared_model", "foreign_models", "low_precision", "stateful_cache", "threads"}
+    run_here |= {"public_reports", "reported_models", "reported_files"}
     run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere
