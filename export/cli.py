@@ -147,7 +147,16 @@ def main() -> None:
     "states",
     multiple=True,
     metavar="PAST=PRESENT[:INIT]",
-    help="Of a foreign model: an input, the output that comes back as it, and a .npy it starts from. Repeatable.",
+    help="Of a foreign model: an input, the output that comes back as it, and a .npy it starts from. Repeatable: with "
+    "one, name all.",
+)
+@click.option("--input", metavar="NAME", help="Of a foreign ONNX graph: the input that takes tokens.")
+@click.option(
+    "--no-state",
+    "no_states",
+    multiple=True,
+    metavar="NAME",
+    help="Of a foreign ONNX graph: an output that is no state, whatever it is called. Repeatable.",
 )
 @click.option(
     "--constant",
@@ -391,14 +400,22 @@ def score(
     score_command.score_folder(bundle, folder, output, target, workers, threads, force, as_json)
 
 
-@main.command(short_help="Show what is in a bundle, after verifying its files.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@main.command(short_help="Show what is in a bundle, or which states an ONNX file has.")
+@click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
 @_shared
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files."""
+def inspect(path: Path, as_json: bool) -> None:
+    """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files.
+
+    Of FILE.onnx: inputs, outputs, those that may be a state and why, and the command that exports it.
+    """
+    if path.suffix.lower() == ".onnx":
+        from nsm.export.onnx_inspect import inspect_onnx
+
+        inspect_onnx(path, as_json)
+        return
     from nsm.export import commands
 
-    commands.inspect(bundle, as_json)
+    commands.inspect(path, as_json)
 
 
 @main.command(short_help="Show what is installed and what is missing.")

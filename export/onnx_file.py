@@ -14,7 +14,8 @@ from onnx import ValueInfoProto, numpy_helper
 from onnx.inliner import inline_local_functions
 
 from nsm.errors import InputError, UnsupportedError
-from nsm.export.onnx_graph import dtype_of, nodes_of
+from nsm.export.onnx_graph import dtype_of
+from nsm.export.onnx_layout import put_time_first
 from nsm.export.onnx_limits import check_functions, load_weights
 from nsm.export.onnx_operators import check_operators
 from nsm.spec import LARGEST
@@ -57,6 +58,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     load_weights(path, model)
     check_operators(path, model)
     _name_axes(model)
+    put_time_first(model)
     version = opset_of(model)
     if version < OLDEST:
         try:
@@ -72,13 +74,6 @@ def read_onnx(path: Path) -> onnx.ModelProto:
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of the standard operators that a model takes; 0 where it does not say."""
     return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
-
-
-def is_read(model: onnx.ModelProto, name: str) -> bool:
-    """Whether any operation takes an input, or it is an output itself."""
-    if any(value.name == name for value in model.graph.output):
-        return True
-    return any(name in node.input for node in nodes_of(model.graph))
 
 
 def _name_axes(model: onnx.ModelProto) -> None:
