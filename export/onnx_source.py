@@ -44,7 +44,6 @@ CHUNK = 16
 class OnnxSource:
     """A foreign graph; see `nsm.export.source.Source`. The reference is the graph as it was given."""
 
-    independent = False
     golden: list[Array]
     calibration: list[Array]
 
@@ -80,9 +79,10 @@ class OnnxSource:
         ]
         for state in graph.states:
             start = "the file that was given" if state.initial.any() else "zeros"
+            lanes = "no lanes" if state.lane_axis is None else f"lanes on axis {state.lane_axis}"
             lines.append(
                 f"state {state.name}: input {state.past}, output {state.present}, {state.dtype}{list(state.shape)}, "
-                f"lanes on axis {state.lane_axis}, starts from {start}; found by {state.found}"
+                f"{lanes}, starts from {start}; found by {state.found}"
             )
         return (*lines, *self._doubts)
 

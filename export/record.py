@@ -64,8 +64,7 @@ def record(
     """
     if not len(sequences) or steps < 1:
         raise InputError(f"A trace needs at least one sequence and one step; given {len(sequences)} and {steps}.")
-    lanes = source.lanes or (len(sequences) if source.independent else 1)
-    spec = source.spec(lanes, tokens_per_call, debug_outputs)
+    spec = source.spec(source.lanes or len(sequences), tokens_per_call, debug_outputs)
     entry = spec.entry("step")
     count = entry.inputs[0].shape[1]
     tokens = np.stack([_stretch(sequence, steps * count) for sequence in checked_sequences(source, sequences)])

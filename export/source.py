@@ -30,8 +30,6 @@ class Source(Protocol):
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
         remarks: what a person should know before the model is used, a sentence each.
         lanes: the only number of lanes it can be had for; None where any will do.
-        independent: whether its lanes cannot meet by the way it is made. Others are run one stream at a time where
-            they are the reference, since an examination shows it for its own tokens only.
     """
 
     @property
@@ -54,8 +52,6 @@ class Source(Protocol):
     def remarks(self) -> tuple[str, ...]: ...
     @property
     def lanes(self) -> int | None: ...
-    @property
-    def independent(self) -> bool: ...
 
     def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
         """The declaration of the entries, for so many lanes and tokens a call of `step`.

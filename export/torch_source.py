@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from nsm.adapters.adapted import AdaptedModel
 from nsm.compaction import compact
 from nsm.errors import UnsupportedError
 from nsm.export.onnx import export_onnx, initial_arrays
@@ -65,10 +64,6 @@ class TorchSource:
     @property
     def lanes(self) -> int | None:
         return self.model.lanes
-
-    @property
-    def independent(self) -> bool:
-        return not isinstance(self.model, AdaptedModel)
 
     @property
     def golden(self) -> list[Array]:
