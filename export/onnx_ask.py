@@ -61,6 +61,8 @@ def choices(path: Path, pairing: Pairing) -> list[Choice]:
     for main in data if len(data) > 1 else ():
         others = [name for name in data if name != main]
         for states in _wirings(others, [pair for pair in pairing.doubtful if not pair.refuted]):
+            if len(pairing.states) + len(states) == len(pairing.outputs):  # a step gives something besides its states
+                continue
             what = " and ".join(f"{pair.present} is what {pair.past} takes in the next step" for pair in states)
             settings = [name for name in pairing.data if name not in others]
             found.append(Choice(what, _command(path, pairing, settings, states)))

@@ -18,6 +18,7 @@ from nsm.export.onnx_graph import dtype_of
 from nsm.export.onnx_layout import put_time_first
 from nsm.export.onnx_limits import check_functions, load_weights
 from nsm.export.onnx_operators import check_operators
+from nsm.export.onnx_order import sort_nodes
 from nsm.spec import LARGEST
 from nsm.trace import Array
 
@@ -56,6 +57,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         check_functions(path, model)
         model = inline_local_functions(model)
     load_weights(path, model)
+    sort_nodes(model)
     check_operators(path, model)
     _name_axes(model)
     put_time_first(model)

@@ -68,6 +68,7 @@ WITH_ONNX = {
     "nsm.export.onnx_limits",
     "nsm.export.onnx_normal",
     "nsm.export.onnx_operators",
+    "nsm.export.onnx_order",
     "nsm.export.onnx_pairing",
     "nsm.export.onnx_recurrent",
     "nsm.export.onnx_source",
