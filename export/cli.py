@@ -170,7 +170,7 @@ def main() -> None:
     "shapes",
     multiple=True,
     metavar="NAME=SIZES",
-    help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,512. Repeatable.",
+    help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,576. Repeatable.",
 )
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @_low_precision
@@ -194,7 +194,7 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
     \b
     nsm-export model.pt --target openvino
     nsm-export model.pt -t onnxruntime -t openvino -t tensorrt --device sm86 -o model.nsm
-    nsm-export vad.onnx -t openvino --constant sr=16000 --shape input=batch,512 --data frames.npy
+    nsm-export vad.onnx -t openvino --constant sr=16000 --shape input=batch,576 --data frames.npy
 
     Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
     NAME.nsm.failed), 6 damaged bundle, 7 not faster than fp32.

@@ -140,7 +140,7 @@ def take_default(model: onnx.ModelProto, name: str) -> Array:
 
 
 def fix_shapes(model: onnx.ModelProto, shapes: Mapping[str, str]) -> None:
-    """Put sizes, or other names, in the place of open axes of inputs, in place, from text: `1,512` or `batch,512`.
+    """Put sizes, or other names, in the place of open axes of inputs, in place, from text: `1,512` or `batch,576`.
 
     A name that several inputs have is given the size in all of them.
 

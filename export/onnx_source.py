@@ -150,7 +150,7 @@ def load_onnx(
         states: all of them; where none is named they are found by our metadata or by `find_pairs`.
         constants: inputs that are always the same, by name, as text: {"sr": "16000"}.
         vocab_size: of a graph over ids, where the number of embeddings does not tell.
-        shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,512"}.
+        shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,576"}.
         data_input: the input that takes tokens, where nothing else tells.
         no_states: outputs that are no states, whatever they are called.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -150,7 +151,7 @@ def test_a_state_that_no_output_ever_depends_on_is_told(tmp_path: Path) -> None:
         helper.make_node("Add", ["cell", "x"], ["hidden_out"]),
         helper.make_node("Mul", ["hidden", "half"], ["cell_out"]),
     ]
-    shape = ["batch", 3]
+    shape: Sequence[int | str | None] = ["batch", 3]
     inputs: Ports = {**PLAIN[0], "hidden": shape, "cell": shape}
     path = write(tmp_path / "m.onnx", nodes, inputs, {**PLAIN[1], "hidden_out": shape, "cell_out": shape}, HALF)
     warnings = [line for line in load_onnx(path).remarks if line.startswith("WARNING")]
@@ -257,7 +258,8 @@ def test_a_scan_that_starts_from_zeros_is_told(tmp_path: Path) -> None:
             helper.make_node("Add", ["h", "all"], ["hn"]),
             helper.make_node("Identity", ["sums"], ["y"]),
         ]
-        inputs, outputs = {"x": [4, 3], "h": [3]}, {"y": [4, 3], "hn": [3]}
+        inputs: Ports = {"x": [4, 3], "h": [3]}
+        outputs: Ports = {"y": [4, 3], "hn": [3]}
         path = write(tmp_path / "m.onnx", nodes, inputs, outputs, {"nothing": np.zeros(3, np.float32)})
         assert restarts(dependence_of(read_onnx(path).graph), ["h"]) == anew
 

@@ -232,7 +232,6 @@ def running_sum(path: Path) -> Path:
 def test_a_split_that_does_not_show_tells_the_states(tmp_path: Path) -> None:
     path = running_sum(tmp_path / "m.onnx")
     model = onnx.load(str(path))
-    model.graph.node[2].attribute.extend([])
     model.graph.node[2].CopyFrom(helper.make_node("Slice", ["c", "last", "end", "axis"], ["d"]))
     model.graph.node[3].CopyFrom(helper.make_node("Slice", ["a", "last", "end", "axis"], ["e"]))
     model.graph.initializer.append(numpy_helper.from_array(np.array([1]), "axis"))
@@ -294,7 +293,8 @@ def test_a_name_is_not_believed_against_the_experiment(factor: float, told: str,
         helper.make_node("Add", ["grown", "x"], ["state_out"]),
         helper.make_node("Add", ["state_out", "x"], ["y"]),
     ]
-    inputs, outputs = {"x": [1, 3], "state_in": [1, 3]}, {"y": [1, 3], "state_out": [1, 3]}
+    inputs: Ports = {"x": [1, 3], "state_in": [1, 3]}
+    outputs: Ports = {"y": [1, 3], "state_out": [1, 3]}
     path = write(tmp_path / "m.onnx", nodes, inputs, outputs, {"factor": np.float32(factor)})
     with pytest.raises(InputError, match=rf"state_in -> state_out: data, by its name; fed back, it {told}"):
         load_onnx(path)
@@ -309,7 +309,8 @@ def test_a_graph_in_which_all_inputs_are_called_like_states_is_asked_about(tmp_p
         helper.make_node("ReduceSum", ["state_out"], ["sum"], keepdims=0),
         helper.make_node("Reshape", ["sum", "shape"], ["y"]),
     ]
-    inputs, outputs = {"state": [1, 3], "hidden": [1, 3]}, {"state_out": [1, 3], "hidden_out": [1, 3], "y": [1, 1]}
+    inputs: Ports = {"state": [1, 3], "hidden": [1, 3]}
+    outputs: Ports = {"state_out": [1, 3], "hidden_out": [1, 3], "y": [1, 1]}
     path = write(tmp_path / "m.onnx", nodes, inputs, outputs, {**HALF, "shape": np.array([1, 1])})
     with pytest.raises(InputError, match="It is ambiguous"):
         load_onnx(path)
@@ -354,7 +355,7 @@ def test_these_options_belong_to_onnx(option: str, checkpoint: Path) -> None:
 def test_the_experiment_measures_what_a_plain_loop_does(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", leaky(), {"x": [1, 3], "h": [1, 3]}, {"y": [1, 3], "hn": [1, 3]}, HALF)
     trial = Trial(read_onnx(path))
-    h = np.zeros((1, 3), np.float32)
+    h: np.ndarray = np.zeros((1, 3), np.float32)
     for step in range(8):
         h = h / 2 + trial.made_up(step)["x"]
     last = trial.made_up(8)["x"]
@@ -414,7 +415,16 @@ def test_inspect_shows_pairs_and_the_command_to_copy(tmp_path: Path) -> None:
     assert data["data"] == ["i0"]
     assert [(item["past"], item["present"]) for item in data["states"]] == [("i1", "o3"), ("i2", "o2")]
     assert data["choices"] == [{"condition": "", "advice": command}]
-    again = ["export", *command.split()[1:], "--num-samples", "2", "--golden-steps", "4", "-o", tmp_path / "m.nsm"]
+    again: list[str | Path] = [
+        "export",
+        *command.split()[1:],
+        "--num-samples",
+        "2",
+        "--golden-steps",
+        "4",
+        "-o",
+        tmp_path / "m.nsm",
+    ]
     succeeded(invoke(*again))
 
 
