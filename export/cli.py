@@ -147,7 +147,16 @@ def main() -> None:
     "states",
     multiple=True,
     metavar="PAST=PRESENT[:INIT]",
-    help="Of a foreign model: an input, the output that comes back as it, and a .npy it starts from. Repeatable.",
+    help="Of a foreign model: an input, the output that comes back as it, and a .npy it starts from. Repeatable: with "
+    "one, name all.",
+)
+@click.option("--input", metavar="NAME", help="Of a foreign ONNX graph: the input that takes tokens.")
+@click.option(
+    "--no-state",
+    "no_states",
+    multiple=True,
+    metavar="NAME",
+    help="Of a foreign ONNX graph: an output that is no state, whatever it is called. Repeatable.",
 )
 @click.option(
     "--constant",
@@ -161,7 +170,7 @@ def main() -> None:
     "shapes",
     multiple=True,
     metavar="NAME=SIZES",
-    help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,512. Repeatable.",
+    help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,576. Repeatable.",
 )
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @_low_precision
@@ -185,7 +194,7 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
     \b
     nsm-export model.pt --target openvino
     nsm-export model.pt -t onnxruntime -t openvino -t tensorrt --device sm86 -o model.nsm
-    nsm-export vad.onnx -t openvino --constant sr=16000 --shape input=batch,512 --data frames.npy
+    nsm-export vad.onnx -t openvino --constant sr=16000 --shape input=batch,576 --data frames.npy
 
     Exit codes: 0 good, 2 usage, 3 missing or unsupported, 4 build failed, 5 parity failed (the bundle is kept as
     NAME.nsm.failed), 6 damaged bundle, 7 not faster than fp32.
@@ -391,14 +400,22 @@ def score(
     score_command.score_folder(bundle, folder, output, target, workers, threads, force, as_json)
 
 
-@main.command(short_help="Show what is in a bundle, after verifying its files.")
-@click.argument("bundle", type=click.Path(path_type=Path))
+@main.command(short_help="Show what is in a bundle, or which states an ONNX file has.")
+@click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
 @_shared
-def inspect(bundle: Path, as_json: bool) -> None:
-    """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files."""
+def inspect(path: Path, as_json: bool) -> None:
+    """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files.
+
+    Of FILE.onnx: inputs, outputs, those that may be a state and why, and the command that exports it.
+    """
+    if path.suffix.lower() == ".onnx":
+        from nsm.export.onnx_inspect import inspect_onnx
+
+        inspect_onnx(path, as_json)
+        return
     from nsm.export import commands
 
-    commands.inspect(bundle, as_json)
+    commands.inspect(path, as_json)
 
 
 @main.command(short_help="Show what is installed and what is missing.")

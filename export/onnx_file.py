@@ -14,9 +14,11 @@ from onnx import ValueInfoProto, numpy_helper
 from onnx.inliner import inline_local_functions
 
 from nsm.errors import InputError, UnsupportedError
-from nsm.export.onnx_graph import dtype_of, nodes_of
+from nsm.export.onnx_graph import dtype_of
+from nsm.export.onnx_layout import put_time_first
 from nsm.export.onnx_limits import check_functions, load_weights
 from nsm.export.onnx_operators import check_operators
+from nsm.export.onnx_order import sort_nodes
 from nsm.spec import LARGEST
 from nsm.trace import Array
 
@@ -55,8 +57,10 @@ def read_onnx(path: Path) -> onnx.ModelProto:
         check_functions(path, model)
         model = inline_local_functions(model)
     load_weights(path, model)
+    sort_nodes(model)
     check_operators(path, model)
     _name_axes(model)
+    put_time_first(model)
     version = opset_of(model)
     if version < OLDEST:
         try:
@@ -72,13 +76,6 @@ def read_onnx(path: Path) -> onnx.ModelProto:
 def opset_of(model: onnx.ModelProto) -> int:
     """The version of the standard operators that a model takes; 0 where it does not say."""
     return next((item.version for item in model.opset_import if item.domain in ("", "ai.onnx")), 0)
-
-
-def is_read(model: onnx.ModelProto, name: str) -> bool:
-    """Whether any operation takes an input, or it is an output itself."""
-    if any(value.name == name for value in model.graph.output):
-        return True
-    return any(name in node.input for node in nodes_of(model.graph))
 
 
 def _name_axes(model: onnx.ModelProto) -> None:
@@ -143,7 +140,7 @@ def take_default(model: onnx.ModelProto, name: str) -> Array:
 
 
 def fix_shapes(model: onnx.ModelProto, shapes: Mapping[str, str]) -> None:
-    """Put sizes, or other names, in the place of open axes of inputs, in place, from text: `1,512` or `batch,512`.
+    """Put sizes, or other names, in the place of open axes of inputs, in place, from text: `1,512` or `batch,576`.
 
     A name that several inputs have is given the size in all of them.
 

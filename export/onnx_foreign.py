@@ -20,6 +20,7 @@ class Foreign:
         answers: the outputs that are not states.
         states: in the order in which they were named.
         timed: whether axis 1 of the main input takes any number of tokens.
+        decided: which node decides by the values of the tokens or states; "" where none does.
     """
 
     model: onnx.ModelProto
@@ -27,6 +28,7 @@ class Foreign:
     answers: tuple[str, ...]
     states: tuple[GraphState, ...]
     timed: bool
+    decided: str = ""
 
     @property
     def batch(self) -> int | str:
@@ -36,7 +38,7 @@ class Foreign:
     @property
     def lanes(self) -> int | None:
         """The only number of streams at a time; None where any will do."""
-        if any(state.lane_axis is None for state in self.states):
+        if self.decided or any(state.lane_axis is None for state in self.states):
             return 1
         return None if isinstance(self.batch, str) else self.batch
 

@@ -16,7 +16,7 @@ def graphs_of(graph: onnx.GraphProto) -> Iterator[onnx.GraphProto]:
     """A graph, and those inside its nodes."""
     yield graph
     for node in graph.node:
-        for inner in _inside(node):
+        for inner in graphs_in(node):
             yield from graphs_of(inner)
 
 
@@ -24,7 +24,7 @@ def nodes_of(graph: onnx.GraphProto | onnx.FunctionProto) -> Iterator[onnx.NodeP
     """The nodes of a graph or function, and those inside them."""
     for node in graph.node:
         yield node
-        for inner in _inside(node):
+        for inner in graphs_in(node):
             yield from nodes_of(inner)
 
 
@@ -63,7 +63,8 @@ def dtype_of(kind: int, what: str) -> np.dtype[Any]:
         ) from error
 
 
-def _inside(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+def graphs_in(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs that a node has as attributes: branches of an `If`, the body of a `Loop` or `Scan`."""
     for attribute in node.attribute:
         for inner in (attribute.g, *attribute.graphs):
             if inner.node or inner.initializer or inner.output:

@@ -113,8 +113,7 @@ def normal_graph(foreign: Foreign, spec: StepSpec, entry: EntrySpec, opset: int)
         [*inner.graph.initializer, *around.constants],
     )
     model = helper.make_model(graph, opset_imports=list(inner.opset_import), producer_name="nsm")
-    model.ir_version = min(model.ir_version, 10)
-    model = _tidied(model)
+    model = tidied(model)
     table = model.metadata_props.add()
     table.key, table.value = STATES_KEY, json.dumps(state_table(spec, entry))
     return model
@@ -232,8 +231,12 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         raise BuildError(f"The graph has operator set {version} and cannot be converted to {opset}: {error}") from error
 
 
-def _tidied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Through the passes that our own graphs go through."""
+def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph after the passes that our own go through; branches that constants or shapes choose are chosen.
+
+    Raises:
+        BuildError: a pass failed.
+    """
     try:
         made = onnx_ir.from_proto(model)
         optimise(made)

@@ -18,7 +18,7 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
 def check_operators(path: Path, model: onnx.ModelProto) -> None:
-    """Refuse operators that no other backend has, and those that draw random numbers.
+    """Refuse operators that no other backend has, those that draw random numbers, and those in training mode.
 
     Raises:
         UnsupportedError: names the node, and the module that it comes from where the file says so.
@@ -37,11 +37,23 @@ def check_operators(path: Path, model: onnx.ModelProto) -> None:
                 f"{what}{node.op_type}, which draws random numbers: with each call others, and on every backend others "
                 "again, so that nothing could be compared. Export the model without noise."
             )
+        if node.op_type == "BatchNormalization" and _in_training(node):
+            raise UnsupportedError(
+                f"{what}a BatchNormalization in training mode, which normalises by the statistics of the call itself "
+                "and not by those of the training data: a stream is answered differently when another one is beside "
+                "it. Export the model in eval mode (model.eval()). If the layer keeps no running statistics "
+                "(track_running_stats=False), train it with them."
+            )
         if node.op_type == "Dropout" and len(node.input) > 2 and node.input[2] and node.input[2] not in off:
             raise UnsupportedError(
                 f"{what}a Dropout that is, or may be, in training mode, and so draws random numbers with each call. "
                 "Export the model in eval mode."
             )
+
+
+def _in_training(node: onnx.NodeProto) -> bool:
+    """Whether a BatchNormalization says so, or, before operator set 14, gives the statistics of a batch as well."""
+    return any(item.name == "training_mode" and item.i for item in node.attribute) or any(node.output[1:])
 
 
 def where(node: onnx.NodeProto) -> str:

@@ -12,8 +12,10 @@ from typing import Any
 import onnx
 
 from nsm.errors import InputError, UnsupportedError
+from nsm.export.onnx_dependence import dependence_of
 from nsm.export.onnx_examine import examine, lane_axes, sample_tokens
-from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, is_read, ports, read_onnx, real_inputs
+from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, ports, read_onnx, real_inputs
+from nsm.export.onnx_flow import check_read, decision, doubts_of_flow
 from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given, GivenRuntime
 from nsm.export.onnx_normal import normal_graph, spec_of
@@ -77,9 +79,10 @@ class OnnxSource:
         ]
         for state in graph.states:
             start = "the file that was given" if state.initial.any() else "zeros"
+            lanes = "no lanes" if state.lane_axis is None else f"lanes on axis {state.lane_axis}"
             lines.append(
                 f"state {state.name}: input {state.past}, output {state.present}, {state.dtype}{list(state.shape)}, "
-                f"lanes on axis {state.lane_axis}, starts from {start}; found by {state.found}"
+                f"{lanes}, starts from {start}; found by {state.found}"
             )
         return (*lines, *self._doubts)
 
@@ -90,6 +93,11 @@ class OnnxSource:
         debug_outputs: bool = False,  # noqa: ARG002
     ) -> StepSpec:
         """The entries: `step`, and `decode` where a call may have any number of tokens. There are no debug outputs."""
+        if self.lanes == 1 != batch and self._foreign.decided:
+            raise UnsupportedError(
+                f"{self.kind} takes one stream at a time: {self._foreign.decided}, and one decision cannot hold for "
+                f"several streams. Asked for are {batch} lanes. Export one lane, or a model that selects with Where."
+            )
         if self.lanes is not None and batch != self.lanes:
             raise UnsupportedError(
                 f"{self.kind} takes {self.lanes} streams at a time; asked for are {batch} lanes. Export it with a "
@@ -132,15 +140,19 @@ def load_onnx(
     constants: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     shapes: Mapping[str, str] | None = None,
+    data_input: str | None = None,
+    no_states: Sequence[str] = (),
 ) -> OnnxSource:
     """Read a file, find its states, and see that it is the step it says it is.
 
     Args:
         path: of the `.onnx`; weights beside it may lie in other files.
-        states: those that were named; all others are found by our metadata or by their names.
+        states: all of them; where none is named they are found by our metadata or by `find_pairs`.
         constants: inputs that are always the same, by name, as text: {"sr": "16000"}.
         vocab_size: of a graph over ids, where the number of embeddings does not tell.
-        shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,512"}.
+        shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,576"}.
+        data_input: the input that takes tokens, where nothing else tells.
+        no_states: outputs that are no states, whatever they are called.
 
     Raises:
         InputError: no such file, or inputs, outputs and states that do not fit together.
@@ -153,15 +165,10 @@ def load_onnx(
     defaults = take_defaults(model, states)
     fix_shapes(model, shapes or {})
     outputs = ports(list(model.graph.output))
-    chosen = choose_states(path, model, real_inputs(model), outputs, states, defaults)
+    chosen = choose_states(path, model, states, data_input, no_states, defaults)
     inputs = real_inputs(model)
-    unread = [option.past for option in chosen if not is_read(model, option.past)]
-    if unread:
-        raise InputError(
-            f"{path} never reads its states {', '.join(unread)}. Where an exporter is given one tensor for two "
-            "arguments, it may take them for the same: export again with a tensor of its own for each state. If the "
-            "model does not need them, leave them out of it."
-        )
+    dependence = dependence_of(model.graph)
+    check_read(path, dependence, [option.past for option in chosen], outputs)
     for option in chosen:
         check_growth(inputs[option.past])
     pasts, presents = [option.past for option in chosen], [option.present for option in chosen]
@@ -171,7 +178,7 @@ def load_onnx(
             f"{path} has the inputs {', '.join(f'{p.name} {p.dtype}{list(p.shape)}' for p in inputs.values())}; when "
             f"the states ({', '.join(pasts)}) are taken away, one is to be left, but {len(left)} are: "
             f"{', '.join(port.name for port in left) or 'none'}. Make one that never changes a constant (--constant "
-            "sr=16000), or name further states (--state INPUT=OUTPUT)."
+            "sr=16000), name all states (--state INPUT=OUTPUT, once for each), or join several data inputs into one."
         )
     join_lanes(model, left[0], [option.past for option in chosen])
     inputs = real_inputs(model)
@@ -188,6 +195,7 @@ def load_onnx(
         raise InputError(f"The input {main.name} is a single number; expected is [streams, ...].")
     timed = len(main.shape) > 1 and isinstance(main.shape[1], str)
     _check_closed(main, timed)
+    decided = decision(path, dependence, main, pasts)
     by_name = {port.name: port for port in (*inputs.values(), *outputs.values())}
     axes = {option.past: possible_axes(by_name[option.past], main.shape[0]) for option in chosen}
 
@@ -196,7 +204,7 @@ def load_onnx(
         found = [
             state_of(o, by_name[o.past], by_name[o.present], batch, next(iter(axes[o.past]), None)) for o in options
         ]
-        return Foreign(model, main, answers, tuple(found), timed)
+        return Foreign(model, main, answers, tuple(found), timed, decided)
 
     if main.shape[0] != 1 and any(len(found) > 1 for found in axes.values()):
         guess = graph([replace(option, init=ZEROS) for option in chosen])
@@ -205,9 +213,12 @@ def load_onnx(
         axes |= lane_axes(attempt, tokens, axes)
     foreign = graph(chosen)
     settled = [option.present for option in find_states(list(constants or {}), list(outputs))]
-    check_answers(path, [name for name in answers if name not in settled], chosen)
+    check_answers(path, [name for name in answers if name not in (*settled, *no_states)], chosen)
     token = _token(model, foreign, vocab_size)
-    doubts = crossed(chosen, list(inputs), list(outputs))
+    doubts = [
+        *crossed(chosen, list(inputs), list(outputs)),
+        *doubts_of_flow(dependence, foreign),
+    ]
     source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts)
     tokens = sample_tokens(source.given, token.shape, token.maximum, source.kind)
     source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step

@@ -14,7 +14,11 @@ import onnx
 
 from nsm.bundle import STATE_INIT
 from nsm.errors import InputError, UnsupportedError
+from nsm.export.onnx_ask import ask
+from nsm.export.onnx_dependence import dependence_of
 from nsm.export.onnx_file import Port, default_inputs, ports, real_inputs, take_default
+from nsm.export.onnx_pairing import find_pairs
+from nsm.export.onnx_recurrent import restarts
 from nsm.export.state_names import find_orphans, find_states, state_name
 from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.state_table import STATES_KEY
@@ -52,7 +56,7 @@ class GraphState:
     def given_layout(self, value: Array) -> Array:
         """A value with its lanes first, as the graph takes it."""
         if self.lane_axis is None:
-            return np.ascontiguousarray(value[0])
+            return np.array(value[0], order="C")  # np.ascontiguousarray gives a single number an axis
         return np.ascontiguousarray(np.moveaxis(value, 0, self.lane_axis))
 
     def lanes_first(self, value: Array) -> Array:
@@ -63,49 +67,75 @@ class GraphState:
 def choose_states(
     path: Path,
     model: onnx.ModelProto,
-    inputs: Mapping[str, Port],
-    outputs: Mapping[str, Port],
     named: Sequence[StateOption],
+    main: str | None,
+    no_states: Sequence[str],
     defaults: Mapping[str, Array],
 ) -> list[StateOption]:
-    """Those of our own metadata, or else those that names give away, and those that were named in their place.
+    """The states that were named, or else those of our own metadata, or else those that `find_pairs` finds.
 
     Args:
         path, model: the file.
-        inputs, outputs: of the graph.
-        named: by the user.
+        named: by the user; with any of them nothing is guessed.
+        main: the input that takes tokens, where the user named it.
+        no_states: outputs that the user says are none.
         defaults: values that inputs had, from which their states start.
 
     Raises:
-        InputError: a name that there is not, two states with one output, or none at all.
+        InputError: an undefined name, two states with one output, none at all, or several possibilities.
     """
-    taken = {name for option in named for name in (option.past, option.present)}
-    taken |= {list(outputs)[int(name)] for name in taken if name.isdigit() and int(name) < len(outputs)}
-    found = _ours(path, model) or find_states(list(inputs), list(outputs))
-    options = [*named, *(option for option in found if not taken & {option.past, option.present})]
-    options = [
-        replace(option, value=defaults[option.past]) if option.past in defaults and option.init == ZEROS else option
-        for option in options
-    ]
-    if not options:
-        raise InputError(
-            f"No states were found by the names of the inputs, {', '.join(inputs)}, and outputs, "
-            f"{', '.join(outputs)}. Name them with --state INPUT=OUTPUT, once for each."
-        )
+    inputs, outputs = real_inputs(model), ports(list(model.graph.output))
+    for name in filter(None, [main]):
+        _check_name("input", name, inputs)
+    for name in no_states:
+        _check_name("output", name, outputs)
     chosen = []
-    for option in options:
+    for option in named or find_ours(path, model) or _found(path, model, main, no_states, defaults):
         _check_name("input", option.past, inputs)
         present = option.present
         if present not in outputs and present.isdigit() and int(present) < len(outputs):
             present = list(outputs)[int(present)]
         _check_name("output", present, outputs)
-        chosen.append(replace(option, present=present))
+        value = defaults.get(option.past) if option.init == ZEROS else None
+        chosen.append(replace(option, present=present, value=value))
     presents = [option.present for option in chosen]
     twice = next((name for name in presents if presents.count(name) > 1), None)
     if twice is not None:
         pasts = [option.past for option in chosen if option.present == twice]
         raise InputError(f"The output {twice} is to become the states {' and '.join(pasts)}; each has one of its own.")
+    for option in chosen:
+        if option.past == main or option.present in no_states:
+            said = f"--input {main}" if option.past == main else f"--no-state {option.present}"
+            raise InputError(f"{said} contradicts --state {option.past}={option.present}. Leave one of them out.")
     return chosen
+
+
+def _found(
+    path: Path, model: onnx.ModelProto, main: str | None, no_states: Sequence[str], defaults: Mapping[str, Array]
+) -> list[StateOption]:
+    """The states that the graph shows.
+
+    Raises:
+        InputError: there are none, or several possibilities.
+    """
+    pairing = find_pairs(model, main, no_states, defaults)
+    for pair in pairing.states:
+        check_growth(pairing.inputs[pair.past])
+    if pairing.doubtful:
+        raise InputError(ask(path, pairing))
+    if pairing.states:
+        return [StateOption(pair.past, pair.present, found=pair.found) for pair in pairing.states]
+    anew = restarts(dependence_of(model.graph), ())
+    if anew:
+        raise InputError(
+            f"No states were found: no output of {path} is fed back to an input, and {' and '.join(anew)} "
+            f"{'starts' if len(anew) == 1 else 'start'} anew in every call, so a call forgets the ones before. Export "
+            "the model with the initial state as an argument and the last state as a result."
+        )
+    raise InputError(
+        f"No states were found among the inputs, {', '.join(pairing.inputs)}, and outputs, "
+        f"{', '.join(pairing.outputs)}. Name them with --state INPUT=OUTPUT, once for each."
+    )
 
 
 def check_answers(path: Path, answers: Sequence[str], states: Sequence[StateOption]) -> None:
@@ -125,7 +155,7 @@ def check_answers(path: Path, answers: Sequence[str], states: Sequence[StateOpti
         raise InputError(
             f"{path} gives {', '.join(orphans)}: by the name a state after a step, which no input takes in (the states "
             f"are {pairs}). Export the model with that state as an input, or name the input that takes it: --state "
-            f"INPUT={orphans[0]}. If it is an answer, give the output another name; if nobody needs it, remove it."
+            f"INPUT={orphans[0]}. If it is an output of the step and no state: --no-state {orphans[0]}."
         )
 
 
@@ -198,7 +228,8 @@ def settle_ours(path: Path, model: onnx.ModelProto) -> None:
                 model.graph.output.remove(value)
 
 
-def _ours(path: Path, model: onnx.ModelProto) -> list[StateOption]:
+def find_ours(path: Path, model: onnx.ModelProto) -> list[StateOption]:
+    """The states that the metadata of our own graphs names; none in a graph without it."""
     return [_option(path, row) for row in _table(model) if row["past"] and row["present"]]
 
 

@@ -60,6 +60,8 @@ class ExportOptions:
         states: of a foreign model, `past=present[:init]` each; see `nsm.export.state_options`.
         constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
         shapes: sizes of open axes of its inputs, `name=size,size,...` each.
+        input: of a foreign ONNX graph, the input that takes tokens, where nothing else tells.
+        no_states: outputs of a foreign ONNX graph that are no states, whatever they are called.
         vocab_size: of a foreign model over ids that does not say how many there are.
 
     Raises:
@@ -81,6 +83,8 @@ class ExportOptions:
     states: Sequence[str] = ()
     constants: Sequence[str] = ()
     shapes: Sequence[str] = ()
+    input: str | None = None
+    no_states: Sequence[str] = ()
     vocab_size: int | None = None
     max_float_share: float = 0.3
     allow_slower: bool = False
@@ -146,11 +150,24 @@ def open_source(model: Path, options: ExportOptions) -> Source:
         from nsm.export.onnx_source import load_onnx
 
         shapes = parse_shapes(options.shapes)
-        return load_onnx(model, states, parse_constants(options.constants), options.vocab_size, shapes)
+        return load_onnx(
+            model,
+            states,
+            parse_constants(options.constants),
+            options.vocab_size,
+            shapes,
+            options.input,
+            options.no_states,
+        )
     _require(("torch", "onnx", "onnxscript"), "export")
     from nsm.export.torch_source import TorchSource
 
-    for option, given in (("--constant", options.constants), ("--shape", options.shapes)):
+    for option, given in (
+        ("--constant", options.constants),
+        ("--shape", options.shapes),
+        ("--input", options.input),
+        ("--no-state", options.no_states),
+    ):
         if given:
             raise InputError(f"{option} belongs to a foreign .onnx; {model} is none.")
     if suffix == ".pt2":

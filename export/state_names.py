@@ -16,14 +16,19 @@ CONVENTIONS: Sequence[tuple[str, str, str]] = (
     (r"past_key_values\.(.+)", r"present.\1", r"present\..+"),
     (r"past_(.+)", r"present_\1", r"present_.+"),
     (r"(.+)_in", r"\1_out", ""),
+    (r"(.+)_in([_.]?\d+)", r"\1_out\2", ""),
     (r"(.+)_cache", r"\1_cache_out", r".+_cache_out"),
     (r"(cache.*)", r"\1_out", r"cache.*_out"),
+    (r"(h|c|hidden|cell|(?:.+_)?state)", r"\1_out", ""),
     (r"state", r"stateN", r"stateN"),
     (r"(h|c|hidden|cell)_?0?", r"\1n", r"hn|cn|hiddenn|celln"),
     (r"(h|c)0?", r"\1_n", r"h_n|c_n"),
     (r"(.+_cache)", r"r_\1", r"r_.+_cache"),
     (r"(.+)", r"new_\1", r"new_.*(cache|state|hidden|cell).*"),
 )
+
+_STATE_WORDS = "state|cache|cached|hidden|cell|memory|mem|buffer|buf|history|past|h|c|hx|cx|gru|lstm|rnn|carry"
+_TELLING = re.compile(rf"(?:^|[._/])(?:{_STATE_WORDS})s?\d*(?:$|[._/])")
 
 
 def find_states(inputs: Sequence[str], outputs: Sequence[str]) -> list[StateOption]:
@@ -36,6 +41,14 @@ def find_states(inputs: Sequence[str], outputs: Sequence[str]) -> list[StateOpti
                 found.append(StateOption(name, wanted, found="its name"))
                 break
     return found
+
+
+def is_telling(past: str, present: str) -> bool:
+    """Whether the names of a pair, found by `CONVENTIONS`, are such as only a state has.
+
+    An echo canceller has `mic_in` and `mic_out`, which are data; `state_in` and `conv.cache_in` are states.
+    """
+    return bool(_TELLING.search(past)) or bool(find_orphans([present]))
 
 
 def find_orphans(answers: Iterable[str]) -> list[str]:

@@ -117,7 +117,7 @@ def parse_shapes(texts: Iterable[str]) -> dict[str, str]:
     Raises:
         InputError: one is no such pair, or a name stands twice.
     """
-    return _pairs(texts, "--shape", "NAME=SIZES, once for each input with open axes", "input=batch,512")
+    return _pairs(texts, "--shape", "NAME=SIZES, once for each input with open axes", "input=batch,576")
 
 
 def _pairs(texts: Iterable[str], option: str, expected: str, example: str) -> dict[str, str]:

@@ -170,7 +170,17 @@ def _adapted(
     names = ["outputs"] if len(answers) == 1 else [f"outputs.{index}" for index in range(len(answers))]
     model = AdaptedModel(module, call, carried, token, names, timed, CHUNK)
     examine(model)
+    decision = _decision(program)
+    if decision and model.lanes is None:  # one decision cannot hold for several streams
+        model.declare(model._shapes, 1, f"its operator {decision} decides by values of the stream")
     return model
+
+
+def _decision(program: ExportedProgram) -> str:
+    """An operator that chooses or repeats a part of the program by values; "" where there is none."""
+    operators = (torch.ops.higher_order.cond, torch.ops.higher_order.while_loop)
+    graphs = [part.graph for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+    return next((node.name for graph in graphs for node in graph.nodes if node.target in operators), "")
 
 
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import onnx
 from onnx.external_data_helper import uses_external_data
+from onnx.helper import find_min_ir_version_for
 
 from nsm.errors import BuildError
 
@@ -20,7 +21,8 @@ _ALIGNMENT = 64
 def save_shared(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights: str) -> list[Path]:
     """Write `{name}.onnx` for each graph, and their larger tensors once for all into the file `weights`.
 
-    The graphs are changed: their tensors refer to the file afterwards.
+    The graphs are changed: their tensors refer to the file afterwards, and each has the lowest IR version that its
+    operator sets allow, since a runtime refuses one that is newer than itself.
 
     Args:
         graphs: by name.
@@ -33,6 +35,7 @@ def save_shared(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights:
     places: dict[bytes, int] = {}
     with (directory / weights).open("wb") as file:
         for graph in graphs.values():
+            graph.ir_version = find_min_ir_version_for(list(graph.opset_import), ignore_unknown=True)
             for tensor in graph.graph.initializer:
                 data = onnx.numpy_helper.to_array(tensor).tobytes()
                 if len(data) < MIN_BYTES:

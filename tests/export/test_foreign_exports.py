@@ -219,13 +219,15 @@ def test_a_constant_has_one_number_or_all(tmp_path: Path) -> None:
         load_onnx(path, constants={"half": "0.5,0.5"})
 
 
-def test_states_are_named_besides_those_that_are_found(tmp_path: Path) -> None:
+def test_who_names_a_state_names_all(tmp_path: Path) -> None:
     nodes = [*leaky(), helper.make_node("Add", ["memory", "x"], ["later"])]
     inputs: Ports = {**PLAIN[0], "memory": ["batch", 3]}
     path = write(tmp_path / "m.onnx", nodes, inputs, {**PLAIN[1], "later": ["batch", 3]}, HALF)
-    with pytest.raises(InputError, match="name further states"):
+    with pytest.raises(InputError, match=r"(?s)memory -> later: a state or data.*--state h=hn --state memory=later"):
         load_onnx(path)
-    assert list(load_onnx(path, parse_states(["memory=later"])).config["states"]) == ["memory", "h"]
+    with pytest.raises(InputError, match=r"2 are: x, h\. .*name all states"):
+        load_onnx(path, parse_states(["memory=later"]))
+    assert list(load_onnx(path, parse_states(["memory=later", "h=hn"])).config["states"]) == ["memory", "h"]
 
 
 def test_a_cache_that_grows_is_said_before_anything_else_about_the_inputs(tmp_path: Path) -> None:

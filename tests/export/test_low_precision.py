@@ -95,6 +95,10 @@ def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target:
         item for item in json.loads((bundle.path / "parity.json").read_text())["results"] if item["target"] == target
     )
     assert (report["precision"], report["effective_precision"]) == (precision, precision)
+    for path in bundle.path.glob("*/*.onnx"):
+        model = onnx.load(str(path), load_external_data=False)
+        opset = next(item.version for item in model.opset_import if not item.domain)
+        assert model.ir_version == {20: 9, 21: 10}[opset], path
 
 
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)

@@ -15,7 +15,7 @@ from nsm.errors import ConfigError, InputError, NsmError, UnsupportedError
 from nsm.export.state_options import parse_states
 from nsm.export.torch_program import load_program
 from tests.adapters.models import Logarithm
-from tests.export.helpers import invoke, succeeded
+from tests.export.helpers import invoke, refused, succeeded
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says of its own deprecated parts
 
@@ -217,3 +217,39 @@ def test_a_program_that_is_no_step_is_refused(kind: str, tmp_path: Path) -> None
     path = saved(tmp_path / "m.pt2", module, tuple(map(torch.zeros, sizes)), dynamic_shapes=shapes)
     with pytest.raises(error, match=message):
         load_program(path, parse_states(states))
+
+
+class Deciding(torch.nn.Module):
+    """One decision for all lanes: loud frames are added to the state, others subtracted."""
+
+    def forward(self, x: Tensor, h: Tensor) -> Any:
+        h = torch.cond(x.mean() > 1.0, lambda x, h: x + 0.5 * h, lambda x, h: x - 0.5 * h, (x, h))
+        return torch.tanh(h), h
+
+
+def test_a_program_that_decides_by_its_data_takes_one_stream(tmp_path: Path) -> None:
+    lanes = torch.export.Dim("lanes", min=2, max=64)
+    shapes = {"x": {0: lanes}, "h": {0: lanes}}
+    path = saved(tmp_path / "m.pt2", Deciding(), (X.repeat(2, 1), H.repeat(2, 1)), dynamic_shapes=shapes)
+    frames = 2 * np.random.default_rng(0).standard_normal((3, 20, 3)).astype(np.float32)
+    np.save(tmp_path / "x.npy", frames)
+    options = (
+        "-t",
+        "ort",
+        "--state",
+        "h=1",
+        "--data",
+        tmp_path / "x.npy",
+        "--golden-steps",
+        "20",
+        "-o",
+        tmp_path / "m",
+    )
+    succeeded(invoke("export", path, *options))
+    with nsm.open(tmp_path / "m") as session:
+        given, h = session.run(frames[:1])["outputs"], H
+        for place in range(20):
+            wanted, h = Deciding()(torch.from_numpy(frames[:1, place]), h)
+            np.testing.assert_allclose(given[:, place], wanted, rtol=1e-5, atol=1e-6)
+    message = refused(invoke("export", path, *options, "--batch", "2", "--force"), 3, "Asked for are 2 lanes")
+    assert "decides by values of the stream" in message
