@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
@@ -20,6 +20,7 @@ from nsm.adapters.carried import Carried
 from nsm.adapters.examine import examine
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.pt2 import check_archive
+from nsm.export.retrace import Retrace, move_modules
 from nsm.export.state_names import state_name
 from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
@@ -98,12 +99,15 @@ class Program(nn.Module):
 
     def __init__(self, program: ExportedProgram, names: Sequence[str]) -> None:
         super().__init__()
-        self.program = program.module(check_guards=False)
+        self.program = cast("fx.GraphModule", program.module(check_guards=False))
+        move_modules(self.program.graph, "model.module")
         self._arguments = [_argument(spec, names) for spec in _given(program)]
         self._nesting = program.call_spec.in_spec
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         leaves = [given[place] if place is not None else constant for place, constant in self._arguments]
+        if torch.compiler.is_exporting():
+            return tuple(pytree.tree_leaves(Retrace(self.program).retrace(*leaves)))
         arguments, named = pytree.tree_unflatten(leaves, self._nesting)
         return tuple(pytree.tree_leaves(self.program(*arguments, **named)))
 

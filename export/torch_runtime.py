@@ -13,6 +13,7 @@ import torch
 
 from nsm.bundle import Bundle
 from nsm.errors import InputError, RunError, StreamError, UnsupportedError
+from nsm.export.source_line import line_of_error
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.models.step import State as Tensors
 from nsm.models.step import StepModel, on_cpu
@@ -58,7 +59,8 @@ class TorchRuntime:
             with torch.inference_mode():
                 outputs, self._tensors = self._calls[entry](given, self._tensors)
         except Exception as error:  # whatever a module raises
-            raise RunError(f"PyTorch failed while it ran {entry}: {error}") from error
+            line = line_of_error(error)
+            raise RunError(f"PyTorch failed while it ran {entry}: {line or ''}{error}") from error
         self._answered = tuple(outputs[name] for name in self._outputs[entry])
         return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handles.new()
 
