@@ -20,6 +20,7 @@ from nsm.export.capture import capture, quiet
 from nsm.export.onnx_failure import failure
 from nsm.export.onnx_graph import nodes_of
 from nsm.export.passes import optimise
+from nsm.export.rewrite import rewritten
 from nsm.export.source import OPSET
 from nsm.export.state_table import STATES_KEY, state_table
 from nsm.export.weights import check_graphs, save_shared
@@ -105,6 +106,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     inputs = [*(item.name for item in entry.inputs), *(item.past for item in reads)]
     outputs = [*(item.name for item in entry.outputs), *(item.present for item in writes)]
     program = capture(EntryModule(model, spec, entry).eval(), tuple(examples), model.kind)
+    program = rewritten(program, tuple(examples))
     try:
         with quiet():
             written = torch.onnx.export(

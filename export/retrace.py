@@ -10,6 +10,10 @@ from torch import fx
 class Retrace(fx.Interpreter):
     """Runs a graph of torch.export operation by operation, inside another `torch.export.export`."""
 
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.extra_traceback = False  # errors keep their own words
+
     def retrace(self, *leaves: Any) -> Any:
         """Results of the graph, flat, for its flat arguments."""
         with fx.traceback.preserve_node_meta():
