@@ -98,10 +98,10 @@ def _refusal(node: fx.Node) -> UnsupportedError:
 
 
 def _marked(node: fx.Node) -> Any:
-    """A node as if it came from a module `fourier`, by which its products are known, which stay in fp32."""
+    """A node as if it came from a module `fourier_transform`: its products are known by it, and stay in fp32."""
     stack = dict(node.meta.get("nn_module_stack") or {})
     path = list(stack.values())[-1][0] if stack else "model"
-    return _Meta({**node.meta, "nn_module_stack": {**stack, "fourier": (f"{path}.fourier", "Fourier")}}, node)
+    return _Meta({**node.meta, "nn_module_stack": {**stack, "fourier": (f"{path}.fourier_transform", "")}}, node)
 
 
 class _Meta:
