@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from nsm.errors import InputError, RunError, StreamError, UnsupportedError
 from nsm.export.source_line import line_of_error
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.models.step import State as Tensors
-from nsm.models.step import StepModel, on_cpu
+from nsm.models.step import StepModel, duplicate, on_cpu
 from nsm.runtimes.base import Handles, State
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
@@ -126,7 +125,7 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
 def in_eval_mode(model: StepModel) -> StepModel:
     """The model, or a copy where any part of it is in training mode: what somebody is training is to stay as it is."""
     training = any(part.training for part in model.modules())
-    return copy.deepcopy(model).eval() if training else model
+    return duplicate(model).eval() if training else model
 
 
 def compiled_session(model: StepModel, spec: StepSpec, identity: str, tokens: Array) -> Session:
