@@ -13,6 +13,7 @@ from nsm.compaction import compact
 from nsm.errors import UnsupportedError
 from nsm.export.onnx import export_onnx, initial_arrays
 from nsm.export.torch_runtime import in_eval_mode, model_session
+from nsm.export.torch_weights import largest_weights
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import Checkpoint, fingerprint
 from nsm.models.hybrid import HybridModel
@@ -63,6 +64,10 @@ class TorchSource:
     @property
     def lanes(self) -> int | None:
         return self.model.lanes
+
+    @property
+    def largest_weights(self) -> Mapping[str, int]:
+        return largest_weights(self.model)
 
     @property
     def golden(self) -> list[Array]:

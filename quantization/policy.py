@@ -40,6 +40,9 @@ SMALLEST = 16_384
 SMALLEST_TABLE = 262_144
 """Numbers of a table of embeddings below which int8 precisions leave it: less room costs time, and saves none."""
 
+LONGEST = 16
+"""Steps in a call above which a `GRU` or `RNN` stays one operator: its graph would be long, and start-up with it."""
+
 LARGEST_HALF = 65_504.0
 """Largest number of fp16."""
 
