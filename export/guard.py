@@ -178,8 +178,9 @@ class Maker:
                     f"{precision} rewrites the bundle's graphs, which needs the package onnx; it is not installed. "
                     'Install it with: pip install "nsm-toolkit[quantize]"'
                 )
-            from nsm.export.low_precision import products_of_step
+            from nsm.export.low_precision import check_step, products_of_step
 
+            check_step(bundle, target.name, precision, policy)
             self.lowered = products_of_step(bundle.path, policy)
 
     def build(self, put_back: Mapping[str, str], folder: str | None = None) -> Artifact:

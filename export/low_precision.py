@@ -9,12 +9,13 @@ from pathlib import Path
 
 import onnx
 
-from nsm.bundle import CALIBRATION, GRAPHS
+from nsm.bundle import CALIBRATION, GRAPHS, Bundle
 from nsm.errors import BundleDamagedError, UnsupportedError
 from nsm.export.weights import load_shared, save_shared
 from nsm.quantization import forms
+from nsm.quantization.checks import check_recurrent
 from nsm.quantization.policy import Policy
-from nsm.quantization.products import Product, products_of
+from nsm.quantization.products import Product, largest_weights, products_of
 from nsm.quantization.recipe import Calibration
 from nsm.quantization.recurrent import unroll
 from nsm.spec import StepSpec
@@ -34,6 +35,12 @@ class Lowered:
         """Share of the numbers in weights that the policy would quantise and that these products, by key, keep."""
         whole = sum(product.size for product in self.low)
         return sum(product.size for product in self.low if product.key in keys) / whole
+
+
+def check_step(bundle: Bundle, target: str, precision: str, policy: Policy) -> None:
+    """Raise `UnsupportedError` where all large weights of a bundle's `step` are inside of recurrent operators."""
+    largest = largest_weights(_load(bundle.path, "step", policy))
+    check_recurrent(largest, target, precision, policy, bundle.manifest.spec.entry("step").inputs[0].shape[1])
 
 
 def products_of_step(directory: Path, policy: Policy) -> Lowered:

@@ -6,8 +6,6 @@ import ast
 import gc
 import itertools
 import json
-import logging
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import BuildError
+from nsm.export.capture import capture, quiet
 from nsm.export.onnx_failure import failure
 from nsm.export.onnx_graph import nodes_of
 from nsm.export.passes import optimise
+from nsm.export.rewrite import rewritten
 from nsm.export.source import OPSET
 from nsm.export.state_table import STATES_KEY, state_table
 from nsm.export.weights import check_graphs, save_shared
@@ -105,16 +105,12 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     examples += [state[item.name].detach().clone() for item in reads]
     inputs = [*(item.name for item in entry.inputs), *(item.past for item in reads)]
     outputs = [*(item.name for item in entry.outputs), *(item.present for item in writes)]
-    module = EntryModule(model, spec, entry).eval()
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    program = capture(EntryModule(model, spec, entry).eval(), tuple(examples), model.kind)
+    program = rewritten(program, tuple(examples))
     try:
-        with warnings.catch_warnings():
-            # What the exporter warns of concerns its own use of torch; what matters here is checked below.
-            warnings.simplefilter("ignore")
-            program = torch.onnx.export(
-                module,
+        with quiet():
+            written = torch.onnx.export(
+                program,
                 tuple(examples),
                 dynamo=True,
                 opset_version=opset,
@@ -124,13 +120,11 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
                 optimize=False,  # `optimise` does it
             )
     except Exception as error:  # the exporter's errors have no common base
-        raise failure(error, module, tuple(examples), entry.name) from error
-    finally:
-        logger.setLevel(level)
-    if program is None:
+        raise failure(error, program, entry.name) from error
+    if written is None:
         raise BuildError(f"The ONNX exporter returned no program for {entry.name}.")
-    optimise(program.model)
-    proto = program.model_proto
+    optimise(written.model)
+    proto = written.model_proto
     _name_nodes(proto)
     _strip(proto)
     proto.producer_name = "nsm"

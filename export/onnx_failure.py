@@ -1,73 +1,93 @@
-"""Why torch's exporter gave up on a model, in a sentence: the operator that ONNX does not have, and its module."""
+"""Why a traced program does not become an ONNX graph: the operator, its module, and the line of the user's code."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 
 import click
-import torch
-from torch import Tensor, fx, nn
+from torch import fx
+from torch.export import ExportedProgram
 
 from nsm.errors import BuildError, NsmError, UnsupportedError
+from nsm.export.capture import DETAILS, first_line
+from nsm.export.source_line import SourceLine, causes, line_of_node
 
 # What the exporter raises for it; its own classes are private.
 _NO_FUNCTION = re.compile(
     r"No ONNX function found for (?:<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>|(.+?)\. Fail)"
 )
+_NODE = re.compile(r"call_function\[target=torch\.ops\.([\w.]+)\]")
+
+_FIXES = {
+    "aten.masked_select": "Keep the full shape and mask with torch.where(condition, value, 0).",
+    "aten._to_sparse": "Keep the tensor dense.",
+    "aten.linalg_inv_ex": "Invert what is constant beforehand, and keep it as a buffer.",
+}
+"""What to write in the place of an operator, where there is more to say than to use others."""
+_FIX = "Compute it from other operations of torch."
 
 
-def failure(error: Exception, module: nn.Module, examples: tuple[Tensor, ...], entry: str) -> NsmError:
+def failure(error: Exception, program: ExportedProgram, entry: str) -> NsmError:
     """What to raise for an error of the exporter.
 
     Args:
         error: as it was caught.
-        module, examples: what was exported.
-        entry: the graph that was to be written.
+        program: what was to be written.
+        entry: the name of the graph.
 
     Returns:
-        An `UnsupportedError` that names an operator and the module that it came from, or a `BuildError` with the
-        exporter's own words.
+        An `UnsupportedError` that names an operator that ONNX lacks, or a `BuildError` with what the exporter says;
+        with the module and the line of the user's code, as far as the program tells.
     """
-    for cause in _causes(error):
-        match = _NO_FUNCTION.search(str(cause))
-        if match:
+    for cause in causes(error):
+        if match := _NO_FUNCTION.search(str(cause)):
             name, overload, other = match.groups()
-            operator = f"{name}.{overload}" if name else other
+            called, line = _origin(program, f"{name}.{overload}" if name else other)
             return UnsupportedError(
-                f"ONNX has nothing for the operator {_origin(module, examples, operator)}, so that the graph {entry} "
-                "cannot be written. Compute it from other operations of torch."
+                f"ONNX has nothing for the operator {called}, so that the graph {entry} cannot be written"
+                f"{_at(line)}{_FIXES.get(name or other, _FIX)}"
+            )
+    for cause in causes(error):
+        if match := _NODE.search(str(cause)):
+            called, line = _origin(program, match[1])
+            root = list(causes(error))[-1]
+            return BuildError(
+                f"The ONNX exporter failed on the operator {called} of {entry}{_at(line)}It says: "
+                f"{first_line(click.unstyle(str(root)))} {DETAILS}"
             )
     return BuildError(f"The ONNX exporter failed on {entry}: {click.unstyle(str(error))}")
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _at(line: SourceLine | None) -> str:
+    return f": {line}" if line else ". "
 
 
-def _origin(module: nn.Module, examples: tuple[Tensor, ...], operator: str) -> str:
-    """An operator with where it came from, as far as torch tells: `aten.sort in the module head.top (TopK)`."""
+def _origin(program: ExportedProgram, operator: str) -> tuple[str, SourceLine | None]:
+    """An operator with its module, as far as a program tells, and its line: `aten.sort in the module head.top (TopK)`.
+
+    Exporters take operators apart first: what the model calls has its name in the program from before.
+    """
+    made = next((node for node in program.graph.nodes if str(node.target) == operator), None)
     try:
-        program = torch.export.export(module, examples, strict=False)
-        made = next(node for node in program.run_decompositions().graph.nodes if str(node.target) == operator)
+        made = made or next(node for node in program.run_decompositions().graph.nodes if str(node.target) == operator)
     except Exception:  # the exporter may have got further, by other ways, and taken other operators
-        return _short(operator)
-    # Exporters take operators apart first: what the model calls has its name in the program from before.
+        return _short(operator), None
     before = [source.name for source in made.meta.get("from_node", [])]
     node = next((item for item in program.graph.nodes if item.name in before), made)
     called = _short(operator) if node.target == made.target else f"{_short(operator)} (of {_short(node.target)})"
-    # A program that was loaded knows its modules itself; to torch.export it is one.
-    loaded = [part.graph for part in module.modules() if isinstance(part, fx.GraphModule)]
-    nodes = [item for graph in loaded for item in graph.nodes if item.target == node.target]
-    stack = list((nodes[0] if nodes else node).meta.get("nn_module_stack", {}).values())
+    module = module_of(node)
+    return (f"{called} in the module {module}" if module else called), line_of_node(node)
+
+
+def module_of(node: fx.Node) -> str:
+    """The module that an operation comes from, `blocks.1 (Spread)`; "" where it is not known."""
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
-        return called
+        return ""
     path, kind = stack[-1]
     name = re.sub(r"^model\.(module(\.|$))?", "", path)
     kind = str(getattr(kind, "__name__", kind)).rsplit(".", 1)[-1]
-    return f"{called} in the module {f'{name} ({kind})' if name else kind}"
+    return f"{name} ({kind})" if name else kind
 
 
 def _short(operator: object) -> str:

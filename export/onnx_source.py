@@ -32,6 +32,7 @@ from nsm.export.onnx_states import (
 from nsm.export.state_names import crossed, find_states
 from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.weights import check_graphs, save_shared
+from nsm.quantization.products import largest_weights
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -68,6 +69,10 @@ class OnnxSource:
     @property
     def lanes(self) -> int | None:
         return self._foreign.lanes
+
+    @property
+    def largest_weights(self) -> Mapping[str, int]:
+        return largest_weights(self._foreign.model)
 
     @property
     def remarks(self) -> tuple[str, ...]:

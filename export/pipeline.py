@@ -24,7 +24,7 @@ from nsm.export.source import OPSET, Source
 from nsm.export.state_options import parse_constants, parse_shapes, parse_states
 from nsm.manifest import Artifact, Manifest
 from nsm.plain import real, whole
-from nsm.quantization.checks import check_enough
+from nsm.quantization.checks import check_enough, check_recurrent
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
@@ -203,6 +203,10 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
     source = open_source(model, options) if isinstance(model, Path) else model
     source.spec(options.batch, options.chunk, options.debug_outputs)
     policies = [find_policy(target.name, options.precision) for target in targets]
+    for target, policy in zip(targets, policies, strict=True):
+        if policy is not None:
+            length = options.chunk or source.chunk_size
+            check_recurrent(source.largest_weights, target.name, options.precision, policy, length)
     static = any(policy is not None and policy.form == "static" for policy in policies)
     sequences, origin = _sequences(source, options, static)
     checked_sequences(source, sequences)

@@ -30,6 +30,8 @@ class Source(Protocol):
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
         remarks: what a person should know before the model is used, a sentence each.
         lanes: the only number of lanes it can be had for; None where any will do.
+        largest_weights: numbers in the largest matrix of each kind of operator: "LSTM", "GRU", "RNN", and "" for
+            linear ops.
     """
 
     @property
@@ -52,6 +54,8 @@ class Source(Protocol):
     def remarks(self) -> tuple[str, ...]: ...
     @property
     def lanes(self) -> int | None: ...
+    @property
+    def largest_weights(self) -> Mapping[str, int]: ...
 
     def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
         """The declaration of the entries, for so many lanes and tokens a call of `step`.

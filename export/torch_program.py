@@ -7,10 +7,10 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
@@ -20,6 +20,8 @@ from nsm.adapters.carried import Carried
 from nsm.adapters.examine import examine
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.pt2 import check_archive
+from nsm.export.pt2_training import check_eval_mode
+from nsm.export.retrace import Retrace, move_modules
 from nsm.export.state_names import state_name
 from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
@@ -45,15 +47,18 @@ def load_program(
     Raises:
         CheckpointError: it is none, or would run code when it is loaded.
         InputError: states that do not fit its inputs and outputs.
-        UnsupportedError: what `nsm.adapters.examine` finds, buffers that change for instance.
+        UnsupportedError: it is in training mode, or what `nsm.adapters.examine` finds, buffers that change for
+            instance.
     """
     check_archive(path)
     try:
         program = torch.export.load(path)
     except Exception as error:  # whatever torch raises for a damaged or newer file
         raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
+    check_eval_mode(program, str(path))
     inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
-    places = [_place(option, inputs, outputs) for option in states]
+    constants = {spec.arg.name: spec.arg.value for spec in _given(program) if isinstance(spec.arg, ConstantArgument)}
+    places = [_place(option, inputs, constants, outputs) for option in states]
     left = [name for name in inputs if name not in [option.past for option in states]]
     if len(left) != 1 or not states:
         what = f"{left} are" if states else "no state is named"
@@ -98,12 +103,15 @@ class Program(nn.Module):
 
     def __init__(self, program: ExportedProgram, names: Sequence[str]) -> None:
         super().__init__()
-        self.program = program.module(check_guards=False)
+        self.program = cast("fx.GraphModule", program.module(check_guards=False))
+        move_modules(self.program.graph, "model.module")
         self._arguments = [_argument(spec, names) for spec in _given(program)]
         self._nesting = program.call_spec.in_spec
 
     def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
         leaves = [given[place] if place is not None else constant for place, constant in self._arguments]
+        if torch.compiler.is_exporting():
+            return tuple(pytree.tree_leaves(Retrace(self.program).retrace(*leaves)))
         arguments, named = pytree.tree_unflatten(leaves, self._nesting)
         return tuple(pytree.tree_leaves(self.program(*arguments, **named)))
 
@@ -207,8 +215,15 @@ def _read(program: ExportedProgram, name: str) -> bool:
     return any(node.users for node in program.graph.nodes if node.name == name and node.op == "placeholder")
 
 
-def _place(option: StateOption, inputs: dict[str, Tensor], outputs: Sequence[object]) -> int:
+def _place(
+    option: StateOption, inputs: dict[str, Tensor], constants: dict[str, object], outputs: Sequence[object]
+) -> int:
     """Which output belongs to a state."""
+    if option.past in constants:
+        raise InputError(
+            f"The argument {option.past} of the program was not a tensor but {constants[option.past]} when it was "
+            "exported, and stays so. Export it with a tensor in its place."
+        )
     if option.past not in inputs:
         close = difflib.get_close_matches(option.past, list(inputs), 1)
         raise InputError(

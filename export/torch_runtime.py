@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,9 +12,10 @@ import torch
 
 from nsm.bundle import Bundle
 from nsm.errors import InputError, RunError, StreamError, UnsupportedError
+from nsm.export.source_line import line_of_error
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.models.step import State as Tensors
-from nsm.models.step import StepModel, on_cpu
+from nsm.models.step import StepModel, duplicate, on_cpu
 from nsm.runtimes.base import Handles, State
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
@@ -58,7 +58,8 @@ class TorchRuntime:
             with torch.inference_mode():
                 outputs, self._tensors = self._calls[entry](given, self._tensors)
         except Exception as error:  # whatever a module raises
-            raise RunError(f"PyTorch failed while it ran {entry}: {error}") from error
+            line = line_of_error(error)
+            raise RunError(f"PyTorch failed while it ran {entry}: {line or ''}{error}") from error
         self._answered = tuple(outputs[name] for name in self._outputs[entry])
         return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handles.new()
 
@@ -124,7 +125,7 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
 def in_eval_mode(model: StepModel) -> StepModel:
     """The model, or a copy where any part of it is in training mode: what somebody is training is to stay as it is."""
     training = any(part.training for part in model.modules())
-    return copy.deepcopy(model).eval() if training else model
+    return duplicate(model).eval() if training else model
 
 
 def compiled_session(model: StepModel, spec: StepSpec, identity: str, tokens: Array) -> Session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,11 +13,12 @@ from nsm.compaction import compact
 from nsm.errors import UnsupportedError
 from nsm.export.onnx import export_onnx, initial_arrays
 from nsm.export.torch_runtime import in_eval_mode, model_session
+from nsm.export.torch_weights import largest_weights
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import Checkpoint, fingerprint
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
-from nsm.models.step import StepModel, on_cpu
+from nsm.models.step import StepModel, duplicate, on_cpu
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -66,6 +66,10 @@ class TorchSource:
         return self.model.lanes
 
     @property
+    def largest_weights(self) -> Mapping[str, int]:
+        return largest_weights(self.model)
+
+    @property
     def golden(self) -> list[Array]:
         return self.checkpoint.golden
 
@@ -80,7 +84,7 @@ class TorchSource:
         self.model.check_tokens(torch.from_numpy(sequence[None]))
 
     def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
-        model = copy.deepcopy(self.model).double() if exact else self.model
+        model = duplicate(self.model).double() if exact else self.model
         return model_session(model, spec, self.fingerprint)
 
     def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:

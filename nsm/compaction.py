@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -16,6 +15,7 @@ from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import checked_sample, taken_by
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
+from nsm.models.step import duplicate
 from nsm.models.stream import StreamModel
 
 Model = TypeVar("Model", bound=SimpleNSM | AdaptiveNSM | HybridModel)
@@ -80,7 +80,7 @@ def used_slots(model: StreamModel, sequences: Sequence[ArrayLike] | None = None)
             "model (nsm.save(model, path, samples=...))."
         )
     names = [f"{index}.mask" for index, layer in enumerate(model.layers) if isinstance(layer, NSMLayer)]
-    model = copy.deepcopy(model).eval()
+    model = duplicate(model).eval()
     checked = [checked_sample(model, index, item, "sequences") for index, item in enumerate(sequences)]
     for sequence in checked:
         tokens = taken_by(model, sequence).unsqueeze(0)

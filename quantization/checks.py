@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from nsm.errors import InputError, UnsupportedError
+from nsm.quantization.policy import LONGEST, POLICIES, SMALLEST, Policy
 from nsm.trace import Array, Trace
 
 MAX_STEPS = 256
@@ -35,6 +36,35 @@ def check_enough(sequences: Sequence[Array], length: int) -> None:
             f"{sum(calls)}, in the longest: {longest}. Give more or longer ones, or take --precision int8-weights, "
             "which needs none."
         )
+
+
+def check_recurrent(largest: Mapping[str, int], target: str, precision: str, policy: Policy, length: int) -> None:
+    """Refuse low precision for a model whose weights are inside of recurrent operators that stay fp32.
+
+    Args:
+        largest: numbers in the largest matrix of each kind of operator, "" for linear ops.
+        target, precision, policy: what is to be built.
+        length: tokens of a call.
+
+    Raises:
+        UnsupportedError: it has large weights in such operators, and in no others.
+    """
+    large = [kind for kind, numbers in largest.items() if numbers >= SMALLEST]
+    dynamic = policy.form == "dynamic"
+    if policy.form == "float" or not large or "" in large or (dynamic and ("LSTM" in large or length <= LONGEST)):
+        return
+    kinds = " and ".join(sorted(large))
+    reason = f"The large weights of this model are all inside of {kinds} operators, and {precision} on {target} "
+    if dynamic:
+        raise UnsupportedError(
+            f"{reason}reaches these in calls of at most {LONGEST} tokens; given are {length}. Take --chunk {LONGEST}, "
+            "or keep fp32."
+        )
+    whole = [name for (where, name), other in POLICIES.items() if where == target and other.form == "float"]
+    take = [f"--precision {name}" for name in whole] + ["--target onnxruntime --precision int8"]
+    raise UnsupportedError(
+        f"{reason}reaches linear ops only: they would stay fp32. Take {', or '.join(take)}, or keep fp32."
+    )
 
 
 def check_trace(trace: Trace) -> None:

@@ -40,12 +40,21 @@ SMALLEST = 16_384
 SMALLEST_TABLE = 262_144
 """Numbers of a table of embeddings below which int8 precisions leave it: less room costs time, and saves none."""
 
+LONGEST = 16
+"""Steps in a call above which a `GRU` or `RNN` stays one operator: its graph would be long, and start-up with it."""
+
 LARGEST_HALF = 65_504.0
 """Largest number of fp16."""
 
 # Scores decide which slot is written and read: a rounded one changes what a stream remembers. They are products of
 # their own, small ones, so that keeping them costs next to nothing.
-_ALWAYS_FLOAT = ("*.router.product/*", "*.lift.*")
+_DECIDES = "it decides about slots"
+_ALWAYS_FLOAT = (
+    ("*.router.product/*", _DECIDES),
+    ("*.lift.*", _DECIDES),
+    # In int8 a quiet frequency drowns in the rounding of a loud one.
+    ("*.fourier_transform/*", "it is a Fourier transform"),
+)
 
 
 @dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Policy:
 
     Args:
         form: of the products.
-        keep: patterns of the names of products that stay float.
+        keep: patterns of the names of products that stay float, and why.
         note: what a user should know.
         guarded: whether matrices keep to `SAFE_SUM`, where activations are int8 too: an artifact for processors is
             right on those without VNNI as well.
@@ -63,7 +72,7 @@ class Policy:
     """
 
     form: Form
-    keep: tuple[str, ...] = _ALWAYS_FLOAT
+    keep: tuple[tuple[str, str], ...] = _ALWAYS_FLOAT
     note: str = ""
     guarded: bool = True
     unsigned: bool = False
@@ -81,8 +90,9 @@ class Policy:
             table = product.operator == "Gather"
             smallest = SMALLEST_TABLE if table and self.form not in ("half", "brain") else SMALLEST
             half = self.form == "half" or (table and self.tables == "half")
-            if any(fnmatch.fnmatch(product.node, pattern) for pattern in self.keep):
-                kept[product.node] = "it decides about slots"
+            why = next((why for pattern, why in self.keep if fnmatch.fnmatch(product.node, pattern)), None)
+            if why is not None:
+                kept[product.node] = why
             elif half and not product.largest <= LARGEST_HALF:
                 kept[product.node] = f"its numbers reach {product.largest:.3g}, and fp16 ends at {LARGEST_HALF:.0f}"
             elif product.size >= smallest:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,6 +13,9 @@ import onnx
 from onnx import numpy_helper
 
 from nsm.trace import Array
+
+RECURRENT = ("LSTM", "GRU", "RNN")
+"""Operators of ONNX with a recurrence inside."""
 
 Operator = Literal["MatMul", "LSTM", "Gather"]
 
@@ -61,6 +65,21 @@ def products_of(model: onnx.ModelProto, operators: Collection[str] = ("MatMul",)
         if product is not None:
             found.append(product)
     return found
+
+
+def largest_weights(model: onnx.ModelProto) -> dict[str, int]:
+    """Numbers in the largest constant matrix of each recurrent operator, by its type, and of linear ops as ""."""
+    sizes = {tensor.name: math.prod(tensor.dims) for tensor in model.graph.initializer}
+    largest: dict[str, int] = {}
+    for node in model.graph.node:
+        if node.op_type in RECURRENT:
+            kind, weights = node.op_type, node.input[1:3]
+        elif node.op_type in ("MatMul", "Gemm"):
+            kind, weights = "", node.input[:2]
+        else:
+            continue
+        largest[kind] = max(largest.get(kind, 0), *(sizes.get(name, 0) for name in weights))
+    return largest
 
 
 def _of_matrix(

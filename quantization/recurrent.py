@@ -13,10 +13,8 @@ import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
+from nsm.quantization.policy import LONGEST
 from nsm.trace import Array
-
-LONGEST = 16
-"""Steps in a call above which an operator stays as it is: its graph would be long, and start-up with it."""
 
 # Defaults of the operators; others stay as they are.
 _ACTIVATIONS = {"GRU": (["Sigmoid", "Tanh"],), "RNN": (["Tanh"], ["Relu"])}

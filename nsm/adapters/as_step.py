@@ -103,12 +103,10 @@ def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:
             "A bidirectional RNN needs the end of a stream before its beginning can be answered, so it cannot run step "
             "by step. Train it with bidirectional=False."
         )
-    if module.proj_size:
-        raise UnsupportedError(
-            "An LSTM with proj_size does not export to ONNX. Train it without, or put a Linear behind it."
-        )
-    start = torch.zeros(module.num_layers, 1, module.hidden_size, dtype=torch.float32)
-    names = ("hidden", "cell") if isinstance(module, nn.LSTM) else ("hidden",)
+    sizes = {"hidden": module.proj_size or module.hidden_size}
+    if isinstance(module, nn.LSTM):
+        sizes["cell"] = module.hidden_size
+    states = [Carried(name, torch.zeros(module.num_layers, 1, size, dtype=torch.float32), 1) for name, size in sizes.items()]
 
     def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         given = x if module.batch_first else x.transpose(0, 1)
@@ -118,9 +116,7 @@ def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:
         return [output if module.batch_first else output.transpose(0, 1)], list(after) if len(state) > 1 else [after]
 
     token = TensorSpec("tokens", (module.input_size,), "float32")
-    return AdaptedModel(
-        module, call, [Carried(name, start, 1) for name in names], token, ("outputs",), True, chunk_size
-    )
+    return AdaptedModel(module, call, states, token, ("outputs",), True, chunk_size)
 
 
 def _protocol(

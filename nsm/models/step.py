@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from nsm.errors import ConfigError, InputError
 from nsm.spec import StepSpec, TensorSpec
@@ -114,9 +115,35 @@ class StepModel(nn.Module, ABC):
 Model = TypeVar("Model", bound=StepModel)
 
 
+def duplicate(model: Model) -> Model:
+    """A copy of a model, in which results of other tensors, as training leaves in attributes, are plain tensors.
+
+    Raises:
+        ConfigError: it holds something that has no copy.
+    """
+    try:
+        with _CopyOfResults():
+            return copy.deepcopy(model)
+    except Exception as error:  # whatever an attribute raises
+        raise ConfigError(
+            f"{model.kind} cannot be copied, which an export does: {type(error).__name__}: {error}. Keep what has no "
+            "copy, such as files, locks and generators, outside of the module."
+        ) from error
+
+
+class _CopyOfResults(TorchFunctionMode):
+    """Lets `copy.deepcopy` copy tensors that are results of others, which torch refuses."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+        if func is Tensor.__deepcopy__ and not args[0].is_leaf:
+            value, memo = args
+            return memo.setdefault(id(value), value.detach().clone())
+        return func(*args, **(kwargs or {}))
+
+
 def on_cpu(model: Model) -> Model:
     """The model, or where it lies on another device a copy on the CPU, where models are run and exported."""
-    return model if devices(model) <= {"cpu"} else copy.deepcopy(model).cpu()
+    return model if devices(model) <= {"cpu"} else duplicate(model).cpu()
 
 
 def devices(module: nn.Module) -> set[str]:
