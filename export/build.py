@@ -17,7 +17,7 @@ from nsm.errors import (
     ParityError,
     UnsupportedError,
 )
-from nsm.export.isolation import Trial, Tried, shown_options, try_target
+from nsm.export.isolation import Trial, Tried, shown_options, try_opening, try_target
 from nsm.files import write_json
 from nsm.manifest import Artifact, file_record
 from nsm.quantization.policy import find_policy
@@ -26,7 +26,7 @@ from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress, compare
 from nsm.runtimes.report import ParityReport
-from nsm.runtimes.targets import Target
+from nsm.runtimes.targets import Target, find_target
 from nsm.spec import StepSpec
 from nsm.trace import Trace
 
@@ -174,6 +174,22 @@ def _built(target: Target, tried: Tried) -> Built:
         "compile option every session opens it, and so must any other program that loads its files"
     )
     return Built(reply.files, reply.device, (*reply.notes, note))
+
+
+def try_artifact(bundle: Bundle, artifact: Artifact) -> None:
+    """Open an artifact in a child process, where its target says so: in another place its compiler may crash.
+
+    Raises:
+        BuildError: it crashed; names the signal.
+    """
+    target = find_target(artifact.target)
+    if target.in_process or target.installed() is None:
+        return
+    places = (str(bundle.path.resolve()), str(bundle.path.resolve() / target.folder), None)
+    files = tuple(record.path for record in artifact.files)
+    spec, threads = target.served(bundle.manifest.spec), target.trial_threads
+    device, options = artifact.device, artifact.options
+    try_opening(Trial(target, spec, *places, device, artifact.precision, threads, files, options))
 
 
 def check_artifact(

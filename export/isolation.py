@@ -1,4 +1,4 @@
-"""Builds and first opens an artifact in a child process, so that a crash in a backend's compiler ends the child alone."""
+"""Builds and first opens an artifact in a child process, which a crash in a compiler ends alone."""
 
 from __future__ import annotations
 
@@ -125,6 +125,18 @@ def try_target(trial: Trial) -> Tried:
     )
 
 
+def try_opening(trial: Trial) -> None:
+    """Raise `BuildError` where a child process crashes that opens an artifact."""
+    try:
+        _reply(trial)
+    except _CrashError as crash:
+        raise BuildError(
+            f"The target {trial.target.name} crashed: {crash}. The artifact was opened where it was built, so the "
+            f"package {trial.target.installed()} or the processor is another one here. Build it again on this machine: "
+            f"nsm build BUNDLE --target {trial.target.name}"
+        ) from crash
+
+
 def shown_options(options: Mapping[str, str]) -> str:
     """Compile options for a message."""
     return ", ".join(f"{name}={value}" for name, value in options.items())
@@ -162,7 +174,8 @@ def _run(place: Path) -> int:
     """The exit status of the child, negative for a signal. It ends with this process: its standard input ends then."""
     # -P: what lies in the current folder is not imported by accident.
     command = [sys.executable, "-P", "-m", "nsm.export.trial", str(place)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(item for item in sys.path if item)}
+    folders = [*filter(None, sys.path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
     with (place / _LOG).open("wb") as log:
         child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment)
         with child:
@@ -186,4 +199,6 @@ def _raised(data: Mapping[str, Any]) -> NsmError:
     error: NsmError = kind(data["message"])
     if isinstance(error, BuildError):
         error.log = None if data["log"] is None else Path(data["log"])
+    if data["traceback"]:
+        error.add_note(data["traceback"])
     return error

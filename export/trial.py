@@ -37,17 +37,7 @@ def main(folder: str) -> None:
         stage("building it")
         built = Built(trial.files, trial.device or "") if trial.files else _build(trial)
     except Exception as error:  # a builder's own fault, too, is told to the parent
-        known = isinstance(error, NsmError)
-        message = str(error) if known else f"The builder of {trial.target.name} failed: {traceback.format_exc()}"
-        log = error.log if isinstance(error, BuildError) else None
-        write_json(
-            place / REPLY,
-            {
-                "error": type(error).__name__ if known else "BuildError",
-                "message": message,
-                "log": None if log is None else str(log),
-            },
-        )
+        write_json(place / REPLY, _told(trial, error))
         return
     reply = Reply(built.files, built.device, built.notes)
     write_json(place / REPLY, asdict(reply))
@@ -57,6 +47,16 @@ def main(folder: str) -> None:
     except Exception as error:  # the parent opens it again, and raises it
         reply = replace(reply, failure=f"{type(error).__name__}: {error}")
     write_json(place / REPLY, asdict(reply))
+
+
+def _told(trial: Trial, error: Exception) -> dict[str, str | None]:
+    """An error of the builder, for the parent to raise."""
+    if isinstance(error, NsmError):
+        log = error.log if isinstance(error, BuildError) else None
+        name, log_name = type(error).__name__, None if log is None else str(log)
+        return {"error": name, "message": str(error), "log": log_name, "traceback": None}
+    message = f"The builder of {trial.target.name} failed: {type(error).__name__}: {error}"
+    return {"error": "BuildError", "message": message, "log": None, "traceback": traceback.format_exc()}
 
 
 def _end_with_parent() -> None:
