@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 import nsm
 from nsm.bundle import Bundle
@@ -24,6 +23,7 @@ from nsm.export.build import build_target, try_artifact
 from nsm.manifest import MANIFEST, Artifact
 from nsm.runtimes import targets
 from nsm.runtimes.targets import Target, find_target
+from tests.export.attentions import LAYERS, WIDTH, WINDOW, Attentions, frames
 from tests.export.helpers import invoke, names, refused, short, succeeded, the_json
 
 _MODULE = """
@@ -255,25 +255,6 @@ def test_the_child_ends_with_its_parent(fragile: Target, bundle_copy: Path) -> N
 
 # -- a model that OpenVINO's compiler crashes on --------------------------------------------------------------------
 
-LAYERS, WINDOW, WIDTH, FRAMES = 3, 12, 16, 4
-
-
-class Attentions(nn.Module):
-    """Residual single-head attentions of rank 3 over a window of frames, several queries a call."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.projections = nn.ModuleList(nn.Linear(WIDTH, 3 * WIDTH) for _ in range(LAYERS))
-
-    def forward(self, x: Tensor, *windows: Tensor) -> tuple[Tensor, ...]:
-        kept = []
-        for projection, window in zip(self.projections, windows, strict=True):
-            seen = torch.cat([window, x], 1)
-            q, k, v = projection(seen).chunk(3, -1)
-            x = x + (q[:, WINDOW:] @ k.transpose(1, 2) / 4).softmax(-1) @ v
-            kept.append(seen[:, -WINDOW:])
-        return (x, *kept)
-
 
 def _crashes(graph: Path, threads: int | None) -> bool:
     config = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
@@ -285,12 +266,10 @@ def _crashes(graph: Path, threads: int | None) -> bool:
 @pytest.mark.parametrize("lanes", [1, 3])
 def test_a_model_that_crashes_openvino_is_exported_and_right(lanes: int, tmp_path: Path) -> None:
     """Against a loop of its own. Whether it crashes is seen from plain OpenVINO, whose later versions may not."""
-    torch.manual_seed(0)
-    model = Attentions().eval()
-    states = [torch.zeros(1, WINDOW, WIDTH)] * LAYERS
-    samples = torch.randn(lanes, 40, FRAMES, WIDTH)
+    model, states = Attentions().eval(), [torch.zeros(1, WINDOW, WIDTH)] * LAYERS
+    samples = frames(lanes, 40)
     path = tmp_path / "attentions.nsm"
-    step = nsm.as_step(model, states, token_shape=(FRAMES, WIDTH))
+    step = nsm.as_step(model, states, token_shape=samples.shape[2:])
     nsm.export_model(step, ["openvino", "onnxruntime"], path, samples=samples.numpy(), batch=lanes, golden_steps=10)
     wanted, carried = [], [torch.zeros(lanes, WINDOW, WIDTH)] * LAYERS
     with torch.no_grad():
