@@ -17,6 +17,7 @@ from nsm.errors import InputError, UnsupportedError
 from nsm.export.onnx_graph import dtype_of, nodes_of
 from nsm.export.onnx_limits import check_functions, load_weights
 from nsm.export.onnx_operators import check_operators
+from nsm.reading import check_regular
 from nsm.spec import LARGEST
 from nsm.trace import Array
 
@@ -44,6 +45,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             converted.
     """
     try:
+        check_regular(path, "onnx")
         model = onnx.load(str(path), load_external_data=False)
         if not model.graph.node:
             raise ValueError("it has no nodes")
