@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from nsm.errors import (
     ParityError,
     UnsupportedError,
 )
+from nsm.export.isolation import Trial, Tried, shown_options, try_opening, try_target
 from nsm.files import write_json
 from nsm.manifest import Artifact, file_record
 from nsm.quantization.policy import find_policy
@@ -25,7 +26,7 @@ from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress, compare
 from nsm.runtimes.report import ParityReport
-from nsm.runtimes.targets import Target
+from nsm.runtimes.targets import Target, find_target
 from nsm.spec import StepSpec
 from nsm.trace import Trace
 
@@ -134,14 +135,23 @@ def build_target(
 
     Raises:
         UnsupportedError: the target lacks an operator of the graphs.
-        BuildError: the converter or builder failed; its log is kept and named.
+        BuildError: the converter or builder failed; its log is kept and named. Or its process crashed; names the
+            signal.
     """
     folder = folder or directory / target.folder
     if folder not in (directory / GRAPHS, low):
         # A builder writes new files: those of a bundle that is being replaced may be links to files in use.
         shutil.rmtree(folder, ignore_errors=True)
     asked = device.lower() if device is not None and _knows(target, device) else None
-    built: Built = target.builder_module().build(Request(directory, folder, target.served(spec), asked, low))
+    served = target.served(spec)
+    options: Mapping[str, str] = {}
+    target.require()
+    if target.in_process:
+        built: Built = target.builder_module().build(Request(directory, folder, served, asked, low))
+    else:
+        places = (str(directory), str(folder), None if low is None else str(low))
+        tried = try_target(Trial(target, served, *places, asked, precision, target.trial_threads))
+        built, options = _built(target, tried), tried.options
     return Artifact(
         target=target.name,
         device=built.device,
@@ -150,7 +160,36 @@ def build_target(
         files=tuple(file_record(directory, name) for name in built.files),
         parity={"status": "not_run", "reason": "it was not compared yet"},
         notes=built.notes,
+        options=options,
     )
+
+
+def _built(target: Target, tried: Tried) -> Built:
+    """What was built in a child process; the notes tell of a crash, and of the compile options that avoid it."""
+    reply = tried.reply
+    if not tried.crash:
+        return Built(reply.files, reply.device, reply.notes)
+    note = (
+        f"without {shown_options(tried.options)} the compiler of {target.name} crashed here ({tried.crash}): with this "
+        "compile option every session opens it, and so must any other program that loads its files"
+    )
+    return Built(reply.files, reply.device, (*reply.notes, note))
+
+
+def try_artifact(bundle: Bundle, artifact: Artifact) -> None:
+    """Open an artifact in a child process, where its target says so: in another place its compiler may crash.
+
+    Raises:
+        BuildError: it crashed; names the signal.
+    """
+    target = find_target(artifact.target)
+    if target.in_process or target.installed() is None:
+        return
+    places = (str(bundle.path.resolve()), str(bundle.path.resolve() / target.folder), None)
+    files = tuple(record.path for record in artifact.files)
+    spec, threads = target.served(bundle.manifest.spec), target.trial_threads
+    device, options = artifact.device, artifact.options
+    try_opening(Trial(target, spec, *places, device, artifact.precision, threads, files, options))
 
 
 def check_artifact(

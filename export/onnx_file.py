@@ -19,6 +19,7 @@ from nsm.export.onnx_layout import put_time_first
 from nsm.export.onnx_limits import check_functions, load_weights
 from nsm.export.onnx_operators import check_operators
 from nsm.export.onnx_order import sort_nodes
+from nsm.reading import check_regular
 from nsm.spec import LARGEST
 from nsm.trace import Array
 
@@ -46,6 +47,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             converted.
     """
     try:
+        check_regular(path, "onnx")
         model = onnx.load(str(path), load_external_data=False)
         if not model.graph.node:
             raise ValueError("it has no nodes")

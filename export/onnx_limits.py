@@ -12,8 +12,9 @@ from onnx.external_data_helper import load_external_data_for_tensor
 
 from nsm.errors import InputError, UnsupportedError
 from nsm.export.onnx_graph import dtype_of, node_name, nodes_of, tensors_of
+from nsm.reading import LIMITS, regular_size
 
-MOST_BYTES = 2**31 - 2**24
+MOST_BYTES = LIMITS["onnx"]
 """Of weights, and of anything else: one protobuf message, which a graph is put together in, holds no more."""
 
 MOST_NODES = 1_000_000
@@ -164,11 +165,19 @@ def _load_beside(path: Path, tensor: TensorProto) -> None:
     if "length" not in entries:  # it need not be there, and then the loader would take all that follows
         tensor.external_data.add(key="length", value=str(needed))
     try:
+        _check_room(path.parent / location, int(entries.get("offset", 0)), needed)
         load_external_data_for_tensor(tensor, str(path.parent))
     except Exception as error:  # missing, too short, or refused by the loader itself
         raise InputError(f"{path}: the weight {tensor.name} cannot be read from {location!r}: {error}") from error
     tensor.data_location = TensorProto.DEFAULT
     del tensor.external_data[:]
+
+
+def _check_room(path: Path, offset: int, needed: int) -> None:
+    """Raise `ValueError` or `OSError` where a file does not hold so many bytes at a place."""
+    size = regular_size(path)
+    if not 0 <= offset <= size - needed:
+        raise ValueError(f"it has {size:,} bytes, too few for {needed:,} from byte {offset:,} on")
 
 
 def _lies_inside(folder: Path, location: str) -> bool:

@@ -11,6 +11,7 @@ import click
 
 from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
+from nsm.export.build import try_artifact
 from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
 from nsm.export.parity_page import write_page
 from nsm.manifest import Artifact
@@ -64,6 +65,7 @@ def parity(
     artifacts = [bundle.artifact(name) for name in names] or list(bundle.manifest.artifacts)
     for artifact in artifacts:
         name, budget = artifact.target, find_budget(artifact.precision)
+        try_artifact(bundle, artifact)
         try:
             with open_artifact(bundle, artifact) as session:
                 with terminal.stage(f"Checking {name}") as progress:

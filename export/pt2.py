@@ -24,6 +24,7 @@ import torch
 
 from nsm.errors import CheckpointError
 from nsm.models.checkpoint import check_records, load_plain
+from nsm.reading import LIMITS, open_regular, open_zip
 
 # An expression over symbolic sizes as sympy writes it out, `Mul(Integer(2), Symbol('s0', integer=True))` or `2*s0 + 1`.
 # Of names, only these are evaluated.
@@ -47,7 +48,6 @@ _TARGET = re.compile(
 _OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)")
 # Containers that arguments are nested in. Others name classes and modules, which are imported.
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
-_MAX_JSON = 256 * 2**20
 
 
 def check_archive(path: Path) -> None:
@@ -57,7 +57,7 @@ def check_archive(path: Path) -> None:
         CheckpointError: it is none, or says what it holds that would be run.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
+        with open_regular(path, "torch") as file, open_zip(file) as archive:
             for name, part in _parts(path, archive):
                 _check_part(path, name, part)
     except FileNotFoundError as error:
@@ -81,7 +81,10 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
     for root, slash, inner in names:
         if root != names[0][0] or not _FILES.fullmatch(inner) or names.count((root, slash, inner)) > 1:
             raise _refusal(path, f"it holds {root}{slash}{inner}", "the files of torch.export.save, once each")
-    with path.open("rb") as file:
+    weights = sum(info.file_size for info in archive.infolist() if "/data/weights/" in info.orig_filename)
+    if weights > LIMITS["onnx"]:
+        raise ValueError(f"its weights have {weights:,} bytes, and a graph holds at most {LIMITS['onnx']:,}")
+    with open_regular(path, "torch") as file:
         check_records(file)
     # Of two archives in one file Python and torch may see one each; what is looked at is what torch will read.
     reader = torch._C.PyTorchFileReader(str(path))
@@ -89,8 +92,8 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
         raise _refusal(path, "it has two tables of contents", "the files of one archive")
     for info, (_, _, inner) in zip(archive.infolist(), names, strict=True):
         if inner.endswith(".json") and not inner.startswith("extra/"):
-            if info.file_size > _MAX_JSON:
-                raise ValueError(f"{inner} has {info.file_size:,} bytes, and at most {_MAX_JSON:,} are read")
+            if info.file_size > LIMITS["program"]:
+                raise ValueError(f"{inner} has {info.file_size:,} bytes, and at most {LIMITS['program']:,} are read")
             yield inner, json.loads(reader.get_record(inner).decode())
         elif inner.startswith("data/sample_inputs/"):
             yield inner, reader.get_record(inner)

@@ -10,13 +10,13 @@ import numpy as np
 
 from nsm.bundle import GRAPHS, STATE_INIT, Bundle
 from nsm.compaction import nsm_layers
-from nsm.export.build import Built, Request
+from nsm.export.build import build_target
 from nsm.export.pipeline import Plan
 from nsm.export.roofline import calls_of, measure_call, work_of
 from nsm.export.source import Source
 from nsm.export.torch_source import TorchSource
 from nsm.models.stream import StreamModel
-from nsm.runtimes.opening import entry_files, open_bundle
+from nsm.runtimes.opening import entry_files, loader, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
 from nsm.runtimes.threads import chosen_threads
@@ -81,10 +81,10 @@ def _open(source: Source, spec: StepSpec, directory: Path, name: str, threads: i
     target = find_target(name)
     spec = target.served(spec)
     np.savez(directory / STATE_INIT, allow_pickle=False, **dict(source.initial_arrays(spec.batch)))
-    built: Built = target.builder_module().build(Request(directory, directory / target.folder, spec, None))
-    found = entry_files(target, spec, built.files, directory)
+    artifact = build_target(directory, spec, target, None)
+    found = entry_files(target, spec, [record.path for record in artifact.files], directory)
     files = {entry: directory / path for entry, path in found.items()}
-    runtime = target.runtime_module().load(files, spec, target.devices[0], threads, "fp32")
+    runtime = loader(target, artifact.options)(files, spec, target.devices[0], threads, "fp32")
     return Session(runtime, spec, source.initial_arrays(spec.batch), "", target.name)
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from nsm.errors import InputError
+from nsm.reading import LIMITS, open_regular, read_npy, read_regular
 from nsm.spec import StepSpec
 from nsm.trace import Array, read_arrays
 
-MOST_UNPACKED = 2**33
-"""Bytes that the arrays of an .npz may have, however small it is."""
+MOST_SEQUENCES = 1 << 20
+"""That are read from a file."""
 
 
 def sequence_axes(spec: StepSpec) -> int:
@@ -23,8 +24,10 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
     """Sequences of tokens from a file.
 
     .npy: an array [N, T, *token], or one sequence [T, *token]: ids [T], vectors [T, input_dim].
-    .npz: every array in it likewise; unpacked they have at most `MOST_UNPACKED` bytes.
+    .npz: every array in it likewise.
     .txt: the bytes of the text as ids, cut into `count` (default 1) equal parts.
+
+    How large they may be, an .npz also unpacked, is in `nsm.reading.LIMITS`.
 
     Args:
         count: at most so many sequences.
@@ -38,15 +41,14 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
         raise InputError(f"{path}: sequences are read from .npy, .npz and .txt files; given {suffix or 'no suffix'}.")
     try:
         if suffix == ".txt":
-            data = np.frombuffer(path.read_bytes(), np.uint8).astype(np.int64)
+            data = np.frombuffer(read_regular(path, "text"), np.uint8).astype(np.int64)
             parts = max(1, min(count or 1, len(data)))
             arrays = [data[: len(data) // parts * parts].reshape(parts, -1)]
         elif suffix == ".npy":
-            with path.open("rb") as file:
-                arrays = [np.lib.format.read_array(file, allow_pickle=False)]
+            arrays = [read_npy(path)]
         else:
-            with path.open("rb") as file:
-                arrays = list(read_arrays(file, MOST_UNPACKED).values())
+            with open_regular(path, "arrays") as file:
+                arrays = list(read_arrays(file, LIMITS["arrays"]).values())
     except Exception as error:  # on damaged files zipfile and numpy raise whatever they stumble over
         raise InputError(
             f"{path} cannot be read as sequences: {error}. Expected is what numpy.save or numpy.savez writes, or text."
@@ -58,6 +60,10 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
                 f"{path} holds an array of shape {list(array.shape)} and dtype {array.dtype}; expected are ids [N, T] "
                 "or vectors [N, T, input_dim]."
             )
+        if array.size == 0:
+            continue
+        if array.ndim not in (1, axes) and len(array) + len(sequences) > MOST_SEQUENCES:
+            raise InputError(f"{path} holds more than {MOST_SEQUENCES:,} sequences. Cut it into several files.")
         rows = [array] if array.ndim in (1, axes) else list(array)
         sequences += [row for row in rows if row.ndim and len(row)]
     if not sequences:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from nsm.errors import InputError
+from nsm.reading import open_regular, read_npy
 from nsm.trace import Array, read_arrays
 
 ZEROS = "zeros"
@@ -46,10 +47,10 @@ class StateOption:
         if self.init == ZEROS:
             return np.zeros(shape, dtype)
         try:
-            with Path(self.init).open("rb") as file:
-                if self.key is None:
-                    array = np.lib.format.read_array(file, allow_pickle=False)
-                else:
+            if self.key is None:
+                array = read_npy(Path(self.init))
+            else:
+                with open_regular(Path(self.init), "arrays") as file:
                     array = _first_lane(read_arrays(file)[self.key], shape)
         except Exception as error:  # on damaged files numpy and zipfile raise whatever they stumble over
             raise InputError(

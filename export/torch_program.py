@@ -25,6 +25,7 @@ from nsm.export.retrace import Retrace, move_modules
 from nsm.export.state_names import state_name
 from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
+from nsm.reading import open_regular
 from nsm.spec import TensorSpec
 
 CHUNK = 16
@@ -91,8 +92,10 @@ def load_program(
         f"{option.init}; found by {option.found}"
         for one, option, place in zip(model.carried, states, places, strict=True)
     ]
-    print_of = hashlib.sha256(path.read_bytes() + repr(model.config).encode()).hexdigest()
-    return Checkpoint(model, [], [], print_of), remarks
+    with open_regular(path, "torch") as file:
+        digest = hashlib.file_digest(file, "sha256")
+    digest.update(repr(model.config).encode())
+    return Checkpoint(model, [], [], digest.hexdigest()), remarks
 
 
 class Program(nn.Module):

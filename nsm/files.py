@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -14,9 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from nsm.errors import BundleDamagedError, InputError
-
-JSON_LIMIT = 64 << 20
-"""Bytes of the largest JSON file that is read; a manifest has some ten thousand."""
+from nsm.reading import read_regular
 
 
 def settled(path: Path) -> Path:
@@ -118,12 +115,10 @@ def json_bytes(path: Path) -> bytes:
         OSError: it cannot be read, or is no regular file, which might have no end or never give anything.
         BundleDamagedError: no export writes one of that size: parsed, it takes many times as much.
     """
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it is no regular file", str(path))
-    size = path.stat().st_size
-    if size > JSON_LIMIT:
-        raise BundleDamagedError(f"{path} has {size:,} bytes; expected are at most {JSON_LIMIT:,}. Export it again.")
-    return path.read_bytes()
+    try:
+        return read_regular(path, "json")
+    except ValueError as error:
+        raise BundleDamagedError(f"{path} cannot be read: {error}. Export it again.") from error
 
 
 def check_stored(archive: zipfile.ZipFile, size: int, unpacked: int = 0) -> None:

@@ -32,6 +32,7 @@ class Artifact:
     `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
     "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people. `quantization`, of an artifact in
     low precision, holds the `form` of its products, the `float` ones by name with the reason, and `speed` against fp32.
+    `options` are compile options that the backend is to be given whenever the artifact is opened; most have none.
     """
 
     target: str
@@ -42,6 +43,7 @@ class Artifact:
     parity: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         _check_parity(self.target, self.parity)

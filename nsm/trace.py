@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from numpy.typing import NDArray
 
 from nsm.errors import BundleDamagedError
 from nsm.files import check_stored
+from nsm.reading import check_npy, open_regular, open_zip
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]
@@ -127,7 +127,7 @@ def load_arrays(path: Path) -> Arrays:
         BundleDamagedError: the file is missing or is no such archive.
     """
     try:
-        with path.open("rb") as file:
+        with open_regular(path, "arrays") as file:
             return read_arrays(file)
     except Exception as error:  # on damaged archives zipfile and numpy raise whatever they stumble over
         raise BundleDamagedError(
@@ -145,25 +145,14 @@ def read_arrays(file: IO[bytes], unpacked: int = 0) -> Arrays:
         Exception: whatever zipfile and numpy raise on what is no such archive.
     """
     size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(file) as archive:
         check_stored(archive, size, unpacked)
         return {member.filename.removesuffix(".npy"): _read_array(archive, member) for member in archive.infolist()}
 
 
 def _read_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> Array:
     with archive.open(member) as stream:
-        version = np.lib.format.read_magic(stream)
-        if version == (1, 0):
-            shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-        elif version == (2, 0):
-            shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-        else:
-            raise ValueError(f"{member.filename} in it has the format {version}; expected is 1.0 or 2.0")
-        needed = stream.tell() + math.prod(shape) * dtype.itemsize
-    if needed != member.file_size and not dtype.hasobject:
-        raise ValueError(
-            f"{member.filename} in it declares {list(shape)} of {dtype}, {needed:,} bytes, and has {member.file_size:,}"
-        )
+        check_npy(stream, member.file_size, f"{member.filename} in it")
     # Opened anew, not rewound: after a jump zipfile no longer checks the sum over the bytes.
     with archive.open(member) as stream:
         found: Array = np.lib.format.read_array(stream, allow_pickle=False)

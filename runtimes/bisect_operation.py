@@ -185,5 +185,6 @@ def _probe(bundle: Bundle, artifact: Artifact, nodes: Sequence[Node]) -> Probe:
     # An artifact may share the portable graphs and have one of its own.
     path: Path = bundle.locate(next((name for name in names if not name.startswith(f"{GRAPHS}/")), names[0]))
     if target.name == "openvino":
-        return openvino_probe(path, {name for node in nodes for name in node.outputs}, artifact.precision)
+        names_of_results = {name for node in nodes for name in node.outputs}
+        return openvino_probe(path, names_of_results, artifact.precision, artifact.options)
     return onnx_probe(path, optimise=target.name != "onnx")

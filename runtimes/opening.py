@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 from nsm.bundle import Bundle
@@ -109,7 +110,7 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
             f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
         )
     require_device(artifact.device, artifact.precision)  # its own, whatever is asked for: that is how it was built
-    load: Loader = target.runtime_module().load
+    load = loader(target, artifact.options)
     spec = target.served(bundle.manifest.spec)
     recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
     files = {entry: bundle.locate(path) for entry, path in recorded.items()}
@@ -122,6 +123,25 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
         with contextlib.suppress(RunError):  # what went wrong first is of use
             runtime.close()
         raise
+
+
+def loader(target: Target, options: Mapping[str, str]) -> Loader:
+    """The target's function `load`, with these compile options.
+
+    Raises:
+        BundleDamagedError: they are none of those in the target's row. A bundle may come from anybody, and some options
+            of a compiler name files.
+    """
+    load: Loader = target.runtime_module().load
+    if not options:
+        return load
+    if dict(options) not in [dict(item) for item in target.remedies]:
+        raise BundleDamagedError(
+            f"The manifest gives the artifact of {target.name} the compile options {dict(options)}; expected are "
+            f"{' or '.join(str(dict(item)) for item in ({}, *target.remedies))}. Was it edited by hand? Export the "
+            "bundle again."
+        )
+    return partial(target.runtime_module().load, options=options)
 
 
 def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import openvino as ov
@@ -33,6 +34,7 @@ def load(
     device: str,  # noqa: ARG001
     threads: int | None,
     precision: str = "fp32",
+    options: Mapping[str, str] = MappingProxyType({}),
 ) -> Runtime:
     """Compile the IR of a bundle, computing in fp32 wherever the graph does not say otherwise.
 
@@ -45,6 +47,7 @@ def load(
         device: "cpu" or "cpu-dot", which is the same to OpenVINO.
         threads: inference threads (default: OpenVINO's choice).
         precision: of the artifact; with "fp16" and "bf16" OpenVINO computes in it throughout.
+        options: further compile options, as the artifact records them.
 
     Raises:
         BuildError: OpenVINO refuses the file.
@@ -61,6 +64,7 @@ def load(
     config: dict[Any, Any] = {
         props.hint.inference_precision(): kind,
         props.hint.performance_mode(): props.hint.PerformanceMode.LATENCY,
+        **options,
     }
     if threads is not None:
         config[props.inference_num_threads()] = threads

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from nsm.errors import MissingDependencyError
 from nsm.trace import Arrays
@@ -70,13 +71,16 @@ def onnx_probe(path: Path, optimise: bool) -> Probe:
     return lambda feeds: dict(zip(shown, session.run(shown, {name: feeds[name] for name in taken}), strict=True))
 
 
-def openvino_probe(path: Path, names: Collection[str], precision: str = "fp32") -> Probe:
+def openvino_probe(
+    path: Path, names: Collection[str], precision: str = "fp32", options: Mapping[str, str] = MappingProxyType({})
+) -> Probe:
     """An OpenVINO IR with those of its tensors as outputs that still have one of these names.
 
     Args:
         path: of the `.xml` file; its weights lie beside it.
         names: to look for.
         precision: that OpenVINO computes in: fp32, fp16 or bf16; anything else is fp32.
+        options: compile options of the artifact.
     """
     import openvino as ov
     from openvino import properties as props
@@ -98,8 +102,8 @@ def openvino_probe(path: Path, names: Collection[str], precision: str = "fp32") 
             if not given & output.get_names():
                 model.add_outputs(output)
     kinds = {"fp16": ov.Type.f16, "bf16": ov.Type.bf16}
-    hint = {props.hint.inference_precision(): kinds.get(precision, ov.Type.f32)}
-    compiled = core.compile_model(model, "CPU", hint)
+    config = {props.hint.inference_precision(): kinds.get(precision, ov.Type.f32), **options}
+    compiled = core.compile_model(model, "CPU", config)
     request = compiled.create_infer_request()
     taken = [value.get_any_name() for value in compiled.inputs]
 

@@ -32,6 +32,11 @@ class Target:
         entries: those that run there; () for all. A session there has no others.
         bisectable: whether its intermediate results can be seen; `nsm.runtimes.bisect_operation` says how.
         checked_when_built: what its builder checks of an artifact that cannot be run where it is built.
+        in_process: whether it is built and first opened in the process of the export: nothing is compiled, or by a
+            backend that the export runs anyhow. Others are in a child process, which a crash ends alone.
+        trial_threads: numbers of threads that the child opens it with; what a compiler does may depend on them.
+        remedies: compile options, each set of them known to keep its compiler from crashing on some graphs. The
+            loader of a target that has any takes `options` as well.
     """
 
     name: str
@@ -49,6 +54,9 @@ class Target:
     entries: tuple[str, ...] = ()
     bisectable: bool = False
     checked_when_built: str = ""
+    in_process: bool = False
+    trial_threads: tuple[int | None, ...] = (None,)
+    remedies: tuple[Mapping[str, str], ...] = ()
 
     def file(self, entry: str) -> str:
         """Name of the file that the runtime opens for an entry."""
@@ -105,6 +113,7 @@ _ROWS = {
             folder="graphs",
             devices=("cpu",),
             summary="the portable graph, run as it is written (no graph optimisation)",
+            in_process=True,
             bisectable=True,
         ),
         Target(
@@ -117,6 +126,7 @@ _ROWS = {
             folder="graphs",
             devices=_PROCESSORS,
             summary="ONNX Runtime on the CPU, fully optimised",
+            in_process=True,
             aliases=("ort",),
             bisectable=True,
         ),
@@ -130,6 +140,9 @@ _ROWS = {
             folder="openvino",
             devices=_PROCESSORS,
             summary="OpenVINO IR on the CPU",
+            trial_threads=(1, None),
+            # Snippets crash on three and more residual attentions of rank 3 (2025.2 to 2026.4).
+            remedies=({"SNIPPETS_MODE": "DISABLE"},),
             aliases=("ov",),
             bisectable=True,
         ),
@@ -181,6 +194,7 @@ _ROWS = {
             folder="graphs",
             devices=("wasm",),
             summary="a folder for any static file server: the graphs on ONNX Runtime Web, with a page",
+            in_process=True,
             asked_only=True,
         ),
         Target(
@@ -193,6 +207,7 @@ _ROWS = {
             folder="triton",
             devices=("cpu",),
             summary="a model repository for Triton Inference Server, which keeps the state of each sequence",
+            in_process=True,
             asked_only=True,
             stem="model",
             entries=("step",),

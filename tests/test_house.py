@@ -13,11 +13,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"nsm": "nsm", "export": "nsm.export", "quantization": "nsm.quantization", "runtimes": "nsm.runtimes"}
 
-# What a room may import of the project, besides itself. One way: errors -> plain -> decode -> files -> spec -> trace ->
-# manifest -> bundle -> staging, then the torch models on one side and the runtimes on the other, and export above all.
+# What a room may import of the project, besides itself. One way: errors -> plain -> reading -> decode -> files -> spec
+# -> trace -> manifest -> bundle -> staging, then the torch models on one side and the runtimes on the other, and export
+# above all.
 VOCABULARY = (
     "nsm.errors",
     "nsm.plain",
+    "nsm.reading",
     "nsm.decode",
     "nsm.files",
     "nsm.spec",
@@ -30,9 +32,10 @@ ALLOWED = {
     "nsm.errors": (),
     "nsm.plain": ("nsm.errors",),
     "nsm.decode": ("nsm.errors",),
-    "nsm.files": ("nsm.errors",),
+    "nsm.reading": (),
+    "nsm.files": ("nsm.errors", "nsm.reading"),
     "nsm.spec": ("nsm.errors", "nsm.decode"),
-    "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec"),
+    "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.reading", "nsm.files", "nsm.spec"),
     "nsm.manifest": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec"),
     "nsm.bundle": ("nsm.errors", "nsm.files", "nsm.spec", "nsm.trace", "nsm.manifest"),
     "nsm.staging": ("nsm.errors", "nsm.files", "nsm.manifest", "nsm.bundle"),

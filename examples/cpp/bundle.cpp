@@ -17,6 +17,7 @@ constexpr int format_version = 1;
 constexpr std::uintmax_t largest_manifest = 64 << 20;
 // With less, a second thread takes longer than it saves: docs/benchmark.md, "Threads".
 constexpr double small_flops = 50e6, small_bytes = 7e6;
+const std::map<std::string, std::string> known_options{{"SNIPPETS_MODE", "DISABLE"}};
 
 template <typename T>
 std::optional<T> maybe(const json& value) {
@@ -110,6 +111,7 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
             if (artifact.at("target") == "openvino") {
                 precision_ = artifact.at("precision");
                 device_ = artifact.at("device");
+                compile_options_ = artifact.at("options").get<std::map<std::string, std::string>>();
             }
             for (const auto& record : artifact.at("files")) {
                 const auto name = keep(record);
@@ -118,6 +120,10 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
         }
     } catch (const json::exception& error) {
         throw Error(Code::bundle, path.string() + "/manifest.json is damaged: " + error.what() + ". Export the bundle again.");
+    }
+    // A bundle may come from anybody, and some options of OpenVINO name files.
+    if (!compile_options_.empty() && compile_options_ != known_options) {
+        throw Error(Code::bundle, "The manifest gives the artifact of openvino compile options other than SNIPPETS_MODE=DISABLE. Was it edited by hand? Export the bundle again.");
     }
     check_spec(spec_);
     for (const auto& [name, record] : records_) inside(path_, name);

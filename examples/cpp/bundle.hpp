@@ -52,6 +52,8 @@ public:
     const std::string& fingerprint() const { return fingerprint_; }
     // Of the OpenVINO artifact: fp32, int8, ...; empty where there is none.
     const std::string& precision() const { return precision_; }
+    // Compile options without which OpenVINO's compiler crashes on its graphs; most artifacts have none.
+    const std::map<std::string, std::string>& compile_options() const { return compile_options_; }
     // Whether it is in int8 for processors with VNNI (or dotprod on Arm) alone.
     bool needs_dot_products() const { return precision_ == "int8" && device_ == "cpu-dot"; }
     // Whether a step is over before a second thread pays; not where the manifest does not say what it does.
@@ -69,6 +71,7 @@ private:
     std::filesystem::path path_;
     Spec spec_;
     std::string fingerprint_, precision_, device_;
+    std::map<std::string, std::string> compile_options_;
     bool small_step_ = false;
     std::map<std::string, Record> records_;
     std::vector<std::string> openvino_;

@@ -49,6 +49,7 @@ Session::Session(const Bundle& bundle, int threads)
     }
     // OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise.
     options_ = {ov::hint::inference_precision(ov::element::f32), ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
+    for (const auto& [name, value] : bundle_.compile_options()) options_.emplace(name, value);
     if (threads_ > 0) options_.emplace(ov::inference_num_threads(threads_));
     chunked_ = std::any_of(spec_.states.begin(), spec_.states.end(), [](const State& s) { return s.name == "lane.offset"; });
     reset();

@@ -8,7 +8,6 @@ import json
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from nsm.errors import CheckpointError, InputError
 from nsm.files import check_declared, check_stored, replacing
+from nsm.models.checkpoint_limits import build_within, check_content
 from nsm.models.step import StepModel
+from nsm.reading import open_regular, open_zip
 
 _ZIP = b"PK\x03\x04"
 FORMAT = "nsm-checkpoint"
@@ -124,6 +125,10 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             or are not finite, or a file that was damaged since.
     """
     content = _read(Path(path))
+    try:
+        check_content(content, Path(path).stat().st_size)
+    except ValueError as error:
+        raise CheckpointError(f"{path} was refused: {error}. Expected is a .pt written by nsm.save.") from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         what = f"a {type(content).__name__}" if not isinstance(content, dict) else "a dictionary without our format tag"
         raise CheckpointError(
@@ -139,7 +144,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if content["model"] not in MODELS:
             raise InputError(f"it holds a {content['model']!r}; this nsm knows {', '.join(MODELS)}.")
         kind: type[StepModel] = getattr(importlib.import_module(MODELS[content["model"]]), content["model"])
-        model = kind(**content["config"])
+        model = build_within(kind, content["config"], content["weights"])
         model.load_state_dict(content["weights"])
         golden, calibration = ([item.numpy() for item in content[key]] for key in ("golden", "calibration"))
         recorded = content["fingerprint"]
@@ -183,7 +188,7 @@ def load_plain(file: IO[bytes]) -> Any:
 def check_records(file: IO[bytes]) -> None:
     """Raise `ValueError` for an open archive of torch that would unpack to more than it holds."""
     size = file.seek(0, os.SEEK_END)
-    with zipfile.ZipFile(file) as archive:
+    with open_zip(file) as archive:
         check_stored(archive, size)
     file.seek(0)
     reader = torch._C.PyTorchFileReader(file)  # of two archives in one file Python and torch may see one each
@@ -211,10 +216,14 @@ def fingerprint(model: StepModel) -> str:
 
 def _read(path: Path) -> Any:
     try:
-        with path.open("rb") as file:
-            return load_plain(file)
+        file = open_regular(path, "torch")
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}. Expected is a .pt written by nsm.save.") from error
+    try:
+        with file:
+            return load_plain(file)
     except ValueError as error:
         raise CheckpointError(
             f"{path} was refused: {error}. If a program for archives packed it anew, take the file from before; "

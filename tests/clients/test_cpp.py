@@ -20,6 +20,7 @@ from nsm.baselines import TransformerLM
 from nsm.bundle import Bundle
 from nsm.export.api import export_model
 from tests.conftest import CHUNK, make_model, make_sequences
+from tests.export.attentions import LAYERS, WIDTH, WINDOW, Attentions, frames
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDER = ("qemu-x86_64-static", "-cpu", "Haswell")
@@ -130,6 +131,21 @@ def test_frames_of_a_foreign_model_are_streamed_beside_an_idle_lane(client: Path
     with nsm.open(tmp_path / "m.nsm") as session:
         wanted = session.feed(frames[:, :11])
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted["outputs"][0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_graph_that_crashes_the_compiler_is_opened_with_the_recorded_options(client: Path, tmp_path: Path) -> None:
+    samples = frames(2, 12)
+    step = nsm.as_step(Attentions().eval(), [torch.zeros(1, WINDOW, WIDTH)] * LAYERS, token_shape=samples.shape[2:])
+    bundle = tmp_path / "m.nsm"
+    export_model(step, "openvino", bundle, samples.numpy(), golden_steps=6)
+    result = run(client, bundle, "--check")
+    assert result.returncode == 0, result.stdout + result.stderr
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["artifacts"][0]["options"] = {"CACHE_DIR": str(tmp_path)}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    refused = run(client, bundle, "--check")
+    assert refused.returncode == 6
+    assert "compile options other than SNIPPETS_MODE=DISABLE" in refused.stderr
 
 
 @pytest.mark.slow

@@ -31,6 +31,7 @@ from nsm.export import adding, build
 from nsm.export.adding import add_target
 from nsm.export.build import PRECISIONS, check_request, require_all
 from nsm.manifest import MANIFEST
+from nsm.runtimes import targets
 from nsm.runtimes.targets import TARGETS, find_target
 from nsm.staging import write_manifest
 
@@ -208,6 +209,8 @@ def test_an_artifact_that_is_another_model_does_not_replace_the_good_one(
     bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(bundle_copy)
+    # In this process, where the converter is another one.
+    monkeypatch.setitem(targets._ROWS, "openvino", replace(find_target("openvino"), in_process=True))
     monkeypatch.setattr(openvino, "convert_model", perturbed(openvino.convert_model))
     with pytest.raises(ParityError, match=r"Parity failed on openvino fp32: .*one-step error"):
         add_target(bundle_copy, "openvino")

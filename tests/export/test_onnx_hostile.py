@@ -156,8 +156,14 @@ WEIGHTS: dict[str, tuple[Callable[[onnx.ModelProto, TensorProto], object], str]]
     ),
     "shorter than its shape": (lambda _, t: beside(t, length=8), r"to be 8 bytes of 'w\.bin', and float\[3\] takes 12"),
     "of no number of bytes": (lambda _, t: beside(t, length="many"), "to be many bytes"),
-    "behind the end": (lambda _, t: beside(t, offset=1 << 20, length=12), "cannot be read from 'w.bin'.*exceeds"),
-    "across the end, no length": (lambda _, t: beside(t, offset=(1 << 20) - 8), "cannot be read from 'w.bin'.*exceeds"),
+    "behind the end": (
+        lambda _, t: beside(t, offset=1 << 20, length=12),
+        "cannot be read from 'w.bin': it has 1,048,576 bytes, too few",
+    ),
+    "across the end, no length": (
+        lambda _, t: beside(t, offset=(1 << 20) - 8),
+        "cannot be read from 'w.bin': it has 1,048,576 bytes, too few",
+    ),
     "in two places": (lambda _, t: twice(t, "../w.bin"), "to lie in '../w.bin', which is outside the folder"),
     "in a place with a zero byte": (lambda _, t: twice(t, "w\0.bin"), "is outside the folder"),
     "an unknown type": (declared(data_type=99), "the weight bias has the element type 99, which ONNX does not know"),

@@ -18,6 +18,7 @@ from nsm.export import pt2
 from nsm.export.pt2 import check_archive
 from nsm.export.state_options import parse_states
 from nsm.export.torch_program import load_program
+from nsm.reading import LIMITS
 
 
 class Touch:
@@ -193,7 +194,7 @@ def test_what_is_no_program_is_refused(data: bytes, tmp_path: Path) -> None:
 
 
 def test_json_of_absurd_size_is_not_parsed(program: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pt2, "_MAX_JSON", 1000)
+    monkeypatch.setattr(pt2, "LIMITS", {**LIMITS, "program": 1000})
     with pytest.raises(
         CheckpointError,
         match=r"cannot be read as a program \(ValueError: \S+\.json has [\d,]+ bytes, and at most 1,000",

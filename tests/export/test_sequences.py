@@ -11,6 +11,7 @@ import pytest
 from nsm.errors import InputError
 from nsm.export import sequences
 from nsm.export.sequences import read_sequences
+from nsm.reading import LIMITS
 
 # -- what is read ----------------------------------------------------------------------------------------------------
 
@@ -151,7 +152,7 @@ def test_a_compressed_file_is_read_and_one_that_would_fill_the_memory_is_refused
     np.savez_compressed(tmp_path / "ids.npz", a=ids)
     assert (tmp_path / "ids.npz").stat().st_size < ids.nbytes / 100
     np.testing.assert_array_equal(np.stack(read_sequences(tmp_path / "ids.npz")), ids)
-    monkeypatch.setattr(sequences, "MOST_UNPACKED", ids.nbytes // 2)
+    monkeypatch.setattr(sequences, "LIMITS", {**LIMITS, "arrays": ids.nbytes // 2})
     with pytest.raises(InputError, match=r"declares 800,\d+ bytes; expected are at most 400,000"):
         read_sequences(tmp_path / "ids.npz")
 

@@ -21,8 +21,8 @@ import torch
 import nsm
 from nsm.bundle import CALIBRATION, GOLDEN, STATE_INIT, Bundle
 from nsm.errors import BundleDamagedError, CheckpointError, SnapshotError
-from nsm.files import JSON_LIMIT
 from nsm.manifest import MANIFEST
+from nsm.reading import LIMITS
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
 from nsm.staging import write_manifest
@@ -182,13 +182,13 @@ def test_states_that_are_not_those_of_the_spec_are_refused_before_a_backend_take
 def test_json_of_absurd_size_is_not_parsed(bundle_copy: Path) -> None:
     manifest = Bundle(bundle_copy).manifest
     with (bundle_copy / CALIBRATION).open("wb") as file:
-        file.truncate(JSON_LIMIT + 1)  # a hole: it takes no room on the disk
+        file.truncate(LIMITS["json"] + 1)  # a hole: it takes no room on the disk
     write_manifest(bundle_copy, manifest)
-    with pytest.raises(BundleDamagedError, match=r"calibration\.json has 67,108,865 bytes; expected are at most"):
+    with pytest.raises(BundleDamagedError, match=r"calibration\.json cannot be read: it has 67,108,865 bytes; at most"):
         Bundle(bundle_copy).json(CALIBRATION)
     with (bundle_copy / MANIFEST).open("wb") as file:
         file.truncate(1 << 40)
-    with pytest.raises(BundleDamagedError, match=r"manifest\.json has 1,099,511,627,776 bytes; expected"):
+    with pytest.raises(BundleDamagedError, match=r"manifest\.json cannot be read: it has 1,099,511,627,776 bytes; at"):
         Bundle(bundle_copy)
 
 

@@ -345,7 +345,7 @@ def test_a_file_that_is_something_else_is_refused(tmp_path: Path, raw: bytes) ->
 
 
 def test_a_folder_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="cannot be read as a PyTorch file"):
+    with pytest.raises(CheckpointError, match=r"cannot be read: .*it is no regular file"):
         load(tmp_path)
 
 
@@ -427,12 +427,12 @@ def test_a_missing_part_is_named(content: dict[str, Any], tmp_path: Path, missin
     [
         ({"model": "OtherNSM"}, "OtherNSM"),
         ({"model": ["SimpleNSM"]}, "unhashable"),
-        ({"config": None}, "mapping"),
+        ({"config": None}, "config and its weights are dictionaries"),
         ({"config": {"vocab_size": 20, "surprise": 1}}, "surprise"),
         ({"config": {"vocab_size": 20, "num_states": 0}}, "SimpleNSM needs num_states >= 1.*given 0"),
         ({"config": {"vocab_size": 20, "d_model": "four"}}, "d_model of SimpleNSM is a whole number; given 'four'"),
-        ({"weights": {}}, r"Missing key\(s\) in state_dict"),
-        ({"weights": [1]}, "state_dict"),
+        ({"weights": {}}, r"weight \S+ is \[\d.*\], in the file absent"),
+        ({"weights": [1]}, "config and its weights are dictionaries"),
         ({"golden": 3}, "not iterable"),
         ({"calibration": [3]}, "numpy"),
     ],
@@ -451,7 +451,6 @@ def test_parts_that_make_no_model_are_refused(
         {"feed_forward": float("inf")},
         {"feed_forward": float("nan")},
         {"feed_forward": 1e308},
-        {"feed_forward": 10**400},
         {"prune_threshold": torch.tensor(0.1)},
         {"prune_threshold": float("nan")},
         {"communication": torch.tensor(True)},
@@ -472,13 +471,14 @@ def test_a_config_that_was_altered_is_refused(content: dict[str, Any], tmp_path:
 
 def test_weights_of_the_wrong_shape_missing_and_surplus_are_named(content: dict[str, Any], tmp_path: Path) -> None:
     weights = content["weights"]
+    fewer = {key: value for key, value in weights.items() if key != "head.1.bias"}
     for changed, message in (
-        ({**weights, "head.1.bias": torch.zeros(3)}, r"size mismatch for head\.1\.bias"),
-        ({key: value for key, value in weights.items() if key != "head.1.bias"}, r"Missing key.*\"head\.1\.bias\""),
-        ({**weights, "tail.bias": torch.zeros(3)}, r"Unexpected key.*\"tail\.bias\""),
+        ({**weights, "head.1.bias": torch.zeros(3)}, r"head\.1\.bias is \[5\], in the file \[3\]"),
+        (fewer, r"head\.1\.bias is \[5\], in the file absent"),
+        ({**weights, "tail.bias": torch.zeros(3)}, r"tail\.bias is absent, in the file \[3\]"),
     ):
         path = spoiled(content, tmp_path / "model.pt", weights=changed)
-        with pytest.raises(CheckpointError, match=f"do not make a model: (.|\n)*{message}"):
+        with pytest.raises(CheckpointError, match=f"do not make a model: by its config the weight {message}"):
             load(path)
 
 
