@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from nsm.export.state_names import state_name
 from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
 from nsm.reading import open_regular
-from nsm.spec import TensorSpec
+from nsm.spec import LARGEST, TensorSpec
 
 CHUNK = 16
 
@@ -54,6 +55,7 @@ def load_program(
     except Exception as error:  # whatever torch raises for a damaged or newer file
         raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
     inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
+    _check_sizes(path, inputs)
     places = [_place(option, inputs, outputs) for option in states]
     left = [name for name in inputs if name not in [option.past for option in states]]
     if len(left) != 1 or not states:
@@ -182,6 +184,18 @@ def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     return {
         node.name: node.meta["val"] for node in program.graph.nodes if node.name in names and node.op == "placeholder"
     }
+
+
+def _check_sizes(path: Path, inputs: Mapping[str, Tensor]) -> None:
+    """Raise `UnsupportedError` where an input is larger than any call takes: it costs nothing to say so in a file."""
+    for name, value in inputs.items():
+        shape: list[Any] = list(value.shape)
+        nbytes = math.prod(size for size in shape if isinstance(size, int)) * value.element_size()
+        if nbytes > LARGEST:
+            raise UnsupportedError(
+                f"{path}: the input {name} is {value.dtype}{shape}, {nbytes:,} bytes; a call takes at most {LARGEST:,} "
+                "bytes of each. Was the file damaged? Export a smaller step."
+            )
 
 
 def _given(program: ExportedProgram) -> list[InputSpec]:
