@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import re
 import zipfile
 from collections.abc import Iterator
@@ -24,7 +25,7 @@ import torch
 
 from nsm.errors import CheckpointError
 from nsm.models.checkpoint import check_records, load_plain
-from nsm.reading import LIMITS, open_regular, open_zip
+from nsm.reading import LIMITS, open_regular, open_zip, regular_size
 
 # An expression over symbolic sizes as sympy writes it out, `Mul(Integer(2), Symbol('s0', integer=True))` or `2*s0 + 1`.
 # Of names, only these are evaluated.
@@ -46,6 +47,8 @@ _TARGET = re.compile(
     rf"_operator\.({_ARITHMETIC})|math\.(trunc|ceil|floor)|torch\._?sym_\w+|torch\.ops\.higher_order\.({_CONTROL})"
 )
 _OPERATOR = re.compile(r"torch\.ops\.(aten|prims)\.(\w+)\.(\w+)")
+# Numbers of constants that are views of fewer, as `expand` makes them.
+_EXPANDED = 1 << 23
 # Containers that arguments are nested in. Others name classes and modules, which are imported.
 _CONTAINERS = (None, "builtins.tuple", "builtins.list", "builtins.dict", "collections.OrderedDict")
 
@@ -62,7 +65,7 @@ def check_archive(path: Path) -> None:
                 _check_part(path, name, part)
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
-    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{path} cannot be read as a program ({type(error).__name__}: {error}). Expected is a .pt2 written by "
             "torch.export.save of torch 2.9 or later."
@@ -108,6 +111,8 @@ def _check_part(path: Path, name: str, part: Any) -> None:
         except Exception as error:  # what torch raises for a pickle, and whatever a damaged one makes it raise
             raise _refusal(path, f"{name} holds Python objects", "example inputs that are tensors") from error
         return
+    if name.endswith("_config.json"):
+        _check_numbers(path, name, part)
     for item in _dictionaries(part):
         expression = item.get("expr_str")
         if item.get("use_pickle"):
@@ -122,6 +127,15 @@ def _check_part(path: Path, name: str, part: Any) -> None:
         for key in ("in_spec", "out_spec"):
             if isinstance(item.get(key), str) and not _plain(json.loads(item[key])):
                 raise _refusal(path, f"{key} nests arguments in {item[key][:80]!r}", "tuples, lists and dictionaries")
+
+
+def _check_numbers(path: Path, name: str, part: Any) -> None:
+    """Raise `ValueError` where tensors have far more numbers than the file has bytes: views of a few of them."""
+    metas = [item["tensor_meta"] for item in _dictionaries(part) if isinstance(item.get("tensor_meta"), dict)]
+    sizes = [[size.get("as_int", 1) for size in meta["sizes"]] for meta in metas]
+    count, size = sum(abs(math.prod(item)) for item in sizes), regular_size(path)
+    if count > size + _EXPANDED:
+        raise ValueError(f"the tensors of {name} have {count:,} numbers, and the whole file {size:,} bytes")
 
 
 def _harmless(target: str) -> bool:

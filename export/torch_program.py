@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -26,7 +27,7 @@ from nsm.export.state_names import state_name
 from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
 from nsm.reading import open_regular
-from nsm.spec import TensorSpec
+from nsm.spec import LARGEST, TensorSpec
 
 CHUNK = 16
 
@@ -58,6 +59,7 @@ def load_program(
         raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
     check_eval_mode(program, str(path))
     inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
+    _check_sizes(path, inputs)
     constants = {spec.arg.name: spec.arg.value for spec in _given(program) if isinstance(spec.arg, ConstantArgument)}
     places = [_place(option, inputs, constants, outputs) for option in states]
     left = [name for name in inputs if name not in [option.past for option in states]]
@@ -200,6 +202,18 @@ def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
     return {
         node.name: node.meta["val"] for node in program.graph.nodes if node.name in names and node.op == "placeholder"
     }
+
+
+def _check_sizes(path: Path, inputs: Mapping[str, Tensor]) -> None:
+    """Raise `UnsupportedError` where an input is larger than any call takes: it costs nothing to say so in a file."""
+    for name, value in inputs.items():
+        shape: list[Any] = list(value.shape)
+        nbytes = math.prod(size for size in shape if isinstance(size, int)) * value.element_size()
+        if nbytes > LARGEST:
+            raise UnsupportedError(
+                f"{path}: the input {name} is {value.dtype}{shape}, {nbytes:,} bytes; a call takes at most {LARGEST:,} "
+                "bytes of each. Was the file damaged? Export a smaller step."
+            )
 
 
 def _given(program: ExportedProgram) -> list[InputSpec]:

@@ -24,6 +24,7 @@ LIMITS = MappingProxyType(
         "onnx": (2 << 30) - (16 << 20),  # one protobuf message; and the weights beside it, all together
         "program": 256 << 20,  # JSON in a .pt2
         "arrays": 4 << 30,  # .npy and .npz of the user's own, and what a compressed .npz unpacks to
+        "tensor": 1 << 30,  # an input, output or state of a call
         "text": 256 << 20,  # each byte becomes an id of eight
     }
 )

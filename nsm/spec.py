@@ -18,6 +18,7 @@ import numpy as np
 
 from nsm.decode import decode
 from nsm.errors import ConfigError, InputError
+from nsm.reading import LIMITS
 
 Init = Literal["zeros", "learned"]
 
@@ -30,7 +31,7 @@ OFFSET = "lane.offset"
 COUNT = "lane.count"
 """Name of the state that holds, per lane, how many tokens the stream has had; [B] int64. Rings are counted by it."""
 
-LARGEST = 4 << 30
+LARGEST = LIMITS["tensor"]
 """Bytes of the largest input or output of a call: runtimes take memory for it before a graph says what it gives."""
 
 # What an entry may be called: files are named after it, `step.onnx`, and a bundle from elsewhere may say anything.

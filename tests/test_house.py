@@ -34,7 +34,7 @@ ALLOWED = {
     "nsm.decode": ("nsm.errors",),
     "nsm.reading": (),
     "nsm.files": ("nsm.errors", "nsm.reading"),
-    "nsm.spec": ("nsm.errors", "nsm.decode"),
+    "nsm.spec": ("nsm.errors", "nsm.reading", "nsm.decode"),
     "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.reading", "nsm.files", "nsm.spec"),
     "nsm.manifest": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec"),
     "nsm.bundle": ("nsm.errors", "nsm.files", "nsm.spec", "nsm.trace", "nsm.manifest"),

@@ -15,6 +15,7 @@ from torch.nn.modules.module import (
 
 from nsm.errors import ConfigError
 from nsm.models.step import StepModel
+from nsm.reading import LIMITS
 
 MOST_ITEMS = 1_000_000
 """Items of all containers in a checkpoint, those counted twice that are there twice."""
@@ -22,7 +23,7 @@ MOST_ITEMS = 1_000_000
 DEEPEST = 100
 """How deep containers nest."""
 
-MOST_BYTES = 1 << 30
+MOST_BYTES = LIMITS["tensor"]
 """Of the states of a stream, and of a model's constants that are no weights: no file bounds them."""
 
 Model = TypeVar("Model", bound=StepModel)

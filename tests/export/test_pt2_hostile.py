@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import subprocess
+import sys
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from nsm.errors import CheckpointError
+from nsm.errors import CheckpointError, UnsupportedError
 from nsm.export import pt2
 from nsm.export.pt2 import check_archive
 from nsm.export.state_options import parse_states
@@ -213,3 +215,96 @@ def test_a_program_that_torch_cannot_load_is_refused(program: Path, tmp_path: Pa
     path = rewritten(program, tmp_path / "m.pt2", later)
     with pytest.raises(CheckpointError, match=r"m\.pt2 cannot be loaded by torch \d"):
         load_program(path, parse_states(["hidden=1"]))
+
+
+# -- sizes ----------------------------------------------------------------------------------------------------------
+
+
+def resized(program: Path, path: Path, name: str, edit: Callable[[Any], None]) -> Path:
+    def change(found: str, data: bytes) -> bytes:
+        if not found.endswith(name):
+            return data
+        parsed = json.loads(data)
+        edit(parsed)
+        return json.dumps(parsed).encode()
+
+    return rewritten(program, path, change)
+
+
+def test_weights_that_are_views_of_a_few_numbers_are_not_made(program: Path, tmp_path: Path) -> None:
+    def expanded(parsed: Any) -> None:
+        for item in parsed["config"].values():
+            item["tensor_meta"] |= {
+                "sizes": [{"as_int": 1 << 20}, {"as_int": 1 << 14}],
+                "strides": [{"as_int": 0}, {"as_int": 0}],
+            }
+
+    path = resized(program, tmp_path / "m.pt2", "model_weights_config.json", expanded)
+    with pytest.raises(
+        CheckpointError, match=r"model_weights_config\.json have [\d,]+ numbers, and the whole file [\d,]+"
+    ):
+        load_program(path, parse_states(["hidden=1"]))
+
+
+def test_an_input_of_absurd_size_is_refused(program: Path, tmp_path: Path) -> None:
+    def widened(parsed: Any) -> None:
+        for value in parsed["graph_module"]["graph"]["tensor_values"].values():
+            value["sizes"] = [{"as_int": 1 << 40} if size.get("as_int") == 12 else size for size in value["sizes"]]
+
+    path = resized(program, tmp_path / "m.pt2", "models/model.json", widened)
+    with pytest.raises(
+        UnsupportedError, match=r"the input hidden is torch\.float32.*a call takes at most 1,073,741,824"
+    ):
+        load_program(path, parse_states(["hidden=1"]))
+
+
+_MUTATE = """
+import json, pathlib, random, resource, sys, time, warnings, zipfile
+from nsm.errors import NsmError
+from nsm.export.state_options import parse_states
+from nsm.export.torch_program import load_program
+warnings.simplefilter("ignore")
+program, folder = map(pathlib.Path, sys.argv[1:])
+load_program(program, parse_states(["hidden=1"]))
+pages = int(open("/proc/self/statm").read().split()[0])
+resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + (3 << 30),) * 2)
+random.seed(3)
+
+def places(item, place=()):
+    inside = item.items() if isinstance(item, dict) else enumerate(item) if isinstance(item, list) else ()
+    for key, value in inside:
+        yield from places(value, (*place, key))
+    if isinstance(item, int) and not isinstance(item, bool):
+        yield place
+
+with zipfile.ZipFile(program) as archive:
+    parts = {name: archive.read(name) for name in archive.namelist()}
+names = [name for name in parts if name.endswith(".json") and list(places(json.loads(parts[name])))]
+for number in range(50):
+    name = random.choice(names)
+    parsed = json.loads(parts[name])
+    for place in random.sample(list(places(parsed)), random.choice([1, 2])):
+        item = parsed
+        for key in place[:-1]:
+            item = item[key]
+        item[place[-1]] = random.choice([1 << 34, 1 << 40, 1 << 62, 1 << 70, -1, 0])
+    path = folder / "mutated.pt2"
+    with zipfile.ZipFile(path, "w") as archive:
+        for other, data in parts.items():
+            archive.writestr(other, json.dumps(parsed) if other == name else data)
+    began = time.process_time()
+    try:
+        load_program(path, parse_states(["hidden=1"]))
+        print("loaded")
+    except NsmError:
+        print("refused")
+    assert time.process_time() - began < 20, (name, place)
+"""
+
+
+def test_any_number_in_a_program_made_large_is_refused_or_does_no_harm(program: Path, tmp_path: Path) -> None:
+    """In a process with little memory left, which anything but an error of nsm ends."""
+    command = [sys.executable, "-c", _MUTATE, str(program), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("refused") > 10

@@ -252,7 +252,7 @@ def test_a_spec_that_was_edited_by_hand_is_refused(path: tuple[str | int, ...], 
 @pytest.mark.parametrize(
     ("path", "value", "message"),
     [
-        ((*OUTPUT, "shape"), [2, 8, 10**30], r"outputs of step is .* gives at most 4,294,967,296 bytes"),
+        ((*OUTPUT, "shape"), [2, 8, 10**30], r"outputs of step is .* gives at most 1,073,741,824 bytes"),
         (("batch",), 5, r"lane\.offset has the shape \[2\]; expected is the size 5, the lanes, on axis 0"),
         (("entries", 1, "name"), "../../evil", r"An entry is called '\.\./\.\./evil'; expected are at most 64 letters"),
         (("states", 5, "name"), "..", r"A state is called '\.\.'; expected is a name that a file could have"),
