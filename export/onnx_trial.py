@@ -16,6 +16,9 @@ from nsm.trace import Array, Arrays
 LARGEST_STATE = 1e6
 """A state that grows beyond it within `STEPS` is taken to be none: made-up inputs are of the order of 1."""
 
+_SAMPLED = 256
+"""Numbers of a state that are looked for in an output."""
+
 STEPS = 8
 """Calls that feed outputs back."""
 
@@ -152,12 +155,13 @@ class Trial:
         """
         feed = self.made_up(0)
         given = self.call(feed)
+        ordered = {name: np.sort(value, axis=None) for name, value in given.items() if value.dtype.kind == "f"}
         return {
             (past, present)
             for past, one in feed.items()
-            for present, other in given.items()
-            if one.dtype.kind == "f" and one.shape == other.shape and one.dtype == other.dtype and one.size > 1
-            if (np.isin(one, other) & (one != other)).mean() >= 0.5
+            for present, numbers in ordered.items()
+            if one.shape == given[present].shape and one.dtype == numbers.dtype and one.size > 1
+            if _share_moved(one, given[present], numbers) >= 0.5
         }
 
     def counted(self) -> set[tuple[str, str]]:
@@ -194,6 +198,19 @@ def _fault(state: Array, new: Array) -> float | None:
         return None
     largest = float(np.abs(new).max(initial=0))
     return np.nan if not np.isfinite(largest) else np.inf if largest > LARGEST_STATE else None
+
+
+def _share_moved(one: Array, other: Array, ordered: Array) -> float:
+    """The share of an array's numbers, of some of them where it is large, that another holds at other places.
+
+    Args:
+        one, other: of one shape.
+        ordered: the numbers of the other, in order.
+    """
+    places = np.random.default_rng(0).permutation(one.size)[:_SAMPLED]
+    values = one.reshape(-1)[places]
+    found = ordered[np.minimum(np.searchsorted(ordered, values), ordered.size - 1)] == values
+    return float((found & (values != other.reshape(-1)[places])).mean())
 
 
 def _change(one: Array, other: Array) -> float:
