@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -55,10 +55,14 @@ class Trial:
         port = self.inputs[name]
         return self._initial[name] if name in self._initial else np.zeros(self.shape(port), port.dtype)
 
-    def made_up(self, seed: int, positive: bool = False) -> Arrays:
-        """Random values for all inputs: standard normal numbers, or their magnitudes, and the integers 0 and 1."""
+    def made_up(self, seed: int, positive: bool = False, known: Collection[str] = ()) -> Arrays:
+        """Random values for all inputs but those that are known: standard normal numbers, or their magnitudes, and the
+        integers 0 and 1.
+        """
         random, values = np.random.default_rng(seed), {}
         for name, port in self.inputs.items():
+            if name in known:
+                continue
             shape, dtype = self.shape(port), np.dtype(port.dtype)
             if dtype.kind == "f":
                 numbers = random.standard_normal(shape)
@@ -88,7 +92,8 @@ class Trial:
             pairs: outputs by the inputs that they are fed back to.
 
         Returns:
-            By input, the largest change relative to the largest number of an output. Infinity where a state grows
+            By input, the largest change relative to the largest number of an output: of those that are no states, or
+            if these do not change, of all. Infinity where a state grows
             beyond `LARGEST_STATE`; NaN where it changes its shape or dtype or is not finite.
 
         Raises:
@@ -98,7 +103,7 @@ class Trial:
             states = {name: self.first(name) for name in pairs}
             spoiled: dict[str, float] = {}
             for step in range(STEPS):
-                given = self.call({**self.made_up(step, positive), **states})
+                given = self.call({**self.made_up(step, positive, states), **states})
                 for past, present in pairs.items():
                     fault = _fault(states[past], given[present])
                     if fault is None:
@@ -107,12 +112,16 @@ class Trial:
                         spoiled[past] = fault
             if not spoiled:
                 break
-        feed = {**self.made_up(STEPS, positive), **states}
-        whole = self.call(feed)
-        found = {}
+        feed = {**self.made_up(STEPS, positive, states), **states}
+        whole, found = self.call(feed), {}
+        answers = [key for key in whole if key not in pairs.values()]
         for name in pairs:
+            if name in spoiled:
+                found[name] = spoiled[name]
+                continue
             without = self.call({**feed, name: self.first(name)})
-            found[name] = spoiled.get(name, max(_change(whole[key], without[key]) for key in whole))
+            seen = max((_change(whole[key], without[key]) for key in answers), default=0.0)
+            found[name] = seen or max(_change(whole[key], without[key]) for key in whole)
         return found
 
     def split_difference(self, main: str, pairs: Mapping[str, str], held: str = "") -> float:
@@ -207,7 +216,7 @@ def _share_moved(one: Array, other: Array, ordered: Array) -> float:
         one, other: of one shape.
         ordered: the numbers of the other, in order.
     """
-    places = np.random.default_rng(0).permutation(one.size)[:_SAMPLED]
+    places = np.linspace(0, one.size - 1, min(one.size, _SAMPLED), dtype=np.int64)
     values = one.reshape(-1)[places]
     found = ordered[np.minimum(np.searchsorted(ordered, values), ordered.size - 1)] == values
     return float((found & (values != other.reshape(-1)[places])).mean())
