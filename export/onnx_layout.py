@@ -12,8 +12,8 @@ _RECURRENT = ("RNN", "GRU", "LSTM")
 # By the place of an input or output, its axes: from streams first to time or directions first, and back. The hidden
 # states of all steps are [time, directions, streams, hidden] and [streams, time, directions, hidden].
 _SWAP = (1, 0, 2)
-_GIVEN = {0: _SWAP, 5: _SWAP, 6: _SWAP}
-_TAKEN = {0: (2, 0, 1, 3), 1: _SWAP, 2: _SWAP}
+_GIVEN: dict[int, tuple[int, ...]] = {0: _SWAP, 5: _SWAP, 6: _SWAP}
+_TAKEN: dict[int, tuple[int, ...]] = {0: (2, 0, 1, 3), 1: _SWAP, 2: _SWAP}
 
 
 def put_time_first(model: onnx.ModelProto) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -15,6 +15,9 @@ from nsm.trace import Array, Arrays
 
 LARGEST_STATE = 1e6
 """A state that grows beyond it within `STEPS` is taken to be none: made-up inputs are of the order of 1."""
+
+_SAMPLED = 256
+"""Numbers of a state that are looked for in an output."""
 
 STEPS = 8
 """Calls that feed outputs back."""
@@ -52,10 +55,14 @@ class Trial:
         port = self.inputs[name]
         return self._initial[name] if name in self._initial else np.zeros(self.shape(port), port.dtype)
 
-    def made_up(self, seed: int, positive: bool = False) -> Arrays:
-        """Random values for all inputs: standard normal numbers, or their magnitudes, and the integers 0 and 1."""
+    def made_up(self, seed: int, positive: bool = False, known: Collection[str] = ()) -> Arrays:
+        """Random values for all inputs but those that are known: standard normal numbers, or their magnitudes, and the
+        integers 0 and 1.
+        """
         random, values = np.random.default_rng(seed), {}
         for name, port in self.inputs.items():
+            if name in known:
+                continue
             shape, dtype = self.shape(port), np.dtype(port.dtype)
             if dtype.kind == "f":
                 numbers = random.standard_normal(shape)
@@ -85,7 +92,8 @@ class Trial:
             pairs: outputs by the inputs that they are fed back to.
 
         Returns:
-            By input, the largest change relative to the largest number of an output. Infinity where a state grows
+            By input, the largest change relative to the largest number of an output: of those that are no states, or
+            if these do not change, of all. Infinity where a state grows
             beyond `LARGEST_STATE`; NaN where it changes its shape or dtype or is not finite.
 
         Raises:
@@ -95,7 +103,7 @@ class Trial:
             states = {name: self.first(name) for name in pairs}
             spoiled: dict[str, float] = {}
             for step in range(STEPS):
-                given = self.call({**self.made_up(step, positive), **states})
+                given = self.call({**self.made_up(step, positive, states), **states})
                 for past, present in pairs.items():
                     fault = _fault(states[past], given[present])
                     if fault is None:
@@ -104,12 +112,16 @@ class Trial:
                         spoiled[past] = fault
             if not spoiled:
                 break
-        feed = {**self.made_up(STEPS, positive), **states}
-        whole = self.call(feed)
-        found = {}
+        feed = {**self.made_up(STEPS, positive, states), **states}
+        whole, found = self.call(feed), {}
+        answers = [key for key in whole if key not in pairs.values()]
         for name in pairs:
+            if name in spoiled:
+                found[name] = spoiled[name]
+                continue
             without = self.call({**feed, name: self.first(name)})
-            found[name] = spoiled.get(name, max(_change(whole[key], without[key]) for key in whole))
+            seen = max((_change(whole[key], without[key]) for key in answers), default=0.0)
+            found[name] = seen or max(_change(whole[key], without[key]) for key in whole)
         return found
 
     def split_difference(self, main: str, pairs: Mapping[str, str], held: str = "") -> float:
@@ -152,12 +164,13 @@ class Trial:
         """
         feed = self.made_up(0)
         given = self.call(feed)
+        ordered = {name: np.sort(value, axis=None) for name, value in given.items() if value.dtype.kind == "f"}
         return {
             (past, present)
             for past, one in feed.items()
-            for present, other in given.items()
-            if one.dtype.kind == "f" and one.shape == other.shape and one.dtype == other.dtype and one.size > 1
-            if (np.isin(one, other) & (one != other)).mean() >= 0.5
+            for present, numbers in ordered.items()
+            if one.shape == given[present].shape and one.dtype == numbers.dtype and one.size > 1
+            if _share_moved(one, given[present], numbers) >= 0.5
         }
 
     def counted(self) -> set[tuple[str, str]]:
@@ -194,6 +207,19 @@ def _fault(state: Array, new: Array) -> float | None:
         return None
     largest = float(np.abs(new).max(initial=0))
     return np.nan if not np.isfinite(largest) else np.inf if largest > LARGEST_STATE else None
+
+
+def _share_moved(one: Array, other: Array, ordered: Array) -> float:
+    """The share of an array's numbers, of some of them where it is large, that another holds at other places.
+
+    Args:
+        one, other: of one shape.
+        ordered: the numbers of the other, in order.
+    """
+    places = np.linspace(0, one.size - 1, min(one.size, _SAMPLED), dtype=np.int64)
+    values = one.reshape(-1)[places]
+    found = ordered[np.minimum(np.searchsorted(ordered, values), ordered.size - 1)] == values
+    return float((found & (values != other.reshape(-1)[places])).mean())
 
 
 def _change(one: Array, other: Array) -> float:
