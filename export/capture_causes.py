@@ -32,6 +32,10 @@ class Cause:
 
 _GUARD = r"Could not guard on data-dependent"
 _SIZE = r"Could not extract specialized integer"
+_NUMBER = (
+    "A number taken out of a tensor becomes a size, an index or a count here; in a graph these are fixed.",
+    "Index with the tensor itself (table[index], torch.gather), or keep a fixed size and mask with torch.where.",
+)
 _ONE_PATH = "a graph holds one path for all values"
 
 CAUSES = (
@@ -47,6 +51,7 @@ CAUSES = (
         "Loop a fixed number of times, and keep values with torch.where(condition, new, old).",
         code=r"^while\b",
     ),
+    Cause(_GUARD, *_NUMBER, code=r"^(?!.*\b(if|and|or|not|assert)\b).*\b(int|float|round|item)\("),
     Cause(
         _GUARD,
         f"Python decides here by the value of a tensor, and {_ONE_PATH}.",
@@ -57,17 +62,7 @@ CAUSES = (
         f"Python takes a result out of tensors here, and {_ONE_PATH}.",
         "Compare with operations that give tensors, such as ==, torch.isclose and .all(), and select with torch.where.",
     ),
-    Cause(
-        _SIZE,
-        "An integer taken out of a tensor becomes a size, an index or a number of rounds here; in a graph these are "
-        "fixed.",
-        "Index with the tensor itself (table[index], torch.gather), or keep a fixed size and mask with torch.where.",
-    ),
-    Cause(
-        r"DynamicOutputShapeException|UnbackedSymbol",
-        "The shape of this result depends on the values of a tensor; in a graph shapes are fixed.",
-        "Keep the full shape and mask with torch.where(condition, value, 0).",
-    ),
+    Cause(_SIZE, *_NUMBER),
     Cause(
         r"\bSym(Float|Int|Bool)\b",
         "Python code takes a number out of a tensor here (.item(), .tolist(), float()), which has no value in a graph.",
@@ -98,6 +93,11 @@ CAUSES = (
         r"no fake impl registered|fake impl",
         "This calls a custom operator, which ONNX does not have.",
         "Compute it from operations of torch.",
+    ),
+    Cause(
+        r"UnsupportedOperatorException",
+        "torch.export does not know what shape the result of this operator has.",
+        "Compute it from other operations of torch.",
     ),
     Cause(
         r"RecursionError",

@@ -14,6 +14,10 @@ from pathlib import Path
 from torch import fx, nn
 
 
+_WIDTH = 120
+"""Characters of a line of code that are shown."""
+
+
 @dataclass(frozen=True)
 class SourceLine:
     """A line of Python code; as text, `file:number, in function:` and the code below."""
@@ -24,7 +28,8 @@ class SourceLine:
     code: str
 
     def __str__(self) -> str:
-        return f"{self.file}:{self.number}, in {self.function}:\n    {self.code}\n"
+        code = self.code if len(self.code) <= _WIDTH else f"{self.code[:_WIDTH]} ..."
+        return f"{self.file}:{self.number}, in {self.function}:\n    {code}\n"
 
 
 def line_of_error(error: BaseException) -> SourceLine | None:
@@ -80,6 +85,5 @@ def _is_users(file: str) -> bool:
         return False
     if "site-packages" not in file and file.startswith(sysconfig.get_path("stdlib")):
         return False
-    packages = [sys.modules[name] for name in ("nsm", "nsm.export", "torch", "numpy") if name in sys.modules]
-    folders = [Path(folder) for package in packages for folder in package.__path__]
-    return not any(Path(file).is_relative_to(folder) for folder in folders)
+    packages = (sys.modules[name].__file__ for name in ("nsm", "nsm.export", "torch", "numpy") if name in sys.modules)
+    return not any(Path(file).is_relative_to(Path(package).parent) for package in packages if package)

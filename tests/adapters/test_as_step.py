@@ -238,7 +238,6 @@ def test_a_state_that_is_written_in_place_is_refused() -> None:
     ("module", "options", "error", "message"),
     [
         (nn.LSTM(3, 3, bidirectional=True), {}, UnsupportedError, "bidirectional RNN needs the end of a stream"),
-        (nn.LSTM(3, 4, proj_size=2), {}, UnsupportedError, "proj_size does not export"),
         (nn.Linear(3, 3), {"token_shape": (3,)}, ConfigError, "Linear has no step.* told its states"),
         (nn.Linear(3, 3), {"states": [], "token_shape": (3,)}, ConfigError, "a list of Carried or tensors"),
         (nn.Linear(3, 3), {"states": ["h"], "token_shape": (3,)}, ConfigError, "tensor of one stream; given 'h'"),

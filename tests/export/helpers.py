@@ -50,12 +50,15 @@ def program(name: str, *arguments: str | Path, cwd: Path | None = None) -> subpr
 
 
 def refused(result: Result, code: int, *parts: str) -> str:
-    """The message of a command that ended with `code`: one line on stderr, no traceback, stdout nothing or JSON."""
+    """The message of a command that ended with `code`: the last on stderr, no traceback, stdout nothing or JSON."""
     assert result.exit_code == code, (result.exit_code, result.output, result.exception)
     assert "Traceback" not in result.output
     assert result.stdout == "" or json.loads(result.stdout)
-    message = result.stderr.strip().splitlines()[-1]
-    assert message.startswith("Error: "), result.stderr
+    lines = result.stderr.strip().splitlines()
+    starts = [index for index, line in enumerate(lines) if line.startswith("Error: ")]
+    assert starts, result.stderr
+    message = "\n".join(lines[starts[-1] :])
+    assert message.count("\n") in (0, 2), message  # one line, or with a line of the user's code between
     for part in parts:
         assert part in message
     return message

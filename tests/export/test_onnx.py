@@ -18,7 +18,7 @@ import torch
 
 from nsm.baselines.transformer import TransformerLM
 from nsm.bundle import STATE_INIT, Bundle
-from nsm.errors import BuildError
+from nsm.errors import BuildError, UnsupportedError
 from nsm.export import onnx as module
 from nsm.export.onnx import WEIGHTS, export_onnx, initial_arrays
 from nsm.export.passes import optimise
@@ -434,7 +434,7 @@ def test_exporting_changes_neither_the_model_nor_the_log_level(
 # -- what is refused -------------------------------------------------------------------------------------------------
 
 
-def test_a_step_that_depends_on_the_data_is_a_build_error(
+def test_a_step_that_depends_on_the_data_is_unsupported(
     model_factory: Callable[..., SimpleNSM], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = model_factory(num_layers=1)
@@ -445,7 +445,7 @@ def test_a_step_that_depends_on_the_data_is_a_build_error(
         return call(entry, {"tokens": tokens if bool(tokens.sum() > 3) else tokens + 1}, state)
 
     monkeypatch.setattr(model, "call", call_by_data)
-    with pytest.raises(BuildError, match=r"The ONNX exporter failed on step: .*torch\.export"):
+    with pytest.raises(UnsupportedError, match=r"traced by torch\.export: .*test_onnx\.py:\d+, in call_by_data:\n"):
         export_onnx(model, model.spec(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,11 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 import nsm
 from nsm.errors import BuildError, UnsupportedError
+from nsm.export.capture import DETAILS
 from nsm.export.onnx_failure import failure
 from nsm.runtimes.onnxruntime import open_graph
 from tests.export.graphs import HALF, Ports, leaky, write
@@ -42,23 +46,32 @@ class Stack(nn.Module):
         return self.blocks[0](h), h
 
 
-def test_an_operator_that_onnx_lacks_is_named_with_its_module(tmp_path: Path) -> None:
+LINE = inspect.getsourcelines(Spread)[1] + 4
+TOLD = f"blocks.0.1 (Spread), so that the graph step cannot be written: {__file__}:{LINE}, in forward:\n    values: Tensor"
+
+
+def test_an_operator_that_onnx_lacks_is_named_with_its_module_and_line(tmp_path: Path) -> None:
     step = nsm.as_step(Stack(Spread()), [nsm.Carried("h", torch.zeros(1, 3))], token_shape=(3,))
     with pytest.raises(UnsupportedError) as caught:
         nsm.export_model(step, "onnx", tmp_path / "m.nsm")
     assert str(caught.value) == (
-        "ONNX has nothing for the operator aten._linalg_svd (of aten.linalg_svdvals) in the module blocks.0.1 "
-        "(Spread), so that the graph step cannot be written. Compute it from other operations of torch."
+        f"ONNX has nothing for the operator aten._linalg_svd (of aten.linalg_svdvals) in the module {TOLD} = "
+        "torch.linalg.svdvals(x.reshape(-1, 1, 3))\nCompute it from other operations of torch."
     )
     assert caught.value.exit_code == 3
+    assert caught.value.__cause__ is not None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_module_of_a_program_is_named_too(tmp_path: Path) -> None:
+def test_the_module_and_line_of_a_program_are_named_too(tmp_path: Path) -> None:
     program = torch.export.export(Stack(Spread()), (torch.zeros(1, 3), torch.zeros(1, 3)))
     torch.export.save(program, tmp_path / "m.pt2")
-    result = invoke("export", tmp_path / "m.pt2", "--state", "h=1", "-t", "onnx", "-o", tmp_path / "m.nsm")
-    refused(result, 3, "aten._linalg_svd (of aten.linalg_svdvals) in the module blocks.0.1 (Spread), so")
+    command = ("export", tmp_path / "m.pt2", "--state", "h=1", "-t", "onnx", "-o", tmp_path / "m.nsm")
+    result = invoke(*command)
+    refused(result, 3, f"aten._linalg_svd (of aten.linalg_svdvals) in the module {TOLD}")
+    shown = invoke(*command, "--verbose")
+    assert "Traceback" in shown.stderr
+    assert "No ONNX function found" in shown.stderr
 
 
 class Whole(nn.Module):
@@ -67,40 +80,71 @@ class Whole(nn.Module):
         return values
 
 
+class Picked(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.masked_select(x, x > 0).sum()
+
+
 class Bare(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, part: nn.Module) -> None:
         super().__init__()
-        self.model = Whole()
+        self.model = part
 
     def forward(self, x: Tensor) -> Tensor:
         found: Tensor = self.model(x)
         return found
 
 
+def program_of(part: nn.Module) -> ExportedProgram:
+    return torch.export.export(Bare(part), (torch.zeros(2, 3),))
+
+
 @pytest.mark.parametrize(
-    ("operator", "told"),
+    ("part", "operator", "told", "fix"),
     [
         (
+            Whole(),
             "<OpOverload(op='aten._linalg_svd', overload='default')>",
-            r"aten\._linalg_svd \(of aten\.linalg_svdvals\) in",
+            "aten._linalg_svd (of aten.linalg_svdvals) in the module model (Whole), so",
+            "Compute it from other",
         ),
-        ("<OpOverload(op='aten.frexp', overload='Tensor')>", r"the operator aten\.frexp\.Tensor, so"),
-        ("cond", "the operator cond, so"),
+        (Whole(), "<OpOverload(op='aten.frexp', overload='Tensor')>", "the operator aten.frexp.Tensor, so", "Compute"),
+        (Whole(), "cond", "the operator cond, so", "Compute"),
+        (
+            Picked(),
+            "<OpOverload(op='aten.masked_select', overload='default')>",
+            "aten.masked_select in the module model (Picked), so",
+            "Keep the full shape and mask with torch.where",
+        ),
     ],
 )
-def test_what_torch_does_not_tell_is_left_out(operator: str, told: str) -> None:
+def test_what_torch_does_not_tell_is_left_out(part: nn.Module, operator: str, told: str, fix: str) -> None:
     """The exporter may take other operators than those that are found in the model."""
     inner = RuntimeError(f"No ONNX function found for {operator}. Failure message: none")
     outer = RuntimeError("It failed.")
     outer.__cause__ = inner
-    found = failure(outer, Bare(), (torch.zeros(2, 3),), "step")
+    found = failure(outer, program_of(part), "step")
     assert isinstance(found, UnsupportedError)
-    with pytest.raises(UnsupportedError, match=told):
+    with pytest.raises(UnsupportedError, match=re.escape(told)):
         raise found
+    assert fix in str(found)
+
+
+def test_a_failure_at_an_operator_is_told_with_its_line() -> None:
+    inner = ValueError("rank 0\nis none")
+    outer = RuntimeError("Error when translating node %svd : call_function[target=torch.ops.aten.linalg_svdvals.default]")
+    outer.__cause__ = inner
+    number = inspect.getsourcelines(Whole)[1] + 2
+    found = failure(outer, program_of(Whole()), "step")
+    assert isinstance(found, BuildError)
+    assert str(found) == (
+        "The ONNX exporter failed on the operator aten.linalg_svdvals in the module model (Whole) of step: "
+        f"{__file__}:{number}, in forward:\n    values: Tensor = torch.linalg.svdvals(x)\nIt says: rank 0. {DETAILS}"
+    )
 
 
 def test_any_other_failure_is_told_in_the_exporters_words() -> None:
-    found = failure(RuntimeError("\x1b[96mIt failed.\x1b[0m"), Bare(), (torch.zeros(2, 3),), "decode")
+    found = failure(RuntimeError("\x1b[96mIt failed.\x1b[0m"), program_of(Whole()), "decode")
     assert isinstance(found, BuildError)
     assert str(found) == "The ONNX exporter failed on decode: It failed."
 
