@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from nsm.errors import BuildError, NsmError
+from nsm.export.signals import ending_cleanly
 from nsm.files import settled
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), onnxruntime-cuda (cuda), mobile, web or triton."
@@ -27,11 +28,12 @@ _DEVICE_HELP = (
 
 
 class _NsmCommand(click.Command):
-    """A command whose errors become one message on stderr and the error's exit code."""
+    """A command whose errors become one message on stderr and the error's exit code; SIGTERM ends it cleanly."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with ending_cleanly():
+                return super().invoke(ctx)
         except (NsmError, OSError) as error:
             if ctx.params.get("verbose"):
                 traceback.print_exc()

@@ -4,27 +4,31 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
+import zipfile
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import numpy as np
 
 from nsm.bundle import Bundle
-from nsm.errors import InputError, MissingDependencyError, OutputExistsError
+from nsm.errors import InputError, MissingDependencyError
 from nsm.export import doctor as doctor_module
 from nsm.export.adding import add_target
 from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, low_precision_lines, parity_row, size
 from nsm.export.guard import Limits
 from nsm.export.sequences import read_sequences, sequence_axes
-from nsm.files import replacing
+from nsm.files import check_output_file, replacing
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
 from nsm.runtimes.threads import chosen_threads
 from nsm.spec import VALID
 from nsm.trace import Array
+
+_OUTPUTS = "an .npz of outputs that nsm run wrote"
 
 
 def roofline(path: Path, target: str | None, threads: int | None, as_json: bool) -> None:
@@ -158,10 +162,10 @@ def doctor(as_json: bool) -> None:
 def run(path: Path, target: str | None, data: Path | None, output: Path | None, force: bool, as_json: bool) -> None:
     """Feed sequences; see `nsm run --help`."""
     terminal = Terminal(quiet=as_json)
-    if output is not None and output.exists() and not force:
-        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
+    if output is not None:
+        if not output.parent.is_dir():
+            raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
+        check_output_file(output, _OUTPUTS, _is_outputs, force)
     bundle = Bundle(path)
     with open_bundle(bundle, target) as session:
         sequences = _recorded(bundle) if data is None else read_sequences(data, axes=sequence_axes(session.spec))
@@ -177,6 +181,7 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
                     )
                 progress(index + 1, len(sequences))
     if output is not None:
+        check_output_file(output, _OUTPUTS, _is_outputs, force)
         with replacing(output) as file:
             np.savez(file, allow_pickle=False, **dict(results))
     if as_json:
@@ -185,6 +190,15 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
     rows = [[str(s["sequence"]), f"{s['tokens']:,}", str(s["last"])] for s in summaries]
     terminal.table(("sequence", "tokens", "argmax of the last output"), rows)
     terminal.say(f"\nWrote {output}." if output else "\nGive --output FILE.npz to keep the outputs.")
+
+
+def _is_outputs(file: IO[bytes]) -> bool:
+    """Whether an .npz has arrays of the names that `run` gives them, `0/outputs` for instance, and no others."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return all(re.fullmatch(r"\d+/.+\.npy", name) for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def _feed(session: Session, sequence: Array) -> dict[str, Array]:

@@ -12,7 +12,7 @@ import click
 from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
-from nsm.export.parity_page import write_page
+from nsm.export.parity_page import check_page, write_page
 from nsm.manifest import Artifact
 from nsm.runtimes.answers import MAX_FLIPS
 from nsm.runtimes.bisect import bisect, check_bisectable
@@ -48,8 +48,10 @@ def parity(
     if bisected:
         for name in names:
             check_bisectable(name)
-    if html is not None and not html.parent.is_dir():
-        raise InputError(f"The folder {html.parent} of --html does not exist. Make it first.")
+    if html is not None:
+        if not html.parent.is_dir():
+            raise InputError(f"The folder {html.parent} of --html does not exist. Make it first.")
+        check_page(html)
     bundle = Bundle(path)
     bundle.verify()
     trace = bundle.trace()

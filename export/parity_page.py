@@ -11,8 +11,12 @@ import numpy as np
 
 from nsm.export.console import number, stayed_float
 from nsm.export.svg import Line, heat_map, histogram, log_chart
-from nsm.files import replacing
+from nsm.files import check_output_file, replacing
 from nsm.runtimes.report import BRANCHES_PER_1000, Bisection, ParityReport
+
+_MARK = "<meta name='generator' content='nsm parity'>"
+"""By which a page is known again, in its first `_HEAD` bytes."""
+_HEAD = 1024
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --grid: #e3e7ec; --back: #f6f7f9; --card: #ffffff;
@@ -66,7 +70,7 @@ def write_page(
     """Write the page, whole or not at all.
 
     Args:
-        path: of the HTML file; one that is there is replaced.
+        path: of the HTML file; an earlier page is replaced.
         bundle: what was checked.
         reports: one a target.
         not_run: why, by target.
@@ -75,9 +79,16 @@ def write_page(
 
     Raises:
         InputError: the folder is not there, or may not be written to.
+        OutputExistsError: the file is there, and is no such page.
     """
+    check_page(path)
     with replacing(path) as file:
         file.write(page(bundle, reports, not_run, bisections, low_precision).encode())
+
+
+def check_page(path: Path) -> None:
+    """Raise `OutputExistsError` where a page would replace a file that is none."""
+    check_output_file(path, "a parity page", lambda file: _MARK.encode() in file.read(_HEAD))
 
 
 def page(
@@ -98,7 +109,7 @@ def page(
         for target, reason in not_run.items()
     ]
     return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{_MARK}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>Parity of {escape(bundle)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>Parity of {escape(bundle)}</h1>"

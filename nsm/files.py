@@ -108,6 +108,20 @@ def check_output_file(
         raise OutputExistsError(f"{path} exists. Give --force to replace it, or another name with --output.")
 
 
+def json_with(*keys: str) -> Callable[[IO[bytes]], bool]:
+    """For `check_output_file`: whether an open file is a JSON object with these keys, or a list of such objects."""
+
+    def is_one(file: IO[bytes]) -> bool:
+        try:
+            held = json.load(file)
+        except (ValueError, RecursionError):
+            return False
+        items = held if isinstance(held, list) else [held]
+        return bool(items) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in items)
+
+    return is_one
+
+
 def _opened(path: Path) -> IO[bytes] | None:
     """`path` open for writing where it cannot be replaced: it is no regular file, or the one that stdout goes to."""
     if not path.exists():

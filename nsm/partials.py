@@ -12,8 +12,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -32,15 +32,15 @@ def partial(place: Path, folder: bool = False) -> Iterator[Path]:
         for path in found:
             _remove(path)
     while True:
-        path = _make(place, folder)
-        with locked(path, wait=True):
-            if not path.exists():  # another process took it for abandoned before it was locked
-                continue
-            try:
-                yield path
-            finally:
-                _remove(path)
-            return
+        path = place.with_name(f".{place.name}.{secrets.token_hex(6)}.partial")
+        try:  # named first: a signal may come at any moment
+            _make(path, folder)
+            with locked(path, wait=True):
+                if path.exists():  # else another process took it for abandoned before it was locked
+                    yield path
+                    return
+        finally:
+            _remove(path)
 
 
 def replaced_name(place: Path, stage: Path) -> Path:
@@ -85,13 +85,12 @@ def _lock(handle: int, wait: bool) -> bool:
     return True
 
 
-def _make(place: Path, folder: bool) -> Path:
-    prefix, suffix = f".{place.name}.", ".partial"
+def _make(path: Path, folder: bool) -> None:
+    """Make it for this user alone, and new."""
     if folder:
-        return Path(tempfile.mkdtemp(suffix, prefix, place.parent))
-    handle, path = tempfile.mkstemp(suffix, prefix, place.parent)
-    os.close(handle)
-    return Path(path)
+        os.mkdir(path, 0o700)
+    else:
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
 def _remove(path: Path) -> None:

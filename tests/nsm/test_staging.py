@@ -342,7 +342,7 @@ def test_a_directory_that_may_not_be_written_is_refused(tmp_path: Path, monkeypa
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("os.mkdir", refuse)
     with pytest.raises(InputError, match=r"model\.nsm cannot be written: .*Permission denied") as caught:
         staged(tmp_path / "model.nsm").__enter__()
     assert caught.value.exit_code == 2
