@@ -72,10 +72,10 @@ def write_page(
     Args:
         path: of the HTML file; an earlier page is replaced.
         bundle: what was checked.
-        reports: one a target.
-        not_run: why, by target.
-        bisections: by target, what `--bisect` found.
-        low_precision: by target, the `quantization` of its artifact in the manifest.
+        reports: one an artifact.
+        not_run: why, by the label of the artifact.
+        bisections: by label, what `--bisect` found.
+        low_precision: by label, the `quantization` of its artifact in the manifest.
 
     Raises:
         InputError: the folder is not there, or may not be written to.
@@ -99,14 +99,14 @@ def page(
     low_precision: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page as text; the arguments are those of `write_page`."""
-    verdicts = [_verdict(report.target, "passed" if report.passed else "failed") for report in reports]
-    verdicts += [_verdict(target, "not_run") for target in not_run]
+    verdicts = [_verdict(report.label, "passed" if report.passed else "failed") for report in reports]
+    verdicts += [_verdict(label, "not_run") for label in not_run]
     sections = [
-        _section(report, bisections.get(report.target), low_precision.get(report.target, {})) for report in reports
+        _section(report, bisections.get(report.label), low_precision.get(report.label, {})) for report in reports
     ]
     sections += [
-        f"<section><h2>{escape(target)}</h2><p class='not_run'>Not run. {escape(reason)}</p></section>"
-        for target, reason in not_run.items()
+        f"<section><h2>{escape(label)}</h2><p class='not_run'>Not run. {escape(reason)}</p></section>"
+        for label, reason in not_run.items()
     ]
     return (
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{_MARK}"

@@ -93,6 +93,10 @@ class Bundle:
             f"Build it with: nsm build {self.path} --target {target}{option}"
         )
 
+    def holds(self, target: str, precision: str) -> bool:
+        """Whether there is an artifact of this target in this precision."""
+        return any((item.target, item.precision) == (target, precision) for item in self.manifest.artifacts)
+
     def preferred(self, found: Sequence[Artifact]) -> Artifact:
         """Of a target's artifacts the one in fp32, or the only one.
 
@@ -102,8 +106,8 @@ class Bundle:
         exact = [item for item in found if item.precision == "fp32"] or found
         if len(exact) > 1:
             raise InputError(
-                f"{self.path} holds {found[0].target} in {', '.join(item.precision for item in found)}. Name one with "
-                f"precision, on the command line with --precision."
+                f"{self.path} holds {found[0].target} in {', '.join(item.precision for item in found)}. Name one: "
+                f"precision={found[0].precision!r}, or --precision {found[0].precision} on the command line."
             )
         return exact[0]
 
