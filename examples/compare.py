@@ -31,6 +31,7 @@ from rich.table import Table
 
 import nsm
 from nsm.bundle import Bundle
+from nsm.files import check_output_file, json_with, replacing
 from nsm.runtimes.session import Session
 
 if TYPE_CHECKING:
@@ -298,7 +299,16 @@ def plot(rows: list[Row], target: str, path: Path) -> None:
 def write_facts(output: Path, target: str, rows: list[Row], memory: Mapping[str, Mapping[str, float]]) -> None:
     """Everything that was measured, as OUTPUT.json."""
     facts = {"target": target, "rows": [asdict(row) for row in rows], "memory": memory}
-    output.with_suffix(".json").write_text(json.dumps(facts, indent=1) + "\n")
+    with replacing(output.with_suffix(".json")) as file:
+        file.write((json.dumps(facts, indent=1) + "\n").encode())
+
+
+def check_output(output: Path) -> None:
+    """Raise `OutputExistsError` where OUTPUT.json or OUTPUT.png would replace what this script did not write."""
+    facts, picture = output.with_suffix(".json"), output.with_suffix(".png")
+    check_output_file(facts, "a table of this script", json_with("target", "rows", "memory"))
+    if not facts.exists():
+        check_output_file(picture)
 
 
 @click.command()
@@ -316,6 +326,8 @@ def main(
     if streamed is not None:
         click.echo(json.dumps(stream(streamed, target, tokens)))
         return
+    if output is not None:
+        check_output(output)
     chosen = tuple(int(part) for part in contexts.split(","))
     with tempfile.TemporaryDirectory() as folder:
         bundles = {}

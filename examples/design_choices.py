@@ -29,6 +29,7 @@ from rich.progress import track
 from rich.table import Table
 
 from nsm.bundle import Bundle
+from nsm.files import check_output_file, json_with, replacing
 from nsm.models import AdaptiveNSM, SimpleNSM, StepModel
 
 STEPS, LAST = 200, 50
@@ -126,6 +127,8 @@ def _roll(bundle: Path, kind: ov.Type) -> tuple[NDArray[np.float32], NDArray[np.
 @click.option("--output", type=click.Path(path_type=Path), help="Write the rows to this .json.")
 def main(rounds: int, calls: int, output: Path | None) -> None:
     """Build every variant, measure them in turn, and print the table."""
+    if output is not None:
+        check_output_file(output, "a table of this script", json_with("choice", "parameters"))
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         bundles: dict[str, Path] = {}
@@ -162,7 +165,8 @@ def main(rounds: int, calls: int, output: Path | None) -> None:
         )
     Console(width=110).print(table)
     if output is not None:
-        output.write_text(json.dumps(rows, indent=1) + "\n")
+        with replacing(output) as file:
+            file.write((json.dumps(rows, indent=1) + "\n").encode())
 
 
 if __name__ == "__main__":

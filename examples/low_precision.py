@@ -10,7 +10,6 @@ Each precision is exported as a user would, with calibration, guard and all. Wha
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -29,6 +28,7 @@ import nsm
 from nsm.bundle import Bundle
 from nsm.errors import NsmError
 from nsm.export.pipeline import ExportOptions, export
+from nsm.files import check_output_file, json_with, write_json
 from nsm.runtimes.session import Session
 from nsm.staging import FAILED_SUFFIX
 
@@ -215,6 +215,8 @@ def main(
     output: Path | None,
 ) -> None:
     """Export MODEL in every precision, measure TASK on it, and print a table."""
+    if output is not None:
+        check_output_file(output, "a table of this script", json_with("task", "steps", "rows"))
     measure = TASKS[task][0](data)
     cases = [case for case in CASES if only in (None, case[0]) and (not asked or case[1] in ("fp32", *asked))]
     with tempfile.TemporaryDirectory() as folder:
@@ -224,9 +226,7 @@ def main(
         ]
     show(task, steps, rows)
     if output is not None:
-        output.write_text(
-            json.dumps({"task": task, "steps": steps, "rows": [asdict(row) for row in rows]}, indent=1) + "\n"
-        )
+        write_json(output, {"task": task, "steps": steps, "rows": [asdict(row) for row in rows]})
 
 
 if __name__ == "__main__":

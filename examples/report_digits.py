@@ -43,7 +43,7 @@ def main(checkpoint: Path, bundle: Path, steps: int) -> None:
     for artifact in opened.manifest.artifacts:
         size, parity = f"{artifact.nbytes / 1e6:.2f} MB", artifact.parity
         try:
-            session = nsm.open(bundle, artifact.target)
+            session = nsm.open(bundle, artifact.target, precision=artifact.precision)
         except DeviceUnavailableError:
             rows.append([artifact.target, size, "built, not run: no GPU here"])
             continue

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 from nsm.bundle import GRAPHS, Bundle
+from nsm.errors import OutputExistsError
 from nsm.export.build import check_request, merge_parity, require_all
 from nsm.export.guard import Limits, build_checked
 from nsm.manifest import Artifact
@@ -24,18 +25,26 @@ def add_target(
     progress: Progress | None = None,
     precision: str = "fp32",
     limits: Limits | None = None,
+    force: bool = False,
 ) -> Artifact:
-    """Build a target from a bundle's ONNX into the bundle, on the machine that will run it. An artifact for the
-    same target is replaced; until the new one is complete and checked, the bundle stays as it is.
+    """Build a target in a precision from a bundle's ONNX into the bundle, on the machine that will run it.
+
+    What the bundle holds of other targets, and of this one in other precisions, stays. With `force` an artifact of the
+    same target and precision is replaced; until the new one is complete and checked, the bundle stays as it is.
 
     Raises:
         InputError: the bundle holds no calibration, and the precision needs one.
+        OutputExistsError: the bundle holds such an artifact, and `force` is not set.
         BuildError, ParityError, SlowerError, and the errors of `check_request` and `Bundle`.
     """
     target = find_target(name)
     check_request([target], precision, device)
     bundle = Bundle(path)
     bundle.verify()
+    if bundle.holds(target.name, precision) and not force:
+        raise OutputExistsError(
+            f"{path} holds an artifact for {target.name} in {precision} already. Give --force to replace it."
+        )
     policy = find_policy(target.name, precision)
     calibration = read_calibration(bundle) if policy is not None and policy.form == "static" else None
     with staged_copy(path) as stage:
@@ -43,10 +52,11 @@ def add_target(
         artifact, report = build_checked(
             bundle, target, device, precision, calibration, limits or Limits(), bundle.trace(), progress
         )
-        kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
-        _remove_unused(stage, bundle.manifest.artifacts, (*kept, artifact))
+        before = {item.label: item for item in bundle.manifest.artifacts}
+        after = {**before, artifact.label: artifact}  # one that is replaced keeps its place
+        _remove_unused(stage, before.values(), after.values())
         merge_parity(bundle, [] if report is None else [report])
-        write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
+        write_manifest(stage, replace(bundle.manifest, artifacts=tuple(after.values())))
         require_all([artifact], [] if report is None else [report], False)
     return artifact
 

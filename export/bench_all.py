@@ -28,7 +28,7 @@ from nsm.export.bench_command import (
     open_entrant,
     speed,
 )
-from nsm.export.build import PRECISIONS
+from nsm.export.build import PRECISIONS, check_precision
 from nsm.export.console import Terminal, number, size
 from nsm.manifest import Artifact
 from nsm.runtimes.bench import bench, not_faster
@@ -132,9 +132,18 @@ class Combination:
         ]
 
 
-def bench_all(model: Path, targets: Sequence[str], steps: int, threads: int | None, as_json: bool) -> None:
+def bench_all(
+    model: Path,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    steps: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Build and measure; see `nsm bench --help`."""
     check_options(steps, threads)
+    for precision in precisions:
+        check_precision(precision)
     if model.is_dir():
         raise InputError(
             f"--all takes a checkpoint, a .pt written by nsm.save; {model} is a folder. For a bundle: nsm bench {model}"
@@ -151,7 +160,7 @@ def bench_all(model: Path, targets: Sequence[str], steps: int, threads: int | No
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsm-bench-")))
         found = []
         for target in dict.fromkeys(names):
-            for precision in PRECISIONS:
+            for precision in [item for item in PRECISIONS if item in (precisions or PRECISIONS)]:
                 with terminal.stage(f"Building {target} {precision}") as progress:
                     found.append(_built(model, target, precision, folder, progress))
         found = _measured(found, steps, threads, terminal, stack)

@@ -93,6 +93,7 @@ class Measured:
 def bench_bundle(
     path: Path,
     targets: Sequence[str],
+    precisions: Sequence[str],
     steps: int,
     threads: int | None,
     against: str | None,
@@ -112,7 +113,7 @@ def bench_bundle(
     bundle.verify()
     tokens = lane_tokens(bundle)
     with ExitStack() as stack:
-        entrants = _open_targets(bundle, targets, threads, terminal, stack)
+        entrants = _open_targets(bundle, targets, precisions, threads, terminal, stack)
         rivals: list[Entrant] = []
         beside: list[int | None] = [None, *[0] * (len(entrants) - 1)]
         if against in PYTORCH and model is not None:
@@ -162,7 +163,7 @@ def open_entrant(bundle: Bundle, artifact: Artifact, name: str, threads: int | N
         RunError: the process that measures the memory failed.
     """
     session = stack.enter_context(open_artifact(bundle, artifact, threads=threads))
-    peak = fresh_peak_mb(bundle.path, artifact.target, threads)
+    peak = fresh_peak_mb(bundle.path, artifact.target, artifact.precision, threads)
     effective = session.effective_precision
     size = artifact.nbytes / 1e6
     return Entrant(name, artifact.target, artifact.precision, effective, session, size, peak, session.threads)
@@ -249,20 +250,23 @@ def _check_against(against: str | None, model: Path | None) -> None:
 
 
 def _open_targets(
-    bundle: Bundle, targets: Sequence[str], threads: int | None, terminal: Terminal, stack: ExitStack
+    bundle: Bundle,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    threads: int | None,
+    terminal: Terminal,
+    stack: ExitStack,
 ) -> list[Entrant]:
-    """The targets that were asked for; if none were, those that run here."""
-    names = [find_target(name).name for name in targets] or [item.target for item in bundle.manifest.artifacts]
+    """The artifacts of these targets and precisions; if no target was named, those that run here."""
     entrants: list[Entrant] = []
-    for name in dict.fromkeys(names):
-        artifact = bundle.artifact(name)
+    for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):
         try:
-            with terminal.stage(f"Opening {name}"):
-                entrants.append(open_entrant(bundle, artifact, name, threads, stack))
+            with terminal.stage(f"Opening {artifact.label}"):
+                entrants.append(open_entrant(bundle, artifact, artifact.label, threads, stack))
         except (DeviceUnavailableError, MissingDependencyError) as error:
             if targets:
                 raise
-            terminal.remark(f"{name}: not measured. {error}")
+            terminal.remark(f"{artifact.label}: not measured. {error}")
     if not entrants:
         raise DeviceUnavailableError("None of the bundle's targets runs on this machine.")
     return entrants
@@ -271,9 +275,7 @@ def _open_targets(
 def _open_rivals(
     path: Path, bundle: Bundle, entrants: Sequence[Entrant], threads: int | None, terminal: Terminal, stack: ExitStack
 ) -> tuple[list[Entrant], list[int]]:
-    """Another bundle's artifacts, and for each entrant which of them: the same target's, or else the first that
-    passed parity.
-    """
+    """Another bundle's artifacts, and for each entrant which of them; see `_rival_of`."""
     other = Bundle(path)
     other.verify()
     mine, theirs = (item.manifest.spec.entry("step").inputs[0] for item in (bundle, other))
@@ -282,14 +284,23 @@ def _open_rivals(
             f"{path} takes other inputs than {bundle.path}: {_inputs(theirs)}, not {_inputs(mine)}. Export both with "
             "the same --batch and --chunk, of models over the same tokens."
         )
-    held = [item.target for item in other.manifest.artifacts]
-    wanted = [other.artifact(item.target if item.target in held else None).target for item in entrants]
+    wanted = [_rival_of(item, other) for item in entrants]
     rivals = {}
-    for target in dict.fromkeys(wanted):
-        name = f"{path.resolve().name}: {target}"
-        with terminal.stage(f"Opening {name}"):
-            rivals[target] = open_entrant(other, other.artifact(target), name, threads, stack)
-    return list(rivals.values()), [list(rivals).index(target) for target in wanted]
+    for artifact in wanted:
+        name = f"{path.resolve().name}: {artifact.label}"
+        if artifact.label not in rivals:
+            with terminal.stage(f"Opening {name}"):
+                rivals[artifact.label] = open_entrant(other, artifact, name, threads, stack)
+    return list(rivals.values()), [list(rivals).index(artifact.label) for artifact in wanted]
+
+
+def _rival_of(entrant: Entrant, other: Bundle) -> Artifact:
+    """The artifact of another bundle that is of the same target and precision, or of the same target, or the first that
+    passed parity.
+    """
+    same = [item for item in other.manifest.artifacts if item.target == entrant.target]
+    exact = [item for item in same if item.precision == entrant.precision]
+    return exact[0] if exact else other.preferred(same) if same else other.artifact()
 
 
 def _open_pytorch(

@@ -98,8 +98,7 @@ def check_request(targets: list[Target], precision: str, device: str | None) -> 
     """
     if not targets:
         raise InputError("No target was given. Name one with --target, for instance: --target openvino")
-    if precision not in PRECISIONS:
-        raise InputError(f"There is no precision {precision!r}. Precisions: {', '.join(PRECISIONS)}.")
+    check_precision(precision)
     for target in targets:
         find_policy(target.name, precision)
     if device is not None and not any(_knows(target, device) for target in targets):
@@ -107,6 +106,12 @@ def check_request(targets: list[Target], precision: str, device: str | None) -> 
         raise InputError(f"None of the targets has a device {device!r}. Devices of {known}.")
     for target in targets:
         target.require()
+
+
+def check_precision(name: str) -> None:
+    """Raise `InputError` for a precision that there is not."""
+    if name not in PRECISIONS:
+        raise InputError(f"There is no precision {name!r}. Precisions: {', '.join(PRECISIONS)}.")
 
 
 def _knows(target: Target, device: str) -> bool:
@@ -131,14 +136,14 @@ def build_target(
         device: for which device, where the target knows it; None leaves it to the builder.
         precision: of the artifact.
         low: where the graphs in that precision lie (default: the bundle's own are built).
-        folder: where the files go (default: the target's own folder in the bundle).
+        folder: where the files go (default: the target's own folder of that precision in the bundle).
 
     Raises:
         UnsupportedError: the target lacks an operator of the graphs.
         BuildError: the converter or builder failed; its log is kept and named. Or its process crashed; names the
             signal.
     """
-    folder = folder or directory / target.folder
+    folder = folder or directory / target.place(precision)
     if folder not in (directory / GRAPHS, low):
         # A builder writes new files: those of a bundle that is being replaced may be links to files in use.
         shutil.rmtree(folder, ignore_errors=True)
@@ -247,29 +252,30 @@ def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_
 
 
 def write_parity(directory: Path, reports: list[ParityReport]) -> None:
-    """Write `parity.json`: the full reports, by target."""
+    """Write `parity.json`: the full reports."""
     _write_results(directory, [report.to_json() for report in reports])
 
 
 def merge_parity(bundle: Bundle, reports: list[ParityReport]) -> None:
-    """Write `parity.json` anew; what it says of other targets stays.
+    """Write `parity.json` anew; what it says of other targets and precisions stays.
 
     Raises:
         BundleDamagedError: it holds something else than reports.
     """
-    new = {report.target: report.to_json() for report in reports}
+    new = {(report.target, report.precision): report.to_json() for report in reports}
     held = bundle.json(PARITY)
     old = [] if held is None else held.get("results") if isinstance(held, dict) else None
     if not isinstance(old, list) or not all(map(_is_report, old)):
         raise BundleDamagedError(
-            f"{bundle.path / PARITY} is no object with the list results, of reports with target and status. Was it "
-            "edited by hand? Export the bundle again."
+            f"{bundle.path / PARITY} is no object with the list results, of reports with target, precision and status. "
+            "Was it edited by hand? Export the bundle again."
         )
-    _write_results(bundle.path, [item for item in old if item["target"] not in new] + list(new.values()))
+    kept = [item for item in old if (item["target"], item["precision"]) not in new]
+    _write_results(bundle.path, [*kept, *new.values()])
 
 
 def _is_report(item: object) -> bool:
-    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("target", "status"))
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("target", "precision", "status"))
 
 
 def _write_results(directory: Path, results: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ import click
 from click.core import ParameterSource
 
 from nsm.errors import BuildError, NsmError
+from nsm.export.signals import ending_cleanly
 from nsm.files import settled
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), onnxruntime-cuda (cuda), mobile, web or triton."
@@ -27,11 +28,12 @@ _DEVICE_HELP = (
 
 
 class _NsmCommand(click.Command):
-    """A command whose errors become one message on stderr and the error's exit code."""
+    """A command whose errors become one message on stderr and the error's exit code; SIGTERM ends it cleanly."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with ending_cleanly():
+                return super().invoke(ctx)
         except (NsmError, OSError) as error:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
@@ -70,6 +72,19 @@ def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
     )
     slower = click.option("--allow-slower", is_flag=True, help="Keep low precision that is not faster than fp32 here.")
     return share(slower(command))
+
+
+def _precision(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The option that says in which precision an artifact is; `default` is the help for leaving it out."""
+    text = f"Of the artifact: fp32, fp16, bf16, int8 or int8-weights.  [default: {default}]"
+    return click.option("-p", "--precision", metavar="P", help=text)
+
+
+_ONE = "fp32 where the target is there in it, or else its only one"
+
+_PRECISIONS = click.option(
+    "-p", "--precision", "precisions", multiple=True, metavar="P", help="Only in this precision. Repeatable."
+)
 
 
 def with_mobile(targets: tuple[str, ...]) -> tuple[str, ...]:
@@ -212,12 +227,19 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
 @main.command(short_help="Verify a bundle again by replaying its golden trace.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all in the bundle]")
+@_precision("all in the bundle")
 @click.option("--steps", type=int, metavar="N", help="Compare only the first N steps.  [default: all recorded]")
 @click.option("--bisect", "bisected", is_flag=True, help="Name the operation or the state that is at fault.")
 @click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with the pictures to FILE.")
 @_shared
 def parity(
-    bundle: Path, target: str | None, steps: int | None, bisected: bool, html: Path | None, as_json: bool
+    bundle: Path,
+    target: str | None,
+    precision: str | None,
+    steps: int | None,
+    bisected: bool,
+    html: Path | None,
+    as_json: bool,
 ) -> None:
     """Replay the golden trace of BUNDLE on its targets and compare. Needs no torch.
 
@@ -234,7 +256,7 @@ def parity(
     """
     from nsm.export import parity_command
 
-    parity_command.parity(bundle, target, steps, as_json, bisected, html)
+    parity_command.parity(bundle, target, precision, steps, as_json, bisected, html)
 
 
 @main.command(short_help="Measure a bundle, or all that can be made of a model.")
@@ -248,6 +270,7 @@ def parity(
     metavar="T",
     help=_TARGET_HELP + " Repeatable.  [default: all that run here]",
 )
+@_PRECISIONS
 @click.option(
     "--against", metavar="OTHER", help="Compare with another bundle, or with PyTorch: BUNDLE2, eager or compile."
 )
@@ -267,6 +290,7 @@ def parity(
 def bench(
     bundle: Path,
     targets: tuple[str, ...],
+    precisions: tuple[str, ...],
     against: str | None,
     model: Path | None,
     everything: bool,
@@ -298,7 +322,7 @@ def bench(
             raise InputError("--overhead measures a bundle by itself. Leave out --all, --against and --model.")
         from nsm.export.overhead_command import measure_overhead
 
-        measure_overhead(bundle, targets, steps, threads, as_json)
+        measure_overhead(bundle, targets, precisions, steps, threads, as_json)
         return
     steps = 500 if steps is None else steps
     if everything:
@@ -309,16 +333,17 @@ def bench(
             )
         from nsm.export import bench_all
 
-        bench_all.bench_all(bundle, targets, steps, threads, as_json)
+        bench_all.bench_all(bundle, targets, precisions, steps, threads, as_json)
         return
     from nsm.export import bench_command
 
-    bench_command.bench_bundle(bundle, targets, steps, threads, against, model, as_json)
+    bench_command.bench_bundle(bundle, targets, precisions, steps, threads, against, model, as_json)
 
 
 @main.command(short_help="Compare a step with what its arithmetic allows.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
+@_precision(_ONE)
 @click.option(
     "--threads",
     type=int,
@@ -326,14 +351,14 @@ def bench(
     help="Threads of the backend.  [default: one for a small model, else its own choice]",
 )
 @_shared
-def roofline(bundle: Path, target: str | None, threads: int | None, as_json: bool) -> None:
+def roofline(bundle: Path, target: str | None, precision: str | None, threads: int | None, as_json: bool) -> None:
     """Measure what BUNDLE's target reaches on large products here, and how much of it the entries reach.
 
     The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth).
     """
     from nsm.export import commands
 
-    commands.roofline(bundle, target, threads, as_json)
+    commands.roofline(bundle, target, precision, threads, as_json)
 
 
 @main.command(short_help="Build a target from a bundle's ONNX, without torch.")
@@ -342,6 +367,7 @@ def roofline(bundle: Path, target: str | None, threads: int | None, as_json: boo
 @click.option("--device", metavar="D", help=_DEVICE_HELP)
 @click.option("-p", "--precision", default="fp32", show_default=True, metavar="P", help="As of nsm-export.")
 @_low_precision
+@click.option("--force", is_flag=True, help="Replace the artifact of that target and precision if there is one.")
 @_shared
 def build(
     bundle: Path,
@@ -350,16 +376,23 @@ def build(
     precision: str,
     max_float_share: float,
     allow_slower: bool,
+    force: bool,
     as_json: bool,
 ) -> None:
     """Build a target from the ONNX in BUNDLE, on the machine that will run it. Needs no torch.
 
-    The artifact is checked on the golden trace and added to the bundle; one for the same target is replaced.
+    The artifact is checked on the golden trace and added to the bundle. A bundle holds one for each target and
+    precision; with --force that one is replaced.
+
+    \b
+    nsm build model.nsm -t openvino -p int8       beside the one in fp32
+    nsm run model.nsm -t openvino -p int8         and used
     """
     from nsm.export import commands
     from nsm.export.guard import Limits
 
-    commands.build(settled(bundle), target, device, precision, Limits(max_float_share, allow_slower), as_json)
+    limits = Limits(max_float_share, allow_slower)
+    commands.build(settled(bundle), target, device, precision, limits, force, as_json)
     if not as_json:
         _say_if_replaced()
 
@@ -369,6 +402,7 @@ def build(
 @click.argument("folder", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file of results, .jsonl.")
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
+@_precision(_ONE)
 @click.option(
     "--workers", type=int, default=1, show_default=True, metavar="N", help="Processes, by Ray Data (extra ray)."
 )
@@ -380,6 +414,7 @@ def score(
     folder: Path,
     output: Path,
     target: str | None,
+    precision: str | None,
     workers: int,
     threads: int,
     force: bool,
@@ -397,25 +432,31 @@ def score(
     """
     from nsm.export import score_command
 
-    score_command.score_folder(bundle, folder, output, target, workers, threads, force, as_json)
+    score_command.score_folder(bundle, folder, output, target, precision, workers, threads, force, as_json)
 
 
 @main.command(short_help="Show what is in a bundle, or which states an ONNX file has.")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
+@click.option(
+    "-t", "--target", "targets", multiple=True, metavar="T", help="Only artifacts of this target. Repeatable."
+)
+@_PRECISIONS
 @_shared
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, targets: tuple[str, ...], precisions: tuple[str, ...], as_json: bool) -> None:
     """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files.
 
     Of FILE.onnx: inputs, outputs, those that may be a state and why, and the command that exports it.
     """
     if path.suffix.lower() == ".onnx":
+        if targets or precisions:
+            raise click.UsageError("--target and --precision choose artifacts of a bundle; an .onnx file has none.")
         from nsm.export.onnx_inspect import inspect_onnx
 
         inspect_onnx(path, as_json)
         return
     from nsm.export import commands
 
-    commands.inspect(path, as_json)
+    commands.inspect(path, targets, precisions, as_json)
 
 
 @main.command(short_help="Show what is installed and what is missing.")
@@ -430,6 +471,7 @@ def doctor(as_json: bool) -> None:
 @main.command(short_help="Feed sequences to a bundle.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
+@_precision(_ONE)
 @click.option(
     "--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the recorded ones]"
 )
@@ -447,6 +489,7 @@ def doctor(as_json: bool) -> None:
 def run(
     bundle: Path,
     target: str | None,
+    precision: str | None,
     data: Path | None,
     output: Path | None,
     force: bool,
@@ -476,13 +519,14 @@ def run(
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise InputError(f"{options} belong to generating text. Give a --prompt to begin with, or leave them out.")
-        commands.run(bundle, target, data, output, force, as_json)
+        commands.run(bundle, target, precision, data, output, force, as_json)
         return
     if data is not None or output is not None:
         raise InputError(
             "--prompt generates text; --data and --output belong to feeding sequences. Give one or the other."
         )
-    generation.generate(bundle, target, prompt, tokens, Sampler(temperature, top_k, top_p, seed), as_json)
+    sampler = Sampler(temperature, top_k, top_p, seed)
+    generation.generate(bundle, target, precision, prompt, tokens, sampler, as_json)
 
 
 def export_main() -> None:

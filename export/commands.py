@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import importlib.util
 import json
-from dataclasses import asdict
+import re
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import click
 import numpy as np
 
 from nsm.bundle import Bundle
-from nsm.errors import InputError, MissingDependencyError, OutputExistsError
+from nsm.errors import InputError, MissingDependencyError
 from nsm.export import doctor as doctor_module
 from nsm.export.adding import add_target
 from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, low_precision_lines, parity_row, size
 from nsm.export.guard import Limits
 from nsm.export.sequences import read_sequences, sequence_axes
-from nsm.files import replacing
+from nsm.files import check_output_file, replacing
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import find_target
@@ -26,8 +29,10 @@ from nsm.runtimes.threads import chosen_threads
 from nsm.spec import VALID
 from nsm.trace import Array
 
+_OUTPUTS = "an .npz of outputs that nsm run wrote"
 
-def roofline(path: Path, target: str | None, threads: int | None, as_json: bool) -> None:
+
+def roofline(path: Path, target: str | None, precision: str | None, threads: int | None, as_json: bool) -> None:
     """Compare with what the arithmetic allows; see `nsm roofline --help`."""
     if importlib.util.find_spec("onnx") is None:
         raise MissingDependencyError(
@@ -39,7 +44,7 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     terminal = Terminal(quiet=as_json)
     bundle = Bundle(path)
     bundle.verify()
-    artifact = chosen_artifact(bundle, target)
+    artifact = chosen_artifact(bundle, target, precision)
     threads = chosen_threads(threads, bundle.manifest.work)
     with (
         roofline_module.products(find_target(artifact.target), threads) as machine,
@@ -64,10 +69,14 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     here = next(iter(reached.values())).machine
     facts = {"gflop_per_second": here.flops_per_second / 1e9, "gb_per_second": here.bytes_per_second / 1e9}
     if as_json:
-        click.echo(json.dumps({"target": artifact.target, "machine": facts, "results": results}))
+        click.echo(
+            json.dumps(
+                {"target": artifact.target, "precision": artifact.precision, "machine": facts, "results": results}
+            )
+        )
         return
     terminal.say(
-        f"\n{artifact.target} here: {facts['gflop_per_second']:.0f} GFLOP/s on a large product, "
+        f"\n{artifact.label} here: {facts['gflop_per_second']:.0f} GFLOP/s on a large product, "
         f"{facts['gb_per_second']:.0f} GB/s reading a large matrix.\n"
     )
     rows = [
@@ -85,13 +94,16 @@ def roofline(path: Path, target: str | None, threads: int | None, as_json: bool)
     terminal.table(("entry", "GFLOP", "MB", "roofline us", "measured us", "reached", "quartiles"), rows)
 
 
-def build(path: Path, target: str, device: str | None, precision: str, limits: Limits, as_json: bool) -> None:
+def build(
+    path: Path, target: str, device: str | None, precision: str, limits: Limits, force: bool, as_json: bool
+) -> None:
     """Build a target into a bundle; see `nsm build --help`."""
     terminal = Terminal(quiet=as_json)
+    replaced = Bundle(path).holds(find_target(target).name, precision)
     with terminal.stage(f"Building {find_target(target).name}") as progress:
-        artifact = add_target(path, target, device, progress, precision, limits)
+        artifact = add_target(path, target, device, progress, precision, limits, force)
     if as_json:
-        click.echo(json.dumps({"bundle": str(path), "artifacts": [asdict(artifact)]}))
+        click.echo(json.dumps({"bundle": str(path), "artifacts": [asdict(artifact)], "replaced": replaced}))
         return
     terminal.table(PARITY_COLUMNS, [parity_row(asdict(artifact), artifact.nbytes)])
     if artifact.parity["status"] == "not_run":
@@ -100,14 +112,19 @@ def build(path: Path, target: str, device: str | None, precision: str, limits: L
         terminal.say(line)
     for note in artifact.notes:
         terminal.say(f"{note[0].upper()}{note[1:]}.")
-    terminal.say(f"\nAdded to {path}. Next:\n  nsm parity {path} --target {artifact.target}")
+    done = "Replaced in" if replaced else "Added to"
+    option = "" if precision == "fp32" else f" --precision {precision}"
+    terminal.say(f"\n{done} {path}. Next:\n  nsm parity {path} --target {artifact.target}{option}")
 
 
-def inspect(path: Path, as_json: bool) -> None:
+def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_json: bool) -> None:
     """Describe a bundle; see `nsm inspect --help`."""
     bundle = Bundle(path)
     bundle.verify()
     manifest = bundle.manifest
+    if targets or precisions:
+        shown = bundle.artifacts([find_target(name).name for name in targets], precisions)
+        manifest = replace(manifest, artifacts=tuple(shown))
     if as_json:
         click.echo(json.dumps({"bundle": str(path), "verified": True, **manifest.to_json()}))
         return
@@ -140,7 +157,7 @@ def inspect(path: Path, as_json: bool) -> None:
     terminal.table(PARITY_COLUMNS, rows, "\nArtifacts")
     for artifact in manifest.artifacts:
         for note in artifact.notes:
-            terminal.say(f"{artifact.target}: {note}")
+            terminal.say(f"{artifact.label}: {note}")
         for line in low_precision_lines(artifact):
             terminal.say(line)
 
@@ -155,15 +172,23 @@ def doctor(as_json: bool) -> None:
     Terminal().table(("piece", "found", "for", "to get it"), rows)
 
 
-def run(path: Path, target: str | None, data: Path | None, output: Path | None, force: bool, as_json: bool) -> None:
+def run(
+    path: Path,
+    target: str | None,
+    precision: str | None,
+    data: Path | None,
+    output: Path | None,
+    force: bool,
+    as_json: bool,
+) -> None:
     """Feed sequences; see `nsm run --help`."""
     terminal = Terminal(quiet=as_json)
-    if output is not None and output.exists() and not force:
-        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
-    if output is not None and not output.parent.is_dir():
-        raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
+    if output is not None:
+        if not output.parent.is_dir():
+            raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
+        check_output_file(output, _OUTPUTS, _is_outputs, force)
     bundle = Bundle(path)
-    with open_bundle(bundle, target) as session:
+    with open_bundle(bundle, target, precision=precision) as session:
         sequences = _recorded(bundle) if data is None else read_sequences(data, axes=sequence_axes(session.spec))
         results: dict[str, Array] = {}
         summaries: list[dict[str, Any]] = []
@@ -177,6 +202,7 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
                     )
                 progress(index + 1, len(sequences))
     if output is not None:
+        check_output_file(output, _OUTPUTS, _is_outputs, force)
         with replacing(output) as file:
             np.savez(file, allow_pickle=False, **dict(results))
     if as_json:
@@ -185,6 +211,15 @@ def run(path: Path, target: str | None, data: Path | None, output: Path | None, 
     rows = [[str(s["sequence"]), f"{s['tokens']:,}", str(s["last"])] for s in summaries]
     terminal.table(("sequence", "tokens", "argmax of the last output"), rows)
     terminal.say(f"\nWrote {output}." if output else "\nGive --output FILE.npz to keep the outputs.")
+
+
+def _is_outputs(file: IO[bytes]) -> bool:
+    """Whether an .npz has arrays of the names that `run` gives them, `0/outputs` for instance, and no others."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return all(re.fullmatch(r"\d+/.+\.npy", name) for name in archive.namelist())
+    except (zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
 
 
 def _feed(session: Session, sequence: Array) -> dict[str, Array]:

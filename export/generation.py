@@ -21,7 +21,9 @@ from nsm.trace import Array
 BYTES = 256
 
 
-def generate(path: Path, target: str | None, prompt: str, tokens: int, sampler: Sampler, as_json: bool) -> None:
+def generate(
+    path: Path, target: str | None, precision: str | None, prompt: str, tokens: int, sampler: Sampler, as_json: bool
+) -> None:
     """Write the text that follows a prompt, as it comes; see `nsm run --help`."""
     if tokens < 1:
         raise InputError(f"--tokens is at least 1; given {tokens}.")
@@ -31,7 +33,7 @@ def generate(path: Path, target: str | None, prompt: str, tokens: int, sampler: 
     read = prompt.encode(errors="surrogateescape")
     prompt = read.decode(errors="replace")
     terminal = Terminal(quiet=as_json)
-    with open_bundle(path, target) as session:
+    with open_bundle(path, target, precision=precision) as session:
         given = np.frombuffer(read, np.uint8).astype(np.int64)
         _check_bytes(session)
         logits = _prefill(session, given)

@@ -186,8 +186,7 @@ class Maker:
     def build(self, put_back: Mapping[str, str], folder: str | None = None) -> Artifact:
         """The artifact with these products, by key with the reason, in float."""
         directory, spec = self.bundle.path, self.bundle.manifest.spec
-        # A target that runs the graphs themselves keeps them in a folder of its own.
-        place = directory / (folder or (self.target.name if self.target.folder == GRAPHS else self.target.folder))
+        place = directory / (folder or self.target.place(self.precision))
         if self.lowered is None:
             artifact = build_target(directory, spec, self.target, self.device, self.precision, folder=place)
             return replace(artifact, quantization={"form": self.policy.form, "float": {}}, notes=self._notes(artifact))

@@ -21,7 +21,14 @@ from nsm.runtimes.targets import find_target
 COLUMNS = ("target", "precision", "session us", "bare us", "wrapper us", "95 %")
 
 
-def measure_overhead(path: Path, targets: Sequence[str], steps: int | None, threads: int | None, as_json: bool) -> None:
+def measure_overhead(
+    path: Path,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    steps: int | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
     """Measure; see `nsm bench --help`. Without `steps`, `ROUNDS` rounds."""
     steps = ROUNDS * CALLS if steps is None else steps
     if steps < bench.ROUNDS * CALLS:
@@ -35,20 +42,18 @@ def measure_overhead(path: Path, targets: Sequence[str], steps: int | None, thre
     bundle = Bundle(path)
     bundle.verify()
     tokens = lane_tokens(bundle)
-    names = [find_target(name).name for name in targets] or [item.target for item in bundle.manifest.artifacts]
     found = []
-    for name in dict.fromkeys(names):
-        artifact = bundle.artifact(name)
+    for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):
         try:
             with (
                 open_artifact(bundle, artifact, threads=threads) as session,
-                terminal.stage(f"Measuring {name} in turns") as progress,
+                terminal.stage(f"Measuring {artifact.label} in turns") as progress,
             ):
                 found.append((artifact, overhead(session, session.runtime, tokens, rounds, progress)))
         except (DeviceUnavailableError, MissingDependencyError, UnsupportedError) as error:
             if targets:
                 raise
-            terminal.remark(f"{name}: not measured. {error}")
+            terminal.remark(f"{artifact.label}: not measured. {error}")
     if not found:
         raise UnsupportedError("None of the bundle's targets can be measured on this machine.")
     if as_json:

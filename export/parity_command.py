@@ -13,7 +13,7 @@ from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.build import try_artifact
 from nsm.export.console import PARITY_COLUMNS, Terminal, number, parity_row
-from nsm.export.parity_page import write_page
+from nsm.export.parity_page import check_page, write_page
 from nsm.manifest import Artifact
 from nsm.runtimes.answers import MAX_FLIPS
 from nsm.runtimes.bisect import bisect, check_bisectable
@@ -28,13 +28,20 @@ _NAMED_FLIPS = 3
 
 
 def parity(
-    path: Path, target: str | None, steps: int | None, as_json: bool, bisected: bool = False, html: Path | None = None
+    path: Path,
+    target: str | None,
+    precision: str | None,
+    steps: int | None,
+    as_json: bool,
+    bisected: bool = False,
+    html: Path | None = None,
 ) -> None:
     """Replay the golden trace; see `nsm parity --help`.
 
     Args:
         path: of the bundle.
         target: name or alias; None takes all that are in the bundle.
+        precision: that of the artifacts; None takes all.
         steps: how many steps of the trace to compare; None takes all.
         as_json: print one JSON object, and nothing else on stdout.
         bisected: whether to look for what is at fault.
@@ -49,8 +56,10 @@ def parity(
     if bisected:
         for name in names:
             check_bisectable(name)
-    if html is not None and not html.parent.is_dir():
-        raise InputError(f"The folder {html.parent} of --html does not exist. Make it first.")
+    if html is not None:
+        if not html.parent.is_dir():
+            raise InputError(f"The folder {html.parent} of --html does not exist. Make it first.")
+        check_page(html)
     bundle = Bundle(path)
     bundle.verify()
     trace = bundle.trace()
@@ -62,9 +71,10 @@ def parity(
     results: list[dict[str, Any]] = []
     reports: list[ParityReport] = []
     bisections: dict[str, Bisection] = {}
-    artifacts = [bundle.artifact(name) for name in names] or list(bundle.manifest.artifacts)
+    not_run: dict[str, str] = {}
+    artifacts = bundle.artifacts(names, [] if precision is None else [precision])
     for artifact in artifacts:
-        name, budget = artifact.target, find_budget(artifact.precision)
+        name, budget = artifact.label, find_budget(artifact.precision)
         try_artifact(bundle, artifact)
         try:
             with open_artifact(bundle, artifact) as session:
@@ -73,24 +83,25 @@ def parity(
                 results.append(reports[-1].to_json())
                 if artifact.quantization:
                     results[-1]["quantization"] = dict(artifact.quantization)
-                if bisected and not find_target(name).bisectable:
+                if bisected and not find_target(artifact.target).bisectable:
                     terminal.remark(f"{name}: not bisected; it shows no intermediate results.")
                 elif bisected:
                     with terminal.stage(f"Bisecting {name}") as progress:
                         bisections[name] = bisect(bundle, artifact, session, trace, budget, progress)
                     results[-1]["bisect"] = bisections[name].to_json()
         except (DeviceUnavailableError, MissingDependencyError) as error:
-            if reports and reports[-1].target == name:
+            if reports and reports[-1].label == name:
                 raise  # what is missing is needed to bisect
-            results.append({"target": name, "precision": artifact.precision, "status": "not_run", "reason": str(error)})
-    not_run = {result["target"]: result["reason"] for result in results if result["status"] == "not_run"}
+            not_run[name] = str(error)
+            facts = {"target": artifact.target, "precision": artifact.precision}
+            results.append({**facts, "status": "not_run", "reason": str(error)})
     if html is not None:
-        low = {artifact.target: artifact.quantization for artifact in artifacts if artifact.quantization}
+        low = {artifact.label: artifact.quantization for artifact in artifacts if artifact.quantization}
         write_page(html, path.resolve().name, reports, not_run, bisections, low)
     if as_json:
         passed = bool(reports) and all(report.passed for report in reports)
         click.echo(json.dumps({"passed": passed, "results": results}))
-    _print(terminal, artifacts, results, reports, bisections)
+    _print(terminal, artifacts, results, reports, bisections, not_run)
     if html is not None:
         terminal.say(f"\nWrote {html}: open it in a browser.")
     for report in reports:
@@ -105,6 +116,7 @@ def _print(
     results: Sequence[dict[str, Any]],
     reports: Sequence[ParityReport],
     bisections: Mapping[str, Bisection],
+    not_run: Mapping[str, str],
 ) -> None:
     terminal.say()
     rows = [
@@ -114,17 +126,16 @@ def _print(
     terminal.table(PARITY_COLUMNS, rows)
     for report in reports:
         _explain(terminal, report)
-        if report.target in bisections:
-            terminal.say(f"  bisected: {bisections[report.target].explanation}")
-    for result in results:
-        if result["status"] == "not_run":
-            terminal.say(f"{result['target']}: not run. {result['reason']}")
+        if report.label in bisections:
+            terminal.say(f"  bisected: {bisections[report.label].explanation}")
+    for label, reason in not_run.items():
+        terminal.say(f"{label}: not run. {reason}")
 
 
 def _explain(terminal: Terminal, report: ParityReport) -> None:
     drift = report.drift
     terminal.say(
-        f"\n{report.target}: {report.coverage}; worst tensor one-step {report.one_step.tensor}, "
+        f"\n{report.label}: {report.coverage}; worst tensor one-step {report.one_step.tensor}, "
         f"free-run {report.free_run.tensor}; rounding of fp32 itself {number(report.reference_floor)}"
     )
     branches = f", decisions excused {report.branches}" if report.branches else ""

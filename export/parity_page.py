@@ -11,8 +11,12 @@ import numpy as np
 
 from nsm.export.console import number, stayed_float
 from nsm.export.svg import Line, heat_map, histogram, log_chart
-from nsm.files import replacing
+from nsm.files import check_output_file, replacing
 from nsm.runtimes.report import BRANCHES_PER_1000, Bisection, ParityReport
+
+_MARK = "<meta name='generator' content='nsm parity'>"
+"""By which a page is known again, in its first `_HEAD` bytes."""
+_HEAD = 1024
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c2430; --soft: #5b6675; --grid: #e3e7ec; --back: #f6f7f9; --card: #ffffff;
@@ -66,18 +70,25 @@ def write_page(
     """Write the page, whole or not at all.
 
     Args:
-        path: of the HTML file; one that is there is replaced.
+        path: of the HTML file; an earlier page is replaced.
         bundle: what was checked.
-        reports: one a target.
-        not_run: why, by target.
-        bisections: by target, what `--bisect` found.
-        low_precision: by target, the `quantization` of its artifact in the manifest.
+        reports: one an artifact.
+        not_run: why, by the label of the artifact.
+        bisections: by label, what `--bisect` found.
+        low_precision: by label, the `quantization` of its artifact in the manifest.
 
     Raises:
         InputError: the folder is not there, or may not be written to.
+        OutputExistsError: the file is there, and is no such page.
     """
+    check_page(path)
     with replacing(path) as file:
         file.write(page(bundle, reports, not_run, bisections, low_precision).encode())
+
+
+def check_page(path: Path) -> None:
+    """Raise `OutputExistsError` where a page would replace a file that is none."""
+    check_output_file(path, "a parity page", lambda file: _MARK.encode() in file.read(_HEAD))
 
 
 def page(
@@ -88,17 +99,17 @@ def page(
     low_precision: Mapping[str, Mapping[str, Any]],
 ) -> str:
     """The page as text; the arguments are those of `write_page`."""
-    verdicts = [_verdict(report.target, "passed" if report.passed else "failed") for report in reports]
-    verdicts += [_verdict(target, "not_run") for target in not_run]
+    verdicts = [_verdict(report.label, "passed" if report.passed else "failed") for report in reports]
+    verdicts += [_verdict(label, "not_run") for label in not_run]
     sections = [
-        _section(report, bisections.get(report.target), low_precision.get(report.target, {})) for report in reports
+        _section(report, bisections.get(report.label), low_precision.get(report.label, {})) for report in reports
     ]
     sections += [
-        f"<section><h2>{escape(target)}</h2><p class='not_run'>Not run. {escape(reason)}</p></section>"
-        for target, reason in not_run.items()
+        f"<section><h2>{escape(label)}</h2><p class='not_run'>Not run. {escape(reason)}</p></section>"
+        for label, reason in not_run.items()
     ]
     return (
-        "<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>"
+        f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'>{_MARK}"
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>Parity of {escape(bundle)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>Parity of {escape(bundle)}</h1>"

@@ -62,7 +62,7 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
         if artifact is not None:
             with (
                 _open(old, before, directory, artifact.target, chosen_threads(None, {"step": work[0].total})) as first,
-                open_bundle(bundle, artifact.target) as second,
+                open_bundle(bundle, artifact.target, precision=artifact.precision) as second,
             ):
                 times = _times(first, second)
     slots = [sum(layer.manager.max_states for layer in nsm_layers(model)) for model in streams]

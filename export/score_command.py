@@ -30,6 +30,7 @@ class Options:
 
     bundle: str
     target: str
+    precision: str
     threads: int
 
 
@@ -47,7 +48,9 @@ class Scorer:
     """Scores tasks with a session of its own; a worker of Ray Data has one."""
 
     def __init__(self, options: Options) -> None:
-        self._session = open_bundle(options.bundle, options.target, threads=options.threads)
+        self._session = open_bundle(
+            options.bundle, options.target, threads=options.threads, precision=options.precision
+        )
         self._read: tuple[Path, list[np.ndarray]] = (Path(), [])
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -67,6 +70,7 @@ def score_folder(
     folder: Path,
     output: Path,
     target: str | None,
+    precision: str | None,
     workers: int,
     threads: int,
     force: bool,
@@ -77,17 +81,17 @@ def score_folder(
     if workers < 1 or threads < 1:
         raise InputError(f"--workers and --threads are at least 1; given {workers} and {threads}.")
     bundle = Bundle(path)
-    artifact = chosen_artifact(bundle, target)
+    artifact = chosen_artifact(bundle, target, precision)
     files = _files(folder, output)
     head = {"fingerprint": bundle.manifest.fingerprint, "target": artifact.target, "precision": artifact.precision}
     log = ScoreLog(output, head, force)
-    options = Options(str(path.resolve()), artifact.target, threads)
+    options = Options(str(path.resolve()), artifact.target, artifact.precision, threads)
     try:
         with terminal.stage("Reading") as progress:
             tasks, bad = _tasks(folder, files, sequence_axes(bundle.manifest.spec), progress)
         left = [task for task in tasks if (task.file, task.index, task.sha256) not in log.done]
         skipped = len(tasks) - len(left)
-        with terminal.stage(f"Scoring on {artifact.target}") as progress:
+        with terminal.stage(f"Scoring on {artifact.label}") as progress:
             for number, line in enumerate(_scored(left, options, workers), 1):
                 log.add(line)
                 bad += [line] if "error" in line else []

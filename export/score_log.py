@@ -5,9 +5,15 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from nsm.errors import InputError, OutputExistsError
+from nsm.files import check_output_file, replacing
+
+FORMAT, VERSION = "nsm-scores", 1
+"""Stand in the first line, by which a file is known again."""
+
+_LONGEST_HEAD = 1 << 16
 
 
 class ScoreLog:
@@ -16,10 +22,12 @@ class ScoreLog:
     Args:
         path: of the file; made where it is not there.
         head: what must be the same to go on: fingerprint, target, precision.
-        force: start over, whatever is there.
+        force: start over, whatever scores are there.
 
     Raises:
-        OutputExistsError: the file is of another model or target, or no such file, and `force` is not set.
+        OutputExistsError: the file is no file of scores; or it has those of another model or target, or lines that
+            cannot be read, and `force` is not set.
+        InputError: it is a folder or a pipe, or cannot be written.
     """
 
     def __init__(self, path: Path, head: dict[str, Any], force: bool = False) -> None:
@@ -27,19 +35,23 @@ class ScoreLog:
             raise InputError(
                 f"{path} is a folder; give a file to write the scores to, such as {path / 'scores.jsonl'}."
             )
-        self._path = path
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path} is no regular file; scores go to one, to be read again by the next run.")
+        head = {"format": FORMAT, "version": VERSION, **head}
         self._failed: list[dict[str, Any]] = []  # what earlier runs could not score
         self.done: dict[tuple[str, int, str], dict[str, Any]] = {}
-        kept = b"" if force or not path.exists() else self._read(path, head)
         try:
-            # What a run that was killed left of its last line goes.
-            with path.open("r+b" if kept else "wb") as file:
-                file.truncate(len(kept))
+            check_output_file(path, "a file of scores of this version", _is_log)
+            fresh = force or not path.exists() or not path.stat().st_size
+            kept = 0 if fresh else self._read(path, head)
+            if fresh:
+                with replacing(path) as file:
+                    file.write(_line(head))
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+            if kept:
+                os.ftruncate(self._file, kept)  # what a run that was killed left of its last line goes
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}. Make the folder first, or take another.") from error
-        if not kept:
-            self._append(head)
 
     def add(self, line: dict[str, Any]) -> None:
         """Append what was found for one sequence; a crash leaves all of it or nothing that counts."""
@@ -51,18 +63,19 @@ class ScoreLog:
         os.close(self._file)
 
     def _append(self, line: dict[str, Any]) -> None:
-        os.write(self._file, (json.dumps(line) + "\n").encode())
+        os.write(self._file, _line(line))
         os.fsync(self._file)
 
-    def _read(self, path: Path, head: dict[str, Any]) -> bytes:
+    def _read(self, path: Path, head: dict[str, Any]) -> int:
+        """Take over what the file has, and give how many of its bytes are whole lines."""
         data = path.read_bytes()
         data = data[: data.rfind(b"\n") + 1]
         try:
-            first, *lines = [json.loads(line) for line in data.splitlines()] or [head]
+            first, *lines = [json.loads(line) for line in data.splitlines()]
             results = {(line["file"], line["index"], line["sha256"]): line for line in lines}
         except (ValueError, TypeError, KeyError) as error:
             raise OutputExistsError(
-                f"{path} exists and is no file of scores ({error}). Take another name, or give --force to replace it."
+                f"{path} has lines that are no scores ({error}). Take another name, or give --force to start over."
             ) from error
         if first != head:
             raise OutputExistsError(
@@ -70,4 +83,17 @@ class ScoreLog:
             )
         self.done = {key: line for key, line in results.items() if "error" not in line}  # those are tried again
         self._failed = [line for line in lines if "error" in line]
-        return data
+        return len(data)
+
+
+def _line(data: dict[str, Any]) -> bytes:
+    return (json.dumps(data) + "\n").encode()
+
+
+def _is_log(file: IO[bytes]) -> bool:
+    first = file.readline(_LONGEST_HEAD)
+    try:
+        head = json.loads(first) if first.endswith(b"\n") else None
+    except ValueError:
+        return False
+    return isinstance(head, dict) and (head.get("format"), head.get("version")) == (FORMAT, VERSION)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import itertools
+import os
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,10 @@ class _Log:
         path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
 
     def keep(self, request: Request, device: str) -> Path:
-        """Write the log where it outlives the unfinished bundle."""
-        path = request.directory.parent / f"tensorrt-{device}-build.log"
+        """Write the log where it outlives the unfinished bundle; others of its name stay, it gets a number then."""
+        for number in itertools.count(1):
+            path = request.directory.parent / f"tensorrt-{device}-build{f'-{number}' if number > 1 else ''}.log"
+            if not os.path.lexists(path):
+                break
         self.write(path)
         return path

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Collection, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nsm.errors import BundleDamagedError, InputError
-from nsm.files import json_bytes, sha256
+from nsm.files import followed, json_bytes, sha256
 from nsm.manifest import MANIFEST, Artifact, FileRecord, Manifest
+from nsm.partials import abandoned
 from nsm.trace import Arrays, Trace, load_arrays
 
 GRAPHS = "graphs"
@@ -35,6 +37,8 @@ class Bundle:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if not self.path.is_dir():
+            put_back(followed(self.path))
+        if not self.path.is_dir():
             raise InputError(f"There is no bundle {self.path}: expected is a directory written by nsm-export.")
         try:
             self.written = json_bytes(self.locate(MANIFEST))
@@ -51,21 +55,61 @@ class Bundle:
             raise BundleDamagedError(f"{self.path / MANIFEST} holds no JSON object. Export the bundle again.")
         self.manifest = Manifest.from_json(data)
 
-    def artifact(self, target: str | None = None) -> Artifact:
-        """The artifact of `target`, or the first one that can be run anywhere."""
-        artifacts = self.manifest.artifacts
-        if not artifacts and target is None:
-            raise InputError(f"{self.path} holds no artifact. Build one with: nsm build {self.path} --target openvino")
+    def artifact(self, target: str | None = None, precision: str | None = None) -> Artifact:
+        """One artifact: of this target, or of the first that passed; in this precision, or in fp32, or in its only one.
+
+        Raises:
+            InputError: there is none; or there are several, none of them in fp32, and no precision was given.
+        """
+        found = self.artifacts(() if target is None else (target,), () if precision is None else (precision,))
         if target is None:
-            return next((item for item in artifacts if item.parity["status"] == "passed"), artifacts[0])
-        for item in artifacts:
-            if item.target == target:
-                return item
-        held = ", ".join(item.target for item in artifacts) or "none"
-        raise InputError(
-            f"{self.path} holds no artifact for {target!r}; it holds: {held}. "
-            f"Build it with: nsm build {self.path} --target {target}"
+            first = next((item for item in found if item.parity["status"] == "passed"), found[0])
+            found = [item for item in found if item.target == first.target]
+        return self.preferred(found)
+
+    def artifacts(self, targets: Collection[str] = (), precisions: Collection[str] = ()) -> list[Artifact]:
+        """The artifacts of these targets in these precisions, in the manifest's order; () stands for all.
+
+        Raises:
+            InputError: there is none, or none of one of the targets.
+        """
+        held = self.manifest.artifacts
+        found = [item for item in held if item.target in (targets or {item.target})]
+        found = [item for item in found if item.precision in (precisions or {item.precision})]
+        lacking = [target for target in targets if all(item.target != target for item in found)]
+        if lacking or not found:
+            raise InputError(self._lacking(lacking, precisions))
+        return found
+
+    def _lacking(self, targets: Sequence[str], precisions: Collection[str]) -> str:
+        """What to say where there is no artifact of the first of these targets, in one of these precisions."""
+        held = self.manifest.artifacts
+        target = targets[0] if targets else held[0].target if held else "openvino"
+        wanted = f" for {target!r}" if targets else ""
+        wanted += f" in {' or '.join(precisions)}" if precisions else ""
+        option = f" --precision {next(iter(precisions))}" if precisions else ""
+        return (
+            f"{self.path} holds no artifact{wanted}; it holds: {', '.join(item.label for item in held) or 'none'}. "
+            f"Build it with: nsm build {self.path} --target {target}{option}"
         )
+
+    def holds(self, target: str, precision: str) -> bool:
+        """Whether there is an artifact of this target in this precision."""
+        return any((item.target, item.precision) == (target, precision) for item in self.manifest.artifacts)
+
+    def preferred(self, found: Sequence[Artifact]) -> Artifact:
+        """Of a target's artifacts the one in fp32, or the only one.
+
+        Raises:
+            InputError: there are several, none of them in fp32.
+        """
+        exact = [item for item in found if item.precision == "fp32"] or found
+        if len(exact) > 1:
+            raise InputError(
+                f"{self.path} holds {found[0].target} in {', '.join(item.precision for item in found)}. Name one: "
+                f"precision={found[0].precision!r}, or --precision {found[0].precision} on the command line."
+            )
+        return exact[0]
 
     def verify(self, records: tuple[FileRecord, ...] | None = None) -> None:
         """Check that files (default: all) are there with their recorded size and hash.
@@ -90,6 +134,15 @@ class Bundle:
     def recorded(self) -> tuple[str, ...]:
         """The paths of all files that the manifest lists, relative to the bundle, each once."""
         return tuple(dict.fromkeys(PurePosixPath(record.path).as_posix() for record in self._records()))
+
+    def others(self) -> list[PurePosixPath]:
+        """What lies in the directory and is not of the bundle: files and links that the manifest does not list.
+
+        Relative to the bundle; of a folder with nothing else in it, the folder. Empty folders do not count.
+        """
+        own = {PurePosixPath(MANIFEST), *map(PurePosixPath, self.recorded())}
+        shared = {folder for path in own for folder in path.parents}
+        return _others(self.path, PurePosixPath(), own, shared)
 
     def file(self, relative: str) -> Path:
         """Where a recorded file lies.
@@ -156,6 +209,42 @@ class Bundle:
             raise BundleDamagedError(f"{self.path}: the manifest does not list {name}. Export the bundle again.")
         self.verify(records)
         return self.locate(name)
+
+
+def put_back(path: Path) -> None:
+    """Give a bundle its name again where a process was killed that had just set it aside to replace it.
+
+    Raises:
+        InputError: it cannot be renamed.
+    """
+    with abandoned(path, "replaced") as found:
+        if not found or os.path.lexists(path):
+            return
+        try:
+            os.rename(found[0], path)
+        except OSError as error:
+            raise InputError(
+                f"There is no bundle {path}: a command that was killed left it as {found[0]}, and it cannot be renamed "
+                f"({error}). Rename it to {path.name}."
+            ) from error
+
+
+def _others(
+    root: Path, folder: PurePosixPath, own: Collection[PurePosixPath], shared: Collection[PurePosixPath]
+) -> list[PurePosixPath]:
+    """See `Bundle.others`; `shared` are the folders that hold some of `own`."""
+    found: list[PurePosixPath] = []
+    for name in sorted(os.listdir(root / folder)):
+        path = folder / name
+        if path in own:
+            continue
+        place = root / path
+        if place.is_symlink() or not place.is_dir():
+            found.append(path)
+            continue
+        inside = _others(root, path, own, shared)
+        found += inside if path in shared or not inside else [path]
+    return found
 
 
 def _is_file(path: Path) -> bool:

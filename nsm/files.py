@@ -6,13 +6,13 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from nsm.errors import BundleDamagedError, InputError
+from nsm.errors import BundleDamagedError, InputError, OutputExistsError
+from nsm.partials import partial
 from nsm.reading import read_regular
 
 
@@ -61,26 +61,62 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
     """
     if path.is_dir():
         raise InputError(f"{path} is a folder; expected is the name of a file. Give one in it, or another.")
-    try:
-        place = followed(path)
-        straight = _opened(path)
-        if straight is None:
-            mode = path.stat().st_mode & 0o777 if path.exists() else new_mode()
-            handle, temporary = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.")
-    except OSError as error:
-        raise InputError(f"{path} cannot be written: {error}. Make the folder first, or take another.") from error
-    if straight is not None:
-        with straight:
-            yield straight
-        return
-    try:
-        with os.fdopen(handle, "wb") as file:
+    with contextlib.ExitStack() as stack:
+        try:
+            place = followed(path)
+            straight = _opened(path)
+            if straight is None:
+                mode = path.stat().st_mode & 0o777 if path.exists() else new_mode()
+                temporary = stack.enter_context(partial(place))
+        except OSError as error:
+            raise InputError(f"{path} cannot be written: {error}. Make the folder first, or take another.") from error
+        if straight is not None:
+            yield stack.enter_context(straight)
+            return
+        with os.fdopen(os.open(temporary, os.O_WRONLY), "wb") as file:
             yield file
-        Path(temporary).chmod(mode)
+        temporary.chmod(mode)
         os.replace(temporary, place)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+
+
+def check_output_file(
+    path: Path, what: str = "", is_one: Callable[[IO[bytes]], bool] | None = None, force: bool = True
+) -> None:
+    """Raise `OutputExistsError` where writing `path` would lose a file that nsm did not write.
+
+    An empty file, a pipe, and what stdout goes to have nothing to lose.
+
+    Args:
+        path: of the file that is to be written.
+        what: it becomes, with its article, for the message.
+        is_one: whether an open file is such a one, and may be replaced; None replaces none.
+        force: whether one may be replaced at all.
+    """
+    if not path.is_file() or not path.stat().st_size or _stream(path) is not None:
+        return
+    if is_one is None:
+        raise OutputExistsError(f"{path} exists. Move it away, or take another name.")
+    with path.open("rb") as file:
+        if not is_one(file):
+            raise OutputExistsError(
+                f"{path} exists and is not {what}, so it is not replaced. Move it away, or take another name."
+            )
+    if not force:
+        raise OutputExistsError(f"{path} exists. Give --force to replace it, or another name with --output.")
+
+
+def json_with(*keys: str) -> Callable[[IO[bytes]], bool]:
+    """For `check_output_file`: whether an open file is a JSON object with these keys, or a list of such objects."""
+
+    def is_one(file: IO[bytes]) -> bool:
+        try:
+            held = json.load(file)
+        except (ValueError, RecursionError):
+            return False
+        items = held if isinstance(held, list) else [held]
+        return bool(items) and all(isinstance(item, dict) and item.keys() >= set(keys) for item in items)
+
+    return is_one
 
 
 def _opened(path: Path) -> IO[bytes] | None:
@@ -89,10 +125,16 @@ def _opened(path: Path) -> IO[bytes] | None:
         return None
     if not path.is_file():
         return path.open("wb")
+    stream = _stream(path)
+    return None if stream is None else os.fdopen(os.dup(stream), "wb")
+
+
+def _stream(path: Path) -> int | None:
+    """Which of stdout and stderr goes to this file, by number."""
     for stream in (1, 2):
         with contextlib.suppress(OSError):  # it is closed
             if os.path.samestat(path.stat(), os.fstat(stream)):
-                return os.fdopen(os.dup(stream), "wb")
+                return stream
     return None
 
 

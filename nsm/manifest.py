@@ -53,6 +53,16 @@ class Artifact:
     def nbytes(self) -> int:
         return sum(record.size for record in self.files)
 
+    @property
+    def label(self) -> str:
+        """What it is called among the artifacts of a bundle: `openvino`, `openvino int8`."""
+        return artifact_label(self.target, self.precision)
+
+
+def artifact_label(target: str, precision: str) -> str:
+    """A target's name, with the precision where that is not fp32."""
+    return target if precision == "fp32" else f"{target} {precision}"
+
 
 def _check_parity(target: str, parity: Mapping[str, Any]) -> None:
     """The errors may be missing; what is there is what readers take it for."""
@@ -102,7 +112,7 @@ _MODEL = {"class": str, "config": Mapping, "parameters": int}
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself.
+    """What a bundle says of itself. Of a target there is one artifact in each precision.
 
     `model` holds at least its `class`, its `config`, and how many `parameters`; `work` what an entry does, by its name,
     where that can be counted.
@@ -124,6 +134,12 @@ class Manifest:
         if wrong:
             raise ConfigError(
                 f"The model's {wrong[0]} is {self.model.get(wrong[0])!r}; expected is {_MODEL[wrong[0]].__name__}."
+            )
+        labels = [item.label for item in self.artifacts]
+        twice = sorted({label for label in labels if labels.count(label) > 1})
+        if twice:
+            raise ConfigError(
+                f"There are two artifacts of {', '.join(twice)}; expected is one of a target and precision."
             )
 
     def to_json(self) -> dict[str, Any]:

@@ -201,6 +201,7 @@ class StepSpec:
             raise ConfigError(f"A step model has an entry step that takes tokens; given are the entries {given}.")
         for entry in self.entries:
             self._check_entry(entry)
+        self._check_chunks()
 
     def _check_states(self) -> None:
         _check_unique("states", self.state_names)
@@ -265,6 +266,20 @@ class StepSpec:
                 raise ConfigError(
                     f"{name} of {entry.name} is {list(shape)} of {dtype}; a call takes and gives at most {LARGEST:,} "
                     "bytes of each. Ask for fewer tokens a call, or fewer lanes."
+                )
+
+    def _check_chunks(self) -> None:
+        """Raise `ConfigError` where chunks could be filled token by token and not ended."""
+        if self.has("commit") and self.entry("commit").inputs:
+            raise ConfigError("The entry commit takes inputs; expected are states alone.")
+        if OFFSET not in self.state_names or not self.has("decode"):
+            return
+        for name in ("decode", "commit"):
+            if not self.has(name) or OFFSET not in self.entry(name).writes:
+                given = "one that does not" if self.has(name) else "none"
+                raise ConfigError(
+                    f"The model has the state {OFFSET} and the entry decode; expected is an entry {name} that writes "
+                    f"{OFFSET}, given is {given}."
                 )
 
     def has(self, name: str) -> bool:

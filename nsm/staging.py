@@ -1,6 +1,8 @@
-"""Writing a bundle: beside its final place, renamed at the end, so that a crash never leaves half of one.
+"""Writing a bundle: beside its final place, and renamed at the end, so that a crash never leaves half of one.
 
-Where a bundle is to be changed, a copy is, and takes its place.
+Where a bundle is to be changed, a copy is, and takes its place. Two bundles exchange their names in one step where the
+system can (`nsm.exchange`). Elsewhere a process may be killed between two renames; the next command puts the older one
+back (`nsm.bundle.put_back`). What else it left beside the bundle goes with the next export (`nsm.partials`).
 """
 
 from __future__ import annotations
@@ -9,32 +11,62 @@ import contextlib
 import os
 import shutil
 import stat
-import tempfile
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from typing import NamedTuple
+from pathlib import Path, PurePath
 
-from nsm.bundle import CALIBRATION, GOLDEN, GRAPHS, PARITY, STATE_INIT, Bundle
-from nsm.errors import BundleDamagedError, InputError, OutputExistsError, ParityError
+from nsm.bundle import CALIBRATION, GOLDEN, GRAPHS, PARITY, STATE_INIT, Bundle, put_back
+from nsm.errors import BundleDamagedError, BundleError, InputError, OutputExistsError, ParityError
+from nsm.exchange import exchange
 from nsm.files import followed, json_bytes, new_mode, settled, write_json
 from nsm.manifest import MANIFEST, Manifest, file_record
+from nsm.partials import abandoned, locked, partial, replaced_name
 
 FAILED_SUFFIX = ".failed"
 
+_NAMED = 3
+
 
 def check_output(output: Path, force: bool = False) -> None:
-    """Raise `OutputExistsError` where `staged` would not replace what is there."""
+    """Raise `OutputExistsError` where `staged` would not replace what is there: anything but a bundle's own files."""
     output = followed(settled(output))
-    if output.exists() and not force:
-        raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise OutputExistsError(
-            f"{output} exists and is not a bundle, so --force does not replace it. Move it away, or take another name."
-        )
+    if output.exists():
+        _check_only_a_bundle(output, "is not replaced")
+        if not force:
+            raise OutputExistsError(f"{output} exists. Give --force to replace it, or another name with --output.")
+    _check_failed(output)
+
+
+def _check_failed(output: Path) -> None:
+    """Raise `OutputExistsError` where a failed export of `output` would replace anything but an earlier one."""
     failed = output.with_name(output.name + FAILED_SUFFIX)
-    if failed.exists() and not (failed / MANIFEST).is_file():
-        raise OutputExistsError(f"{failed} exists and is not a bundle; a failed export would go there. Move it away.")
+    if failed.exists():
+        _check_only_a_bundle(failed, "is not replaced, and a failed export would go there")
+
+
+def _check_only_a_bundle(path: Path, consequence: str) -> None:
+    """Raise `OutputExistsError` where a path is not a bundle that this nsm can read, or holds other files as well."""
+    if not (path / MANIFEST).is_file():
+        raise OutputExistsError(
+            f"{path} exists and is not a bundle, so it {consequence}. Move it away, or take another name."
+        )
+    try:
+        others = _named(Bundle(path).others())
+    except BundleError as error:
+        raise OutputExistsError(
+            f"{path} exists and cannot be read as a bundle, so it {consequence}. Move it away, or take another name. "
+            f"The reason: {error}"
+        ) from error
+    if others:
+        raise OutputExistsError(
+            f"{path} holds files that are not of the bundle, so it {consequence}: {others}. Move them away, or take "
+            "another name."
+        )
+
+
+def _named(paths: Sequence[PurePath]) -> str:
+    more = f" and {len(paths) - _NAMED:,} more" if len(paths) > _NAMED else ""
+    return ", ".join(str(path) for path in paths[:_NAMED]) + more
 
 
 @contextlib.contextmanager
@@ -46,11 +78,17 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
     is replaced, and all this happens there.
 
     Raises:
-        OutputExistsError: `output` exists and `force` is not set (before any work is done).
+        OutputExistsError: `output` exists, and `force` is not set, or it is more or other than a bundle of this
+            version; before any work is done.
         InputError: the directory cannot be made.
     """
-    with _staged(followed(settled(output)), force, None) as stage:
+    output = followed(settled(output))
+    _recover(output)
+    check_output(output, force)
+    with _stage(output) as stage:
         yield stage
+        check_output(output, force)  # something may have come to be there during the work
+        _put(stage, output)
 
 
 @contextlib.contextmanager
@@ -58,50 +96,41 @@ def staged_copy(path: Path) -> Iterator[Path]:
     """A copy of a bundle to change, that takes the bundle's place when the block ends well; see `staged`.
 
     The copy has the recorded files alone, and no links. They are linked, not copied, where the file system can: replace
-    a file in the stage, never write into one. What lies beside their folders, notes perhaps, stays in the bundle.
+    a file in the stage, never write into one. What else lies in the bundle, notes perhaps, stays in it.
 
     Raises:
-        BundleError: it is damaged.
-        OutputExistsError: another command changed the bundle meanwhile; it is left as that made it.
+        InputError, BundleError: there is no bundle, or it is damaged.
+        OutputExistsError: another command changed the bundle meanwhile, and it is left as that made it; or what else
+            lies in it has the name of a new file.
     """
     output = followed(settled(path))
-    check_output(output, force=True)
+    _recover(output)
     bundle = Bundle(output)
-    replaced = _Replaced(bundle.written, bundle.recorded())
-    with _staged(output, True, replaced) as stage:
-        for name in replaced.recorded:
+    _check_failed(output)
+    with _stage(output) as stage:
+        for name in bundle.recorded():
             (stage / name).parent.mkdir(parents=True, exist_ok=True)
             _link(bundle.file(name).resolve(), stage / name)
-        (stage / MANIFEST).write_bytes(replaced.manifest)
+        (stage / MANIFEST).write_bytes(bundle.written)
         yield stage
-
-
-class _Replaced(NamedTuple):
-    """What a copy was made of: the manifest, byte by byte, and the files that it lists."""
-
-    manifest: bytes
-    recorded: tuple[str, ...]
+        _put(stage, output, bundle.written)
 
 
 @contextlib.contextmanager
-def _staged(output: Path, force: bool, replaced: _Replaced | None) -> Iterator[Path]:
-    """See `staged`, and `_put` for `replaced`."""
-    check_output(output, force)
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        stage = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}.", suffix=".partial"))
-    except OSError as error:
-        raise InputError(f"The output {output} cannot be written: {error}.") from error
-    try:
-        yield stage
-        check_output(output, force)  # something may have come to be there during the work
-        _put(stage, output, replaced)
-    except ParityError as error:
-        failed = output.with_name(output.name + FAILED_SUFFIX)
-        _put(stage, failed)
-        raise ParityError(f"{error} The bundle is kept as {failed}, with its report in {PARITY}.") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
+def _stage(output: Path) -> Iterator[Path]:
+    """A new directory to become `output`; a `ParityError` keeps it aside, any other error removes it."""
+    with contextlib.ExitStack() as stack:
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            stage = stack.enter_context(partial(output, folder=True))
+        except OSError as error:
+            raise InputError(f"The output {output} cannot be written: {error}.") from error
+        try:
+            yield stage
+        except ParityError as error:
+            failed = output.with_name(output.name + FAILED_SUFFIX)
+            _put(stage, failed)
+            raise ParityError(f"{error} The bundle is kept as {failed}, with its report in {PARITY}.") from error
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
@@ -129,35 +158,93 @@ def _link(source: Path, target: Path) -> None:
         shutil.copy2(source, target)
 
 
-def _put(stage: Path, output: Path, replaced: _Replaced | None = None) -> None:
-    """Rename `stage` to `output`, moving an older one out of the way and then deleting it.
+def _put(stage: Path, output: Path, copied: bytes | None = None) -> None:
+    """Rename `stage` to `output`; an older one is then deleted.
 
-    With `replaced` that has to be the older one still, and what lies beside its own files and folders is moved over.
+    Args:
+        stage: of `_stage`.
+        output: its place.
+        copied: of a copy, the manifest of the older one. It has to have that still, and what else lies in it is moved
+            over.
 
     Raises:
-        OutputExistsError: it is another one by now, and stays.
+        OutputExistsError: the older one stays; see `staged` and `staged_copy`.
     """
     _permit(stage, output)
-    old = stage.with_suffix(".old")
-    if output.exists():
-        os.replace(output, old)
+    with locked(output, wait=True):  # two commands may be about to replace it
+        if copied is None and not os.path.lexists(output):
+            _put_new(stage, output)
+            return
+        _check_replaced(stage, output, copied)
+        old = replaced_name(output, stage)
+        try:
+            _swap(stage, output, old)
+        finally:
+            if old.exists():
+                _settle(old, output)
+
+
+def _put_new(stage: Path, output: Path) -> None:
     try:
-        if replaced is not None and not _has_manifest(old, replaced.manifest):
-            raise OutputExistsError(
-                f"{output} was changed by another command while this one was at work, and is left as it is now. Start "
-                "this one again: it then begins with what the other one made."
-            )
-        os.replace(stage, output)
-    except BaseException:
-        if old.exists() and not output.exists():
-            os.replace(old, output)
+        os.rename(stage, output)
+    except OSError as error:
+        if os.path.lexists(output):
+            raise OutputExistsError(f"{output} came to be during the work. Take another name.") from error
         raise
+
+
+def _check_replaced(stage: Path, output: Path, copied: bytes | None) -> None:
+    """Raise `OutputExistsError` where `output` is not as it was, or something in it would be lost."""
+    if copied is None:
+        _check_only_a_bundle(output, "is not replaced")
+        return
+    if not _has_manifest(output, copied):
+        raise OutputExistsError(
+            f"{output} was changed by another command while this one was at work, and is left as it is now. Start this "
+            "one again: it then begins with what the other one made."
+        )
+    lost = [path for path in Bundle(output).others() if os.path.lexists(stage / path)]
+    if lost:
+        raise OutputExistsError(
+            f"{output} holds files that are not of the bundle where new ones would go: {_named(lost)}. Move them away."
+        )
+
+
+def _swap(stage: Path, output: Path, old: Path) -> None:
+    """Let `stage` take the place of `output`, which is then called `old`. It is `stage` at first, so that a process
+    that is killed leaves under that name only what `_settle` can tell.
+    """
+    os.rename(stage, old)
+    if not exchange(old, output):
+        os.rename(old, stage)
+        os.rename(output, old)
+        os.rename(stage, output)
+
+
+def _settle(old: Path, output: Path) -> None:
+    """Delete the older or unused bundle `old` if `output` is there, else let it be `output`. What lies in it and is not
+    of a bundle is moved over. What cannot be moved stays in it, and so it stays too.
+    """
+    if not os.path.lexists(output):
+        os.rename(old, output)
+        return
     try:
-        if replaced is not None:
-            _move_others(old, output, {MANIFEST, *replaced.recorded})
-    except OSError:  # the older one is left, with what could not be moved
+        for path in Bundle(old).others():
+            (output / path).parent.mkdir(parents=True, exist_ok=True)
+            if os.path.lexists(output / path):
+                return
+            os.rename(old / path, output / path)
+    except (OSError, BundleError):
         return
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _recover(output: Path) -> None:
+    """Finish or undo what commands began that were killed while they replaced `output`."""
+    put_back(output)
+    with abandoned(output, "replaced") as found:
+        for old in found:
+            _settle(old, output)
 
 
 def _has_manifest(directory: Path, manifest: bytes) -> bool:
@@ -184,11 +271,3 @@ def _mode(replaced: Path, new: int) -> int:
     if os.path.lexists(replaced) and stat.S_IFMT(replaced.lstat().st_mode) == stat.S_IFMT(new):
         return replaced.lstat().st_mode & 0o777
     return new_mode(stat.S_ISDIR(new) or bool(new & stat.S_IXUSR))
-
-
-def _move_others(old: Path, output: Path, recorded: Collection[str]) -> None:
-    """Move what a bundle holds beside its own files and folders into the one that replaced it: links as links."""
-    own = {PurePosixPath(name).parts[0] for name in recorded}
-    for path in sorted(old.iterdir()):
-        if path.name not in own and not os.path.lexists(output / path.name):
-            os.rename(path, output / path.name)

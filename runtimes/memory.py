@@ -1,6 +1,6 @@
 """Memory of one artifact: the peak of a process of its own, which opens nothing else.
 
-python -m nsm.runtimes.memory BUNDLE TARGET [THREADS]
+python -m nsm.runtimes.memory BUNDLE TARGET PRECISION [THREADS]
 
 One process that holds several sessions has one peak, which says nothing about any of them.
 """
@@ -21,21 +21,21 @@ from nsm.runtimes.opening import open_artifact
 _STEPS = 10
 
 
-def fresh_peak_mb(bundle: Path, target: str, threads: int | None = None) -> float:
+def fresh_peak_mb(bundle: Path, target: str, precision: str, threads: int | None = None) -> float:
     """Peak resident memory, in MB (10^6 bytes), of a new process that opens an artifact and runs a few calls.
 
     Python, numpy and the backend's libraries are part of it. The bundle's files have been verified by the caller.
 
     Args:
         bundle: its directory.
-        target: name of the artifact's target.
+        target, precision: of the artifact.
         threads: of the backend (default: its own choice).
 
     Raises:
         RunError: the process failed; holds the last line it wrote.
     """
     # -P: what lies in the current folder is not imported by accident.
-    command = [sys.executable, "-P", "-m", "nsm.runtimes.memory", str(bundle), target]
+    command = [sys.executable, "-P", "-m", "nsm.runtimes.memory", str(bundle), target, precision]
     if threads is not None:
         command.append(str(threads))
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -56,10 +56,12 @@ def peak_rss_mb() -> float:
 
 
 def main(arguments: list[str]) -> None:
-    """Open BUNDLE for TARGET with THREADS, run a few calls of every entry, and print the peak as JSON."""
-    path, target, *threads = arguments
+    """Open BUNDLE for TARGET in PRECISION with THREADS, run a few calls of every entry, and print the peak as JSON."""
+    path, target, precision, *threads = arguments
     bundle = Bundle(path)
-    with open_artifact(bundle, bundle.artifact(target), threads=int(threads[0]) if threads else None) as session:
+    with open_artifact(
+        bundle, bundle.artifact(target, precision), threads=int(threads[0]) if threads else None
+    ) as session:
         inputs = {entry.name: entry.inputs[0] for entry in session.spec.entries if entry.inputs}
         tokens = {name: np.zeros(item.shape, item.numpy_dtype) for name, item in inputs.items()}
         for _ in range(_STEPS):

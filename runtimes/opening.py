@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -31,6 +31,8 @@ def open_bundle(
     target: str | None = None,
     device: str | None = None,
     threads: int | None = None,
+    *,
+    precision: str | None = None,
 ) -> Session:
     """Open a bundle and start its streams.
 
@@ -41,12 +43,15 @@ def open_bundle(
         device: for targets that run on several (default: the one the artifact was built for).
         threads: threads of the backend (default: one for a small model, for which a second one does not pay; its own
             choice for others).
+        precision: of the artifact: fp32, fp16, bf16, int8 or int8-weights (default: fp32 where the bundle has the
+            target in it, or else the only one).
 
     Returns:
         A `Session`; use it in a `with` block or close it.
 
     Raises:
-        InputError: no such bundle, or it has no artifact for the target.
+        InputError: no such bundle; it has no artifact for the target in that precision; or it has the target in
+            several precisions and not in fp32, and none was named.
         BundleError: damaged, or of another format version.
         MissingDependencyError: the backend is not installed; names the extra that installs it.
         DeviceUnavailableError: the hardware is not in this machine.
@@ -56,7 +61,7 @@ def open_bundle(
         raise InputError(f"threads is at least 1; given {threads}.")
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     unavailable: UnsupportedError | None = None
-    for artifact in _candidates(opened, target):
+    for artifact in _candidates(opened, target, precision):
         opened.verify(artifact.files)
         try:
             return open_artifact(opened, artifact, device, threads)
@@ -66,27 +71,34 @@ def open_bundle(
     raise unavailable
 
 
-def chosen_artifact(bundle: Bundle, target: str | None) -> Artifact:
-    """The artifact of a target by name or alias; where none is named, the first that passed and can be run here.
-    One of a target that is only built when asked for comes last.
+def chosen_artifact(bundle: Bundle, target: str | None, precision: str | None = None) -> Artifact:
+    """The artifact of a target by name or alias, in a precision; see `open_bundle` for what is not named. Of the
+    targets it is the first that passed and can be run here. One that is only built when asked for comes last.
 
     Raises:
-        InputError: the bundle has none for the target.
+        InputError: the bundle has none; or several precisions of the target, none of them fp32, and none was named.
         BundleDamagedError: one that is to be opened to see that is damaged.
     """
-    found = _candidates(bundle, target)
-    if len(found) == 1:
-        return found[0]
-    return next((artifact for artifact in found if _fits_here(bundle, artifact)), found[0])
+    first: Artifact | None = None
+    for artifact in _candidates(bundle, target, precision):
+        if target is not None or _fits_here(bundle, artifact):
+            return artifact
+        first = first or artifact
+    assert first is not None
+    return first
 
 
-def _candidates(bundle: Bundle, target: str | None) -> list[Artifact]:
-    """Those that may be opened for a target, the preferred first; at least one."""
+def _candidates(bundle: Bundle, target: str | None, precision: str | None) -> Iterator[Artifact]:
+    """Those that may be opened, one of each target, the preferred first; at least one."""
     if target is not None:
-        return [bundle.artifact(find_target(target).name)]
-    passed = (item for item in bundle.manifest.artifacts if item.parity["status"] == "passed")
-    known = [item for item in passed if item.target in TARGETS]
-    return sorted(known, key=lambda item: TARGETS[item.target].asked_only) or [bundle.artifact()]
+        yield bundle.artifact(find_target(target).name, precision)
+        return
+    held = bundle.artifacts((), () if precision is None else (precision,))
+    known = [item for item in held if item.parity["status"] == "passed" and item.target in TARGETS]
+    if not known:
+        yield bundle.artifact(None, precision)
+    for name in sorted(dict.fromkeys(item.target for item in known), key=lambda name: TARGETS[name].asked_only):
+        yield bundle.preferred([item for item in known if item.target == name])
 
 
 def _fits_here(bundle: Bundle, artifact: Artifact) -> bool:

@@ -36,5 +36,5 @@ def require_device(device: str, precision: str) -> None:
         raise DeviceUnavailableError(
             "This artifact in int8 was built for processors with VNNI (or dotprod on Arm), with --device cpu-dot. The "
             "one in this machine has none: its sums of products would be cut off. Build it here for any processor: "
-            "nsm build BUNDLE --target TARGET --precision int8"
+            "nsm build BUNDLE --target TARGET --precision int8 --force"
         )

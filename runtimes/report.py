@@ -9,6 +9,7 @@ from typing import Any, Literal
 import numpy as np
 
 from nsm.errors import ParityError
+from nsm.manifest import artifact_label
 from nsm.runtimes.budgets import Budget
 from nsm.runtimes.drift import Drift
 from nsm.trace import Array
@@ -194,6 +195,11 @@ class ParityReport:
         """Raise `ParityError` unless the comparison passed."""
         if not self.passed:
             raise ParityError(self.verdict())
+
+    @property
+    def label(self) -> str:
+        """What the artifact is called in its bundle."""
+        return artifact_label(self.target, self.precision)
 
     def verdict(self) -> str:
         """One sentence; another one where the fault is not the artifact's but the model's."""

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType, ModuleType
 
+from nsm.bundle import GRAPHS
 from nsm.errors import InputError, MissingDependencyError
 from nsm.spec import StepSpec
 
@@ -23,7 +24,7 @@ class Target:
         packages: import names of which one must be there, the preferred first.
         extra: what installs one of them: `pip install "nsm-toolkit[extra]"`.
         suffix: of the file that the runtime opens, one per entry.
-        folder: where in the bundle these files lie.
+        folder: where in the bundle these files lie, in fp32; see `place`.
         devices: what `--device` may name.
         summary: one line for people.
         aliases: other names for `--target`.
@@ -61,6 +62,15 @@ class Target:
     def file(self, entry: str) -> str:
         """Name of the file that the runtime opens for an entry."""
         return self.stem.format(entry=entry) + self.suffix
+
+    def place(self, precision: str) -> str:
+        """Folder in the bundle of the files in a precision, each its own: `openvino`, `openvino-int8`.
+
+        What runs the portable graphs has graphs of its own in low precision: `onnxruntime-int8`.
+        """
+        if precision == "fp32":
+            return self.folder
+        return f"{self.name if self.folder == GRAPHS else self.folder}-{precision}"
 
     def served(self, spec: StepSpec) -> StepSpec:
         """A model's spec as a session on this target has it: with the entries that run there, and all states."""
@@ -110,7 +120,7 @@ _ROWS = {
             packages=("onnxruntime",),
             extra="onnxruntime",
             suffix=".onnx",
-            folder="graphs",
+            folder=GRAPHS,
             devices=("cpu",),
             summary="the portable graph, run as it is written (no graph optimisation)",
             in_process=True,
@@ -123,7 +133,7 @@ _ROWS = {
             packages=("onnxruntime",),
             extra="onnxruntime",
             suffix=".onnx",
-            folder="graphs",
+            folder=GRAPHS,
             devices=_PROCESSORS,
             summary="ONNX Runtime on the CPU, fully optimised",
             in_process=True,
@@ -166,7 +176,7 @@ _ROWS = {
             packages=("onnxruntime",),
             extra="gpu",
             suffix=".onnx",
-            folder="graphs",
+            folder=GRAPHS,
             devices=("cuda",),
             summary="ONNX Runtime on an NVIDIA GPU, with the state in its memory and CUDA graphs",
             aliases=("cuda",),
@@ -191,7 +201,7 @@ _ROWS = {
             packages=("numpy",),
             extra="web",
             suffix=".onnx",
-            folder="graphs",
+            folder=GRAPHS,
             devices=("wasm",),
             summary="a folder for any static file server: the graphs on ONNX Runtime Web, with a page",
             in_process=True,

@@ -93,7 +93,7 @@ class TensorRt:
                 if engine is None:
                     raise DeviceUnavailableError(
                         f"TensorRT {trt.__version__} cannot load {path.name}, built for {device}, on this GPU. "
-                        "Build it here: nsm build BUNDLE --target tensorrt"
+                        f"Build it here: nsm build BUNDLE --target tensorrt --precision {precision} --force"
                     )
                 self._entries[name] = self._bind(engine, name)
         except BaseException:

@@ -82,7 +82,7 @@ def _check_client(folder: Path) -> None:
     if other:
         raise BundleDamagedError(
             f"{folder} holds {', '.join(other)} other than this version of nsm writes, and code out of a bundle is not "
-            "run. If you trust its graphs, build it again: nsm build BUNDLE --target web"
+            "run. If you trust its graphs, build it again: nsm build BUNDLE --target web --force"
         )
 
 

@@ -13,14 +13,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"nsm": "nsm", "export": "nsm.export", "quantization": "nsm.quantization", "runtimes": "nsm.runtimes"}
 
-# What a room may import of the project, besides itself. One way: errors -> plain -> reading -> decode -> files -> spec
-# -> trace -> manifest -> bundle -> staging, then the torch models on one side and the runtimes on the other, and export
-# above all.
+# What a room may import of the project, besides itself. One way: errors -> plain -> reading -> decode -> exchange ->
+# partials -> files -> spec -> trace -> manifest -> bundle -> staging, then the torch models on one side and the runtimes
+# on the other, and export above all.
 VOCABULARY = (
     "nsm.errors",
     "nsm.plain",
     "nsm.reading",
     "nsm.decode",
+    "nsm.exchange",
+    "nsm.partials",
     "nsm.files",
     "nsm.spec",
     "nsm.trace",
@@ -33,12 +35,14 @@ ALLOWED = {
     "nsm.plain": ("nsm.errors",),
     "nsm.decode": ("nsm.errors",),
     "nsm.reading": (),
-    "nsm.files": ("nsm.errors", "nsm.reading"),
+    "nsm.exchange": (),
+    "nsm.partials": (),
+    "nsm.files": ("nsm.errors", "nsm.reading", "nsm.partials"),
     "nsm.spec": ("nsm.errors", "nsm.reading", "nsm.decode"),
     "nsm.trace": ("nsm.errors", "nsm.decode", "nsm.reading", "nsm.files", "nsm.spec"),
     "nsm.manifest": ("nsm.errors", "nsm.decode", "nsm.files", "nsm.spec"),
-    "nsm.bundle": ("nsm.errors", "nsm.files", "nsm.spec", "nsm.trace", "nsm.manifest"),
-    "nsm.staging": ("nsm.errors", "nsm.files", "nsm.manifest", "nsm.bundle"),
+    "nsm.bundle": ("nsm.errors", "nsm.partials", "nsm.files", "nsm.spec", "nsm.trace", "nsm.manifest"),
+    "nsm.staging": ("nsm.errors", "nsm.exchange", "nsm.partials", "nsm.files", "nsm.manifest", "nsm.bundle"),
     "models": (*VOCABULARY, "models"),
     "nsm.runtimes": (*VOCABULARY, "nsm.runtimes"),
     "nsm.quantization": (*VOCABULARY, "nsm.runtimes", "nsm.quantization"),

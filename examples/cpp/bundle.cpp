@@ -44,6 +44,23 @@ Spec spec_of(const json& data) {
     return spec;
 }
 
+// The artifact of OpenVINO in a precision; where none is named the one in fp32, or the only one. Null where there is none.
+const json* openvino_of(const json& artifacts, const std::string& precision) {
+    std::map<std::string, const json*> found;
+    for (const auto& artifact : artifacts) {
+        if (artifact.at("target") != "openvino") continue;
+        if (!found.emplace(artifact.at("precision"), &artifact).second) {
+            throw Error(Code::bundle, "The manifest has two artifacts of openvino in one precision. Export the bundle again.");
+        }
+    }
+    std::string held;
+    for (const auto& [name, unused] : found) held += (held.empty() ? "" : ", ") + name;
+    const auto chosen = found.size() == 1 && precision.empty() ? found.begin() : found.find(precision.empty() ? "fp32" : precision);
+    if (chosen != found.end()) return chosen->second;
+    if (found.empty()) return nullptr;
+    throw Error(Code::input, "The bundle holds openvino in " + held + ". Name one of these with --precision.");
+}
+
 // A path out of the bundle is refused, also one that leads out over a link.
 fs::path inside(const fs::path& bundle, const std::string& name) {
     const fs::path relative(name);
@@ -77,7 +94,7 @@ const Entry* Spec::find(const std::string& name) const {
     return found == entries.end() ? nullptr : &*found;
 }
 
-Bundle::Bundle(const fs::path& path) : path_(path) {
+Bundle::Bundle(const fs::path& path, const std::string& precision) : path_(path) {
     if (!fs::is_directory(path)) {
         throw Error(Code::input, "There is no bundle " + path.string() + ": expected is a directory written by nsm-export.");
     }
@@ -107,16 +124,15 @@ Bundle::Bundle(const fs::path& path) : path_(path) {
             return record.at("path").get<std::string>();
         };
         for (const auto& record : manifest.at("files")) keep(record);
-        for (const auto& artifact : manifest.at("artifacts")) {
-            if (artifact.at("target") == "openvino") {
-                precision_ = artifact.at("precision");
-                device_ = artifact.at("device");
-                compile_options_ = artifact.at("options").get<std::map<std::string, std::string>>();
-            }
-            for (const auto& record : artifact.at("files")) {
-                const auto name = keep(record);
-                if (artifact.at("target") == "openvino") openvino_.push_back(name);
-            }
+        const auto& artifacts = manifest.at("artifacts");
+        for (const auto& artifact : artifacts) {
+            for (const auto& record : artifact.at("files")) keep(record);
+        }
+        if (const json* chosen = openvino_of(artifacts, precision)) {
+            precision_ = chosen->at("precision");
+            device_ = chosen->at("device");
+            compile_options_ = chosen->at("options").get<std::map<std::string, std::string>>();
+            for (const auto& record : chosen->at("files")) openvino_.push_back(record.at("path"));
         }
     } catch (const json::exception& error) {
         throw Error(Code::bundle, path.string() + "/manifest.json is damaged: " + error.what() + ". Export the bundle again.");

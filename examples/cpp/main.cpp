@@ -1,9 +1,11 @@
 // nsm_client BUNDLE --check                 replay the golden streams, and compare answers and states with PyTorch's
 // nsm_client BUNDLE INPUT OUTPUT.npy        stream a file: a .npy [T] or [T, dim], or any file as bytes
 //            [--threads N] [--bench N]      N timed calls of a step
+//            [--precision P]                of the artifact: fp32, int8, ...; without it fp32, or the only one
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
+#include <filesystem>
 #include <iostream>
 
 #include "error.hpp"
@@ -15,7 +17,7 @@ namespace {
 using namespace nsm;
 
 struct Options {
-    std::string bundle, input, output;
+    std::string bundle, input, output, precision;
     bool check = false;
     int threads = 0, bench = 0;
 };
@@ -67,13 +69,14 @@ Options parse(const std::vector<std::string>& arguments) {
         const bool more = i + 1 < arguments.size();
         if (argument == "--check") options.check = true;
         else if (argument == "--threads" && more) options.threads = number(argument, arguments[++i]);
+        else if (argument == "--precision" && more) options.precision = arguments[++i];
         else if (argument == "--bench" && more) options.bench = number(argument, arguments[++i]);
         else if (argument.rfind("--", 0) == 0) throw Error(Code::input, "There is no option " + argument + ", or it lacks a value.");
         else places.push_back(argument);
     }
     const bool streams = places.size() == 3;
     if (!streams && (places.size() != 1 || (!options.check && options.bench == 0))) {
-        throw Error(Code::input, "Usage: nsm_client BUNDLE [INPUT OUTPUT.npy] [--check] [--bench N] [--threads N]");
+        throw Error(Code::input, "Usage: nsm_client BUNDLE [INPUT OUTPUT.npy] [--check] [--bench N] [--threads N] [--precision P]");
     }
     options.bundle = places[0];
     if (streams) options.input = places[1], options.output = places[2];
@@ -82,7 +85,10 @@ Options parse(const std::vector<std::string>& arguments) {
 
 int run(const std::vector<std::string>& arguments) {
     const Options options = parse(arguments);
-    const Bundle bundle(options.bundle);
+    if (std::filesystem::is_regular_file(options.output)) {  // the input, perhaps
+        throw Error(Code::input, options.output + " exists, and is not replaced. Take another name.");
+    }
+    const Bundle bundle(options.bundle, options.precision);
     Session session(bundle, options.threads);
     if (!options.input.empty()) {
         const Array tokens = read_tokens(options.input, bundle.spec().find("step")->inputs.front().dtype);

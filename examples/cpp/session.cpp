@@ -45,7 +45,7 @@ Session::Session(const Bundle& bundle, int threads)
         throw Error(Code::missing,
                     "This artifact in int8 was built for processors with VNNI (or dotprod on Arm), with --device cpu-dot. The one "
                     "in this machine has none: its sums of products would be cut off. Build it for any processor: nsm build BUNDLE "
-                    "--target openvino --precision int8");
+                    "--target openvino --precision int8 --force");
     }
     // OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise.
     options_ = {ov::hint::inference_precision(ov::element::f32), ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};

@@ -91,7 +91,11 @@ void check_spec(const Spec& spec) {
                decode->outputs.front().name == step->outputs.front().name &&
                decode->outputs.front().dtype == step->outputs.front().dtype,
            "decode and step are of different tokens");
-    expect(find(spec, "lane.offset") == nullptr || spec.find("commit") != nullptr, "chunks are decoded, and there is no commit");
+    if (find(spec, "lane.offset") == nullptr) return;
+    expect(spec.find("commit") != nullptr, "chunks are decoded, and there is no commit");
+    for (const auto* name : {"decode", "commit"}) {
+        expect(spec.find(name)->writes_state("lane.offset"), std::string(name) + " does not write lane.offset");
+    }
 }
 
 }  // namespace nsm

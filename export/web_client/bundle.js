@@ -91,6 +91,11 @@ export class Bundle {
       const unknown = [...entry.reads, ...entry.writes].find((name) => !names.includes(name));
       if (unknown !== undefined) throw broken(`${entry.name} names the state ${unknown}, which there is not`);
     }
+    const writes = (/** @type {string} */ name) => entries.find((/** @type {any} */ entry) => entry.name === name)?.writes;
+    const unended = ["decode", "commit"].find((name) => !writes(name)?.includes("lane.offset"));
+    if (names.includes("lane.offset") && writes("decode") !== undefined && unended !== undefined) {
+      throw broken(`it has no entry ${unended} that writes lane.offset, so that a chunk could not be ended`);
+    }
     return arrays;
   }
 

@@ -7,7 +7,9 @@ import importlib
 import json
 import os
 import pickle
+import re
 import warnings
+import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,14 +21,16 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nsm.errors import CheckpointError, InputError
-from nsm.files import check_declared, check_stored, replacing
+from nsm.files import check_declared, check_output_file, check_stored, replacing
 from nsm.models.checkpoint_limits import build_within, check_content
 from nsm.models.step import StepModel
 from nsm.reading import open_regular, open_zip
 
 _ZIP = b"PK\x03\x04"
 FORMAT = "nsm-checkpoint"
-VERSION = 2
+VERSION = 3
+_TAGGED = 256
+"""Bytes at the beginning of the pickle that the tag of the format is in."""
 # Class of a model -> the module it is in, imported when it is needed.
 MODELS: Mapping[str, str] = MappingProxyType(
     {
@@ -60,7 +64,7 @@ class Checkpoint:
 def save(
     model: StepModel, path: str | os.PathLike[str], samples: Sequence[ArrayLike] | NDArray[Any] | None = None
 ) -> None:
-    """Write a checkpoint, atomically.
+    """Write a checkpoint, atomically; an earlier one is replaced.
 
     Args:
         model: the trained model, in float32.
@@ -72,6 +76,7 @@ def save(
     Raises:
         InputError: a model of another kind, or samples the model does not take.
         ConfigError: a model that is not in float32.
+        OutputExistsError: the file is there and is no checkpoint.
     """
     name = type(model).__name__
     if MODELS.get(name) != type(model).__module__:
@@ -81,6 +86,7 @@ def save(
             "Python with nsm.export_model(model, target, output), or write a program with torch.export.save (.pt2)."
         )
     model.check_float32()
+    check_output_file(Path(path), "a checkpoint written by nsm.save", _is_checkpoint)
     golden, calibration = split_samples(model, samples)
     content = {
         "format": FORMAT,
@@ -91,6 +97,7 @@ def save(
         "fingerprint": fingerprint(model),
         "golden": [torch.from_numpy(item) for item in golden],
         "calibration": [torch.from_numpy(item) for item in calibration],
+        "samples_sha256": _samples_hash(golden, calibration),
     }
     with replacing(Path(path)) as file:
         torch.save(content, file)
@@ -129,15 +136,18 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         check_content(content, Path(path).stat().st_size)
     except ValueError as error:
         raise CheckpointError(f"{path} was refused: {error}. Expected is a .pt written by nsm.save.") from error
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
+    if not isinstance(content, dict) or not _is_text(content.get("format"), FORMAT):
         what = f"a {type(content).__name__}" if not isinstance(content, dict) else "a dictionary without our format tag"
         raise CheckpointError(
             f"{path} is not a checkpoint written by nsm.save: it holds {what}. "
             "A bare state_dict has no config: build the model, load the weights into it, then nsm.save(model, path)."
         )
-    if content.get("version") != VERSION:
+    version = content.get("version")
+    if type(version) is not int or version != VERSION:
+        short = version is None or isinstance(version, str) or (isinstance(version, int) and abs(version) < 10**9)
+        given = repr(version)[:40] if short else f"of type {type(version).__name__}"
         raise CheckpointError(
-            f"{path} has checkpoint version {content.get('version')!r}; this nsm reads version {VERSION}. "
+            f"{path} has checkpoint version {given}; this nsm reads version {VERSION}. "
             "Save it again with this version, or install the nsm that wrote it."
         )
     try:
@@ -147,7 +157,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         model = build_within(kind, content["config"], content["weights"])
         model.load_state_dict(content["weights"])
         golden, calibration = ([item.numpy() for item in content[key]] for key in ("golden", "calibration"))
-        recorded = content["fingerprint"]
+        recorded, samples = content["fingerprint"], content["samples_sha256"]
     except KeyError as error:
         raise CheckpointError(
             f"{path} is tagged as a checkpoint, but does not make a model: it lacks the part {error}."
@@ -163,8 +173,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
                 f"{path}: {count} of the {tensor.numel()} numbers in {name} are NaN or infinite. "
                 "Training diverged; go back to an earlier checkpoint."
             )
-    if fingerprint(model) != recorded:
+    if not _is_text(recorded, fingerprint(model)):
         raise CheckpointError(f"{path} is damaged: its weights are not those that were saved. Copy or save it again.")
+    if not _is_text(samples, _samples_hash(golden, calibration)):
+        raise CheckpointError(
+            f"{path} is damaged: its samples were changed since they were saved. Copy it again, or save the model anew "
+            "with nsm.save(model, path, samples=...)."
+        )
     return Checkpoint(model.eval(), golden, calibration, recorded)
 
 
@@ -212,6 +227,33 @@ def fingerprint(model: StepModel) -> str:
         digest.update(f"{name} {array.dtype} {array.shape}".encode())
         digest.update(array.tobytes())
     return digest.hexdigest()
+
+
+def _samples_hash(*lists: Sequence[NDArray[Any]]) -> str:
+    """SHA-256 over how many sequences each list has, and their dtypes, shapes and bytes."""
+    digest = hashlib.sha256()
+    for sequences in lists:
+        digest.update(f"{len(sequences)};".encode())
+        for array in sequences:
+            digest.update(f"{array.dtype} {array.shape}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+    return digest.hexdigest()
+
+
+def _is_text(value: object, wanted: str) -> bool:
+    """Whether a value out of a file, of any type, is this text."""
+    return isinstance(value, str) and value == wanted
+
+
+def _is_checkpoint(file: IO[bytes]) -> bool:
+    """Whether an open file was written by `save`, in any version; nothing in it is loaded."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            (name,) = (name for name in archive.namelist() if re.fullmatch(r"[^/]+/data\.pkl", name))
+            with archive.open(name) as pickled:
+                return FORMAT.encode() in pickled.read(_TAGGED)
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, RuntimeError):
+        return False
 
 
 def _read(path: Path) -> Any:

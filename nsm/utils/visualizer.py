@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 from numpy.typing import ArrayLike
 
 from nsm.errors import InputError, MissingDependencyError
-from nsm.files import replacing
+from nsm.files import check_output_file, replacing
 from nsm.trace import Trace
 from nsm.utils.recorders import read_trace, record_model
 from nsm.utils.recording import Recording
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
 
     from nsm.models.step import StepModel
     from nsm.models.stream import StreamModel
+
+_MARK = "nsm.utils.AdvancedNSMVisualizer"
+_MARKED = {"png": "Software", **dict.fromkeys(("svg", "pdf", "ps", "eps"), "Creator")}
+"""Format of a picture -> the entry of its metadata that says what drew it."""
 
 Source = Callable[[ArrayLike | None, int], Recording]
 """tokens or None, and the number of the stream -> what to draw."""
@@ -37,7 +41,8 @@ class AdvancedNSMVisualizer:
             out with a trace, which has its own.
         stream: which stream of the batch, or of the trace.
         span: (first, last) to show only the tokens from `first` up to, not including, `last`.
-        save_path: where to write the picture too; the ending tells the format (png, svg, pdf, ...).
+        save_path: where to write the picture too; the ending tells the format (png, svg, pdf, ...). A file that is
+            there is replaced if it is a picture of this class, in png, svg, pdf, ps or eps, and refused otherwise.
     and returns a `matplotlib.figure.Figure`. No window is opened and nothing of pyplot is touched.
 
     Slots that are not active are grey and hatched.
@@ -173,6 +178,9 @@ def _finished(figure: Figure, save_path: str | os.PathLike[str] | None) -> Figur
     known = sorted(figure.canvas.get_supported_filetypes())
     if path.suffix[1:].lower() not in known:
         raise InputError(f"{path} has no ending that tells the format of the picture. Use one of: {', '.join(known)}.")
+    kind = path.suffix[1:].lower()
+    key = _MARKED.get(kind)
+    check_output_file(path, "a picture of nsm", lambda file: key is not None and _MARK.encode() in file.read())
     with replacing(path) as file:
-        figure.savefig(file, format=path.suffix[1:].lower())
+        figure.savefig(file, format=kind, metadata=None if key is None else {key: _MARK})
     return figure

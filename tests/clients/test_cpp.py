@@ -19,6 +19,7 @@ import nsm
 from nsm.baselines import TransformerLM
 from nsm.bundle import Bundle
 from nsm.export.api import export_model
+from nsm.runtimes.targets import find_target
 from tests.conftest import CHUNK, make_model, make_sequences
 from tests.export.attentions import LAYERS, WIDTH, WINDOW, Attentions, frames
 
@@ -100,6 +101,7 @@ def test_a_file_is_streamed_as_python_does(
                 result = run(client, bundle, tmp_path / file, tmp_path / "out.npy")
                 assert result.returncode == 0, result.stderr
                 given = np.load(tmp_path / "out.npy")
+                (tmp_path / "out.npy").unlink()
                 assert given.shape == wanted.shape
                 np.testing.assert_allclose(given, wanted, rtol=1e-5, atol=1e-6)
 
@@ -217,7 +219,7 @@ def test_int8_for_processors_with_dot_products_is_refused_on_others(client: Path
         codes[device] = result.returncode
     assert codes == {"cpu": 0, "cpu-dot": 3}
     assert "built for processors with VNNI" in result.stderr
-    assert "nsm build BUNDLE --target openvino --precision int8" in result.stderr
+    assert "nsm build BUNDLE --target openvino --precision int8 --force" in result.stderr
 
 
 def _with_weights(bundle: Path, folder: Path, change: Callable[[Any], Any]) -> Path:
@@ -342,6 +344,8 @@ def test_a_manifest_of_a_size_that_none_has_is_not_read(client: Path, single: Pa
         (_set("entries.1.name", "decoder"), 0, "passed"),
         (_set("entries.2.name", "comit"), 6, "comit has no inputs"),
         (lambda spec: spec["entries"].pop(), 6, "there is no commit"),
+        (lambda spec: spec["entries"][2]["writes"].remove("lane.offset"), 6, "commit does not write lane.offset"),
+        (lambda spec: spec["entries"][1]["writes"].remove("lane.offset"), 6, "decode does not write lane.offset"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(
@@ -407,6 +411,8 @@ def test_a_trace_that_is_not_of_the_model_is_refused(
         (["{bundle}", "{folder}/text.npy", "out.npy"], "cannot be read as an array: it is no .npy"),
         (["{bundle}", "{folder}", "out.npy"], "cannot be opened as a file"),
         (["{bundle}", "{folder}/good.npy", "{folder}/absent/out.npy"], "cannot be written"),
+        (["{bundle}", "{folder}/good.npy", "{folder}/good.npy"], "good.npy exists, and is not replaced. Take another"),
+        (["{bundle}", "--check", "--precision", "int8"], "holds openvino in fp32. Name one of these with --precision"),
     ],
 )
 def test_what_makes_no_sense_is_refused(
@@ -423,6 +429,48 @@ def test_what_makes_no_sense_is_refused(
     result = run(client, *filled)
     assert result.returncode == 2, result.stderr
     assert message in result.stderr
+
+
+def _with_precisions(bundle: Path, copy: Path, *precisions: str) -> Path:
+    """A bundle with an artifact of OpenVINO in each, the same files under several names."""
+    shutil.copytree(bundle, copy)
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (plain,) = manifest["artifacts"]
+    manifest["artifacts"] = []
+    for precision in precisions:
+        folder = find_target("openvino").place(precision)
+        if precision != "fp32":
+            shutil.copytree(copy / "openvino", copy / folder)
+        files = [{**record, "path": record["path"].replace("openvino/", f"{folder}/")} for record in plain["files"]]
+        manifest["artifacts"].append({**plain, "precision": precision, "files": files})
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    return copy
+
+
+@pytest.mark.slow
+def test_of_several_precisions_the_named_one_is_opened(client: Path, single: Path, tmp_path: Path) -> None:
+    copy = _with_precisions(single, tmp_path / "copy.nsm", "int8", "fp32", "bf16")
+    (copy / "openvino-int8" / "step.xml").write_bytes(b"spoiled")
+    (copy / "openvino-bf16" / "weights.bin").write_bytes(b"spoiled")
+    assert run(client, copy, "--check").returncode == 0, "that in fp32"
+    assert run(client, copy, "--check", "--precision", "fp32").returncode == 0
+    for precision, file in (("int8", "step.xml"), ("bf16", "weights.bin")):
+        result = run(client, copy, "--bench", "1", "--precision", precision)
+        assert result.returncode == 6
+        assert f"openvino-{precision}/{file} is missing or has another size" in result.stderr
+
+
+@pytest.mark.slow
+def test_several_precisions_without_fp32_are_named(client: Path, single: Path, tmp_path: Path) -> None:
+    copy = _with_precisions(single, tmp_path / "copy.nsm", "int8", "bf16")
+    result = run(client, copy, "--bench", "1")
+    assert result.returncode == 2
+    assert "holds openvino in bf16, int8. Name one of these with --precision" in result.stderr
+    assert run(client, copy, "--bench", "1", "--precision", "int8").returncode == 0
+    twice = _with_precisions(single, tmp_path / "twice.nsm", "fp32", "fp32")
+    result = run(client, twice, "--check")
+    assert result.returncode == 6
+    assert "two artifacts of openvino in one precision" in result.stderr
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -82,9 +83,11 @@ def names(directory: Path) -> list[str]:
 
 
 def keep_only(path: Path, *targets: str) -> None:
-    """Take the other targets out of the manifest."""
+    """Take the other targets out of the bundle."""
     manifest = Bundle(path).manifest
     write_manifest(path, replace(manifest, artifacts=tuple(a for a in manifest.artifacts if a.target in targets)))
+    for folder in Bundle(path).others():
+        shutil.rmtree(path / folder)
 
 
 def spoil(path: Path) -> None:

@@ -64,7 +64,7 @@ def exports(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
             return Bundle(output)
 
         monkeypatch.setattr(pipeline, "export", fake)
-        monkeypatch.setattr(bench_command, "fresh_peak_mb", lambda _path, _target, _threads: 123.4)
+        monkeypatch.setattr(bench_command, "fresh_peak_mb", lambda _path, _target, _precision, _threads: 123.4)
         return asked
 
     return with_outcomes

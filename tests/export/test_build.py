@@ -148,9 +148,9 @@ def test_a_target_is_added_from_the_bundles_onnx(bundle_copy: Path) -> None:
         assert session.run(np.zeros((2, 8), np.int64))["outputs"].shape == (2, 8, 5)
 
 
-def test_an_artifact_for_the_same_target_is_replaced(bundle_copy: Path, no_gpu: None) -> None:
+def test_an_artifact_for_the_same_target_and_precision_is_replaced(bundle_copy: Path, no_gpu: None) -> None:
     before = Bundle(bundle_copy)
-    artifact = add_target(bundle_copy, "tensorrt", "SM86")
+    artifact = add_target(bundle_copy, "tensorrt", "SM86", force=True)
     bundle = Bundle(bundle_copy)
     bundle.verify()
     assert artifact.device == "sm86"
@@ -166,7 +166,7 @@ def test_an_artifact_for_the_same_target_is_replaced(bundle_copy: Path, no_gpu: 
 
 
 def test_building_again_gives_one_report_per_target(bundle_copy: Path) -> None:
-    add_target(bundle_copy, "onnxruntime")
+    add_target(bundle_copy, "onnxruntime", force=True)
     results = json.loads((bundle_copy / PARITY).read_text())["results"]
     names = [item["target"] for item in results]
     assert sorted(names) == sorted(set(names))
@@ -182,7 +182,7 @@ def test_a_build_that_fails_leaves_the_bundle_as_it_was(bundle_copy: Path) -> No
     write_manifest(bundle_copy, replace(bundle.manifest, artifacts=(bundle.artifact("tensorrt"),)))
     before = contents(bundle_copy)
     with pytest.raises(BuildError, match="TensorRT cannot parse") as caught:
-        add_target(bundle_copy, "tensorrt")
+        add_target(bundle_copy, "tensorrt", force=True)
     assert changed(before, bundle_copy) == set()
     assert caught.value.log is not None
     assert sorted(bundle_copy.parent.iterdir()) == sorted([bundle_copy, caught.value.log])
@@ -199,7 +199,7 @@ def test_a_full_disk_late_in_a_build_leaves_the_bundle_as_it_was(
 
     monkeypatch.setattr(adding, "merge_parity", full)
     with pytest.raises(OSError, match="No space left"):
-        add_target(bundle_copy, target, "sm86" if target == "tensorrt" else None)
+        add_target(bundle_copy, target, "sm86" if target == "tensorrt" else None, force=True)
     assert changed(before, bundle_copy) == set()
     Bundle(bundle_copy).verify()
     assert list(bundle_copy.parent.iterdir()) == [bundle_copy]
@@ -213,7 +213,7 @@ def test_an_artifact_that_is_another_model_does_not_replace_the_good_one(
     monkeypatch.setitem(targets._ROWS, "openvino", replace(find_target("openvino"), in_process=True))
     monkeypatch.setattr(openvino, "convert_model", perturbed(openvino.convert_model))
     with pytest.raises(ParityError, match=r"Parity failed on openvino fp32: .*one-step error"):
-        add_target(bundle_copy, "openvino")
+        add_target(bundle_copy, "openvino", force=True)
     assert changed(before, bundle_copy) == set()
     Bundle(bundle_copy).verify()
     failed = Bundle(bundle_copy.with_name(bundle_copy.name + ".failed"))
@@ -232,7 +232,7 @@ def test_a_damaged_bundle_is_not_built_upon(bundle_copy: Path) -> None:
     weights.write_bytes(content)
     before = contents(bundle_copy)
     with pytest.raises(BundleDamagedError, match=r"graphs/weights\.bin does not have the recorded SHA-256"):
-        add_target(bundle_copy, "openvino")
+        add_target(bundle_copy, "openvino", force=True)
     assert changed(before, bundle_copy) == set()
 
 
@@ -246,6 +246,7 @@ def test_a_damaged_bundle_is_not_built_upon(bundle_copy: Path) -> None:
         '{"results": {}}',
         '{"results": [3]}',
         '{"results": [{"target": "onnx"}]}',
+        '{"results": [{"target": "onnx", "status": "passed"}]}',
     ],
 )
 def test_reports_that_are_none_are_damage_and_nothing_is_changed(bundle_copy: Path, text: str) -> None:
@@ -256,7 +257,7 @@ def test_reports_that_are_none_are_damage_and_nothing_is_changed(bundle_copy: Pa
     with pytest.raises(
         BundleDamagedError, match=r"parity\.json is no object with the list results.*edited by hand"
     ) as caught:
-        add_target(bundle_copy, "onnx")
+        add_target(bundle_copy, "onnx", force=True)
     assert caught.value.exit_code == 6
     assert changed(before, bundle_copy) == set()
     Bundle(bundle_copy).verify()
@@ -265,7 +266,7 @@ def test_reports_that_are_none_are_damage_and_nothing_is_changed(bundle_copy: Pa
 def test_reports_that_are_not_there_are_begun(bundle_copy: Path) -> None:
     (bundle_copy / PARITY).unlink()
     write_manifest(bundle_copy, Bundle(bundle_copy).manifest)
-    add_target(bundle_copy, "onnx")
+    add_target(bundle_copy, "onnx", force=True)
     report = json.loads((bundle_copy / PARITY).read_text())
     assert (report["passed"], [item["target"] for item in report["results"]]) == (True, ["onnx"])
 

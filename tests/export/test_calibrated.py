@@ -179,7 +179,7 @@ def test_a_dry_run_of_int8_checks_the_calibration_too(checkpoint: Path, bare: Pa
 @pytest.mark.usefixtures("few_steps")
 def test_int8_is_built_from_the_calibration_of_the_bundle(int8_copy: Path) -> None:
     before = Bundle(int8_copy)
-    text = succeeded(invoke("build", int8_copy, "-t", "ov", "-p", "int8", "--allow-slower"))
+    text = succeeded(invoke("build", int8_copy, "-t", "ov", "-p", "int8", "--allow-slower", "--force"))
     assert "passed" in text
     after = Bundle(int8_copy)
     after.verify()
@@ -262,8 +262,8 @@ def test_a_damaged_calibration_ends_with_6(
     if recorded:
         write_manifest(int8_copy, Bundle(int8_copy).manifest)
     before = (int8_copy / MANIFEST).read_bytes()
-    refused(invoke("build", int8_copy, "-t", "ov", "-p", "int8"), 6, part)
+    refused(invoke("build", int8_copy, "-t", "ov", "-p", "int8", "--force"), 6, part)
     with pytest.raises(BundleError):
-        add_target(int8_copy, "openvino", precision="int8", limits=Limits(allow_slower=True))
+        add_target(int8_copy, "openvino", precision="int8", force=True, limits=Limits(allow_slower=True))
     assert (int8_copy / MANIFEST).read_bytes() == before
     assert names(int8_copy.parent) == ["int8.nsm"]

@@ -42,7 +42,7 @@ def fake_times(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
             return [latency(index, 1.0, latency(index, 0.1, None)) for index in range(len(sessions))]
 
         monkeypatch.setattr(bench_command, "bench", fake)
-        monkeypatch.setattr(bench_command, "fresh_peak_mb", lambda _path, _target, _threads: 123.4)
+        monkeypatch.setattr(bench_command, "fresh_peak_mb", lambda _path, _target, _precision, _threads: 123.4)
 
     return with_times
 

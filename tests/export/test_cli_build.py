@@ -36,18 +36,18 @@ def test_build_adds_to_the_bundle_that_one_is_in(bundle_copy: Path, inside: str,
     before = names(bundle_copy.parent)
     with contextlib.chdir(bundle_copy / inside):
         result = invoke("build", given, "-t", "ort")
-        again = invoke("build", bundle_copy, "-t", "ort", "--json")
+        again = invoke("build", bundle_copy, "-t", "ort", "--force", "--json")
     text = succeeded(result)
     assert f"Added to {bundle_copy}. Next:\n  nsm parity {bundle_copy} --target onnxruntime" in text
     assert 'The folder you are in was replaced. Go into the new one: cd "$PWD"' in result.stderr
-    assert (the_json(again)["bundle"], again.stderr) == (str(bundle_copy), "")
+    assert (the_json(again)["bundle"], the_json(again)["replaced"], again.stderr) == (str(bundle_copy), True, "")
     assert [item.target for item in Bundle(bundle_copy).manifest.artifacts] == ["onnx", "onnxruntime"]
     Bundle(bundle_copy).verify()
     assert names(bundle_copy.parent) == before
 
 
 def test_build_of_an_engine_says_that_it_was_not_run(bundle_copy: Path, no_gpu: None) -> None:
-    text = succeeded(invoke("build", bundle_copy, "-t", "trt", "--device", "sm86"))
+    text = succeeded(invoke("build", bundle_copy, "-t", "trt", "--device", "sm86", "--force"))
     assert "tensorrt: NOT RUN. There is no usable NVIDIA GPU" in text
     assert f"nsm parity {bundle_copy} --target tensorrt" in text
     assert Bundle(bundle_copy).artifact("tensorrt").device == "sm86"

@@ -234,7 +234,6 @@ def test_the_page_of_the_folder_one_is_in_has_its_name(
 def test_a_failure_gets_its_page_too(bundle_copy: Path, tmp_path: Path) -> None:
     spoil(bundle_copy)
     page = tmp_path / "parity.html"
-    page.write_text("an older one")
     result = invoke("parity", bundle_copy, "-t", "ort", "--steps", "4", "--html", page, "--bisect", "--json")
     assert result.exit_code == 5
     assert the_json(result)["passed"] is False
@@ -247,6 +246,17 @@ def test_a_page_without_a_folder_is_refused_before_any_work(exported: Path, tmp_
     result = invoke("parity", exported, "--html", tmp_path / "none" / "parity.html")
     refused(result, 2, "The folder", "of --html does not exist. Make it first.")
     assert "Checking" not in result.stderr
+
+
+def test_a_page_replaces_a_page_and_nothing_else(exported: Path, tmp_path: Path) -> None:
+    page = tmp_path / "thesis.html"
+    page.write_text("<!doctype html>\nyears of work")
+    result = invoke("parity", exported, "-t", "ort", "--steps", "2", "--html", page)
+    refused(result, 2, "thesis.html exists and is not a parity page, so it is not replaced")
+    assert page.read_text() == "<!doctype html>\nyears of work"
+    page.unlink()
+    for _ in range(2):
+        succeeded(invoke("parity", exported, "-t", "ort", "--steps", "2", "--html", page))
 
 
 def test_the_decisions_of_an_adaptive_model_are_checked_with_its_thresholds(

@@ -56,11 +56,21 @@ def test_run_for_people(exported: Path, ids: Path, tmp_path: Path) -> None:
     assert f"Wrote {tmp_path / 'o.npz'}." in succeeded(invoke("run", exported, "--data", ids, "-o", tmp_path / "o.npz"))
 
 
-def test_run_does_not_overwrite_unless_told(exported: Path, ids: Path, tmp_path: Path) -> None:
+def test_run_overwrites_its_own_outputs_if_told_and_nothing_else(exported: Path, ids: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.npz"
-    output.write_text("precious")
+    np.savez(output, weights=np.ones(3))
+    others = (output.read_bytes(), b"precious", b"PK\x05\x06 half a zip")
+    for content in others:
+        output.write_bytes(content)
+        for options in ([], ["--force"]):
+            message = refused(invoke("run", exported, "--data", ids, "-o", output, *options), 2, f"{output} exists")
+            assert "is not an .npz of outputs that nsm run wrote, so it is not replaced" in message
+        assert output.read_bytes() == content
+    output.write_bytes(b"")
+    succeeded(invoke("run", exported, "--data", ids, "-o", output))
+    before = output.read_bytes()
     refused(invoke("run", exported, "--data", ids, "-o", output), 2, f"{output} exists", "--force")
-    assert output.read_text() == "precious"
+    assert output.read_bytes() == before
     succeeded(invoke("run", exported, "--data", ids, "-o", output, "--force"))
     with np.load(output) as archive:
         assert archive["0/outputs"].shape == (35, 5)

@@ -86,12 +86,13 @@ def test_the_product_that_cannot_be_rounded_is_put_back_and_no_other(rough_copy:
     assert facts["float"][ROUGH].startswith("alone it makes the one-step error of ")
     assert not [name for name in OTHERS if name in facts["float"]]
     for entry in ("step", "decode"):
-        graph = rough_copy / "onnxruntime" / f"{entry}.onnx"
+        graph = rough_copy / "onnxruntime-int8" / f"{entry}.onnx"
         assert "MatMulInteger" not in operators(graph, ROUGH)
         assert all("MatMulInteger" in operators(graph, name) for name in OTHERS)
     bundle = Bundle(rough_copy)
     bundle.verify()
-    assert bundle.artifact("onnxruntime") == artifact
+    assert bundle.artifact("onnxruntime", "int8") == artifact
+    assert bundle.artifact("onnxruntime").precision == "fp32", "it stays beside"
 
 
 @pytest.mark.parametrize("share", [0.25, 0.0])
@@ -106,13 +107,13 @@ def test_no_more_is_put_back_than_is_allowed_and_the_culprit_is_named(
     assert (rough_copy / "manifest.json").read_bytes() == before
     failed = Bundle(rough_copy.with_name("rough.nsm.failed"))
     failed.verify()
-    artifact = failed.artifact("onnxruntime")
+    artifact = failed.artifact("onnxruntime", "int8")
     assert artifact.parity["status"] == "failed"
     (note,) = (note for note in artifact.notes if " comes from " in note)
     assert re.match(rf"most of the (one-step|free-run) error of \S+ comes from {ROUGH} \(", note)
     assert sorted(artifact.quantization["low"]) == sorted([ROUGH, *OTHERS])
     assert all(
-        "MatMulInteger" in operators(failed.path / "onnxruntime" / "step.onnx", name) for name in (ROUGH, *OTHERS)
+        "MatMulInteger" in operators(failed.path / "onnxruntime-int8" / "step.onnx", name) for name in (ROUGH, *OTHERS)
     )
     assert not [name for name in names(failed.path) if name.startswith(".")]
     assert json.loads((failed.path / PARITY).read_text())["passed"] is False
@@ -127,7 +128,7 @@ def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
         f" comes from {ROUGH} (",
     )
     text = succeeded(invoke(*build))
-    (artifact,) = (item for item in Bundle(rough_copy).manifest.artifacts if item.target == "onnxruntime")
+    artifact = Bundle(rough_copy).artifact("onnxruntime", "int8")
     assert ROUGH in artifact.quantization["float"]
     assert f"  float, because {artifact.quantization['float'][ROUGH]}: " in text
     assert "onnxruntime int8: step " in text
@@ -234,11 +235,13 @@ def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(int8_copy: Path,
         r".*--allow"
     )
     with pytest.raises(SlowerError, match=message):
-        add_target(int8_copy, "ort", precision="int8")
+        add_target(int8_copy, "ort", precision="int8", force=True)
     assert (int8_copy / "manifest.json").read_bytes() == before
     Bundle(int8_copy).verify()
     assert names(tmp_path) == ["int8.nsm"]
-    refused(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--json"), 7, "not faster here than in fp32")
+    refused(
+        invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--force", "--json"), 7, "not faster here than in fp32"
+    )
     assert names(tmp_path) == ["int8.nsm"]
 
 
@@ -261,8 +264,8 @@ def test_an_export_that_is_slower_ends_with_7_and_leaves_nothing(
 
 def test_slower_is_kept_where_that_is_allowed(int8_copy: Path, times: Times) -> None:
     times(100.0, 400.0)
-    text = succeeded(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--allow-slower"))
-    assert "Added to" in text
+    text = succeeded(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--allow-slower", "--force"))
+    assert "Replaced in" in text
     speed = Bundle(int8_copy).artifact("onnxruntime").quantization["speed"]
     assert speed == {
         "step": {"median": 0.25, "low": 0.25, "high": 0.25},
@@ -276,12 +279,12 @@ def test_single_tokens_that_are_slower_are_refused_although_whole_calls_are_fast
     times(200.0, 100.0, (6.0, 6.0))
     message = r"not faster here than in fp32: decode 0\.50x as fast \[0\.50, 0\.50\]\. Keep"
     with pytest.raises(SlowerError, match=message):
-        add_target(int8_copy, "ort", precision="int8")
+        add_target(int8_copy, "ort", precision="int8", force=True)
     times(100.0, 125.0, (6.0, 6.0))
     with pytest.raises(SlowerError, match=r"step 0\.80x as fast .*, decode 0\.50x as fast"):
-        add_target(int8_copy, "ort", precision="int8")
+        add_target(int8_copy, "ort", precision="int8", force=True)
     times(200.0, 100.0, (2.9, 3.5))  # its interval holds 1: no difference was found
-    artifact = add_target(int8_copy, "ort", precision="int8")
+    artifact = add_target(int8_copy, "ort", precision="int8", force=True)
     assert artifact.quantization["speed"]["decode"]["median"] < 1.0
 
 
@@ -293,7 +296,7 @@ def test_a_processor_without_a_fast_path_is_named_as_the_cause(
     monkeypatch.setattr(processor, "_CPUINFO", tmp_path / "cpuinfo")
     times(100.0, 125.0)
     with pytest.raises(SlowerError) as caught:
-        add_target(int8_copy, "ort", precision="int8")
+        add_target(int8_copy, "ort", precision="int8", force=True)
     assert ("The likely cause is the processor: it has neither VNNI" in str(caught.value)) == ("vnni" not in flags)
     with pytest.raises(SlowerError) as caught:
         add_target(int8_copy, "ort", precision="int8-weights", limits=Limits(1.0))
@@ -302,7 +305,7 @@ def test_a_processor_without_a_fast_path_is_named_as_the_cause(
 
 def test_faster_needs_no_leave(int8_copy: Path, times: Times) -> None:
     times(200.0, 100.0)
-    artifact = add_target(int8_copy, "ort", precision="int8")
+    artifact = add_target(int8_copy, "ort", precision="int8", force=True)
     assert artifact.quantization["speed"]["step"]["median"] == 2.0
 
 
@@ -325,6 +328,6 @@ def test_a_crash_leaves_nothing_behind(
 
     monkeypatch.setattr(guard, place, crash)
     with pytest.raises(RuntimeError, match="a crash"):
-        add_target(int8_copy, "ov", precision="int8")
+        add_target(int8_copy, "ov", precision="int8", force=True)
     assert names(tmp_path) == ["int8.nsm"]
     Bundle(int8_copy).verify()

@@ -83,7 +83,7 @@ def stepped(session: Session, ids: Array) -> Array:
 def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target: str, precision: str) -> None:
     bundle = built(target, precision)
     bundle.verify()
-    artifact = bundle.artifact(target)
+    artifact = bundle.artifact(target, precision)
     assert (artifact.precision, artifact.effective_precision) == (precision, precision)
     assert artifact.parity["status"] == "passed"
     budget, exact = find_budget(precision), find_budget("fp32")
@@ -103,7 +103,7 @@ def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target:
 
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_the_manifest_says_what_became_of_the_products(built: Built, target: str, precision: str) -> None:
-    facts = built(target, precision).artifact(target).quantization
+    facts = built(target, precision).artifact(target, precision).quantization
     assert facts["form"] == FORMS[target, precision]
     assert set(facts["speed"]) == {"step", "decode"}
     for ratio in facts["speed"].values():
@@ -132,7 +132,7 @@ def test_the_summary_of_the_calibration_is_that_of_the_file(int8_bundle: Path) -
 
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_an_artifact_is_smaller_than_in_fp32(built: Built, target: str, precision: str) -> None:
-    small, exact = (built(target, name).artifact(target) for name in (precision, "fp32"))
+    small, exact = (built(target, name).artifact(target, name) for name in (precision, "fp32"))
     if FORMS[target, precision] == "float":  # its numbers are rounded when they are used
         # The text of a graph holds numbers that OpenVINO counts up for as long as a process lives.
         assert small.nbytes == pytest.approx(exact.nbytes, rel=0.01)
@@ -159,42 +159,43 @@ def test_an_engine_is_smaller_than_in_fp32(tmp_path: Path) -> None:
 def test_engines_are_built_and_not_run(built: Built, precision: str) -> None:
     bundle = built("tensorrt", precision)
     bundle.verify()
-    artifact = bundle.artifact("tensorrt")
+    artifact = bundle.artifact("tensorrt", precision)
     assert (artifact.precision, artifact.device) == (precision, "sm86")
     assert artifact.parity["status"] in ("not_run", "passed")
     facts = artifact.quantization
     assert facts["form"] == FORMS["tensorrt", precision]
     assert set(facts["low"]) == LARGE
     assert ROUTER in facts["float"]
-    layers = json.loads((bundle.path / "tensorrt" / "layers.json").read_text())["step"]
+    layers = json.loads((bundle.path / f"tensorrt-{precision}" / "layers.json").read_text())["step"]
     kind = "QUANTIZE" if precision.startswith("int8") else "CAST"
     assert any(kind in line for line in layers)
 
 
 def test_nothing_is_left_in_a_bundle_that_does_not_belong_there(built: Built, int8_bundle: Path) -> None:
     shared = {"manifest.json", "graphs", "state_init.npz", "golden.npz", "parity.json", CALIBRATION}
-    assert set(names(int8_bundle)) == shared | {"openvino", "onnxruntime"}
-    assert set(names(built("openvino", "int8-weights").path)) == shared | {"openvino", "onnxruntime"}
-    assert set(names(built("tensorrt", "int8").path)) == shared | {"openvino", "onnxruntime", "tensorrt"}
+    shared |= {"openvino-int8", "onnxruntime-int8"}
+    assert set(names(int8_bundle)) == shared
+    assert set(names(built("openvino", "int8-weights").path)) == shared | {"openvino-int8-weights"}
+    assert set(names(built("tensorrt", "int8").path)) == shared | {"tensorrt-int8"}
     for bundle in (int8_bundle, built("openvino", "int8-weights").path):
-        assert set(names(bundle / "openvino")) == {"step.xml", "decode.xml", "commit.xml", "weights.bin"}
-        assert set(names(bundle / "onnxruntime")) == {"step.onnx", "decode.onnx", "commit.onnx", "weights.bin"}
+        assert set(names(bundle / "openvino-int8")) == {"step.xml", "decode.xml", "commit.xml", "weights.bin"}
+        assert set(names(bundle / "onnxruntime-int8")) == {"step.onnx", "decode.onnx", "commit.onnx", "weights.bin"}
 
 
-def test_back_in_fp32_the_graphs_in_low_precision_are_gone(built: Built) -> None:
+def test_in_fp32_beside_int8_the_portable_graphs_are_used(built: Built) -> None:
     bundle = built("onnxruntime", "fp32")
     bundle.verify()
-    assert "onnxruntime" not in names(bundle.path)
     assert {record.path.split("/")[0] for record in bundle.artifact("onnxruntime").files} == {"graphs"}
     assert bundle.artifact("onnxruntime").quantization == {}
-    assert "openvino" in names(bundle.path)
+    assert bundle.artifact("onnxruntime", "int8").quantization["form"] == "dynamic"
+    assert {"openvino-int8", "onnxruntime-int8"} < set(names(bundle.path))
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_a_graph_that_does_not_compute_in_the_precision_fails(built: Built, target: str) -> None:
     """An artifact in fp32 under the name of int8."""
     bundle = built(target, "fp32")
-    artifact = replace(bundle.artifact(target), precision="int8")
+    artifact = replace(bundle.artifact(target, "fp32"), precision="int8")
     checked, report = check_artifact(bundle, artifact, bundle.trace().first(3))
     assert checked.effective_precision == "fp32"
     assert report is not None
@@ -207,7 +208,10 @@ def test_a_graph_that_does_not_compute_in_the_precision_fails(built: Built, targ
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_a_snapshot_in_fp32_goes_on_in_low_precision(built: Built, target: str, precision: str) -> None:
     ids = tokens(12)
-    with open_bundle(built(target, "fp32"), target) as exact, open_bundle(built(target, precision), target) as low:
+    with (
+        open_bundle(built(target, "fp32"), target) as exact,
+        open_bundle(built(target, precision), target, precision=precision) as low,
+    ):
         assert exact.fingerprint == low.fingerprint
         stepped(exact, ids[:, : 6 * CHUNK])
         low.restore(exact.snapshot())
@@ -220,7 +224,7 @@ def test_a_snapshot_in_fp32_goes_on_in_low_precision(built: Built, target: str, 
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_a_reset_is_a_fresh_start(built: Built, target: str, precision: str) -> None:
     ids = tokens(5)
-    with open_bundle(built(target, precision), target) as session:
+    with open_bundle(built(target, precision), target, precision=precision) as session:
         first = stepped(session, ids)
         session.reset()
         assert session.is_fresh()
@@ -231,13 +235,13 @@ def test_a_reset_is_a_fresh_start(built: Built, target: str, precision: str) -> 
 def test_lanes_do_not_bleed_on_openvino(built: Built, precision: str) -> None:
     # In fp16 what is 1000 times too large overflows.
     factor = 100.0 if precision == "fp16" else 1000.0
-    assert bleeding(built("openvino", precision), "openvino", factor) == 0.0
+    assert bleeding(built("openvino", precision), "openvino", precision, factor) == 0.0
 
 
 @needs_fp16
 def test_in_fp16_a_state_that_is_out_of_range_is_said_and_its_lane_goes_on_after_a_reset(built: Built) -> None:
     ids = tokens(1)
-    with open_bundle(built("openvino", "fp16"), "openvino") as session:
+    with open_bundle(built("openvino", "fp16"), "openvino", precision="fp16") as session:
         fresh = stepped(session, ids)
         state = session.read_state()
         state["0.bank"][1] = 1e5
@@ -249,19 +253,19 @@ def test_in_fp16_a_state_that_is_out_of_range_is_said_and_its_lane_goes_on_after
 
 
 def test_lanes_do_not_bleed_where_weights_alone_are_int8_on_onnx_runtime(built: Built) -> None:
-    assert bleeding(built("onnxruntime", "int8-weights"), "onnxruntime", 1000.0) == 0.0
+    assert bleeding(built("onnxruntime", "int8-weights"), "onnxruntime", "int8-weights", 1000.0) == 0.0
 
 
 def test_lanes_in_int8_agree_within_the_budget_on_onnx_runtime(built: Built) -> None:
     """They share a scale. The states that are multiplied come out of norms, so no stream gets them as large as here."""
-    found = bleeding(built("onnxruntime", "int8"), "onnxruntime", 10.0)
+    found = bleeding(built("onnxruntime", "int8"), "onnxruntime", "int8", 10.0)
     assert 0 < found <= find_budget("int8").free_run_p99
 
 
-def bleeding(bundle: Bundle, target: str, factor: float) -> float:
+def bleeding(bundle: Bundle, target: str, precision: str, factor: float) -> float:
     """How far the outputs of lane 0 depend on a neighbour whose states are so many times too large."""
     ids = tokens(6)
-    with open_bundle(bundle, target) as session:
+    with open_bundle(bundle, target, precision=precision) as session:
         stepped(session, tokens(3, seed=6))
         state = session.read_state()
         alone = stepped(session, ids)
@@ -278,7 +282,7 @@ def bleeding(bundle: Bundle, target: str, factor: float) -> float:
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_a_stream_in_pieces_is_the_stream(built: Built, target: str, precision: str) -> None:
     ids = tokens(4)
-    with open_bundle(built(target, precision), target) as session:
+    with open_bundle(built(target, precision), target, precision=precision) as session:
         whole = stepped(session, ids)
         session.reset()
         single = [session.decode(ids[:, [index]])["outputs"] for index in range(2 * CHUNK)]

@@ -176,7 +176,7 @@ def test_one_stream_of_one_step_makes_a_page() -> None:
 
 def test_the_page_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "parity.html"
-    target.write_text("old")
+    target.write_text(page("old.nsm", [report_of()], {}, {}, {}))
     write_page(target, "model.nsm", [report_of()], {}, {}, {})
     assert target.read_text(encoding="utf-8") == page("model.nsm", [report_of()], {}, {}, {})
     assert [item.name for item in tmp_path.iterdir()] == ["parity.html"]

@@ -15,7 +15,7 @@ import pytest
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.errors import InputError
+from nsm.errors import InputError, OutputExistsError
 from nsm.export import score_command
 from nsm.export.api import export_model
 from nsm.export.score_log import ScoreLog
@@ -79,7 +79,8 @@ def test_a_folder_is_scored_and_a_second_run_has_nothing_to_do(predictor: Path, 
     assert "perplexity" in shown
     first = output.read_text()
     head = json.loads(first.splitlines()[0])
-    assert head == {"fingerprint": Bundle(predictor).manifest.fingerprint, "target": "onnxruntime", "precision": "fp32"}
+    of = {"fingerprint": Bundle(predictor).manifest.fingerprint, "target": "onnxruntime", "precision": "fp32"}
+    assert head == {"format": "nsm-scores", "version": 1, **of}
     assert [(line["file"], line["index"]) for line in lines_of(output)] == [
         ("a.npy", 0),
         ("a.npy", 1),
@@ -155,15 +156,56 @@ def test_a_log_of_something_else_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"not of .*Take another name, or give --force"):
         ScoreLog(path, {**HEAD, "target": "openvino"})
     assert path.read_text() == before
-    for text in ("thesis\n", '{"a": 1}\n[]\n', "1\n2\n"):
-        path.write_text(text)
-        with pytest.raises(InputError, match=r"Take another name, or give --force"):
-            ScoreLog(path, HEAD)
-        assert path.read_text() == text
+    path.write_text(before + "[]\n")
+    with pytest.raises(OutputExistsError, match=r"has lines that are no scores .*give --force to start over"):
+        ScoreLog(path, HEAD)
+    ScoreLog(path, HEAD, force=True).close()
+    assert path.read_text() == before
     with pytest.raises(InputError, match=r"is a folder; give a file"):
         ScoreLog(tmp_path, HEAD)
     with pytest.raises(InputError, match="cannot be written"):
         ScoreLog(tmp_path / "absent" / "scores.jsonl", HEAD)
+
+
+@pytest.mark.parametrize("force", [False, True])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a thesis without a line break",
+        "thesis\n",
+        '{"a": 1}\n[]\n',
+        "1\n2\n",
+        json.dumps(HEAD) + "\n",
+        '{"format": "nsm-scores", "version": 2}\n',
+        '{"format": "nsm-scores", "version": 1}',
+    ],
+)
+def test_a_file_that_is_no_log_of_this_version_is_never_overwritten(tmp_path: Path, text: str, force: bool) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.write_text(text)
+    with pytest.raises(OutputExistsError, match=r"is not a file of scores of this version, so it is not replaced"):
+        ScoreLog(path, HEAD, force)
+    assert path.read_text() == text
+
+
+def test_data_that_is_scored_is_not_overwritten(predictor: Path, folder: Path) -> None:
+    (folder / "notes.txt").write_text("abc")
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    for name in ("notes.txt", "a.npy"):
+        refused(
+            invoke("score", predictor, folder, "-o", folder / name, "--force"), 2, f"{name} exists and is not a file"
+        )
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_an_empty_file_becomes_a_log_and_a_pipe_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "scores.jsonl"
+    path.touch()
+    ScoreLog(path, HEAD).close()
+    assert json.loads(path.read_text())["format"] == "nsm-scores"
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match=r"pipe is no regular file"):
+        ScoreLog(tmp_path / "pipe", HEAD)
 
 
 @pytest.mark.parametrize(

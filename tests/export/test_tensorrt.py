@@ -157,6 +157,10 @@ def test_an_operator_that_tensorrt_does_not_know_keeps_a_log(stage: Path, bundle
     assert "Unheard" in kept_log(caught.value, stage)
     assert caught.value.log is not None
     assert caught.value.log.name == "tensorrt-sm86-build.log"
+    with pytest.raises(BuildError) as again:
+        build_target(stage, bundle.manifest.spec, find_target("trt"), "sm86")
+    assert again.value.log is not None
+    assert again.value.log.name == "tensorrt-sm86-build-2.log", "what is there stays"
 
 
 def test_a_device_that_cannot_compute_the_graph_keeps_the_log_with_the_layers(stage: Path, bundle: Bundle) -> None:

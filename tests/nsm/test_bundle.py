@@ -12,6 +12,7 @@ import pytest
 from nsm.bundle import GOLDEN, STATE_INIT, Bundle
 from nsm.errors import (
     BundleDamagedError,
+    BundleError,
     InputError,
 )
 from nsm.files import sha256
@@ -264,3 +265,80 @@ def test_a_link_to_itself_is_damage(made: Path) -> None:
     weights.symlink_to("weights.bin")
     with pytest.raises(BundleDamagedError, match=r"weights\.bin"):
         Bundle(made).verify()
+
+
+# -- several precisions of a target --------------------------------------------------------------------------------
+
+
+def _holding(made: Path, *labels: str) -> Bundle:
+    """The bundle with artifacts of these targets and precisions, "openvino int8" for instance."""
+
+    def change(data: Any) -> None:
+        (plain,) = (item for item in data["artifacts"] if item["target"] == "onnxruntime")
+        parts = [label.split() for label in labels]
+        data["artifacts"] = [{**plain, "target": target, "precision": precision} for target, precision in parts]
+
+    edit(made, change)
+    return Bundle(made)
+
+
+def test_of_a_target_the_artifact_in_fp32_is_taken_or_the_only_one(made: Path) -> None:
+    bundle = _holding(made, "openvino int8", "onnx fp32", "openvino fp32", "onnxruntime int8")
+    assert [item.label for item in bundle.artifacts()] == ["openvino int8", "onnx", "openvino", "onnxruntime int8"]
+    assert bundle.artifact("openvino").label == "openvino"
+    assert bundle.artifact("openvino", "int8").label == "openvino int8"
+    assert bundle.artifact("onnxruntime").label == "onnxruntime int8"
+    assert bundle.artifact().label == "openvino", "the first target, by the same rule"
+    assert bundle.artifact(None, "int8").label == "openvino int8"
+    assert [item.label for item in bundle.artifacts(["openvino"])] == ["openvino int8", "openvino"]
+    assert [item.label for item in bundle.artifacts((), ["int8"])] == ["openvino int8", "onnxruntime int8"]
+    assert [bundle.holds("openvino", name) for name in ("int8", "fp32", "bf16")] == [True, True, False]
+
+
+def test_of_several_without_fp32_one_has_to_be_named(made: Path) -> None:
+    bundle = _holding(made, "openvino int8", "openvino bf16")
+    for target in ("openvino", None):
+        with pytest.raises(
+            InputError, match=r"openvino in int8, bf16\. Name one: precision='int8', or --precision int8"
+        ):
+            bundle.artifact(target)
+    assert bundle.artifact(None, "bf16").label == "openvino bf16"
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "message"),
+    [
+        (
+            "openvino",
+            "bf16",
+            r"no artifact for 'openvino' in bf16; .* nsm build .* --target openvino --precision bf16$",
+        ),
+        ("onnx", None, r"no artifact for 'onnx'; it holds: openvino int8, openvino\. .* --target onnx$"),
+        (
+            None,
+            "fp16",
+            r"no artifact in fp16; it holds: openvino int8, openvino\. .* --target openvino --precision fp16$",
+        ),
+    ],
+)
+def test_what_is_not_held_is_named_with_what_is(
+    made: Path, target: str | None, precision: str | None, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        _holding(made, "openvino int8", "openvino fp32").artifact(target, precision)
+
+
+def test_two_artifacts_of_one_target_and_precision_are_damage(made: Path) -> None:
+    with pytest.raises(BundleError, match="two artifacts of openvino int8; expected is one of a target and precision"):
+        _holding(made, "openvino int8", "openvino int8")
+
+
+def test_what_is_not_of_the_bundle_is_listed(made: Path) -> None:
+    assert Bundle(made).others() == []
+    for name in ("graphs/mine.txt", "notes/deep/a.txt", "notes/b.txt", "empty/deeper/x", "openvino/sub/y"):
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        (made / name).touch()
+    (made / "empty" / "deeper" / "x").unlink()
+    (made / "link").symlink_to("graphs")
+    found = [path.as_posix() for path in Bundle(made).others()]
+    assert found == ["graphs/mine.txt", "link", "notes", "openvino/sub"]

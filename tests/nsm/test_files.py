@@ -15,8 +15,8 @@ from typing import NoReturn
 
 import pytest
 
-from nsm.errors import InputError
-from nsm.files import followed, replacing, settled, write_json
+from nsm.errors import InputError, OutputExistsError
+from nsm.files import check_output_file, followed, json_with, replacing, settled, write_json
 
 
 def test_the_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -174,3 +174,43 @@ def test_json_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(OSError, match="disk error"):
         write_json(path, {"passed": False})
     assert path.read_bytes() == before
+
+
+# -- what may be overwritten ---------------------------------------------------------------------------------------
+
+
+def test_only_what_is_known_is_overwritten(tmp_path: Path) -> None:
+    path, is_one = tmp_path / "a.json", json_with("a", "b")
+    check_output_file(path)
+    path.touch()
+    check_output_file(path)
+    for text, wanted in (
+        ('{"a": 1, "b": 2, "c": 3}', True),
+        ('[{"a": 1, "b": 2}]', True),
+        ('{"a": 1}', False),
+        ("[]", False),
+        ("[1]", False),
+        ("no JSON", False),
+        ("[" * 100_000, False),
+    ):
+        path.write_text(text)
+        if wanted:
+            check_output_file(path, "a table", is_one)
+            with pytest.raises(OutputExistsError, match=r"a\.json exists\. Give --force"):
+                check_output_file(path, "a table", is_one, force=False)
+        else:
+            with pytest.raises(
+                OutputExistsError, match=r"a\.json exists and is not a table, so it is not replaced\. Move"
+            ):
+                check_output_file(path, "a table", is_one)
+        with pytest.raises(OutputExistsError, match=r"a\.json exists\. Move it away"):
+            check_output_file(path)
+
+
+def test_a_pipe_and_what_stdout_goes_to_have_nothing_to_lose(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    check_output_file(tmp_path / "pipe")
+    code = "import pathlib\nfrom nsm.files import check_output_file\nprint(1, flush=True)\n"
+    code += "check_output_file(pathlib.Path('/dev/stdout'))\ncheck_output_file(pathlib.Path('out.txt'))"
+    with (tmp_path / "out.txt").open("wb") as file:
+        subprocess.run([sys.executable, "-c", code], stdout=file, cwd=tmp_path, check=True)

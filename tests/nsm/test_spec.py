@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from nsm.errors import BundleError, ConfigError, InputError
-from nsm.spec import COUNT, EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.spec import COUNT, OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
+from tests.runtimes.fake import fake_spec
 
 
 def make_spec() -> StepSpec:
@@ -110,6 +111,46 @@ def test_an_entry_that_there_is_not_is_named_beside_those_there_are() -> None:
 def test_an_entry_without_inputs_needs_a_state() -> None:
     with pytest.raises(ConfigError, match="The entry commit has no inputs"):
         EntrySpec("commit", (), (), (), ("0.bank",))
+
+
+def _chunked(change: str) -> StepSpec:
+    """The spec of a model in chunks, whose parts do not fit together."""
+    spec = fake_spec()
+    step, decode, commit = spec.entries
+    assert (decode.name, commit.name) == ("decode", "commit")
+    unended = tuple(name for name in commit.writes if name != OFFSET)
+    entries = {
+        "no commit": (step, decode),
+        "no decode": (step, commit),
+        "commit without the offset": (step, decode, replace(commit, writes=unended)),
+        "decode without the offset": (step, replace(decode, writes=()), commit),
+        "commit with inputs": (step, decode, replace(commit, inputs=decode.inputs)),
+    }
+    return replace(spec, entries=entries[change])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("no commit", r"expected is an entry commit that writes lane\.offset, given is none"),
+        (
+            "commit without the offset",
+            r"expected is an entry commit that writes lane\.offset, given is one that does not",
+        ),
+        (
+            "decode without the offset",
+            r"expected is an entry decode that writes lane\.offset, given is one that does not",
+        ),
+        ("commit with inputs", "The entry commit takes inputs; expected are states alone"),
+    ],
+)
+def test_a_chunk_that_could_not_be_ended_is_refused(change: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        _chunked(change)
+
+
+def test_whole_chunks_need_neither_decode_nor_commit() -> None:
+    assert not _chunked("no decode").has("decode")
 
 
 @pytest.mark.parametrize("which", ["reads", "writes"])

@@ -26,7 +26,7 @@ from nsm.errors import (
 from nsm.files import write_json
 from nsm.manifest import MANIFEST
 from nsm.staging import staged, staged_copy, write_manifest
-from tests.nsm.bundles import OWN, contents, fill, names
+from tests.nsm.bundles import OWN, contents, edit, fill, names
 
 # -- writing all or nothing ---------------------------------------------------------------------------------------
 
@@ -51,11 +51,12 @@ def test_new_files_have_the_permissions_of_new_files_and_others_keep_theirs(tmp_
     before = os.umask(0o027)
     try:
         with staged(output) as stage:
-            fill(stage)
-            (stage / "tool").write_text("#!/bin/sh")
-            (stage / "tool").chmod(0o700)
+            manifest = fill(stage)
+            (stage / "graphs" / "tool").write_text("#!/bin/sh")
+            (stage / "graphs" / "tool").chmod(0o700)
+            write_manifest(stage, manifest)
         modes = {path.relative_to(output).as_posix(): path.stat().st_mode & 0o777 for path in output.rglob("*")}
-        assert modes == {name: 0o750 if name in ("graphs", "openvino", "tool") else 0o640 for name in modes}
+        assert modes == {name: 0o750 if name in ("graphs", "openvino", "graphs/tool") else 0o640 for name in modes}
         output.chmod(0o700)
         for name in private:
             (output / name).chmod(0o700)
@@ -155,10 +156,73 @@ def test_what_is_no_bundle_is_never_replaced(tmp_path: Path, force: bool, kind: 
     assert contents(tmp_path) == before
     if force:
         with (
-            pytest.raises(OutputExistsError, match="not a bundle, so --force does not replace it"),
+            pytest.raises(
+                OutputExistsError, match=r"thesis exists and is not a bundle, so it is not replaced\. Move it"
+            ),
             staged(output, True),
         ):
             pass
+
+
+def test_a_folder_with_the_manifest_of_something_else_is_not_replaced(tmp_path: Path) -> None:
+    """A web app has a manifest.json too."""
+    output = tmp_path / "site"
+    output.mkdir()
+    for manifest in ('{"name": "My shop", "icons": []}', "[]", "not JSON", '{"format_version": 1}'):
+        (output / "manifest.json").write_text(manifest)
+        (output / "index.html").write_text("years of work")
+        before = contents(tmp_path)
+        with (
+            pytest.raises(OutputExistsError, match=r"cannot be read as a bundle, so it is not replaced\. Move it away"),
+            staged(output, force=True),
+        ):
+            pass
+        assert contents(tmp_path) == before
+
+
+def test_a_bundle_of_another_version_is_not_replaced(made: Path) -> None:
+    """Which of its files are its own, this version cannot tell."""
+    edit(made, lambda data: data.update(format_version=99))
+    before = contents(made)
+    with pytest.raises(OutputExistsError, match="has format version 99"), staged(made, force=True):
+        pass
+    assert contents(made) == before
+
+
+@pytest.mark.parametrize("suffix", ["", ".failed"], ids=["the bundle", "a failed one"])
+def test_files_in_a_bundle_that_are_not_of_it_stop_an_export(made: Path, suffix: str) -> None:
+    path = made.with_name(made.name + suffix)
+    if suffix:
+        shutil.copytree(made, path)
+    others = [path / name for name in ("notes.txt", "openvino/tuned.xml", "plots/a.png", "plots/b/c.png", "z.txt")]
+    for other in others:
+        other.parent.mkdir(parents=True, exist_ok=True)
+        other.write_text("mine")
+    (path / "empty").mkdir()
+    before = contents(made.parent)
+    message = (
+        r"not of the bundle, so it is not replaced.*: notes\.txt, openvino/tuned\.xml, plots and 1 more\. Move them"
+    )
+    with pytest.raises(OutputExistsError, match=message), staged(made, force=True):
+        pass
+    assert contents(made.parent) == before
+    for other in others:
+        other.unlink()
+    with staged(made, force=True) as stage:
+        fill(stage, "another command")
+    assert Bundle(made).manifest.command == "another command"
+
+
+def test_a_file_that_came_into_a_bundle_during_the_work_stops_the_export(made: Path) -> None:
+    def export() -> None:
+        with staged(made, force=True) as stage:
+            fill(stage, "another command")
+            (made / "notes.txt").write_text("mine")
+
+    with pytest.raises(OutputExistsError, match=r"notes\.txt"):
+        export()
+    assert (made / "notes.txt").read_text() == "mine"
+    assert names(made.parent) == ["model.nsm"]
 
 
 @pytest.mark.parametrize("force", [False, True])
@@ -177,22 +241,29 @@ def test_what_came_to_be_during_the_work_is_not_replaced_either(tmp_path: Path, 
     assert names(tmp_path) == ["thesis"]
 
 
+def no_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nsm.staging.exchange", lambda _first, _second: False)
+
+
+@pytest.mark.parametrize("failing", range(1, 5))
 def test_the_old_bundle_comes_back_if_the_new_one_cannot_be_put_in_place(
-    made: Path, monkeypatch: pytest.MonkeyPatch
+    made: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
-    before, move = contents(made), os.replace
+    before, move, calls = contents(made), os.rename, []
 
     def refuse(source: Path, target: Path) -> None:
-        if Path(target) == made and ".partial" in Path(source).name:
+        calls.append(target)
+        if len(calls) == failing:
             raise OSError(errno.EIO, "disk error")
         move(source, target)
 
     def export() -> None:
         with staged(made, force=True) as stage:
             fill(stage, "another command")
-            monkeypatch.setattr(os, "replace", refuse)
+            monkeypatch.setattr(os, "rename", refuse)
 
-    with pytest.raises((OSError, NsmError), match="disk error"):
+    no_exchange(monkeypatch)
+    with pytest.raises(OSError, match="disk error"):
         export()
     assert contents(made) == before
     assert names(made.parent) == ["model.nsm"]
@@ -249,10 +320,10 @@ def test_a_bundle_is_replaced_from_within(made: Path, inside: str, given: str) -
 @pytest.mark.parametrize("given", [".", "..", "deep/.."])
 def test_a_folder_that_is_no_bundle_is_not_replaced_from_within(tmp_path: Path, given: str) -> None:
     (tmp_path / "work" / "deep").mkdir(parents=True)
-    for force, message in ((False, "exists. Give --force"), (True, "is not a bundle")):
+    for force in (False, True):
         with (
             contextlib.chdir(tmp_path / "work"),
-            pytest.raises(OutputExistsError, match=message),
+            pytest.raises(OutputExistsError, match="is not a bundle"),
             staged(Path(given), force),
         ):
             pass
@@ -271,7 +342,7 @@ def test_a_directory_that_may_not_be_written_is_refused(tmp_path: Path, monkeypa
     def refuse(*args: object, **kwargs: object) -> NoReturn:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr("tempfile.mkdtemp", refuse)
+    monkeypatch.setattr("os.mkdir", refuse)
     with pytest.raises(InputError, match=r"model\.nsm cannot be written: .*Permission denied") as caught:
         staged(tmp_path / "model.nsm").__enter__()
     assert caught.value.exit_code == 2
@@ -350,6 +421,7 @@ def test_a_killed_process_leaves_nothing_under_the_name(tmp_path: Path, there: b
     bundle = Bundle(output)
     bundle.verify()
     assert bundle.manifest.command == "the next try"
+    assert names(tmp_path) == ["model.nsm"]
 
 
 # -- changing a bundle --------------------------------------------------------------------------------------------
@@ -430,14 +502,14 @@ def test_a_copy_has_the_recorded_files_alone_and_touches_nothing_behind_a_link(m
         assert contents(stage) == recorded
         assert not [path for path in stage.rglob("*") if path.is_symlink()]
         add(stage)
-        (stage / "graphs" / "key").symlink_to(private / "key")
+        (stage / "graphs" / "new").symlink_to(private / "key")
         write_manifest(stage, Bundle(stage).manifest)
     bundle = Bundle(made)
     bundle.verify()
     assert set(bundle.recorded()) == set(recorded) - {MANIFEST}
-    assert names(made / "graphs") == ["key", "step.onnx", "weights.bin"]
-    assert (made / "notes.txt").read_text() == "mine", "it lies beside what is nsm's"
-    assert (made / "notes").is_symlink()
+    assert names(made / "graphs") == [".#step.onnx", "key", "more", "new", "step.onnx", "weights.bin"]
+    assert (made / "notes.txt").read_text() == "mine"
+    assert all(path.is_symlink() for path in (made / "notes", made / "graphs" / "more", made / "graphs" / "key"))
     assert (private.stat().st_mode & 0o777, (private / "key").stat().st_mode & 0o777) == (0o700, 0o600)
     assert (private / "key").stat().st_nlink == 1
 
@@ -460,6 +532,39 @@ def test_what_a_link_inside_leads_to_becomes_the_file(made: Path) -> None:
         pass
     assert not weights.is_symlink()
     Bundle(made).verify()
+
+
+def test_what_is_not_of_the_bundle_stays_in_it(made: Path) -> None:
+    (made / "openvino" / "tuning").mkdir()
+    for name in ("notes.txt", "graphs/drawing.svg", "openvino/tuning/log.txt", "tensorrt.txt"):
+        (made / name).write_text(f"my {name}")
+    before = contents(made)
+    with staged_copy(made) as stage:
+        add(stage)
+    after = contents(made)
+    assert {name: after[name] for name in before if b"my " in before[name]} == {
+        name: f"my {name}".encode()
+        for name in ("notes.txt", "graphs/drawing.svg", "openvino/tuning/log.txt", "tensorrt.txt")
+    }
+    assert names(made.parent) == ["model.nsm"]
+    Bundle(made).verify()
+
+
+def test_what_is_not_of_the_bundle_is_not_overwritten_by_a_change(made: Path) -> None:
+    (made / "tensorrt").mkdir()
+    (made / "tensorrt" / "step.engine").write_text("the only one that works")
+    before = contents(made)
+
+    def change() -> None:
+        with staged_copy(made) as stage:
+            add(stage)
+
+    with pytest.raises(
+        OutputExistsError, match=r"not of the bundle where new ones would go: tensorrt\. Move them away"
+    ):
+        change()
+    assert contents(made) == before
+    assert names(made.parent) == ["model.nsm"]
 
 
 def test_a_bundle_that_lacks_a_file_is_not_copied(made: Path) -> None:
@@ -491,8 +596,9 @@ def test_of_two_commands_on_one_bundle_the_later_is_refused(made: Path, removed:
 
 def test_only_a_bundle_is_copied(tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
-    with pytest.raises(OutputExistsError, match="not a bundle"), staged_copy(tmp_path / "thesis"):
+    with pytest.raises(BundleDamagedError, match="not a bundle"), staged_copy(tmp_path / "thesis"):
         pass
+    assert names(tmp_path) == ["thesis"]
 
 
 def test_the_manifest_lists_the_files_that_are_there(tmp_path: Path) -> None:

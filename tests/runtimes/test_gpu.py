@@ -19,14 +19,14 @@ TARGETS = {"tensorrt": "current", "onnxruntime-cuda": "cuda"}
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_artifact_built_here_is_the_model(bundle_copy: Path, target: str) -> None:
-    artifact = add_target(bundle_copy, target, TARGETS[target])
+    artifact = add_target(bundle_copy, target, TARGETS[target], force=True)
     assert artifact.parity["status"] == "passed"
     assert artifact.effective_precision == "fp32"
 
 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_stream_moves_from_the_cpu_to_the_gpu(bundle_copy: Path, target: str) -> None:
-    add_target(bundle_copy, target, TARGETS[target])
+    add_target(bundle_copy, target, TARGETS[target], force=True)
     ids = np.random.default_rng(0).integers(0, 20, (2, 163))
     with nsm.open(bundle_copy, "onnxruntime") as cpu, nsm.open(bundle_copy, target) as gpu:
         cpu.run(ids[:, :83])
@@ -38,7 +38,7 @@ def test_a_stream_moves_from_the_cpu_to_the_gpu(bundle_copy: Path, target: str) 
 @pytest.mark.parametrize("target", TARGETS)
 def test_a_reset_stream_is_a_fresh_one(bundle_copy: Path, target: str) -> None:
     """Also after graphs were captured, which run a call several times."""
-    add_target(bundle_copy, target, TARGETS[target])
+    add_target(bundle_copy, target, TARGETS[target], force=True)
     ids = np.random.default_rng(1).integers(0, 20, (2, 70))
     with nsm.open(bundle_copy, target) as session:
         first = session.run(ids)["outputs"]

@@ -19,22 +19,22 @@ def test_peak_memory_is_that_of_this_process_in_megabytes() -> None:
 
 def test_a_fresh_process_does_not_count_what_this_one_holds(exported: Path) -> None:
     held = np.ones(50_000_000)  # 400 MB
-    peak = fresh_peak_mb(exported, "onnxruntime", threads=1)
+    peak = fresh_peak_mb(exported, "onnxruntime", "fp32", threads=1)
     assert 20 < peak < peak_rss_mb() - 100
     assert held[0] == 1
 
 
 def test_it_opens_this_artifact_only(exported: Path) -> None:
-    plain, heavy = (fresh_peak_mb(exported, name) for name in ("onnxruntime", "openvino"))
+    plain, heavy = (fresh_peak_mb(exported, name, "fp32") for name in ("onnxruntime", "openvino"))
     assert abs(heavy - plain) > 1  # another backend's libraries
 
 
 def test_a_process_that_fails_says_why(exported: Path) -> None:
     with pytest.raises(RunError, match=r"memory of coreml in .* ended with 1: .*holds no artifact for 'coreml'"):
-        fresh_peak_mb(exported, "coreml")
+        fresh_peak_mb(exported, "coreml", "fp32")
 
 
 @pytest.mark.parametrize("threads", [[], ["1"]])
 def test_the_process_prints_its_peak(exported: Path, threads: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    main([str(exported), "onnxruntime", *threads])
+    main([str(exported), "onnxruntime", "fp32", *threads])
     assert json.loads(capsys.readouterr().out)["peak_rss_mb"] == pytest.approx(peak_rss_mb(), rel=0.2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import nsm
-from nsm.errors import CheckpointError, ConfigError, InputError
+from nsm.errors import CheckpointError, ConfigError, InputError, OutputExistsError
 from nsm.layer import NSMLayer
 from nsm.manager import StateManager
 from nsm.models.checkpoint import MAX_GOLDEN, fingerprint, load, load_checkpoint, save
@@ -42,7 +43,7 @@ def vectors(model_factory: Callable[..., SimpleNSM]) -> SimpleNSM:
 def content(small: SimpleNSM, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What is in a good file. Take a copy to spoil it."""
     path = tmp_path_factory.mktemp("content") / "model.pt"
-    save(small, path, samples=[[1, 2, 3]])
+    save(small, path, samples=np.arange(24).reshape(6, 4) % 19)
     result: dict[str, Any] = torch.load(path, weights_only=True)
     return result
 
@@ -364,7 +365,7 @@ def test_a_truncated_file_is_refused(small: SimpleNSM, tmp_path: Path, share: fl
 def test_a_truncated_file_of_the_old_format_is_refused(tmp_path_factory: pytest.TempPathFactory, end: int) -> None:
     """Bare pickles: what the reader raises depends on where the file ends."""
     buffer = io.BytesIO()
-    content = {"format": "nsm-checkpoint", "version": 2, "weight": torch.ones(3)}
+    content = {"format": "nsm-checkpoint", "version": 3, "weight": torch.ones(3)}
     torch.save(content, buffer, _use_new_zipfile_serialization=False)
     raw = buffer.getvalue()
     path = tmp_path_factory.mktemp("old") / "model.pt"
@@ -400,11 +401,97 @@ def test_a_bare_state_dict_is_refused_and_the_way_out_told(small: SimpleNSM, tmp
         load(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("version", [0, 1, 99, None, "2"])
+@pytest.mark.parametrize("version", [0, 1, 2, 99, None, "3", True])
 def test_another_version_is_refused(content: dict[str, Any], tmp_path: Path, version: object) -> None:
     path = spoiled(content, tmp_path / "model.pt", version=version)
-    with pytest.raises(CheckpointError, match=f"has checkpoint version {version!r}; this nsm reads version 2"):
+    with pytest.raises(CheckpointError, match=f"has checkpoint version {version!r}; this nsm reads version 3"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("version", "kind"),
+    [
+        (torch.tensor(3), "Tensor"),
+        (torch.tensor([3, 3]), "Tensor"),
+        ([3], "list"),
+        ({"version": 3}, "dict"),
+        (3.0, "float"),
+        (10**100, "int"),
+    ],
+    ids=lambda item: str(type(item).__name__),
+)
+def test_a_version_that_is_no_number_is_refused(
+    content: dict[str, Any], tmp_path: Path, version: object, kind: str
+) -> None:
+    path = spoiled(content, tmp_path / "model.pt", version=version)
+    with pytest.raises(CheckpointError, match=f"has checkpoint version of type {kind}; this nsm reads version 3"):
+        load(path)
+
+
+@pytest.mark.parametrize("tag", [torch.ones(2), ["nsm-checkpoint"], None, 1, "nsm"], ids=str)
+def test_another_tag_is_refused(content: dict[str, Any], tmp_path: Path, tag: object) -> None:
+    path = spoiled(content, tmp_path / "model.pt", format=tag)
+    with pytest.raises(CheckpointError, match="a dictionary without our format tag"):
+        load(path)
+
+
+@pytest.mark.parametrize("key", ["golden", "calibration"])
+@pytest.mark.parametrize("change", ["a number", "their order", "one less", "one more", "the shape", "moved over"])
+def test_samples_that_changed_since_they_were_saved_are_refused(
+    content: dict[str, Any], tmp_path: Path, key: str, change: str
+) -> None:
+    """All of these pass as sequences of the model: only their hash tells."""
+    sequences = [item.clone() for item in content[key]]
+    assert len(sequences) > 1
+    if change == "a number":
+        sequences[0][0] = (sequences[0][0] + 1) % 20
+    elif change == "their order":
+        sequences = sequences[::-1]
+    elif change == "one less":
+        sequences = sequences[:-1]
+    elif change == "one more":
+        sequences = [*sequences, sequences[0]]
+    elif change == "the shape":
+        sequences[0] = sequences[0].reshape(2, -1)
+    if change == "moved over":
+        path = spoiled(
+            content, tmp_path / "model.pt", golden=[*content["golden"], *content["calibration"]], calibration=[]
+        )
+    else:
+        path = spoiled(content, tmp_path / "model.pt", **{key: sequences})
+    with pytest.raises(
+        CheckpointError, match=r"its samples were changed since they were saved\. Copy it again, or save"
+    ):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("part", ["fingerprint", "samples_sha256"])
+@pytest.mark.parametrize("value", [torch.ones(2), None, "", 7, ["a"]], ids=str)
+def test_a_hash_that_is_none_is_refused(content: dict[str, Any], tmp_path: Path, part: str, value: object) -> None:
+    path = spoiled(content, tmp_path / "model.pt", **{part: value})
+    with pytest.raises(CheckpointError, match=r"is damaged: its (weights are not|samples were changed)"):
+        load(path)
+
+
+def test_only_checkpoints_are_replaced(small: SimpleNSM, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt"
+    buffer = io.BytesIO()
+    torch.save(small.state_dict(), buffer)
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("x/data.pkl", b"something else")
+    for held in (b"print('training')", b"PK\x03\x04 half a zip", buffer.getvalue(), archive.getvalue()):
+        path.write_bytes(held)
+        with pytest.raises(OutputExistsError, match=r"model\.pt exists and is not a checkpoint written by nsm\.save"):
+            save(small, path)
+        assert path.read_bytes() == held
+    path.write_bytes(b"")
+    save(small, path)
+    save(small, path)
+    content = torch.load(path, weights_only=True)
+    spoiled(content, path, version=2)
+    save(small, path)
+    load(path)
 
 
 def test_weights_that_changed_since_they_were_saved_are_refused(content: dict[str, Any], tmp_path: Path) -> None:
@@ -415,7 +502,9 @@ def test_weights_that_changed_since_they_were_saved_are_refused(content: dict[st
         load(tmp_path / "model.pt")
 
 
-@pytest.mark.parametrize("missing", ["model", "config", "weights", "golden", "calibration", "fingerprint"])
+@pytest.mark.parametrize(
+    "missing", ["model", "config", "weights", "golden", "calibration", "fingerprint", "samples_sha256"]
+)
 def test_a_missing_part_is_named(content: dict[str, Any], tmp_path: Path, missing: str) -> None:
     torch.save({key: value for key, value in content.items() if key != missing}, tmp_path / "model.pt")
     with pytest.raises(CheckpointError, match=f"does not make a model: it lacks the part '{missing}'"):

@@ -12,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
-from nsm.errors import InputError
+from nsm.errors import InputError, OutputExistsError
 from nsm.export.pipeline import ExportOptions, export
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.hybrid import HybridModel
@@ -248,7 +248,8 @@ def test_a_picture_is_written_whole_or_not_at_all(
         visualizer.plot_routing_entropy(ids(1, 9), save_path=tmp_path / "picture.gif?")
     with pytest.raises(InputError, match=r"cannot be written.*Make the folder first"):
         visualizer.plot_routing_entropy(ids(1, 9), save_path=tmp_path / "missing" / "picture.png")
-    (tmp_path / "picture.png").write_bytes(b"old")
+    visualizer.plot_routing_entropy(ids(1, 9), save_path=tmp_path / "picture.png")
+    old = (tmp_path / "picture.png").read_bytes()
 
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
@@ -256,7 +257,24 @@ def test_a_picture_is_written_whole_or_not_at_all(
     monkeypatch.setattr(Figure, "savefig", fail)
     with pytest.raises(OSError, match="disk full"):
         visualizer.plot_routing_entropy(ids(1, 9), save_path=tmp_path / "picture.png")
-    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("picture.png", b"old")]
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("picture.png", old)]
+
+
+@pytest.mark.parametrize("kind", ["png", "svg", "pdf", "ps", "eps", "jpg"])
+def test_only_pictures_of_the_visualizer_are_replaced(model: SimpleNSM, tmp_path: Path, kind: str) -> None:
+    visualizer, path = AdvancedNSMVisualizer(model), tmp_path / f"picture.{kind}"
+    Figure().savefig(path)
+    before = path.read_bytes()
+    with pytest.raises(OutputExistsError, match="exists and is not a picture of nsm, so it is not replaced"):
+        visualizer.plot_routing_entropy(ids(1, 9), save_path=path)
+    assert path.read_bytes() == before
+    path.unlink()
+    visualizer.plot_routing_entropy(ids(1, 9), save_path=path)
+    if kind == "jpg":  # which has no place for a name
+        with pytest.raises(OutputExistsError):
+            visualizer.plot_routing_entropy(ids(1, 9), save_path=path)
+        return
+    visualizer.plot_routing_entropy(ids(1, 20), save_path=path)
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
