@@ -46,7 +46,13 @@ class OnnxSource:
     calibration: list[Array]
 
     def __init__(
-        self, path: Path, foreign: Foreign, token: TensorSpec, fingerprint: str, doubts: Sequence[str] = ()
+        self,
+        path: Path,
+        foreign: Foreign,
+        token: TensorSpec,
+        fingerprint: str,
+        doubts: Sequence[str] = (),
+        capacity: int | None = None,
     ) -> None:
         self.kind = f"ONNX graph {path.name}"
         self.fingerprint = fingerprint
@@ -56,6 +62,7 @@ class OnnxSource:
         self.parameters = sum(math.prod(tensor.dims) for tensor in foreign.model.graph.initializer)
         self._foreign, self.given = foreign, Given(foreign)
         self._doubts = doubts
+        self._capacity = capacity
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -101,7 +108,7 @@ class OnnxSource:
                 f"{self.kind} takes {'at least one token' if self._foreign.timed else 'one token'} a call; given "
                 f"{length}."
             )
-        return spec_of(self.given, batch, length, 1, self.token_spec)
+        return replace(spec_of(self.given, batch, length, 1, self.token_spec), capacity=self._capacity)
 
     def check_sequence(self, sequence: Array) -> None:
         spec = self.token_spec
@@ -132,6 +139,7 @@ def load_onnx(
     constants: Mapping[str, str] | None = None,
     vocab_size: int | None = None,
     shapes: Mapping[str, str] | None = None,
+    capacity: int | None = None,
 ) -> OnnxSource:
     """Read a file, find its states, and see that it is the step it says it is.
 
@@ -141,6 +149,7 @@ def load_onnx(
         constants: inputs that are always the same, by name, as text: {"sr": "16000"}.
         vocab_size: of a graph over ids, where the number of embeddings does not tell.
         shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,512"}.
+        capacity: tokens that a stream takes from one reset to the next.
 
     Raises:
         InputError: no such file, or inputs, outputs and states that do not fit together.
@@ -208,7 +217,7 @@ def load_onnx(
     check_answers(path, [name for name in answers if name not in settled], chosen)
     token = _token(model, foreign, vocab_size)
     doubts = crossed(chosen, list(inputs), list(outputs))
-    source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts)
+    source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts, capacity)
     tokens = sample_tokens(source.given, token.shape, token.maximum, source.kind)
     source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
     examine(source.given, tokens, source.kind)

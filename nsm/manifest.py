@@ -29,6 +29,8 @@ class FileRecord:
 class Artifact:
     """What one target runs.
 
+    `limit` is how many tokens a lane takes there from one reset to the next, None where the target adds no limit to the
+    model's capacity: a counter that the target computes with exactly only so far.
     `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
     "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people. `quantization`, of an artifact in
     low precision, holds the `form` of its products, the `float` ones by name with the reason, and `speed` against fp32.
@@ -42,6 +44,7 @@ class Artifact:
     parity: Mapping[str, Any]
     notes: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         _check_parity(self.target, self.parity)
@@ -123,6 +126,13 @@ class Manifest:
             raise ConfigError(
                 f"The model's {wrong[0]} is {self.model.get(wrong[0])!r}; expected is {_MODEL[wrong[0]].__name__}."
             )
+        length = self.spec.entry("step").tokens
+        for artifact in self.artifacts:
+            if artifact.limit is not None and artifact.limit < length:
+                raise ConfigError(
+                    f"The limit of {artifact.target} is {artifact.limit} tokens, and a call of step takes {length}; "
+                    "expected is room for one call at least."
+                )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -87,6 +87,8 @@ class StateSpec:
         append_axis: where set, the graph's output holds only the new rows, along this axis; whoever runs the graph
             writes them into the buffer in place, as a ring: row t of a call at (`lane.count` + t) modulo the size of
             the axis. So a large cache is never copied.
+        per_token: where set, every number of the state grows by so much with each token of its lane, without end; a
+            session that is given a state reads from it how many tokens a lane has had.
     """
 
     name: str
@@ -97,9 +99,15 @@ class StateSpec:
     past: str = ""
     present: str = ""
     append_axis: int | None = None
+    per_token: int | None = None
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
+        if self.per_token is not None and (self.per_token < 1 or self.numpy_dtype.kind not in "iu"):
+            raise ConfigError(
+                f"{self.name} of {self.dtype} grows by {self.per_token} with each token; expected is an integer state "
+                "and a growth of at least 1, or none."
+            )
         if 0 in self.shape:
             raise ConfigError(f"The state {self.name} of shape {list(self.shape)} holds nothing. Leave it out.")
         if not self.name.strip("."):
@@ -173,6 +181,8 @@ class StepSpec:
 
     `chunk_size` is C, the commit period in tokens: token i after a reset belongs to chunk i // C.
     `batch` is the number of lanes, B.
+    `capacity` is how many tokens a lane takes from one reset to the next, None where there is no end: the size of a
+    table that is written at a position, for instance. A session raises `StreamError` before it is passed.
 
     Entries that take tokens take them as their first input, [B, K, ...], and give outputs [B, K, ...]: `step` whole
     chunks, `decode` one. Its inputs and outputs are those of `step`, with another K, or some of them.
@@ -182,6 +192,7 @@ class StepSpec:
     states: tuple[StateSpec, ...]
     chunk_size: int
     batch: int
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         if not self.entries or self.chunk_size < 1 or self.batch < 1:
@@ -200,6 +211,12 @@ class StepSpec:
             raise ConfigError(f"A step model has an entry step that takes tokens; given are the entries {given}.")
         for entry in self.entries:
             self._check_entry(entry)
+        length = self.entry("step").tokens
+        if self.capacity is not None and self.capacity < length:
+            raise ConfigError(
+                f"The capacity is {self.capacity} tokens, and a call of step takes {length}; expected is room for one "
+                "call at least. Give a larger capacity, or fewer tokens a call."
+            )
 
     def _check_states(self) -> None:
         _check_unique("states", self.state_names)
