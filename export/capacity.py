@@ -83,28 +83,28 @@ def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Re
         )
     if declared is not None and capacity is not None and capacity < declared:
         raise ConfigError(
-            f"The capacity is declared as {declared:,} tokens, and the model itself fails after {capacity:,}: its table "
-            f"or cache ends there. Declare {capacity} or less, or leave it out: it is found."
+            f"The capacity is declared as {declared:,} tokens, and the model itself fails after {capacity:,}: its "
+            f"table or cache ends there. Declare {capacity} or less, or leave it out: it is found."
         )
     bounded = frozenset(counters.growth) - frozenset(() if kept is None else kept.growth)
     return Reach(capacity if declared is None else declared, kept, tokens, bounded)
 
 
-def with_limit(bundle: Bundle, artifact: Artifact, reference: Session, found: Reach) -> Artifact:
+def with_limit(bundle: Bundle, artifact: Artifact, reference: Session | None, found: Reach) -> Artifact:
     """The artifact with the limit that its target has beside the model's capacity.
 
     Args:
         bundle: that holds it.
         artifact: with its parity.
-        reference: to compare with; of the same lanes and tokens a call, without a capacity.
+        reference: to compare with, which is closed then; of the same lanes and tokens a call, without a capacity.
         found: counters of the model.
     """
     if found.counters is None:
         return artifact
-    if artifact.parity["status"] == "not_run":
+    if reference is None or artifact.parity["status"] == "not_run":
         return with_assumed_limit(artifact, found.counters, found.capacity)
     budget = find_budget(artifact.precision)
-    with open_artifact(bundle, artifact) as session:
+    with reference, open_artifact(bundle, artifact) as session:
         limit = find_limit(reference, session, found.counters, found.tokens[0], budget, found.capacity)
     return _limited(artifact, limit, found.capacity)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import BuildError
+from nsm.export.exact_division import exact_division
 from nsm.export.onnx_failure import failure
 from nsm.export.onnx_graph import nodes_of
 from nsm.export.passes import optimise
@@ -130,6 +131,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     if program is None:
         raise BuildError(f"The ONNX exporter returned no program for {entry.name}.")
     optimise(program.model)
+    exact_division(program.model)
     proto = program.model_proto
     _name_nodes(proto)
     _strip(proto)

@@ -17,9 +17,8 @@ import numpy as np
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.export.build import build_target, check_request, require_all, write_parity
-from nsm.export.capacity import find_reach, with_limit
+from nsm.export.capacity import Reach, find_reach, with_limit
 from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
-from nsm.export.positions import check_positions
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
@@ -151,7 +150,9 @@ def open_source(model: Path, options: ExportOptions) -> Source:
         from nsm.export.onnx_source import load_onnx
 
         shapes = parse_shapes(options.shapes)
-        return load_onnx(model, states, parse_constants(options.constants), options.vocab_size, shapes, options.capacity)
+        return load_onnx(
+            model, states, parse_constants(options.constants), options.vocab_size, shapes, options.capacity
+        )
     _require(("torch", "onnx", "onnxscript"), "export")
     from nsm.export.torch_source import TorchSource
 
@@ -249,7 +250,9 @@ def run(planned: Plan, stages: Stages) -> Bundle:
         with stages.stage("Exporting ONNX"):
             (stage / GRAPHS).mkdir()
             source.write_graphs(spec, stage / GRAPHS, options.opset)
-            check_positions(stage / GRAPHS / "step.onnx", spec, found)
+            free = replace(spec, capacity=None)
+            if spec.capacity is None and any(state.numpy_dtype.kind in "iu" for state in spec.states):
+                spec = _without_end(stage / GRAPHS, spec, found, trace.steps)
             initial: dict[str, Any] = dict(source.initial_arrays(options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)
         manifest = _manifest(planned, spec, stage / GRAPHS)
@@ -272,8 +275,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
                     progress,
                 )
                 if found.counters is not None and (report is None or report.passed):
-                    with source.reference(replace(spec, capacity=None)) as reference:
-                        artifact = with_limit(bundle, artifact, reference, found)
+                    artifact = with_limit(bundle, artifact, source.reference(free), found)
             artifacts.append(artifact)
             reports += [] if report is None else [report]
         write_parity(stage, reports)
@@ -285,6 +287,19 @@ def run(planned: Plan, stages: Stages) -> Bundle:
 def _steps_within(spec: StepSpec, steps: int) -> int:
     """Calls of the golden trace: as many as were asked for, or as the model's capacity has room for."""
     return steps if spec.capacity is None else min(steps, spec.capacity // spec.entry("step").tokens)
+
+
+def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> StepSpec:
+    """The spec of a model without a capacity, whose counters are kept small where that makes no difference.
+
+    Raises:
+        UnsupportedError: it writes at a position of which nobody knows the end.
+    """
+    from nsm.export.positions import check_positions
+    from nsm.export.wrap import wrap_counters
+
+    check_positions(graphs / "step.onnx", spec, found.bounded)
+    return spec if found.counters is None else wrap_counters(graphs, spec, found.counters, steps)
 
 
 def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | None:

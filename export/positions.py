@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import onnx
 
 from nsm.errors import UnsupportedError
-from nsm.export.capacity import Reach
 from nsm.export.onnx_graph import node_name
 from nsm.spec import StepSpec
 
@@ -17,10 +16,25 @@ _SCATTERS = ("ScatterND", "ScatterElements", "Scatter", "TensorScatter")
 
 # Through these an index remains the number that it was, or moves with it.
 _KEEP = (
-    "Identity Cast Reshape Unsqueeze Squeeze Expand Transpose Concat Flatten Tile Slice Split Add Sub Mul Range".split()
+    "Add",
+    "Cast",
+    "Concat",
+    "Expand",
+    "Flatten",
+    "Identity",
+    "Mul",
+    "Range",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "Sub",
+    "Tile",
+    "Transpose",
+    "Unsqueeze",
 )
 # Behind one of these a number has an end.
-_BOUND = "Mod Clip Min BitwiseAnd ArgMax ArgMin".split()
+_BOUND = ("ArgMax", "ArgMin", "BitwiseAnd", "Clip", "Min", "Mod")
 
 
 class Write(NamedTuple):
@@ -30,18 +44,17 @@ class Write(NamedTuple):
     state: str
 
 
-def check_positions(graph: Path, spec: StepSpec, found: Reach) -> None:
+def check_positions(graph: Path, spec: StepSpec, bounded: Collection[str]) -> None:
     """Raise `UnsupportedError` for a write at a position that nobody knows the end of.
 
     Args:
         graph: of `step`.
-        spec: of the model, with its capacity where it has one.
-        found: the counters of the model; one that was seen to turn is no position without an end.
+        spec: of the model, without a capacity.
+        bounded: states that grow at first and were seen to turn, as the place in a ring.
     """
-    if spec.capacity is not None:
-        return
-    write = next(position_writes(onnx.load(str(graph), load_external_data=False), spec), None)
-    if write is not None and write.state not in found.bounded:
+    writes = position_writes(onnx.load(str(graph), load_external_data=False), spec)
+    write = next((write for write in writes if write.state not in bounded), None)
+    if write is not None:
         raise UnsupportedError(
             f"The node {write.node} writes into a state at the position that the state {write.state} holds, and where "
             "that ends was not found: a backend that does not check it writes outside its memory. Say how many tokens "

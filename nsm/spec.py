@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nsm.decode import decode
 from nsm.errors import ConfigError, InputError
@@ -89,6 +90,8 @@ class StateSpec:
             the axis. So a large cache is never copied.
         per_token: where set, every number of the state grows by so much with each token of its lane, without end; a
             session that is given a state reads from it how many tokens a lane has had.
+        wrap: where set, (base, period) of a counter that the graph keeps below base + period: it gives the same
+            outputs for a value v from there on and for base + (v - base) % period.
     """
 
     name: str
@@ -100,6 +103,7 @@ class StateSpec:
     present: str = ""
     append_axis: int | None = None
     per_token: int | None = None
+    wrap: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
@@ -107,6 +111,11 @@ class StateSpec:
             raise ConfigError(
                 f"{self.name} of {self.dtype} grows by {self.per_token} with each token; expected is an integer state "
                 "and a growth of at least 1, or none."
+            )
+        if self.wrap and (len(self.wrap) != 2 or self.numpy_dtype.kind not in "iu" or not self._fits(*self.wrap)):
+            raise ConfigError(
+                f"{self.name} of {self.dtype} is wrapped by {list(self.wrap)}; expected is an integer state, and a "
+                "base of at least 0 and a period of at least 1 that it holds together."
             )
         if 0 in self.shape:
             raise ConfigError(f"The state {self.name} of shape {list(self.shape)} holds nothing. Leave it out.")
@@ -129,6 +138,16 @@ class StateSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+    def _fits(self, base: int, period: int) -> bool:
+        return base >= 0 and period >= 1 and base + period <= np.iinfo(self.numpy_dtype).max
+
+    def wrapped(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of the state as its graph would keep them."""
+        if not self.wrap:
+            return values
+        base, period = self.wrap
+        return np.where(values >= base + period, base + (values - base) % period, values)
 
     def present_shape(self, tokens: int) -> tuple[int, ...]:
         """Shape of the graph's output for this state, in a call of so many tokens."""

@@ -133,4 +133,5 @@ class LaneTokens:
             grown = arrays[state.name].astype(object) - self._initial[state.name].astype(object)
             lanes = np.moveaxis(grown, state.batch_axis, 0).reshape(len(self._used), -1)
             counts.append([max(0, -(-max(lane) // state.per_token)) for lane in lanes])
-        return np.minimum(np.array(counts, object).max(0), np.iinfo(np.int64).max // 2).astype(np.int64)
+        most = [min(max(lane), np.iinfo(np.int64).max // 2) for lane in zip(*counts, strict=True)]
+        return np.array(most, np.int64)

@@ -320,9 +320,11 @@ class Session:
         whole = self.read_state()
         for state in self.spec.states:
             whole[state.name][state.lane_index(target)] = whole[state.name][state.lane_index(source)]
-        tokens = None if self._tokens is None else self._tokens.used[
-            np.where(np.arange(self.batch) == target, source, np.arange(self.batch))
-        ]
+        tokens = (
+            None
+            if self._tokens is None
+            else self._tokens.used[np.where(np.arange(self.batch) == target, source, np.arange(self.batch))]
+        )
         self._put(whole, tokens)
 
     # -- end -----------------------------------------------------------------------------------------------------
