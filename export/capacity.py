@@ -56,7 +56,7 @@ def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Re
 
     Raises:
         ConfigError: the reference fails before the capacity that was declared.
-        UnsupportedError: one call is more than the model takes.
+        UnsupportedError: a call has more tokens than the model takes.
     """
     free = replace(spec, capacity=None)
     tokens = shuffled(checked_sequences(source, sequences), free)
@@ -70,17 +70,16 @@ def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Re
     """The same over a session without a capacity."""
     counters, failed = observe(session, tokens)
     if counters is None:
+        if failed is not None and tokens.shape[2] > 1:
+            raise UnsupportedError(
+                f"The model fails in a call of {tokens.shape[2]} tokens, or soon after it: {failed} If its table or cache "
+                "is shorter than that, ask for fewer tokens a call (--chunk 1)."
+            ) from failed
         return Reach(declared, None, tokens)
     capacity: int | None = counters.position
     kept: Counters | None = counters
-    if not failed:
+    if failed is None:
         kept, capacity = reach(session, counters, tokens[0])
-    length = counters.length
-    if capacity is not None and capacity < length:
-        raise UnsupportedError(
-            f"A call of step takes {length} tokens, and the model takes {capacity} tokens in all: its table or cache "
-            "ends there. Ask for fewer tokens a call: --chunk 1."
-        )
     if declared is not None and capacity is not None and capacity < declared:
         raise ConfigError(
             f"The capacity is declared as {declared:,} tokens, and the model itself fails after {capacity:,}: its "

@@ -131,7 +131,7 @@ class _Proof:
         others = forms[1:]
         if kind in _SAME and not any(form.rate for form in others):
             return first
-        if kind == "Cast" and _attribute(node, "to") in (TensorProto.INT64, TensorProto.INT32):
+        if kind == "Cast" and _attribute(node, "to") == TensorProto.INT64:
             return first
         if kind == "Sub":
             return self.difference(first, others[0])

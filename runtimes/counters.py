@@ -44,12 +44,19 @@ class Counters:
     @property
     def furthest(self) -> int:
         """The last position that is looked at: a week on, or where a counter is at the end of its dtype."""
-        ends = [self.position + WEEK_CALLS * self.length, self.reaching(2**31) + 4 * self.length]
-        most = max(ends)
-        for name, growth in self.growth.items():
-            room = np.iinfo(growth.dtype).max - self.states[name].astype(np.int64) - 2 * growth
-            most = min(most, self.position + int((room[growth > 0] // growth[growth > 0]).min()) * self.length)
-        return most // self.grain * self.grain
+        week = max(self.position + WEEK_CALLS * self.length, self.reaching(2**31) + 4 * self.length)
+        return min(week, *map(self._end, self.growth)) // self.grain * self.grain
+
+    @property
+    def ending(self) -> list[str]:
+        """Counters whose dtype ends within what is looked at."""
+        return [name for name in self.growth if self._end(name) // self.grain * self.grain == self.furthest]
+
+    def _end(self, name: str) -> int:
+        """The position up to which a counter stays in its dtype."""
+        growth = self.growth[name].astype(np.int64)
+        room = np.iinfo(self.growth[name].dtype).max - self.states[name].astype(np.int64) - 2 * growth
+        return self.position + int((room[growth > 0] // growth[growth > 0]).min()) * self.length
 
     def reaching(self, value: int) -> int:
         """The first position at which a counter is at least `value`."""
@@ -84,7 +91,7 @@ class Counters:
         return found
 
 
-def observe(session: Session, tokens: Array) -> tuple[Counters | None, bool]:
+def observe(session: Session, tokens: Array) -> tuple[Counters | None, RunError | None]:
     """Run the first calls of a stream, and find the integer states that grow.
 
     A state is a counter if none of its numbers ever falls, and it grows by the same in every call, or in several of
@@ -95,21 +102,21 @@ def observe(session: Session, tokens: Array) -> tuple[Counters | None, bool]:
         tokens: [T, B, K, ...], in an order in which no id is like a counter.
 
     Returns:
-        The counters, None without any; whether the reference failed after them.
+        The counters, None without any; what the reference failed with after them.
     """
     whole = [state.name for state in session.spec.states if state.numpy_dtype.kind in "iu"]
     if not whole:
-        return None, False
+        return None, None
     session.reset()
     seen = [session.read_state()]
-    failed = False
+    failed = None
     for call in tokens[np.arange(_OBSERVED) % len(tokens)]:
         try:
             session.step(call)
         except (StreamError, NonFiniteError):
             break
-        except RunError:
-            failed = True
+        except RunError as error:
+            failed = error
             break
         seen.append(session.read_state())
     growth, steady = {}, set()

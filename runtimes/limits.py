@@ -72,6 +72,10 @@ def find_limit(
                 good, start = (good, middle) if found else (middle, start)
                 cause = found or cause
             return Limit(good + counters.length, cause)
+    kept_small = {state.name for state in target.spec.states if state.wrap}
+    ending = [name for name in counters.ending if name not in kept_small]
+    if capacity is None and ending:
+        return Limit(last + counters.length, f"the state {ending[0]} is at the end of {counters.growth[ending[0]].dtype}")
     return None
 
 
