@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 
 from nsm.bundle import GRAPHS, Bundle
 from nsm.export.build import build_target, check_request, merge_parity, require_all
-from nsm.export.capacity import declared_counters, reach_of, shuffled, with_assumed_limit, with_limit
+from nsm.export.capacity import declared_counters, may_count, reach_of, shuffled, with_assumed_limit, with_limit
 from nsm.export.guard import Limits, build_checked
 from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
@@ -16,7 +16,7 @@ from nsm.quantization.recipe import read_calibration
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import find_target
-from nsm.spec import COUNT, OFFSET, VALID
+from nsm.spec import VALID
 from nsm.staging import staged_copy, write_manifest
 
 
@@ -59,7 +59,7 @@ def add_target(
 def _limited(bundle: Bundle, artifact: Artifact) -> Artifact:
     """The artifact with the limit of its counters, beside the portable graph as it is written."""
     spec = bundle.manifest.spec
-    if not any(state.numpy_dtype.kind in "iu" and state.name not in (OFFSET, COUNT) for state in spec.states):
+    if not may_count(spec):
         return artifact
     plain = find_target("onnx")
     if plain.installed() is None:

@@ -17,7 +17,7 @@ from nsm.runtimes.counters import Counters, observe, reach
 from nsm.runtimes.limits import Limit, assumed_limit, find_limit
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.session import Session
-from nsm.spec import StepSpec
+from nsm.spec import OFFSET, StepSpec
 from nsm.trace import Array
 
 _CALLS = 16
@@ -46,6 +46,11 @@ class Reach:
         return replace(spec, states=states, capacity=self.capacity)
 
 
+def may_count(spec: StepSpec) -> bool:
+    """Whether there are whole numbers among the states that may grow; the place in a chunk does not."""
+    return any(state.numpy_dtype.kind in "iu" and state.name != OFFSET for state in spec.states)
+
+
 def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Reach:
     """Look for counters in the reference, and for the end of what they count.
 
@@ -60,6 +65,8 @@ def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Re
     """
     free = replace(spec, capacity=None)
     tokens = shuffled(checked_sequences(source, sequences), free)
+    if not may_count(spec):
+        return Reach(spec.capacity, None, tokens)
     session = source.reference(free)
     assert session is not None
     with session:
@@ -72,8 +79,8 @@ def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Re
     if counters is None:
         if failed is not None and tokens.shape[2] > 1:
             raise UnsupportedError(
-                f"The model fails in a call of {tokens.shape[2]} tokens, or soon after it: {failed} If its table or cache "
-                "is shorter than that, ask for fewer tokens a call (--chunk 1)."
+                f"The model fails in a call of {tokens.shape[2]} tokens, or soon after it: {failed} If its table or "
+                "cache is shorter than that, ask for fewer tokens a call (--chunk 1)."
             ) from failed
         return Reach(declared, None, tokens)
     capacity: int | None = counters.position

@@ -17,7 +17,7 @@ import numpy as np
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.export.build import build_target, check_request, require_all, write_parity
-from nsm.export.capacity import Reach, find_reach, with_limit
+from nsm.export.capacity import Reach, find_reach, may_count, with_limit
 from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
@@ -251,7 +251,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
             (stage / GRAPHS).mkdir()
             source.write_graphs(spec, stage / GRAPHS, options.opset)
             free = replace(spec, capacity=None)
-            if spec.capacity is None and any(state.numpy_dtype.kind in "iu" for state in spec.states):
+            if spec.capacity is None and may_count(spec):
                 spec = _without_end(stage / GRAPHS, spec, found, trace.steps)
             initial: dict[str, Any] = dict(source.initial_arrays(options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)

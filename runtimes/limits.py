@@ -75,7 +75,9 @@ def find_limit(
     kept_small = {state.name for state in target.spec.states if state.wrap}
     ending = [name for name in counters.ending if name not in kept_small]
     if capacity is None and ending:
-        return Limit(last + counters.length, f"the state {ending[0]} is at the end of {counters.growth[ending[0]].dtype}")
+        return Limit(
+            last + counters.length, f"the state {ending[0]} is at the end of {counters.growth[ending[0]].dtype}"
+        )
     return None
 
 

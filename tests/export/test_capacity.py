@@ -13,11 +13,14 @@ import torch
 from torch import Tensor, nn
 
 import nsm
+from nsm.baselines import TransformerLM
 from nsm.bundle import Bundle
 from nsm.errors import ConfigError, StreamError, UnsupportedError
 from nsm.export.adding import add_target
 from nsm.export.capacity import declared_counters, with_assumed_limit
+from nsm.export.roofline import calls_of
 from nsm.manifest import Artifact
+from nsm.runtimes.overhead import overhead
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, Target
 from nsm.staging import write_manifest
@@ -135,13 +138,22 @@ def stepped(kind: type[nn.Module], **options: Any) -> nsm.models.step.StepModel:
     return nsm.as_step(made(kind), states, **tokens, **options)
 
 
+class Bundles(dict[type[nn.Module], Bundle]):
+    """A bundle for each of the modules, exported when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self._folder = folder
+
+    def __missing__(self, kind: type[nn.Module]) -> Bundle:
+        path = self._folder / f"{kind.__name__}.nsm"
+        self[kind] = nsm.export_model(stepped(kind), TARGETS_HERE, path, golden_steps=64)
+        return self[kind]
+
+
 @pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[type[nn.Module], Bundle]:
-    folder = tmp_path_factory.mktemp("capacity")
-    return {
-        kind: nsm.export_model(stepped(kind), TARGETS_HERE, folder / f"{kind.__name__}.nsm", golden_steps=64)
-        for kind in STARTS
-    }
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Bundles:
+    return Bundles(tmp_path_factory.mktemp("capacity"))
 
 
 def frames(count: int, seed: int = 5) -> np.ndarray:
@@ -171,7 +183,7 @@ def put(session: Session, **values: Any) -> None:
 @pytest.mark.parametrize("kind", [Count, Ring])
 @pytest.mark.parametrize("target", TARGETS_HERE)
 def test_a_counter_that_is_used_in_remainders_runs_for_ever(
-    kind: type[nn.Module], target: str, bundles: dict[type[nn.Module], Bundle]
+    kind: type[nn.Module], target: str, bundles: Bundles
 ) -> None:
     manifest = bundles[kind].manifest
     assert manifest.spec.capacity is None
@@ -189,15 +201,13 @@ def test_a_counter_that_is_used_in_remainders_runs_for_ever(
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [Count, Ring])
 @pytest.mark.parametrize("target", TARGETS_HERE)
-def test_twenty_thousand_frames_are_what_the_module_gives(
-    kind: type[nn.Module], target: str, bundles: dict[type[nn.Module], Bundle]
-) -> None:
+def test_twenty_thousand_frames_are_what_the_module_gives(kind: type[nn.Module], target: str, bundles: Bundles) -> None:
     x = frames(20_000)
     with nsm.open(bundles[kind], target) as session:
         np.testing.assert_allclose(session.run(x)["outputs"], loop(kind, x), rtol=1e-4, atol=1e-5)
 
 
-def test_a_counter_that_a_target_rounds_is_its_limit(bundles: dict[type[nn.Module], Bundle]) -> None:
+def test_a_counter_that_a_target_rounds_is_its_limit(bundles: Bundles) -> None:
     bundle = bundles[Clock]
     portable, vino = bundle.manifest.artifacts
     assert (bundle.manifest.spec.capacity, portable.limit) == (None, None)
@@ -222,7 +232,7 @@ def test_a_counter_that_a_target_rounds_is_its_limit(bundles: dict[type[nn.Modul
 
 
 def test_a_snapshot_goes_from_a_target_without_the_limit_to_one_with_it(
-    bundles: dict[type[nn.Module], Bundle],
+    bundles: Bundles,
 ) -> None:
     with nsm.open(bundles[Clock], "onnxruntime") as session, nsm.open(bundles[Clock], "openvino") as limited:
         session.run(frames(7))
@@ -233,7 +243,7 @@ def test_a_snapshot_goes_from_a_target_without_the_limit_to_one_with_it(
 
 
 def test_a_snapshot_of_the_module_goes_on_where_the_counter_is_kept_small(
-    bundles: dict[type[nn.Module], Bundle],
+    bundles: Bundles,
 ) -> None:
     x = frames(30)
     with nsm.reference(stepped(Count)) as reference, nsm.open(bundles[Count], "openvino") as session:
@@ -244,9 +254,7 @@ def test_a_snapshot_of_the_module_goes_on_where_the_counter_is_kept_small(
 
 
 @pytest.mark.parametrize("target", TARGETS_HERE)
-def test_a_position_that_the_model_clamps_has_no_end_before_the_target_has(
-    target: str, bundles: dict[type[nn.Module], Bundle]
-) -> None:
+def test_a_position_that_the_model_clamps_has_no_end_before_the_target_has(target: str, bundles: Bundles) -> None:
     assert bundles[Placed].manifest.spec.capacity is None
     x = frames(100)
     with nsm.open(bundles[Placed], target) as session:
@@ -257,21 +265,21 @@ def test_a_position_that_the_model_clamps_has_no_end_before_the_target_has(
             np.testing.assert_allclose(session.run(x)["outputs"], wanted, rtol=1e-5, atol=1e-6)
 
 
-def test_our_own_models_have_no_end(exported: Path) -> None:
-    manifest = Bundle(exported).manifest
-    assert manifest.spec.capacity is None
-    assert all(item.limit is None for item in manifest.artifacts)
-    with nsm.open(exported, "openvino") as session:
-        assert session.tokens_left is None
+def test_our_own_models_have_no_end(exported: Path, tmp_path: Path) -> None:
+    counting = TransformerLM(20, 16, 1, 2, context=12, chunk_size=4).eval()
+    ring = nsm.export_model(counting, TARGETS_HERE, tmp_path / "m.nsm", golden_steps=12)
+    for bundle in (Bundle(exported), ring):
+        assert bundle.manifest.spec.capacity is None
+        assert all(item.limit is None for item in bundle.manifest.artifacts)
+        with nsm.open(bundle, "openvino") as session:
+            assert session.tokens_left is None
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("target", TARGETS_HERE)
-def test_a_table_ends_with_an_error_that_names_the_capacity(
-    target: str, bundles: dict[type[nn.Module], Bundle]
-) -> None:
+def test_a_table_ends_with_an_error_that_names_the_capacity(target: str, bundles: Bundles) -> None:
     assert bundles[Log].manifest.spec.capacity == 100
     x = frames(101)
     with nsm.open(bundles[Log], target) as session:
@@ -286,7 +294,7 @@ def test_a_table_ends_with_an_error_that_names_the_capacity(
 
 
 @pytest.mark.parametrize("target", TARGETS_HERE)
-def test_a_cache_is_right_up_to_its_last_row(target: str, bundles: dict[type[nn.Module], Bundle]) -> None:
+def test_a_cache_is_right_up_to_its_last_row(target: str, bundles: Bundles) -> None:
     assert bundles[Attention].manifest.spec.capacity == 48
     ids = np.random.default_rng(3).integers(0, 256, 48)
     with torch.no_grad():
@@ -298,7 +306,16 @@ def test_a_cache_is_right_up_to_its_last_row(target: str, bundles: dict[type[nn.
             session.run(ids[:1])
 
 
-def test_golden_streams_end_with_the_capacity(bundles: dict[type[nn.Module], Bundle]) -> None:
+def test_the_overhead_needs_room_for_a_few_calls(tmp_path: Path) -> None:
+    bundle = nsm.export_model(stepped(Log, capacity=6), "openvino", tmp_path / "log.nsm")
+    with (
+        nsm.open(bundle) as session,
+        pytest.raises(UnsupportedError, match="more than 6 calls in a row; the model takes 6"),
+    ):
+        overhead(session, session.runtime, frames(4).reshape(4, 1, 1, WIDTH))
+
+
+def test_golden_streams_end_with_the_capacity(bundles: Bundles) -> None:
     assert bundles[Attention].trace().steps == 12
     assert bundles[Log].trace().steps == 64
     assert bundles[Log].manifest.artifacts[0].parity["steps"] == 64
@@ -348,7 +365,7 @@ def test_a_write_at_a_position_without_a_known_end_needs_a_capacity(tmp_path: Pa
 # -- the commands ------------------------------------------------------------------------------------------------------
 
 
-def test_a_text_ends_with_the_cache(bundles: dict[type[nn.Module], Bundle]) -> None:
+def test_a_text_ends_with_the_cache(bundles: Bundles) -> None:
     path = bundles[Attention].path
     for target in TARGETS_HERE:
         result = invoke("run", path, "-t", target, "--prompt", "ab", "--tokens", "46", "--json")
@@ -358,13 +375,12 @@ def test_a_text_ends_with_the_cache(bundles: dict[type[nn.Module], Bundle]) -> N
         )
 
 
-def test_commands_stay_within_the_capacity(bundles: dict[type[nn.Module], Bundle], tmp_path: Path) -> None:
+def test_commands_stay_within_the_capacity(bundles: Bundles, tmp_path: Path) -> None:
     path = bundles[Attention].path
     for command in (
         ("parity", path),
         ("bench", path, "-t", "openvino", "--steps", "60"),
         ("bench", path, "-t", "onnxruntime", "--steps", "500", "--overhead"),
-        ("roofline", path, "-t", "openvino"),
         ("run", path, "-t", "openvino"),
     ):
         succeeded(invoke(*command))
@@ -377,9 +393,14 @@ def test_commands_stay_within_the_capacity(bundles: dict[type[nn.Module], Bundle
     np.save(tmp_path / "texts" / "short.npy", np.arange(40))
     np.save(tmp_path / "texts" / "long.npy", np.arange(60))
     message = refused(
-        invoke("score", path, tmp_path / "texts", "-t", "openvino", "-o", tmp_path / "log.jsonl"), 2, "1 of 2"
+        invoke("score", path, tmp_path / "texts", "-t", "openvino", "-o", tmp_path / "log.jsonl", "--json"), 2, "1 of 2"
     )
     assert "at most 48 tokens" in message
+    with nsm.open(path, "openvino") as session:
+        for call in calls_of(session).values():  # of the roofline
+            session.reset()
+            for _ in range(60):
+                call()
 
 
 @pytest.mark.filterwarnings("ignore")  # what torch says of its own deprecated parts
@@ -389,10 +410,10 @@ def test_a_foreign_file_is_exported_with_its_capacity(tmp_path: Path) -> None:
     torch.export.save(program, tmp_path / "log.pt2")
     outputs = list(program.graph_signature.user_outputs)
     states = [f"--state=table={outputs[1]}", f"--state=position={outputs[2]}"]
-    base = ["export", tmp_path / "log.pt2", "-t", "openvino", *states]
-    result = succeeded(invoke(*base, "-o", tmp_path / "a.nsm", "--golden-steps", "300"))
-    assert "capacity: 100 tokens of a stream, then reset its lane" in result
-    assert "Checked over 100 calls of a stream instead of 300" in " ".join(result.split())
+    base: list[str | Path] = ["export", tmp_path / "log.pt2", "-t", "openvino", *states]
+    result = invoke(*base, "-o", tmp_path / "a.nsm", "--golden-steps", "300")
+    assert "capacity: 100 tokens of a stream, then reset its lane" in succeeded(result)
+    assert "Checked over 100 calls of a stream instead of 300" in " ".join(result.stderr.split())
     assert Bundle(tmp_path / "a.nsm").manifest.spec.capacity == 100
     succeeded(invoke(*base, "-o", tmp_path / "b.nsm", "--capacity", "20"))
     assert Bundle(tmp_path / "b.nsm").manifest.spec.capacity == 20
@@ -405,11 +426,9 @@ def test_a_foreign_file_is_exported_with_its_capacity(tmp_path: Path) -> None:
         input_names=["x", "table", "position"],
         output_names=["y", "table_out", "position_out"],
     )
-    named = ["--state=table=table_out", "--state=position=position_out"]
+    named: list[str | Path] = ["--state=table=table_out", "--state=position=position_out"]
     for options, capacity in (([], 100), (["--capacity", "20"], 20)):
-        succeeded(
-            invoke("export", onnx, "-t", "openvino", *named, "-o", tmp_path / "c.nsm", "--force", *options)
-        )
+        succeeded(invoke("export", onnx, "-t", "openvino", *named, "-o", tmp_path / "c.nsm", "--force", *options))
         assert Bundle(tmp_path / "c.nsm").manifest.spec.capacity == capacity
 
 
@@ -420,7 +439,7 @@ def test_a_checkpoint_takes_no_capacity(checkpoint: Path) -> None:
 # -- a target that is added --------------------------------------------------------------------------------------------
 
 
-def test_a_target_that_is_added_gets_its_limit(bundles: dict[type[nn.Module], Bundle], tmp_path: Path) -> None:
+def test_a_target_that_is_added_gets_its_limit(bundles: Bundles, tmp_path: Path) -> None:
     bundle = nsm.export_model(stepped(Clock), "onnxruntime", tmp_path / "clock.nsm")
     artifact = add_target(bundle.path, "openvino")
     assert artifact.limit == bundles[Clock].manifest.artifacts[1].limit
@@ -430,7 +449,7 @@ def test_a_target_that_is_added_gets_its_limit(bundles: dict[type[nn.Module], Bu
 
 
 def test_without_a_portable_target_the_limit_is_assumed(
-    bundles: dict[type[nn.Module], Bundle], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundles: Bundles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = nsm.export_model(stepped(Clock), "onnxruntime", tmp_path / "clock.nsm")
     real = Target.installed
@@ -440,7 +459,7 @@ def test_without_a_portable_target_the_limit_is_assumed(
 
 
 def test_an_artifact_that_was_not_run_has_the_limit_that_holds_everywhere(
-    bundles: dict[type[nn.Module], Bundle],
+    bundles: Bundles,
 ) -> None:
     spec = bundles[Clock].manifest.spec
     artifact = replace(bundles[Clock].manifest.artifacts[0], parity={"status": "not_run", "reason": "no GPU"})
@@ -454,13 +473,13 @@ def test_an_artifact_that_was_not_run_has_the_limit_that_holds_everywhere(
 # -- manifests ---------------------------------------------------------------------------------------------------------
 
 
-def test_what_limits_a_stream_comes_back_from_the_manifest(bundles: dict[type[nn.Module], Bundle]) -> None:
-    for bundle in bundles.values():
+def test_what_limits_a_stream_comes_back_from_the_manifest(bundles: Bundles) -> None:
+    for bundle in (bundles[Log], bundles[Clock], bundles[Count]):
         again = type(bundle.manifest).from_json(json.loads(json.dumps(bundle.manifest.to_json())))
         assert again == bundle.manifest
 
 
-def test_the_lesser_of_capacity_and_limit_holds(bundles: dict[type[nn.Module], Bundle], tmp_path: Path) -> None:
+def test_the_lesser_of_capacity_and_limit_holds(bundles: Bundles, tmp_path: Path) -> None:
     import shutil
 
     copy = Path(shutil.copytree(bundles[Log].path, tmp_path / "copy.nsm"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -58,7 +59,9 @@ def graph_of(uses: str, spec: StepSpec) -> onnx.ModelProto:
     for line in filter(None, (part.strip() for part in uses.split(";"))):
         out, _, call = line.partition(" = ")
         kind, *given = call.split()
-        attributes = {key: int(value) for key, _, value in (item.partition("=") for item in given if "=" in item)}
+        attributes: dict[str, Any] = {
+            key: int(value) for key, _, value in (item.partition("=") for item in given if "=" in item)
+        }
         names = ["" if item == "-" else item for item in given if "=" not in item]
         names = ["past_state.n" if item == "n" else item for item in names]
         nodes.append(helper.make_node(kind, names, [out], out, **attributes))

@@ -50,7 +50,9 @@ def test_no_call_passes_the_capacity(session: Session, name: str) -> None:
     assert session.tokens_left is not None
     assert session.tokens_left.tolist() == [1, 1]
     before = state_of(session)
-    with pytest.raises(StreamError, match=r"at most 13 tokens .* Lanes \[0, 1\] have had \[12, 12\].*reset\(0\), reset"):
+    with pytest.raises(
+        StreamError, match=r"at most 13 tokens .* Lanes \[0, 1\] have had \[12, 12\].*reset\(0\), reset"
+    ):
         CALLS[name](session)
     assert_same(state_of(session), before)
     session.decode(np.zeros((2, 1), int))
