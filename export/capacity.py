@@ -75,7 +75,7 @@ def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Re
 
 def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Reach:
     """The same over a session without a capacity."""
-    counters, failed = observe(session, tokens)
+    counters, failed = observe(session, tokens, declared)
     if counters is None:
         if failed is not None and tokens.shape[2] > 1:
             raise UnsupportedError(

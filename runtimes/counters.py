@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nsm.errors import NonFiniteError, RunError, StreamError
+from nsm.errors import NonFiniteError, RunError
 from nsm.runtimes.session import Session
 from nsm.trace import Array, Arrays
 
@@ -16,6 +16,8 @@ WEEK_CALLS = 7 * 24 * 3600 * 100
 
 _OBSERVED = 8
 """Calls from the beginning of a stream in which a state that grows is noticed."""
+_FEWEST = 3
+"""Fewer of them do not tell a counter from a number that happens to rise."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class Counters:
         return found
 
 
-def observe(session: Session, tokens: Array) -> tuple[Counters | None, RunError | None]:
+def observe(session: Session, tokens: Array, capacity: int | None = None) -> tuple[Counters | None, RunError | None]:
     """Run the first calls of a stream, and find the integer states that grow.
 
     A state is a counter if none of its numbers ever falls, and it grows by the same in every call, or in several of
@@ -100,6 +102,7 @@ def observe(session: Session, tokens: Array) -> tuple[Counters | None, RunError 
     Args:
         session: over the reference.
         tokens: [T, B, K, ...], in an order in which no id is like a counter.
+        capacity: that was declared; the calls stay within it.
 
     Returns:
         The counters, None without any; what the reference failed with after them.
@@ -107,13 +110,15 @@ def observe(session: Session, tokens: Array) -> tuple[Counters | None, RunError 
     whole = [state.name for state in session.spec.states if state.numpy_dtype.kind in "iu"]
     if not whole:
         return None, None
+    length = session.spec.entry("step").tokens
+    calls = _OBSERVED if capacity is None else min(_OBSERVED, capacity // length)
     session.reset()
     seen = [session.read_state()]
     failed = None
-    for call in tokens[np.arange(_OBSERVED) % len(tokens)]:
+    for call in tokens[np.arange(calls) % len(tokens)]:
         try:
             session.step(call)
-        except (StreamError, NonFiniteError):
+        except NonFiniteError:
             break
         except RunError as error:
             failed = error
@@ -123,12 +128,12 @@ def observe(session: Session, tokens: Array) -> tuple[Counters | None, RunError 
     for name in whole:
         values = np.stack([state[name] for state in seen])
         steps = np.diff(values.astype(np.int64), axis=0)
-        if len(steps) and (steps >= 0).all() and steps.any():
-            even = bool((steps == steps[0]).all())
-            if even or (steps.any(tuple(range(1, steps.ndim))).sum() > 1 and len(steps) == _OBSERVED):
+        # Fewer calls show nothing, unless the reference failed behind them.
+        if (len(steps) >= _FEWEST or (failed and len(steps))) and (steps >= 0).all() and steps.any():
+            even = len(steps) >= _FEWEST and bool((steps == steps[0]).all())
+            if even or failed or (steps.any(tuple(range(1, steps.ndim))).sum() > 1 and len(steps) == _OBSERVED):
                 growth[name] = steps.max(0).astype(values.dtype)
                 steady |= {name} if even else set()
-    length = session.spec.entry("step").tokens
     made = (len(seen) - 1) * length
     return (Counters(made, seen[-1], growth, frozenset(steady), length) if growth else None), failed
 

@@ -16,11 +16,16 @@ from nsm.trace import Array
 class LaneTokens:
     """Counts the tokens of every lane of a session whose spec has a capacity.
 
-    Calls that all lanes take whole, the usual case, cost an addition and a comparison of two numbers.
+    Calls that all lanes take whole are the usual case. A session counts them by `most` alone, which costs an addition
+    and a comparison.
 
     Args:
         spec: of the session, with a capacity.
         initial: the states' initial values, by name.
+
+    Attributes:
+        capacity: tokens that a lane may have.
+        most: what the lane has had that has had most.
     """
 
     def __init__(self, spec: StepSpec, initial: Mapping[str, Array]) -> None:
@@ -28,24 +33,17 @@ class LaneTokens:
         self.capacity = spec.capacity
         self._counters = [state for state in spec.states if state.per_token is not None]
         self._initial = {state.name: initial[state.name] for state in self._counters}
+        self.most = 0
         self._used = np.zeros(spec.batch, np.int64)
-        self._since = 0  # tokens that all lanes have had beyond `_used`
-        self._most = 0  # of the lane that has had most
+        self._then = 0  # `most` when `_used` was written; all lanes have had the same since
 
     @property
     def used(self) -> Array:
         """[B] int64: tokens since the reset of each lane."""
-        return self._used + self._since
+        return self._used + (self.most - self._then)
 
-    def check(self, counts: Array, largest: int) -> None:
-        """Raise `StreamError` if a lane would pass the capacity.
-
-        Args:
-            counts: [B], tokens of the call on each lane.
-            largest: the most that a lane can have of them.
-        """
-        if self._most + largest <= self.capacity:
-            return
+    def check(self, counts: Array) -> None:
+        """Raise `StreamError` if a lane would pass the capacity with so many tokens more, [B]."""
         used = self.used
         full = np.flatnonzero((counts > 0) & (used + counts > self.capacity)).tolist()
         if full:
@@ -57,17 +55,10 @@ class LaneTokens:
                 "has happened to the state."
             )
 
-    def add(self, counts: Array, alike: int = 0) -> None:
-        """Count the tokens of a call: `alike` on every lane, or, where that is 0, those of `counts` [B]."""
-        if alike:
-            self._since += alike
-            self._most += alike
-        else:
-            self.put(self.used + counts)
-
     def put(self, used: Array) -> None:
         """Set what every lane has had, [B]."""
-        self._used, self._since, self._most = used, 0, int(used.max())
+        self._used = used
+        self.most = self._then = int(used.max())
 
     def of(self, lane: int | None) -> list[int]:
         """What one lane, or each of them, has had, for a snapshot."""

@@ -52,8 +52,10 @@ def find_limit(
         budget: of the artifact's precision.
         capacity: of the model; positions behind it are not tried.
     """
-    pair = _Pair(reference, target, counters, tokens, budget)
     last = counters.furthest if capacity is None else capacity - counters.length
+    if last < counters.position:  # parity compared every call that there is room for
+        return None
+    pair = _Pair(reference, target, counters, tokens, budget)
     last = counters.position + max(0, last - counters.position) // counters.grain * counters.grain
     good = counters.position
     grain, span = counters.grain, (_TRIES - 1) * counters.grain

@@ -133,11 +133,14 @@ class Session:
         inputs, counts = call.checked(tokens, valid)
         if not self._aligned:
             self._check_at_beginning(counts)
-        if self._tokens is not None:
-            self._tokens.check(counts, call.length)
+        if self._tokens is not None and self._tokens.most + call.length > self._tokens.capacity:
+            self._tokens.check(counts)
         outputs, self._state = self._runtime.call("step", inputs, self._state)
         if self._tokens is not None:
-            self._tokens.add(counts, call.length if counts is call.all else 0)
+            if counts is call.all:
+                self._tokens.most += call.length
+            else:
+                self._tokens.put(self._tokens.used + counts)
         if self._chunked and counts is not call.all:
             self._stand(self._offset + counts % self.spec.chunk_size)
         if not self._runtime.finite(self._state):
@@ -161,12 +164,15 @@ class Session:
         """
         call = self._entry("decode")
         inputs, counts = call.checked(tokens, valid)
-        if self._tokens is not None:
-            self._tokens.check(counts, 1)
+        if self._tokens is not None and self._tokens.most >= self._tokens.capacity:
+            self._tokens.check(counts)
         self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
         outputs, self._state = self._runtime.call("decode", inputs, self._state)
         if self._tokens is not None:
-            self._tokens.add(counts, 1 if counts is call.all else 0)
+            if counts is call.all:
+                self._tokens.most += call.length
+            else:
+                self._tokens.put(self._tokens.used + counts)
         if self._chunked:
             self._stand(self._offset + counts)
         finite = self._runtime.finite(self._state)
@@ -203,7 +209,7 @@ class Session:
             counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
         given = checked_tokens(spec, given, counts)
         if self._tokens is not None:
-            self._tokens.check(counts, length)
+            self._tokens.check(counts)
         if not self.spec.has("decode"):
             self._check_at_beginning(counts)
             if entry.input(VALID) is None and np.any(counts != length):

@@ -315,6 +315,31 @@ def test_the_overhead_needs_room_for_a_few_calls(tmp_path: Path) -> None:
         overhead(session, session.runtime, frames(4).reshape(4, 1, 1, WIDTH))
 
 
+def test_who_serves_a_table_is_told_where_it_ends(tmp_path: Path) -> None:
+    bundle = nsm.export_model(stepped(Log), "triton", tmp_path / "log.nsm")
+    assert any("end each sequence after 100 tokens" in note for note in bundle.manifest.artifacts[0].notes)
+
+
+class Short(Placed):
+    """A table of a few rows, and nothing that stays behind its end."""
+
+    def __init__(self) -> None:
+        super().__init__(5)
+
+    def forward(self, x: Tensor, position: Tensor) -> Any:
+        return x + self.e(position), position + 1
+
+
+def test_a_table_of_a_few_rows_ends_too(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nsm.as_step(Short(), [COUNTER], token_shape=(WIDTH,))
+    bundle = nsm.export_model(model, TARGETS_HERE, tmp_path / "short.nsm")
+    assert bundle.manifest.spec.capacity == 5
+    assert bundle.trace().steps == 5
+    assert [item.limit for item in bundle.manifest.artifacts] == [None, None]
+    assert add_target(bundle.path, "openvino").limit is None
+
+
 def test_golden_streams_end_with_the_capacity(bundles: Bundles) -> None:
     assert bundles[Attention].trace().steps == 12
     assert bundles[Log].trace().steps == 64
