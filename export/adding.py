@@ -8,13 +8,16 @@ from pathlib import Path, PurePosixPath
 
 from nsm.bundle import GRAPHS, Bundle
 from nsm.errors import OutputExistsError
-from nsm.export.build import check_request, merge_parity, require_all
+from nsm.export.build import build_target, check_request, merge_parity, require_all
+from nsm.export.capacity import declared_counters, may_count, reach_of, shuffled, with_assumed_limit, with_limit
 from nsm.export.guard import Limits, build_checked
 from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import read_calibration
+from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import find_target
+from nsm.spec import VALID
 from nsm.staging import staged_copy, write_manifest
 
 
@@ -52,6 +55,8 @@ def add_target(
         artifact, report = build_checked(
             bundle, target, device, precision, calibration, limits or Limits(), bundle.trace(), progress
         )
+        if report is None or report.passed:
+            artifact = _limited(bundle, artifact)
         before = {item.label: item for item in bundle.manifest.artifacts}
         after = {**before, artifact.label: artifact}  # one that is replaced keeps its place
         _remove_unused(stage, before.values(), after.values())
@@ -59,6 +64,22 @@ def add_target(
         write_manifest(stage, replace(bundle.manifest, artifacts=tuple(after.values())))
         require_all([artifact], [] if report is None else [report], False)
     return artifact
+
+
+def _limited(bundle: Bundle, artifact: Artifact) -> Artifact:
+    """The artifact with the limit of its counters, beside the portable graph as it is written."""
+    spec = bundle.manifest.spec
+    if not may_count(spec):
+        return artifact
+    plain = find_target("onnx")
+    if plain.installed() is None:
+        return with_assumed_limit(artifact, declared_counters(spec, bundle.state_init()), spec.capacity)
+    (tokens,) = (value for name, value in bundle.trace().inputs.items() if name != VALID)
+    free = Bundle(bundle.path)
+    free.manifest = replace(bundle.manifest, spec=replace(spec, capacity=None))
+    with open_artifact(free, build_target(bundle.path, spec, plain, None)) as reference:
+        calls = shuffled(list(tokens.reshape(len(tokens), -1, *tokens.shape[3:])), spec)
+        return with_limit(bundle, artifact, reference, reach_of(reference, calls, spec.capacity))
 
 
 def _remove_unused(stage: Path, before: Iterable[Artifact], after: Iterable[Artifact]) -> None:

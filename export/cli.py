@@ -188,6 +188,12 @@ def main() -> None:
     help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,576. Repeatable.",
 )
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
+@click.option(
+    "--capacity",
+    type=int,
+    metavar="N",
+    help="Of a foreign model: tokens that a stream may have until its reset.  [default: found by experiment]",
+)
 @_low_precision
 @click.option(
     "--debug-outputs",

@@ -18,7 +18,15 @@ from nsm.bundle import Bundle
 from nsm.errors import InputError, MissingDependencyError
 from nsm.export import doctor as doctor_module
 from nsm.export.adding import add_target
-from nsm.export.console import PARITY_COLUMNS, Terminal, lanes_of, low_precision_lines, parity_row, size
+from nsm.export.console import (
+    PARITY_COLUMNS,
+    Terminal,
+    lanes_of,
+    low_precision_lines,
+    parity_row,
+    size,
+    stream_lines,
+)
 from nsm.export.guard import Limits
 from nsm.export.sequences import read_sequences, sequence_axes
 from nsm.files import check_output_file, replacing
@@ -160,6 +168,8 @@ def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_js
             terminal.say(f"{artifact.label}: {note}")
         for line in low_precision_lines(artifact):
             terminal.say(line)
+    for line in stream_lines(manifest):
+        terminal.say(line)
 
 
 def doctor(as_json: bool) -> None:

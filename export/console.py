@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nsm.manifest import Artifact
+from nsm.manifest import Artifact, Manifest
 from nsm.runtimes.parity import Progress as Step
 
 _TABLE_WIDTH = 140
@@ -104,6 +104,17 @@ def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
 
 
 PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step", "free-run", "argmax")
+
+
+def stream_lines(manifest: Manifest) -> list[str]:
+    """How many tokens a stream may have, of the model and on each target; nothing where there is no end."""
+    capacity = manifest.spec.capacity
+    lines = [] if capacity is None else [f"capacity: {capacity:,} tokens of a stream, then reset its lane"]
+    return lines + [
+        f"limit: {item.limit:,} tokens of a stream on {item.target}, then reset its lane"
+        for item in manifest.artifacts
+        if item.limit is not None
+    ]
 
 
 def low_precision_lines(artifact: Artifact) -> list[str]:

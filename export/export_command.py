@@ -12,7 +12,7 @@ import click
 from nsm.bundle import Bundle
 from nsm.errors import InputError, ParityError, SlowerError, UnsupportedError
 from nsm.export import pipeline
-from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
+from nsm.export.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row, stream_lines
 from nsm.export.guard import DRIFT_STEPS, judged_briefly
 from nsm.export.source import OPSET
 from nsm.files import settled
@@ -74,6 +74,9 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
     if saved is not None:
         _show_savings(terminal, saved)
     _show_artifacts(terminal, bundle)
+    for line in stream_lines(bundle.manifest):
+        terminal.say(line)
+    _say_fewer_steps(terminal, planned, bundle)
     shown = next((a.target for a in bundle.manifest.artifacts if a.parity["status"] == "passed"), None)
     terminal.say(f"\nWrote {bundle.path}. Next:")
     terminal.say(f"  nsm inspect {bundle.path}")
@@ -140,6 +143,18 @@ def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
     for artifact in bundle.manifest.artifacts:
         for line in low_precision_lines(artifact):
             terminal.say(line)
+
+
+def _say_fewer_steps(terminal: Terminal, planned: Plan, bundle: Bundle) -> None:
+    """Say so where the capacity ended the golden streams before the number of calls that was asked for."""
+    spec, asked = bundle.manifest.spec, planned.options.golden_steps
+    if asked is None or spec.capacity is None:
+        return
+    most = spec.capacity // spec.entry("step").tokens
+    if asked > most:
+        terminal.remark(
+            f"Checked over {most:,} calls of a stream instead of {asked:,}: its capacity ends there.", "yellow"
+        )
 
 
 def _measure_savings(terminal: Terminal, planned: Plan, bundle: Bundle) -> Savings:

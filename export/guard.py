@@ -86,7 +86,7 @@ def build_checked(
     maker = Maker(bundle, target, device, precision, policy, calibration)
     try:
         artifact, report = maker.within_budget(trace, limits, progress)
-        if report is not None and trace.steps < DRIFT_STEPS:
+        if report is not None and trace.steps < min(DRIFT_STEPS, _most_steps(bundle)):
             artifact = replace(artifact, notes=(*artifact.notes, judged_briefly(trace.steps)))
         if report is not None and report.passed:
             speed = maker.speed(artifact, trace)
@@ -98,6 +98,12 @@ def build_checked(
     finally:
         maker.clean()
     return artifact, report
+
+
+def _most_steps(bundle: Bundle) -> int:
+    """Calls that a stream of the model can have."""
+    spec = bundle.manifest.spec
+    return DRIFT_STEPS if spec.capacity is None else spec.capacity // spec.entry("step").tokens
 
 
 def judged_briefly(steps: int) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from nsm.errors import BuildError
 from nsm.export.capture import capture, quiet
+from nsm.export.exact_division import exact_division
 from nsm.export.onnx_failure import failure
 from nsm.export.onnx_graph import nodes_of
 from nsm.export.passes import optimise
@@ -124,6 +125,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     if written is None:
         raise BuildError(f"The ONNX exporter returned no program for {entry.name}.")
     optimise(written.model)
+    exact_division(written.model)
     proto = written.model_proto
     _name_nodes(proto)
     _strip(proto)

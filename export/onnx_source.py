@@ -49,7 +49,13 @@ class OnnxSource:
     calibration: list[Array]
 
     def __init__(
-        self, path: Path, foreign: Foreign, token: TensorSpec, fingerprint: str, doubts: Sequence[str] = ()
+        self,
+        path: Path,
+        foreign: Foreign,
+        token: TensorSpec,
+        fingerprint: str,
+        doubts: Sequence[str] = (),
+        capacity: int | None = None,
     ) -> None:
         self.kind = f"ONNX graph {path.name}"
         self.fingerprint = fingerprint
@@ -59,6 +65,7 @@ class OnnxSource:
         self.parameters = sum(math.prod(tensor.dims) for tensor in foreign.model.graph.initializer)
         self._foreign, self.given = foreign, Given(foreign)
         self._doubts = doubts
+        self._capacity = capacity
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -114,7 +121,7 @@ class OnnxSource:
                 f"{self.kind} takes {'at least one token' if self._foreign.timed else 'one token'} a call; given "
                 f"{length}."
             )
-        return spec_of(self.given, batch, length, 1, self.token_spec)
+        return replace(spec_of(self.given, batch, length, 1, self.token_spec), capacity=self._capacity)
 
     def check_sequence(self, sequence: Array) -> None:
         spec = self.token_spec
@@ -147,6 +154,7 @@ def load_onnx(
     shapes: Mapping[str, str] | None = None,
     data_input: str | None = None,
     no_states: Sequence[str] = (),
+    capacity: int | None = None,
 ) -> OnnxSource:
     """Read a file, find its states, and see that it is the step it says it is.
 
@@ -158,6 +166,7 @@ def load_onnx(
         shapes: sizes of open axes of inputs, by name, as text: {"input": "batch,576"}.
         data_input: the input that takes tokens, where nothing else tells.
         no_states: outputs that are no states, whatever they are called.
+        capacity: tokens that a stream takes from one reset to the next.
 
     Raises:
         InputError: no such file, or inputs, outputs and states that do not fit together.
@@ -224,7 +233,7 @@ def load_onnx(
         *crossed(chosen, list(inputs), list(outputs)),
         *doubts_of_flow(dependence, foreign),
     ]
-    source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts)
+    source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts, capacity)
     tokens = sample_tokens(source.given, token.shape, token.maximum, source.kind)
     source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
     examine(source.given, tokens, source.kind)

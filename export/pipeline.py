@@ -17,6 +17,7 @@ import numpy as np
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.export.build import build_target, check_request, require_all, write_parity
+from nsm.export.capacity import Reach, find_reach, may_count, with_limit
 from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
@@ -53,7 +54,8 @@ class ExportOptions:
         chunk: tokens per call, a multiple of the model's chunk (default: one chunk).
         data: sequences to check on instead of those in the checkpoint.
         num_samples: streams of the golden trace.
-        golden_steps: its steps (default: 64, and 200 in low precision, which may drift).
+        golden_steps: its steps (default: 64, and 200 in low precision, which may drift); fewer where the model's
+            capacity ends before.
         debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
         max_float_share, allow_slower: see `nsm.export.guard.Limits`.
         compact: whether slots that are never used are removed first; see `nsm.compaction`.
@@ -63,6 +65,7 @@ class ExportOptions:
         input: of a foreign ONNX graph, the input that takes tokens, where nothing else tells.
         no_states: outputs of a foreign ONNX graph that are no states, whatever they are called.
         vocab_size: of a foreign model over ids that does not say how many there are.
+        capacity: tokens that a lane of a foreign file takes from one reset to the next (default: found by experiment).
 
     Raises:
         InputError: a size or share that is no number.
@@ -86,6 +89,7 @@ class ExportOptions:
     input: str | None = None
     no_states: Sequence[str] = ()
     vocab_size: int | None = None
+    capacity: int | None = None
     max_float_share: float = 0.3
     allow_slower: bool = False
     require_parity: bool = False
@@ -93,7 +97,7 @@ class ExportOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "batch", "opset", "num_samples", "golden_steps", "vocab_size"):
+        for name in ("chunk", "batch", "opset", "num_samples", "golden_steps", "vocab_size", "capacity"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, whole(name, value, InputError))
@@ -158,6 +162,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
             shapes,
             options.input,
             options.no_states,
+            options.capacity,
         )
     _require(("torch", "onnx", "onnxscript"), "export")
     from nsm.export.torch_source import TorchSource
@@ -173,12 +178,12 @@ def open_source(model: Path, options: ExportOptions) -> Source:
     if suffix == ".pt2":
         from nsm.export.torch_program import load_program
 
-        checkpoint, remarks = load_program(model, states, options.vocab_size)
+        checkpoint, remarks = load_program(model, states, options.vocab_size, options.capacity)
         return TorchSource(checkpoint, remarks)
-    if states or options.vocab_size is not None:
+    if states or options.vocab_size is not None or options.capacity is not None:
         raise InputError(
-            f"--state and --vocab-size belong to a foreign .pt2 or .onnx; {model} is a checkpoint, which says itself "
-            "what its states are."
+            f"--state, --vocab-size and --capacity belong to a foreign .pt2 or .onnx; {model} is a checkpoint, which "
+            "says itself what its states are."
         )
     from nsm.models.checkpoint import load_checkpoint
 
@@ -250,10 +255,12 @@ def run(planned: Plan, stages: Stages) -> Bundle:
     targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
     with staged(planned.output, options.force) as stage:
         with stages.stage("Recording the reference") as progress:
+            found = find_reach(source, spec, planned.sequences)
+            spec = found.of(spec)
             trace = record(
                 source,
                 planned.sequences,
-                options.steps,
+                _steps_within(spec, options.steps),
                 options.chunk,
                 planned.origin,
                 progress,
@@ -263,6 +270,9 @@ def run(planned: Plan, stages: Stages) -> Bundle:
         with stages.stage("Exporting ONNX"):
             (stage / GRAPHS).mkdir()
             source.write_graphs(spec, stage / GRAPHS, options.opset)
+            free = replace(spec, capacity=None)
+            if spec.capacity is None and may_count(spec):
+                spec = _without_end(stage / GRAPHS, spec, found, trace.steps)
             initial: dict[str, Any] = dict(source.initial_arrays(options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)
         manifest = _manifest(planned, spec, stage / GRAPHS)
@@ -284,12 +294,32 @@ def run(planned: Plan, stages: Stages) -> Bundle:
                     trace,
                     progress,
                 )
+                if found.counters is not None and (report is None or report.passed):
+                    artifact = with_limit(bundle, artifact, source.reference(free), found)
             artifacts.append(artifact)
             reports += [] if report is None else [report]
         write_parity(stage, reports)
         write_manifest(stage, replace(manifest, artifacts=tuple(artifacts)))
         require_all(artifacts, reports, options.require_parity)
     return Bundle(planned.output)
+
+
+def _steps_within(spec: StepSpec, steps: int) -> int:
+    """Calls of the golden trace: as many as were asked for, or as the model's capacity has room for."""
+    return steps if spec.capacity is None else min(steps, spec.capacity // spec.entry("step").tokens)
+
+
+def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> StepSpec:
+    """The spec of a model without a capacity, whose counters are kept small where that makes no difference.
+
+    Raises:
+        UnsupportedError: it writes at a position of which nobody knows the end.
+    """
+    from nsm.export.positions import check_positions
+    from nsm.export.wrap import wrap_counters
+
+    check_positions(graphs / "step.onnx", spec, found.bounded)
+    return spec if found.counters is None else wrap_counters(graphs, spec, found.counters, steps)
 
 
 def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | None:

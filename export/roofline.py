@@ -24,6 +24,7 @@ from onnx.shape_inference import InferenceError
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export.build import Built, Request
 from nsm.manifest import EntryWork
+from nsm.runtimes.bench import Calls
 from nsm.runtimes.opening import entry_files
 from nsm.runtimes.parity import Progress
 from nsm.runtimes.session import Session
@@ -212,12 +213,17 @@ def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -
 
 
 def calls_of(session: Session) -> dict[str, Callable[[], object]]:
-    """What to time: a call of each entry that takes tokens, on tokens of zeros; `decode` with its commits."""
+    """What to time: a call of each entry that takes tokens, on tokens of zeros; `decode` with its commits.
+
+    Streams start again before a call that would pass the model's capacity.
+    """
     tokens = {name: np.zeros(spec.shape, spec.numpy_dtype) for name, spec in _token_inputs(session.spec).items()}
 
-    calls: dict[str, Callable[[], object]] = {"step": lambda: session.step(tokens["step"])}
+    step = Calls(session, session.step, session.spec.entry("step").tokens)
+    calls: dict[str, Callable[[], object]] = {"step": lambda: step(tokens["step"])}
     if "decode" in tokens:
-        calls["decode"] = lambda: session.decode(tokens["decode"])
+        decode = Calls(session, session.decode, 1)
+        calls["decode"] = lambda: decode(tokens["decode"])
     return calls
 
 

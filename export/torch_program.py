@@ -33,7 +33,7 @@ CHUNK = 16
 
 
 def load_program(
-    path: Path, states: Sequence[StateOption], vocab_size: int | None = None
+    path: Path, states: Sequence[StateOption], vocab_size: int | None = None, capacity: int | None = None
 ) -> tuple[Checkpoint, list[str]]:
     """Read a program, and see that it is a step with these states.
 
@@ -42,6 +42,7 @@ def load_program(
         states: all of them. Nothing tells them by itself: torch.export calls outputs after the operators that they
             come from.
         vocab_size: of a program over ids, which does not say it itself.
+        capacity: tokens that a stream takes from one reset to the next.
 
     Returns:
         The model, without sequences, and what a person should know of it.
@@ -88,7 +89,7 @@ def load_program(
             f"Of the outputs of {path}, {outputs}, {[outputs[place] for place in places]} are to be states; a state is "
             "a tensor, and so is what is left, the answer of a step. Do the places in --state fit?"
         )
-    model = _adapted(program, left[0], states, places, answers, vocab_size)
+    model = _adapted(program, left[0], states, places, answers, vocab_size, capacity)
     remarks = [
         f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
         f"{option.init}; found by {option.found}"
@@ -143,6 +144,7 @@ def _adapted(
     places: Sequence[int],
     answers: Sequence[int],
     vocab_size: int | None,
+    capacity: int | None,
 ) -> AdaptedModel:
     inputs = _inputs(program)
     module = Program(program, [main, *(option.past for option in named)])
@@ -181,7 +183,7 @@ def _adapted(
         return [given[index] for index in answers], [given[place] for place in places]
 
     names = ["outputs"] if len(answers) == 1 else [f"outputs.{index}" for index in range(len(answers))]
-    model = AdaptedModel(module, call, carried, token, names, timed, CHUNK)
+    model = AdaptedModel(module, call, carried, token, names, timed, CHUNK, capacity)
     examine(model)
     decision = _decision(program)
     if decision and model.lanes is None:  # one decision cannot hold for several streams

@@ -170,6 +170,11 @@ def _notes(request: Request) -> tuple[str, ...]:
     notes: tuple[str, ...] = (
         "the server was not run: its model.onnx was, in ONNX Runtime, with the state carried as config.pbtxt says",
     )
+    if request.spec.capacity is not None:
+        notes += (
+            f"the server does not count tokens: end each sequence after {request.spec.capacity:,} tokens at most, "
+            "which is the model's capacity, and begin another",
+        )
     if lanes > 1:
         notes += (f"a sequence of the server is {lanes} streams that start and end together; --batch 1 gives one",)
     return notes

@@ -29,6 +29,8 @@ class FileRecord:
 class Artifact:
     """What one target runs.
 
+    `limit` is how many tokens a lane takes there from one reset to the next, None where the target adds no limit to the
+    model's capacity: a counter that the target computes with exactly only so far.
     `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
     "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people. `quantization`, of an artifact in
     low precision, holds the `form` of its products, the `float` ones by name with the reason, and `speed` against fp32.
@@ -44,6 +46,7 @@ class Artifact:
     notes: tuple[str, ...] = ()
     quantization: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, str] = field(default_factory=dict)
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         _check_parity(self.target, self.parity)
@@ -141,6 +144,13 @@ class Manifest:
             raise ConfigError(
                 f"There are two artifacts of {', '.join(twice)}; expected is one of a target and precision."
             )
+        length = self.spec.entry("step").tokens
+        for artifact in self.artifacts:
+            if artifact.limit is not None and artifact.limit < length:
+                raise ConfigError(
+                    f"The limit of {artifact.target} is {artifact.limit} tokens, and a call of step takes {length}; "
+                    "expected is room for one call at least."
+                )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

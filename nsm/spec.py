@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nsm.decode import decode
 from nsm.errors import ConfigError, InputError
@@ -88,6 +89,10 @@ class StateSpec:
         append_axis: where set, the graph's output holds only the new rows, along this axis; whoever runs the graph
             writes them into the buffer in place, as a ring: row t of a call at (`lane.count` + t) modulo the size of
             the axis. So a large cache is never copied.
+        per_token: where set, every number of the state grows by so much with each token of its lane, without end; a
+            session that is given a state reads from it how many tokens a lane has had.
+        wrap: where set, (base, period) of a counter that the graph keeps below base + period: it gives the same
+            outputs for a value v from there on and for base + (v - base) % period.
     """
 
     name: str
@@ -98,9 +103,21 @@ class StateSpec:
     past: str = ""
     present: str = ""
     append_axis: int | None = None
+    per_token: int | None = None
+    wrap: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         _check(self.name, self.shape, self.dtype)
+        if self.per_token is not None and (self.per_token < 1 or self.numpy_dtype.kind not in "iu"):
+            raise ConfigError(
+                f"{self.name} of {self.dtype} grows by {self.per_token} with each token; expected is an integer state "
+                "and a growth of at least 1, or none."
+            )
+        if self.wrap and (len(self.wrap) != 2 or self.numpy_dtype.kind not in "iu" or not self._fits(*self.wrap)):
+            raise ConfigError(
+                f"{self.name} of {self.dtype} is wrapped by {list(self.wrap)}; expected is an integer state, and a "
+                "base of at least 0 and a period of at least 1 that it holds together."
+            )
         if 0 in self.shape:
             raise ConfigError(f"The state {self.name} of shape {list(self.shape)} holds nothing. Leave it out.")
         if not self.name.strip("."):
@@ -122,6 +139,16 @@ class StateSpec:
     @property
     def nbytes(self) -> int:
         return math.prod(self.shape) * self.numpy_dtype.itemsize
+
+    def _fits(self, base: int, period: int) -> bool:
+        return base >= 0 and period >= 1 and base + period <= np.iinfo(self.numpy_dtype).max
+
+    def wrapped(self, values: NDArray[Any]) -> NDArray[Any]:
+        """Values of the state as its graph would keep them."""
+        if not self.wrap:
+            return values
+        base, period = self.wrap
+        return np.where(values >= base + period, base + (values - base) % period, values)
 
     def present_shape(self, tokens: int) -> tuple[int, ...]:
         """Shape of the graph's output for this state, in a call of so many tokens."""
@@ -174,6 +201,8 @@ class StepSpec:
 
     `chunk_size` is C, the commit period in tokens: token i after a reset belongs to chunk i // C.
     `batch` is the number of lanes, B.
+    `capacity` is how many tokens a lane takes from one reset to the next, None where there is no end: the size of a
+    table that is written at a position, for instance. A session raises `StreamError` before it is passed.
 
     Entries that take tokens take them as their first input, [B, K, ...], and give outputs [B, K, ...]: `step` whole
     chunks, `decode` one. Its inputs and outputs are those of `step`, with another K, or some of them.
@@ -183,6 +212,7 @@ class StepSpec:
     states: tuple[StateSpec, ...]
     chunk_size: int
     batch: int
+    capacity: int | None = None
 
     def __post_init__(self) -> None:
         if not self.entries or self.chunk_size < 1 or self.batch < 1:
@@ -202,6 +232,12 @@ class StepSpec:
         for entry in self.entries:
             self._check_entry(entry)
         self._check_chunks()
+        length = self.entry("step").tokens
+        if self.capacity is not None and self.capacity < length:
+            raise ConfigError(
+                f"The capacity is {self.capacity} tokens, and a call of step takes {length}; expected is room for one "
+                "call at least. Give a larger capacity, or fewer tokens a call."
+            )
 
     def _check_states(self) -> None:
         _check_unique("states", self.state_names)

@@ -85,19 +85,20 @@ class Call:
 def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | None = None) -> Iterator[Call]:
     """Calls spread over the age of streams, each with the state that its streams have there.
 
-    Lanes end together, so sequences of like lengths are rolled together.
+    Lanes end together, so sequences of like lengths are rolled together. A stream ends at the model's capacity.
     """
     entry = session.spec.entry("step")
     length = entry.inputs[0].shape[1]
+    most = MAX_STEPS if session.spec.capacity is None else min(MAX_STEPS, session.spec.capacity // length)
     long = [sequence[: len(sequence) // length * length] for sequence in sequences if len(sequence) >= length]
     long.sort(key=len, reverse=True)
     groups = [long[start : start + session.batch] for start in range(0, len(long), session.batch)]
     done, seen = 0, 0
-    total = sum(min(MAX_STEPS, min(map(len, group)) // length) for group in groups)
+    total = sum(min(most, min(map(len, group)) // length) for group in groups)
     for group in groups:
         lanes = [group[lane % len(group)] for lane in range(session.batch)]
         seen += len(group)
-        steps = min(MAX_STEPS, min(map(len, group)) // length)
+        steps = min(most, min(map(len, group)) // length)
         wanted = {int(step) - 1 for step in np.geomspace(1, steps, AGES).round()}
         session.reset()
         sizes = []

@@ -34,7 +34,8 @@ _RESAMPLES = 2000
 class Steppable(Protocol):
     """What can be measured: a `Session`, or anything else that takes a stream call by call.
 
-    `spec` says which tokens a call takes; `decode` is called only where the spec has an entry of that name.
+    `spec` says which tokens a call takes, and how many a stream; `decode` is called only where the spec has an entry of
+    that name.
     """
 
     @property
@@ -188,28 +189,57 @@ class _Turn:
     def take(self, count: int) -> None:
         """Time `count` calls of `step` from the beginning of a stream, then the single tokens of another."""
         self._session.reset()
-        _times(self._session.step, self._tokens, SETTLE)
-        self._steps.append(_times(self._session.step, self._tokens, count))
+        steps = Calls(self._session, self._session.step, self._length)
+        steps.times(self._tokens, SETTLE)
+        self._steps.append(steps.times(self._tokens, count))
         if self._singles:
             self._session.reset()
-            _times(self._session.decode, self._singles, SETTLE)
+            Calls(self._session, self._session.decode, 1).times(self._singles, SETTLE)
             self._session.reset()
-            self._decodes.append(_times(self._session.decode, self._singles, len(self._singles)))
+            singles = Calls(self._session, self._session.decode, 1)
+            self._decodes.append(singles.times(self._singles, len(self._singles)))
 
     def latency(self) -> Latency:
         decode = _latency(self._decodes, self._chunk, self._lanes, None) if self._singles else None
         return _latency(self._steps, 1, self._lanes * self._length, decode)
 
 
-def _times(call: Callable[[Array], object], tokens: Sequence[Array] | Array, count: int) -> Array:
-    """Microseconds of `count` calls, [count]."""
-    times = []
-    for index in range(count):
-        given = tokens[index % len(tokens)]
-        start = time.perf_counter()
-        call(given)
-        times.append(time.perf_counter() - start)
-    return np.array(times) * 1e6
+class Calls:
+    """Calls of one entry on a fresh session, whose stream starts again before a call that would pass its capacity.
+
+    Args:
+        session: fresh.
+        call: its `step` or `decode`.
+        length: tokens of a call.
+    """
+
+    def __init__(self, session: Steppable, call: Callable[[Array], object], length: int) -> None:
+        self._session, self._call = session, call
+        capacity = session.spec.capacity
+        self._most = None if capacity is None else capacity // length
+        self._made = 0
+
+    def __call__(self, tokens: Array) -> object:
+        self.make_room()
+        return self._call(tokens)
+
+    def make_room(self) -> None:
+        """Start the stream again where it has no room for another call."""
+        if self._most is not None and self._made >= self._most:
+            self._session.reset()
+            self._made = 0
+        self._made += 1
+
+    def times(self, tokens: Sequence[Array] | Array, count: int) -> Array:
+        """Microseconds of `count` calls, [count]; starting again takes no part in them."""
+        times = []
+        for index in range(count):
+            given = tokens[index % len(tokens)]
+            self.make_room()
+            start = time.perf_counter()
+            self._call(given)
+            times.append(time.perf_counter() - start)
+        return np.array(times) * 1e6
 
 
 def _latency(rounds: list[Array], together: int, tokens: int, decode: Latency | None) -> Latency:

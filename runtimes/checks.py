@@ -105,7 +105,7 @@ def checked_state(
         raise InputError(
             f"The state {name} counts the tokens in an open chunk, 0 .. {chunk}; given {array.min()} .. {array.max()}."
         )
-    return array
+    return spec.wrapped(array)
 
 
 def _cast(array: Array, dtype: np.dtype[Any]) -> Array:

@@ -16,6 +16,7 @@ import numpy as np
 
 from nsm.bundle import Bundle
 from nsm.errors import RunError
+from nsm.runtimes.bench import Calls
 from nsm.runtimes.opening import open_artifact
 
 _STEPS = 10
@@ -64,11 +65,14 @@ def main(arguments: list[str]) -> None:
     ) as session:
         inputs = {entry.name: entry.inputs[0] for entry in session.spec.entries if entry.inputs}
         tokens = {name: np.zeros(item.shape, item.numpy_dtype) for name, item in inputs.items()}
+        step = Calls(session, session.step, session.spec.entry("step").tokens)
         for _ in range(_STEPS):
-            session.step(tokens["step"])
+            step(tokens["step"])
         if "decode" in tokens:
+            session.reset()
+            decode = Calls(session, session.decode, 1)
             for _ in range(session.spec.chunk_size):
-                session.decode(tokens["decode"])
+                decode(tokens["decode"])
     print(json.dumps({"peak_rss_mb": peak_rss_mb()}))
 
 

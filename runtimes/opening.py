@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 
@@ -123,7 +124,7 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
         )
     require_device(artifact.device, artifact.precision)  # its own, whatever is asked for: that is how it was built
     load = loader(target, artifact.options)
-    spec = target.served(bundle.manifest.spec)
+    spec = limited(target.served(bundle.manifest.spec), artifact.limit)
     recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
     files = {entry: bundle.locate(path) for entry, path in recorded.items()}
     initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
@@ -154,6 +155,11 @@ def loader(target: Target, options: Mapping[str, str]) -> Loader:
             "bundle again."
         )
     return partial(target.runtime_module().load, options=options)
+
+
+def limited(spec: StepSpec, limit: int | None) -> StepSpec:
+    """A spec whose capacity is what the model and this limit allow, whichever is less."""
+    return spec if limit is None else replace(spec, capacity=min(limit, spec.capacity or limit))
 
 
 def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:

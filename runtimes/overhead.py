@@ -51,7 +51,7 @@ def overhead(
         progress: called after every round.
 
     Raises:
-        UnsupportedError: the runtime keeps its memory on a device.
+        UnsupportedError: the runtime keeps its memory on a device, or the model's capacity is less than a few calls.
     """
     if not isinstance(runtime, BufferedRuntime):
         raise UnsupportedError(
@@ -59,6 +59,15 @@ def overhead(
         )
     times = np.zeros((2, rounds))
     turn = 0
+    # Nothing stops the bare graph at the end of a table, so the calls in a row have to fit into it.
+    capacity = session.spec.capacity
+    room = _SETTLE + 1 + CALLS if capacity is None else capacity // session.spec.entry("step").tokens
+    calls = min(CALLS, room - _SETTLE - 1)
+    if calls < 1:
+        raise UnsupportedError(
+            f"The overhead is measured over more than {_SETTLE + 1} calls in a row; the model takes {capacity} tokens "
+            "from one reset to the next. Export it with fewer tokens a call."
+        )
 
     def step() -> object:
         nonlocal turn
@@ -66,12 +75,11 @@ def overhead(
         return session.step(tokens[turn % len(tokens)])
 
     for number in range(rounds):
-        session.reset()
-        step()
-        bare = runtime.bare("step")
         order = (0, 1) if number % 2 else (1, 0)
         for which in order:
-            times[which, number] = _median_us((step, bare)[which])
+            session.reset()
+            step()
+            times[which, number] = _median_us((step, runtime.bare("step"))[which], calls)
         if progress is not None:
             progress(number + 1, rounds)
     differences = times[0] - times[1]
@@ -81,11 +89,11 @@ def overhead(
     return Overhead(step_us, bare_us, float(np.median(differences)), float(low), float(high))
 
 
-def _median_us(call: Callable[[], object]) -> float:
+def _median_us(call: Callable[[], object], calls: int) -> float:
     for _ in range(_SETTLE):
         call()
     times = []
-    for _ in range(CALLS):
+    for _ in range(calls):
         start = time.perf_counter()
         call()
         times.append(time.perf_counter() - start)

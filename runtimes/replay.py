@@ -47,7 +47,7 @@ def free_run(
             found.add_states("free_run", streams, sampled[step], state)
             if replaced:
                 state |= {name: trace.after[name][lanes, sampled[step]] for name in replaced}
-                session.load_state(state)
+                session.load_state(state, _had(session, step + 1))
         yield
 
 
@@ -55,7 +55,8 @@ def one_step(trace: Trace, session: Session, streams: Array, found: Findings) ->
     """One step from each sampled state of the reference."""
     lanes = np.resize(streams, session.batch)
     for index, step in enumerate(trace.sampled):
-        session.load_state({name: value[lanes, index] for name, value in trace.before.items()})
+        before = {name: value[lanes, index] for name, value in trace.before.items()}
+        session.load_state(before, _had(session, int(step)))
         found.add_outputs("one_step", streams, int(step), _step(trace, session, lanes, int(step)))
         state = session.read_state()
         found.add_decisions("one_step", streams, int(step), state)
@@ -88,6 +89,11 @@ def split_run(trace: Trace, session: Session, streams: Array, found: Findings) -
         if step in sampled:
             found.add_states("split", streams, sampled[step], state)
         yield
+
+
+def _had(session: Session, steps: int) -> Array:
+    """[B] tokens that lanes have had after so many calls of `step`."""
+    return np.full(session.batch, steps * session.spec.entry("step").tokens)
 
 
 def _step(trace: Trace, session: Session, lanes: Array, step: int) -> Arrays:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
 from nsm.runtimes.base import Runtime
 from nsm.runtimes.checks import all_finite, as_array, checked_input, checked_state, checked_tokens, finite_tokens
+from nsm.runtimes.lane_tokens import LaneTokens
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
 from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -67,6 +68,7 @@ class Session:
         self._offset = np.zeros(spec.batch, np.int64)
         self._aligned = True  # whether all lanes stand at a chunk's beginning
         self._calls = {entry.name: _Call(entry) for entry in spec.entries if entry.inputs}
+        self._tokens = None if spec.capacity is None else LaneTokens(spec, self._initial)
         self._state = runtime.load_state(self._initial)
 
     # -- streams -------------------------------------------------------------------------------------------------
@@ -86,6 +88,11 @@ class Session:
         """[B] int64: how many tokens the open chunk of each lane has."""
         return self._offset.copy()
 
+    @property
+    def tokens_left(self) -> Array | None:
+        """[B] int64: how many tokens each lane takes until it has to be reset; None where there is no end."""
+        return None if self._tokens is None else np.maximum(self._tokens.capacity - self._tokens.used, 0)
+
     def is_fresh(self) -> bool:
         """Whether the state is the initial one, bit by bit, on all lanes."""
         state = self.read_state()
@@ -96,10 +103,14 @@ class Session:
         if lane is None:
             self._state = self._runtime.load_state(self._initial)
             self._stand(np.zeros(self.batch, np.int64))
+            if self._tokens is not None:
+                self._tokens.put(np.zeros(self.batch, np.int64))
         else:
             index = self._lane(lane)
             self._replace_lane(index, self._initial)
             self._stand(np.where(np.arange(self.batch) == index, 0, self._offset))
+            if self._tokens is not None:
+                self._tokens.put_lane(index, 0)
 
     def step(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
         """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
@@ -115,14 +126,21 @@ class Session:
         Raises:
             InputError: wrong shape or dtype, ids outside the vocabulary, or a token that counts and is not finite.
                 Nothing has happened to the state.
-            StreamError: a lane stands inside a chunk. Nothing has happened to the state.
+            StreamError: a lane stands inside a chunk, or would pass the capacity. Nothing has happened to the state.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
         call = self._calls["step"]
         inputs, counts = call.checked(tokens, valid)
         if not self._aligned:
             self._check_at_beginning(counts)
+        if self._tokens is not None and self._tokens.most + call.length > self._tokens.capacity:
+            self._tokens.check(counts)
         outputs, self._state = self._runtime.call("step", inputs, self._state)
+        if self._tokens is not None:
+            if counts is call.all:
+                self._tokens.most += call.length
+            else:
+                self._tokens.put(self._tokens.used + counts)
         if self._chunked and counts is not call.all:
             self._stand(self._offset + counts % self.spec.chunk_size)
         if not self._runtime.finite(self._state):
@@ -141,11 +159,20 @@ class Session:
 
         Raises:
             InputError: as for `step`, or the bundle has no entry `decode`.
+            StreamError: a lane would pass the capacity. Nothing has happened to the state.
             NonFiniteError: as for `step`.
         """
-        inputs, counts = self._entry("decode").checked(tokens, valid)
+        call = self._entry("decode")
+        inputs, counts = call.checked(tokens, valid)
+        if self._tokens is not None and self._tokens.most >= self._tokens.capacity:
+            self._tokens.check(counts)
         self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
         outputs, self._state = self._runtime.call("decode", inputs, self._state)
+        if self._tokens is not None:
+            if counts is call.all:
+                self._tokens.most += call.length
+            else:
+                self._tokens.put(self._tokens.used + counts)
         if self._chunked:
             self._stand(self._offset + counts)
         finite = self._runtime.finite(self._state)
@@ -169,7 +196,8 @@ class Session:
 
         Raises:
             InputError: as for `step`. Nothing has happened to the state.
-            StreamError: there is no entry `decode`, and a lane stands inside a chunk.
+            StreamError: there is no entry `decode`, and a lane stands inside a chunk; or a lane would pass the
+                capacity. Nothing has happened to the state.
             NonFiniteError: as for `step`.
         """
         entry = self.spec.entry("step")
@@ -180,6 +208,8 @@ class Session:
         if valid is not None:
             counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
         given = checked_tokens(spec, given, counts)
+        if self._tokens is not None:
+            self._tokens.check(counts)
         if not self.spec.has("decode"):
             self._check_at_beginning(counts)
             if entry.input(VALID) is None and np.any(counts != length):
@@ -226,17 +256,24 @@ class Session:
         """A copy of the whole state by name, lanes included."""
         return self._runtime.read_state(self._state)
 
-    def load_state(self, arrays: Mapping[str, ArrayLike]) -> None:
+    def load_state(self, arrays: Mapping[str, ArrayLike], tokens: ArrayLike | None = None) -> None:
         """Put the whole state, by name, with all lanes.
+
+        Args:
+            arrays: the states.
+            tokens: [B], how many tokens each lane has had, of a model with a capacity (default: what a state that
+                counts them says).
 
         Raises:
             InputError: a state is missing, unknown, of another shape or kind of numbers, or holds NaN, infinity or
-                an offset outside the chunk. Nothing has happened to the state.
+                an offset outside the chunk; or nothing says how many tokens the lanes have had. Nothing has happened
+                to the state.
         """
         unknown = sorted(set(arrays) - set(self.spec.state_names))
         if unknown:
             raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
-        self._put({s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states})
+        checked = {s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states}
+        self._put(checked, None if self._tokens is None else self._tokens.given(tokens, checked))
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -247,10 +284,11 @@ class Session:
             NonFiniteError: the state holds NaN or infinity, so there is nothing worth keeping.
         """
         arrays = self.read_state()
-        if lane is not None:
-            index = self._lane(lane)
+        index = None if lane is None else self._lane(lane)
+        if index is not None:
             arrays = {s.name: arrays[s.name][s.lane_index(index)] for s in self.spec.states}
-        return pack(Snapshot(self.fingerprint, None if lane is not None else self.batch, arrays))
+        tokens = None if self._tokens is None else self._tokens.of(index)
+        return pack(Snapshot(self.fingerprint, None if lane is not None else self.batch, arrays, tokens))
 
     def restore(self, snapshot: bytes | bytearray | memoryview, lane: int | None = None) -> None:
         """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
@@ -265,16 +303,19 @@ class Session:
         }
         held = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
         try:
-            arrays = {s.name: checked_state(held, s, self.spec.chunk_size, shapes[s.name]) for s in self.spec.states}
+            arrays = {
+                s.name: checked_state(held.arrays, s, self.spec.chunk_size, shapes[s.name]) for s in self.spec.states
+            }
         except InputError as error:
             raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
-        if lane is not None:
-            index = self._lane(lane)
+        index = None if lane is None else self._lane(lane)
+        if index is not None:
             whole = self.read_state()
             for state in self.spec.states:
                 whole[state.name][state.lane_index(index)] = arrays[state.name]
             arrays = whole
-        self._put(arrays)
+        tokens = None if self._tokens is None else self._tokens.restored(held.tokens, arrays, index)
+        self._put(arrays, tokens)
 
     def fork(self, lane: int, into: int) -> None:
         """Let the stream on one lane go on on another as well: both continue from where it stands.
@@ -285,7 +326,12 @@ class Session:
         whole = self.read_state()
         for state in self.spec.states:
             whole[state.name][state.lane_index(target)] = whole[state.name][state.lane_index(source)]
-        self._put(whole)
+        tokens = (
+            None
+            if self._tokens is None
+            else self._tokens.used[np.where(np.arange(self.batch) == target, source, np.arange(self.batch))]
+        )
+        self._put(whole, tokens)
 
     # -- end -----------------------------------------------------------------------------------------------------
 
@@ -318,9 +364,11 @@ class Session:
             whole[state.name][index] = source[state.name][index]
         self._state = self._runtime.load_state(whole)
 
-    def _put(self, arrays: Mapping[str, Array]) -> None:
-        """Go on from a whole state."""
+    def _put(self, arrays: Mapping[str, Array], tokens: Array | None) -> None:
+        """Go on from a whole state, of lanes that have had so many tokens where these are counted."""
         self._state = self._runtime.load_state(arrays)
+        if self._tokens is not None and tokens is not None:
+            self._tokens.put(tokens)
         self._stand(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
 
     def _stand(self, offset: Array) -> None:
@@ -429,6 +477,7 @@ class _Call:
         self._counted = entry.input(VALID)
         # How many tokens count where all do; this very array says so.
         self.all = np.full(self._tokens.shape[0], self._tokens.shape[1])
+        self.length = self._tokens.shape[1]
         self._dtype, self._shape = self._tokens.numpy_dtype, self._tokens.shape
         self._vectors = self._dtype.kind == "f"
         usual = self._tokens.dtype == "int64" and self._tokens.minimum == 0

@@ -26,11 +26,13 @@ class Snapshot:
     fingerprint: of the model.
     lanes: B where it is of all lanes, None where it is of one, whose arrays have no lane axis then.
     arrays: the states by name.
+    tokens: how many tokens each of the lanes has had since its reset, of a model with a capacity.
     """
 
     fingerprint: str
     lanes: int | None
     arrays: Arrays
+    tokens: list[int] | None = None
 
 
 def pack(snapshot: Snapshot) -> bytes:
@@ -43,7 +45,8 @@ def pack(snapshot: Snapshot) -> bytes:
         if value.dtype.kind == "f" and not np.isfinite(value).all():
             raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
     buffer = io.BytesIO()
-    header = np.array(json.dumps({"fingerprint": snapshot.fingerprint, "lanes": snapshot.lanes}))
+    facts = {"fingerprint": snapshot.fingerprint, "lanes": snapshot.lanes}
+    header = np.array(json.dumps(facts | ({} if snapshot.tokens is None else {"tokens": snapshot.tokens})))
     states = {f"state/{name}": value for name, value in snapshot.arrays.items()}
     np.savez(buffer, allow_pickle=False, header=header, **states)
     payload = buffer.getvalue()
@@ -52,8 +55,8 @@ def pack(snapshot: Snapshot) -> bytes:
 
 def unpack(
     data: bytes | bytearray | memoryview, fingerprint: str, lanes: int | None, shapes: Mapping[str, tuple[int, ...]]
-) -> Arrays:
-    """The states of a snapshot, by name, if it fits.
+) -> Snapshot:
+    """A snapshot, if it fits.
 
     Args:
         data: what `pack` made, as bytes or in memory that Python can read as such.
@@ -75,7 +78,7 @@ def unpack(
     for name, shape in shapes.items():
         if snapshot.arrays.get(name, np.empty(0)).shape != shape:
             raise SnapshotError(f"The snapshot does not hold {name} of shape {list(shape)}.")
-    return snapshot.arrays
+    return snapshot
 
 
 def _as_bytes(data: object) -> bytes:
@@ -108,9 +111,19 @@ def _parse(data: bytes) -> Snapshot:
         held = read_arrays(io.BytesIO(body[32:]))
         header = json.loads(str(held["header"]))
         states = {name.removeprefix("state/"): value for name, value in held.items() if name.startswith("state/")}
-        return Snapshot(str(header["fingerprint"]), header["lanes"], states)
+        lanes, tokens = header["lanes"], header.get("tokens")
+        if tokens is not None and not _are_counts(tokens, lanes):
+            raise ValueError(f"its tokens are {str(tokens)[:80]}, and not a count for each lane")
+        return Snapshot(str(header["fingerprint"]), lanes, states, tokens)
     except Exception as error:  # on what is no archive zipfile and numpy raise whatever they stumble over
         raise SnapshotError(
             f"These bytes are not a snapshot, although their hash fits: {error}. "
             "Expected is what Session.snapshot() returned."
         ) from error
+
+
+def _are_counts(tokens: object, lanes: object) -> bool:
+    """Whether these are how many tokens each of the lanes has had."""
+    counts = tokens if isinstance(tokens, list) else []
+    whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
+    return whole and len(counts) == (lanes or 1) and all(0 <= count < 2**62 for count in counts)

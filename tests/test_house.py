@@ -61,6 +61,7 @@ WITH_TORCH = {
 }
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {
+    "nsm.export.exact_division",
     "nsm.export.low_precision",
     "nsm.export.onnx_ask",
     "nsm.export.onnx_dependence",
@@ -82,12 +83,14 @@ WITH_ONNX = {
     "nsm.export.onnx_states",
     "nsm.export.onnx_trial",
     "nsm.export.passes",
+    "nsm.export.positions",
     "nsm.export.roofline",
     "nsm.export.weights",
+    "nsm.export.wrap",
     "nsm.quantization.calibration",
-    "nsm.quantization.recurrent",
     "nsm.quantization.forms",
     "nsm.quantization.products",
+    "nsm.quantization.recurrent",
 }
 
 

@@ -24,13 +24,22 @@ std::optional<T> maybe(const json& value) {
     return value.is_null() ? std::nullopt : std::optional<T>(value.get<T>());
 }
 
+std::optional<std::size_t> maybe_tokens(const json& value) {
+    if (value.is_null()) return std::nullopt;
+    // A cast would make something of -1 and of 0.5.
+    if (!value.is_number_unsigned() || value.get<std::size_t>() == 0) {
+        throw Error(Code::bundle, "The manifest limits a stream to " + value.dump() + " tokens; expected is a number above 0, or null. Export the bundle again.");
+    }
+    return value.get<std::size_t>();
+}
+
 Tensor tensor_of(const json& data) {
     return {data.at("name"), data.at("shape").get<Shape>(), data.at("dtype"), maybe<std::int64_t>(data.at("minimum")),
             maybe<std::int64_t>(data.at("maximum"))};
 }
 
 Spec spec_of(const json& data) {
-    Spec spec{{}, {}, data.at("chunk_size"), data.at("batch")};
+    Spec spec{{}, {}, data.at("chunk_size"), data.at("batch"), maybe_tokens(data.at("capacity"))};
     for (const auto& item : data.at("entries")) {
         Entry entry{item.at("name"), {}, {}, item.at("reads"), item.at("writes")};
         for (const auto& input : item.at("inputs")) entry.inputs.push_back(tensor_of(input));
@@ -132,6 +141,7 @@ Bundle::Bundle(const fs::path& path, const std::string& precision) : path_(path)
             precision_ = chosen->at("precision");
             device_ = chosen->at("device");
             compile_options_ = chosen->at("options").get<std::map<std::string, std::string>>();
+            if (const auto limit = maybe_tokens(chosen->at("limit"))) spec_.capacity = std::min(*limit, spec_.capacity.value_or(*limit));
             for (const auto& record : chosen->at("files")) openvino_.push_back(record.at("path"));
         }
     } catch (const json::exception& error) {

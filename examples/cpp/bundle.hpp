@@ -42,6 +42,8 @@ struct Spec {
     std::vector<Entry> entries;
     std::vector<State> states;
     std::size_t chunk_size, batch;
+    // Tokens that a lane takes from one reset to the next: of the model, or the less that OpenVINO is right for.
+    std::optional<std::size_t> capacity;
     const Entry* find(const std::string& name) const;
 };
 

@@ -58,7 +58,20 @@ Session::Session(const Bundle& bundle, int threads)
 
 void Session::reset() {
     memory_.load(spec_, initial_);
-    offset_ = 0;
+    offset_ = used_ = 0;
+}
+
+std::optional<std::size_t> Session::tokens_left() const {
+    return spec_.capacity ? std::optional(*spec_.capacity - std::min(used_, *spec_.capacity)) : std::nullopt;
+}
+
+// Throws before a lane would pass the capacity.
+void Session::check_room(std::size_t count) const {
+    const auto left = tokens_left();
+    if (!left || count <= *left) return;
+    throw Error(Code::input, "A lane takes at most " + std::to_string(*spec_.capacity) + " tokens from one reset to the next (the model's "
+                             "capacity, or the artifact's limit). Lane 0 has had " + std::to_string(used_) + " and is given " +
+                             std::to_string(count) + " more. Start it afresh with reset(), or give it fewer. Nothing has happened to the state.");
 }
 
 void Session::check_tokens(const Array& tokens) const {
@@ -83,6 +96,7 @@ Arrays Session::decode(const Array& tokens) { return call("decode", tokens, 1, t
 
 Array Session::run(const Array& tokens) {
     check_tokens(tokens);
+    check_room(tokens.shape[0]);
     const std::size_t length = tokens.shape[0], width = tokens.bytes.size() / length;
     Array results;
     for (std::size_t done = 0; done < length;) {
@@ -127,6 +141,7 @@ std::size_t Session::stepped(std::size_t left) const {
 
 Arrays Session::call(const std::string& name, const Array& tokens, std::size_t count, bool others) {
     const Entry& used = *spec_.find(name);
+    check_room(count);
     Arrays inputs{{used.inputs.front().name, tokens}};
     if (used.counted()) {
         Array valid = zeros("int64", {spec_.batch});
@@ -136,6 +151,7 @@ Arrays Session::call(const std::string& name, const Array& tokens, std::size_t c
         inputs.emplace("valid", std::move(valid));
     }
     Arrays outputs = entry(name).run(inputs);
+    used_ += count;
     stand(name == "decode" ? offset_ + 1 : count % spec_.chunk_size);
     return outputs;
 }

@@ -19,6 +19,8 @@ public:
     std::size_t batch() const { return spec_.batch; }
     const std::string& first_output() const { return spec_.find("step")->outputs.front().name; }
     void reset();
+    // Tokens that the lanes take until a reset; nothing where there is no end.
+    std::optional<std::size_t> tokens_left() const;
     Arrays read_state() const { return memory_.read(spec_); }
     // One call of the graph `step`, on lanes that stand at a chunk's beginning. tokens [B, K, ...].
     Arrays step(const Array& tokens);
@@ -35,6 +37,7 @@ private:
     // `count` of the tokens count on the first lane, and as many or none on the others.
     Arrays call(const std::string& name, const Array& tokens, std::size_t count, bool others);
     void stand(std::size_t offset);
+    void check_room(std::size_t count) const;
 
     const Bundle& bundle_;
     const Spec& spec_;
@@ -45,6 +48,7 @@ private:
     Memory memory_;
     std::map<std::string, std::unique_ptr<CompiledEntry>> entries_;
     std::size_t offset_ = 0;  // of lane 0 in its chunk; the other lanes stand there too, or rest
+    std::size_t used_ = 0;    // tokens of lane 0 since the reset; no other lane has had more
     bool chunked_ = false;
 };
 

@@ -79,6 +79,7 @@ void check_spec(const Spec& spec) {
     for (const auto& entry : spec.entries) check_entry(entry, spec);
     const Entry *step = spec.find("step"), *decode = spec.find("decode");
     expect(step != nullptr, "it has no step");
+    expect(!spec.capacity || *spec.capacity >= step->inputs.front().shape[1], "its capacity is less than a call");
     if (decode == nullptr) return;
     const auto per_token = [](const Tensor& tensor) {  // its shape without the tokens of a call
         Shape shape = tensor.shape;

@@ -35,6 +35,15 @@ export class Bundle {
     /** @type {Map<string, {path: string, size: number, sha256: string}>} */
     this._records = new Map();
     const artifacts = /** @type {any[]} */ (manifest.artifacts);
+    /** Tokens that a lane takes from one reset to the next, here; null where there is no end. @type {number | null} */
+    this.capacity = null;
+    for (const most of [manifest.spec.capacity, ...artifacts.filter((item) => item.target === "web").map((item) => item.limit)]) {
+      if (most === null) continue;
+      if (!Number.isSafeInteger(most) || most < 1) {
+        throw new BundleError(`The manifest limits a stream to ${JSON.stringify(most)} tokens; expected is a number above 0, or null. Export it again.`);
+      }
+      this.capacity = Math.min(most, this.capacity ?? most);
+    }
     for (const record of [...manifest.files, ...artifacts.flatMap((item) => item.files)]) {
       this._records.set(inside(record.path), record);
     }

@@ -8,6 +8,7 @@
 import { copyOf, isFloat, putAt, record, sameBytes, sizeOf, takeAt, typeOf, zeros } from "./arrays.js";
 import { Bundle, fromUrl, sha256 } from "./bundle.js";
 import { InputError, NonFiniteError, SnapshotError, StreamError } from "./errors.js";
+import { LaneTokens } from "./lane_tokens.js";
 import { join, readNpz, writeNpz } from "./npz.js";
 import { Runtime } from "./runtime.js";
 
@@ -40,6 +41,7 @@ export class Session {
     this.fingerprint = bundle.manifest.fingerprint;
     this.initial = initial;
     this._chunked = this.spec.states.some((/** @type {any} */ state) => state.name === OFFSET);
+    this._tokens = bundle.capacity === null ? null : new LaneTokens(this.spec, bundle.capacity, initial);
     this.reset();
   }
 
@@ -49,8 +51,17 @@ export class Session {
 
   /** Start a lane (default: all) afresh. @param {number} [lane] */
   reset(lane) {
-    if (lane === undefined) this.loadState(this.initial);
-    else this._replaceLane(lane, (state) => takeAt(this.initial[state.name], state.batch_axis, this._lane(lane)));
+    if (lane === undefined) this._put(this.initial, Array(this.batch).fill(0));
+    else {
+      const whole = this._replaced(lane, (state) => takeAt(this.initial[state.name], state.batch_axis, lane));
+      this._put(whole, this._tokens && this._tokens.used.map((used, index) => (index === lane ? 0 : used)));
+    }
+  }
+
+  /** How many tokens each lane takes until it has to be reset; null where there is no end. */
+  get tokensLeft() {
+    const tokens = this._tokens;
+    return tokens && tokens.used.map((used) => Math.max(tokens.capacity - used, 0));
   }
 
   /**
@@ -66,7 +77,9 @@ export class Session {
           "beginning. Use feed, which aligns any split, or reset these lanes.",
       );
     }
+    this._tokens?.check(counts);
     const outputs = await this.runtime.call("step", inputs);
+    this._tokens?.add(counts);
     if (this._chunked) this.offsets = this.offsets.map((offset, lane) => offset + (counts[lane] % this.spec.chunk_size));
     this._checkFinite(outputs, counts);
     return outputs;
@@ -78,8 +91,10 @@ export class Session {
    */
   async decode(tokens, valid) {
     const [inputs, counts] = this._checked("decode", tokens, valid);
+    this._tokens?.check(counts);
     await this._commitFull();
     const outputs = await this.runtime.call("decode", inputs);
+    this._tokens?.add(counts);
     if (this._chunked) this.offsets = this.offsets.map((offset, lane) => offset + counts[lane]);
     await this._commitFull();
     this._checkFinite(outputs, counts);
@@ -106,6 +121,7 @@ export class Session {
       throw new InputError(`valid has a number of 0 .. ${length} for each of the ${this.batch} lanes; given [${counts}].`);
     }
     this._checkTokens(spec, given, counts);
+    this._tokens?.check(counts);
     const partial = this.runtime.has("decode") || entry.inputs.some((/** @type {any} */ input) => input.name === VALID);
     if (!partial && counts.some((count) => count !== counts[0] || count % spec.shape[1])) {
       throw new InputError(`This model takes whole calls of ${spec.shape[1]} tokens, on all lanes; given [${counts}].`);
@@ -128,25 +144,22 @@ export class Session {
     return this.runtime.readState();
   }
 
-  /** Put the whole state. @param {Arrays} arrays */
-  loadState(arrays) {
+  /** Put the whole state. @param {Arrays} arrays @param {number[]} [tokens] that each lane has had, of a model with a capacity (default: what a state that counts them says) */
+  loadState(arrays, tokens) {
     for (const state of this.spec.states) {
       const given = arrays[state.name];
       if (given === undefined || String(given.shape) !== String(state.shape)) {
         throw new InputError(`The state ${state.name} has the shape [${state.shape}]; given ${given ? `[${given.shape}]` : "none"}.`);
       }
     }
-    this.runtime.loadState(arrays);
-    const offsets = arrays[OFFSET];
-    /** @type {number[]} */
-    this.offsets = offsets ? Array.from(offsets.data, Number) : Array(this.batch).fill(0);
+    this._put(arrays, this._tokens && this._tokens.given(tokens, arrays));
   }
 
   /** What a lane (default: all) needs to go on elsewhere, in Python too. @param {number} [lane] @returns {Promise<Uint8Array>} */
   async snapshot(lane) {
     const whole = this.readState();
     /** @type {[string, NdArray | string][]} */
-    const items = [["header", header(this.fingerprint, lane === undefined ? this.batch : null)]];
+    const items = [["header", header(this.fingerprint, lane === undefined ? this.batch : null, this._had(lane))]];
     for (const state of this.spec.states) {
       const value = lane === undefined ? whole[state.name] : takeAt(whole[state.name], state.batch_axis, this._lane(lane));
       items.push([`state/${state.name}`, value]);
@@ -169,7 +182,7 @@ export class Session {
       throw new SnapshotError("These bytes are not a snapshot, or they are damaged: the hash does not fit.");
     }
     const { arrays, texts } = readNpz(payload, "The snapshot");
-    const { fingerprint, lanes } = JSON.parse(texts.header);
+    const { fingerprint, lanes, tokens } = JSON.parse(texts.header);
     if (fingerprint !== this.fingerprint) throw new SnapshotError("The snapshot is of another model.");
     if (lanes !== (lane === undefined ? this.batch : null)) {
       throw new SnapshotError(`The snapshot holds ${lanes === null ? "one lane" : `all ${lanes} lanes`}; the call restores others.`);
@@ -184,8 +197,8 @@ export class Session {
       }
       found[state.name] = value;
     }
-    if (lane === undefined) this.loadState(found);
-    else this._replaceLane(lane, (state) => found[state.name]);
+    const whole = lane === undefined ? found : this._replaced(lane, (state) => found[state.name]);
+    this._put(whole, this._tokens && this._tokens.restored(tokens, whole, lane));
   }
 
   /**
@@ -255,11 +268,27 @@ export class Session {
     return lane;
   }
 
-  /** @param {number} lane @param {(state: any) => NdArray} part */
-  _replaceLane(lane, part) {
+  /** The whole state with other parts on one lane. @param {number} lane @param {(state: any) => NdArray} part */
+  _replaced(lane, part) {
+    this._lane(lane);
     const whole = this.readState();
-    for (const state of this.spec.states) putAt(whole[state.name], state.batch_axis, this._lane(lane), part(state));
-    this.loadState(whole);
+    for (const state of this.spec.states) putAt(whole[state.name], state.batch_axis, lane, part(state));
+    return whole;
+  }
+
+  /** Go on from a whole state, of lanes that have had so many tokens where these are counted. @param {Arrays} arrays @param {number[] | null} used */
+  _put(arrays, used) {
+    this.runtime.loadState(wrapped(this.spec.states, arrays));
+    const offsets = arrays[OFFSET];
+    /** @type {number[]} */
+    this.offsets = offsets ? Array.from(offsets.data, Number) : Array(this.batch).fill(0);
+    if (this._tokens && used) this._tokens.used = used;
+  }
+
+  /** What a lane, or each of them, has had, for a snapshot. @param {number} [lane] */
+  _had(lane) {
+    if (!this._tokens) return null;
+    return lane === undefined ? this._tokens.used : [this._tokens.used[this._lane(lane)]];
   }
 
   /** @param {string} name @param {Tokens} tokens @param {number[]} [valid] @returns {[Arrays, number[]]} */
@@ -380,9 +409,24 @@ export function stack(parts) {
   return whole;
 }
 
-/** As Python's json.dumps writes it. @param {string} fingerprint @param {number | null} lanes */
-function header(fingerprint, lanes) {
-  return `{"fingerprint": ${JSON.stringify(fingerprint)}, "lanes": ${JSON.stringify(lanes)}}`;
+/** Counters as their graph keeps them: values from base + period on, by the period less. @param {any[]} states @param {Arrays} arrays */
+function wrapped(states, arrays) {
+  /** @type {Arrays} */
+  const found = record();
+  for (const { name, wrap } of states) {
+    const array = (found[name] = arrays[name]);
+    if (!wrap.length) continue;
+    const [base, period] = array.dtype === "int64" ? wrap.map(BigInt) : wrap;
+    // @ts-ignore: numbers and BigInts alike
+    found[name] = { ...array, data: array.data.map((value) => (value >= base + period ? base + ((value - base) % period) : value)) };
+  }
+  return found;
+}
+
+/** As Python's json.dumps writes it. @param {string} fingerprint @param {number | null} lanes @param {number[] | null} tokens */
+function header(fingerprint, lanes, tokens) {
+  const had = tokens === null ? "" : `, "tokens": [${tokens.join(", ")}]`;
+  return `{"fingerprint": ${JSON.stringify(fingerprint)}, "lanes": ${JSON.stringify(lanes)}${had}}`;
 }
 
 /** @param {string} text */

@@ -34,6 +34,7 @@ class AdaptedModel(StepModel):
         outputs: names, the main one first.
         timed: whether there is a time axis.
         chunk_size: K of `step` unless another is asked for, with a time axis.
+        capacity: tokens that a stream takes from one reset to the next; None where there is no end, or to find it.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class AdaptedModel(StepModel):
         outputs: Sequence[str] = ("outputs",),
         timed: bool = False,
         chunk_size: int = 16,
+        capacity: int | None = None,
     ) -> None:
         super().__init__()
         names = [state.name for state in states]
@@ -56,7 +58,10 @@ class AdaptedModel(StepModel):
         chunk_size, timed = whole("chunk_size", chunk_size), flag("timed", timed)
         if chunk_size < 1:
             raise ConfigError(f"chunk_size is at least 1; given {chunk_size}.")
+        if capacity is not None and (capacity := whole("capacity", capacity)) < 1:
+            raise ConfigError(f"capacity is at least 1 token; given {capacity}.")
         check_float32(module, [(state.name, state.initial) for state in states])
+        self.capacity = capacity
         self.module = module.eval()
         self.token_spec = token
         self.chunk_size = chunk_size if timed else 1
@@ -77,6 +82,8 @@ class AdaptedModel(StepModel):
             "timed": timed,
             "chunk_size": self.chunk_size,
         }
+        if capacity is not None:
+            self.config["capacity"] = capacity
         self.eval()
 
     @property
@@ -130,7 +137,7 @@ class AdaptedModel(StepModel):
                 inputs.append(TensorSpec(VALID, (batch,), "int64", None, 0, 1))
             outputs = tuple(TensorSpec(n, (batch, length, *s), "float32", 1) for n, s in self._shapes.items())
             entries.append(EntrySpec(name, tuple(inputs), outputs, names, names))
-        return StepSpec(tuple(entries), states, 1, batch)  # nothing happens at the end of a chunk
+        return StepSpec(tuple(entries), states, 1, batch, self.capacity)  # nothing happens at the end of a chunk
 
     def checked_count(self, tokens_per_call: int | None) -> int:
         """K: any number of tokens with a time axis, else one."""

@@ -31,6 +31,7 @@ def as_step(
     outputs: Sequence[str] = ("outputs",),
     chunk_size: int = 16,
     samples: Sequence[ArrayLike] | NDArray[Any] | None = None,
+    capacity: int | None = None,
 ) -> AdaptedModel:
     """Make a step model of a torch module, to be exported and checked like our own.
 
@@ -57,6 +58,8 @@ def as_step(
         chunk_size: tokens a call of `step` takes unless another multiple is asked for, with a time axis.
         samples: a few real sequences, [T] ids or [T, *token] numbers each, to examine a module on that gives nothing
             finite for made-up tokens.
+        capacity: how many tokens a stream may have from one reset to the next, where a table or cache that is read or
+            written at a position ends. By default the export finds it by experiment.
 
     Raises:
         InputError: samples that the module does not take.
@@ -71,15 +74,15 @@ def as_step(
             "Move it there first, with module.cpu()."
         )
     if isinstance(module, Recurrent):
-        model = _recurrent(module, chunk_size)
+        model = _recurrent(module, chunk_size, capacity)
     else:
         token = _token(vocab_size, token_shape)
         if states is None:
-            model = _protocol(module, token, timed, outputs, chunk_size)
+            model = _protocol(module, token, timed, outputs, chunk_size, capacity)
         else:
             structure, carried = _declared(states)
             call = _flat(structure, len(outputs))
-            model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
+            model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size, capacity)
     examine(model, samples)
     return model
 
@@ -97,7 +100,7 @@ def _token(vocab_size: int | None, token_shape: Sequence[int] | None) -> TensorS
     return TensorSpec("tokens", tuple(each_whole("token_shape", token_shape)), "float32")
 
 
-def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:
+def _recurrent(module: Recurrent, chunk_size: int, capacity: int | None) -> AdaptedModel:
     if module.bidirectional:
         raise UnsupportedError(
             "A bidirectional RNN needs the end of a stream before its beginning can be answered, so it cannot run step "
@@ -116,11 +119,16 @@ def _recurrent(module: Recurrent, chunk_size: int) -> AdaptedModel:
         return [output if module.batch_first else output.transpose(0, 1)], list(after) if len(state) > 1 else [after]
 
     token = TensorSpec("tokens", (module.input_size,), "float32")
-    return AdaptedModel(module, call, states, token, ("outputs",), True, chunk_size)
+    return AdaptedModel(module, call, states, token, ("outputs",), True, chunk_size, capacity)
 
 
 def _protocol(
-    module: nn.Module, token: TensorSpec, timed: bool, outputs: Sequence[str], chunk_size: int
+    module: nn.Module,
+    token: TensorSpec,
+    timed: bool,
+    outputs: Sequence[str],
+    chunk_size: int,
+    capacity: int | None,
 ) -> AdaptedModel:
     step, initial = getattr(module, "step", None), getattr(module, "initial_state", None)
     if not callable(step) or not callable(initial):
@@ -144,7 +152,7 @@ def _protocol(
         return list(given) if isinstance(given, tuple | list) else [given], [after[name] for name in names]
 
     carried = [Carried(name, value) for name, value in start.items()]
-    return AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
+    return AdaptedModel(module, call, carried, token, outputs, timed, chunk_size, capacity)
 
 
 def _declared(states: Any) -> tuple[pytree.TreeSpec, list[Carried]]:

@@ -171,6 +171,26 @@ def test_a_step_is_timed(client: Path, single: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("place", ["capacity", "limit"])
+def test_a_stream_ends_with_the_capacity_or_the_limit(place: str, client: Path, single: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(single, tmp_path / "copy.nsm"))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (artifact,) = manifest["artifacts"]
+    {"capacity": manifest["spec"], "limit": artifact}[place][place] = 37
+    {"capacity": artifact, "limit": manifest["spec"]}[place][{"capacity": "limit", "limit": "capacity"}[place]] = 50
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    tokens = make_sequences(1, 38)[0]
+    for length, code in ((37, 0), (38, 2)):
+        np.save(tmp_path / "tokens.npy", tokens[:length])
+        result = run(client, copy, tmp_path / "tokens.npy", tmp_path / f"out{length}.npy")
+        assert result.returncode == code, result.stderr
+    assert "A lane takes at most 37 tokens from one reset to the next" in result.stderr
+    assert "Lane 0 has had 0 and is given 38 more. Start it afresh with reset()" in result.stderr
+    assert not (tmp_path / "out38.npy").exists()
+    assert "us a step (median of 20" in run(client, copy, "--bench", 20).stdout  # which starts streams again
+
+
+@pytest.mark.slow
 def test_other_weights_do_not_pass(client: Path, single: Path, tmp_path: Path) -> None:
     copy = _with_weights(single, tmp_path, lambda numbers: numbers * np.float32(1.01))
     result = run(client, copy, "--check")
@@ -346,6 +366,13 @@ def test_a_manifest_of_a_size_that_none_has_is_not_read(client: Path, single: Pa
         (lambda spec: spec["entries"].pop(), 6, "there is no commit"),
         (lambda spec: spec["entries"][2]["writes"].remove("lane.offset"), 6, "commit does not write lane.offset"),
         (lambda spec: spec["entries"][1]["writes"].remove("lane.offset"), 6, "decode does not write lane.offset"),
+        (_set("capacity", 15), 6, "its capacity is less than a call"),
+        (_set("capacity", 0), 6, "limits a stream to 0 tokens; expected is a number above 0, or null"),
+        (_set("capacity", -1), 6, "limits a stream to -1 tokens"),
+        (_set("capacity", 16.5), 6, "limits a stream to 16.5 tokens"),
+        (_set("capacity", True), 6, "limits a stream to true tokens"),
+        (_set("capacity", 160), 0, "passed"),
+        (_set("capacity", 159), 2, "takes at most 159 tokens"),
     ],
 )
 def test_a_spec_that_makes_no_sense_is_refused(

@@ -246,6 +246,164 @@ def test_a_snapshot_goes_from_python_to_javascript_and_back(bundle_path: Path, t
             np.testing.assert_allclose(value[1], state[name][0], rtol=1e-6, atol=1e-7)
 
 
+LIMITS = [({"capacity": 20}, 20), ({"limit": 20}, 20), ({"capacity": 20, "limit": 90}, 20)]
+
+
+def _limit(bundle: Path, limits: dict[str, int]) -> None:
+    """A copy's streams end there, and its states say nothing of how many tokens there were."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    manifest["spec"]["capacity"] = limits.get("capacity")
+    for artifact in manifest["artifacts"]:
+        artifact["limit"] = limits.get("limit")
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(("limits", "most"), LIMITS)
+def test_a_lane_ends_with_the_capacity_or_the_limit(limits: dict[str, int], most: int, copy: Path) -> None:
+    _limit(copy, limits)
+    found = javascript(
+        copy,
+        """
+        const s = await open(reader, await loadOrt());
+        const row = (count) => [Array(count).fill(1), Array(count).fill(2)];
+        const left = [s.tokensLeft];
+        const refused = [];
+        const attempt = async (call) => {
+          const before = JSON.stringify(Object.values(s.readState()).map(plain));
+          try { await call(); }
+          catch (error) {
+            const after = JSON.stringify(Object.values(s.readState()).map(plain));
+            refused.push([error.constructor.name, error.message, before === after]);
+          }
+          left.push(s.tokensLeft);
+        };
+        await attempt(() => s.step(row(8)));
+        await attempt(() => s.feed(row(13)));
+        await attempt(() => s.feed(row(12), [12, 4]));
+        await attempt(() => s.decode([[1], [1]]));
+        await attempt(() => s.decode([[1], [1]], [0, 1]));
+        await attempt(() => s.reset(0));
+        const snapshot = await s.snapshot(), lane = await s.snapshot(1);
+        await attempt(() => s.reset());
+        await attempt(() => s.restore(snapshot));
+        await attempt(() => s.restore(lane, 0));
+        await attempt(() => s.loadState(s.readState()));
+        await attempt(() => s.loadState(s.readState(), [1, -1]));
+        await attempt(() => s.loadState(s.readState(), [20, 1]));
+        await attempt(() => s.step(row(8), [8, 0]));
+        say({ left, refused });
+        """,
+    )
+    assert found["left"] == [
+        [most, most], [12, 12], [12, 12], [0, 8], [0, 8], [0, 7], [20, 7], [20, 20], [20, 7], [7, 7], [7, 7], [7, 7],
+        [0, 19], [0, 19],
+    ]  # fmt: skip
+    assert [(name, same) for name, _, same in found["refused"]] == [
+        ("StreamError", True), ("StreamError", True), ("InputError", True), ("InputError", True), ("StreamError", True)
+    ]  # fmt: skip
+    messages = [message for _, message, _ in found["refused"]]
+    assert "at most 20 tokens" in messages[0]
+    assert (
+        "Lanes [0,1] have had [8,8] and are given [13,13] more. Start them afresh with reset(0), reset(1)"
+        in messages[0]
+    )
+    assert "Say how many each of the 2 lanes has had" in messages[2]
+
+
+def test_a_count_goes_from_python_to_javascript_and_back(copy: Path, tmp_path: Path) -> None:
+    _limit(copy, {"capacity": 40})
+    with nsm.open(copy, "web") as session:
+        session.feed(make_sequences(2, 19), [19, 4])
+        (tmp_path / "whole").write_bytes(session.snapshot())
+        found = javascript(
+            copy,
+            """
+            const s = await open(reader, await loadOrt());
+            const bytes = new Uint8Array(readFileSync(given.folder + "/whole"));
+            await s.restore(bytes);
+            const same = Buffer.compare(Buffer.from(await s.snapshot()), Buffer.from(bytes));
+            writeFileSync(given.folder + "/lane", await s.snapshot(1));
+            say({ same, left: s.tokensLeft });
+            """,
+            folder=str(tmp_path),
+        )
+        assert found == {"same": 0, "left": [21, 36]}
+        session.restore((tmp_path / "lane").read_bytes(), 0)
+        assert session.tokens_left is not None
+        assert session.tokens_left.tolist() == [36, 36]
+
+
+def test_a_state_tells_javascript_how_many_tokens_there_were(tmp_path: Path) -> None:
+    bundle = _counting(tmp_path)
+    manifest = bundle.manifest.spec
+    assert (manifest.capacity, manifest.states[0].per_token) == (32, 2)
+    with nsm.open(bundle, "web") as session, nsm.open(bundle, "onnxruntime") as other:
+        session.feed(np.ones((2, 9, 3), np.float32), [9, 2])
+        (tmp_path / "counted").write_bytes(session.snapshot())
+        del other
+    found = javascript(
+        bundle.path,
+        """
+        const s = await open(reader, await loadOrt());
+        await s.restore(new Uint8Array(readFileSync(given.folder + "/counted")));
+        const left = [s.tokensLeft];
+        const state = s.readState();
+        s.reset();
+        s.loadState(state);
+        left.push(s.tokensLeft);
+        say({ left });
+        """,
+        folder=str(tmp_path),
+    )
+    assert found["left"] == [[23, 30], [23, 30]]
+
+
+def _counting(folder: Path) -> Bundle:
+    class Table(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.e = torch.nn.Embedding(64, 3)
+
+        def forward(self, x: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + self.e(n), n + 2
+
+    model = nsm.as_step(Table(), [torch.zeros(1, dtype=torch.int64)], token_shape=(3,))
+    return nsm.export_model(model, ["web", "onnxruntime"], folder / "table.nsm", batch=2)
+
+
+@pytest.mark.parametrize("most", [0, -1, 1.5, "many", True])
+def test_a_capacity_that_is_none_is_refused(most: object, copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["spec"]["capacity"] = most
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    found = javascript(copy, "await Bundle.open(reader); say(0);")
+    assert found["error"] == "BundleError"
+    assert "expected is a number above 0, or null" in found["message"]
+
+
+def test_a_counter_is_kept_small_in_javascript_too(tmp_path: Path) -> None:
+    class Phase(torch.nn.Module):
+        def forward(self, x: torch.Tensor, n: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x + (n % 7).float()[:, None], n + 1
+
+    model = nsm.as_step(Phase(), [torch.zeros(1, dtype=torch.int64)], token_shape=(3,))
+    bundle = nsm.export_model(model, ["web"], tmp_path / "phase.nsm")
+    base, period = bundle.manifest.spec.states[0].wrap
+    found = javascript(
+        bundle.path,
+        """
+        const s = await open(reader, await loadOrt());
+        const state = s.readState();
+        state.state_0.data[0] = 10n ** 15n;
+        s.loadState(state);
+        const kept = Number(s.readState().state_0.data[0]);
+        say({ kept, first: plain((await s.feed([[[0, 0, 0]]])).outputs).data[0] });
+        """,
+    )
+    assert base == 0
+    assert found == {"kept": 10**15 % period, "first": 10**15 % 7}
+
+
 def test_the_golden_trace_is_replayed_states_included(bundle_path: Path) -> None:
     found = javascript(bundle_path, "const s = await open(reader, await loadOrt()); say(await s.check());")
     assert found["passed"]

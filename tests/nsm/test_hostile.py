@@ -308,6 +308,6 @@ def test_a_forged_snapshot_that_is_none_is_refused(payload: bytes) -> None:
 def test_a_snapshot_comes_back_as_it_was_taken() -> None:
     states = {"0.bank": np.arange(6, dtype=np.float32).reshape(2, 3), "lane.offset": np.array([3])}
     found = unpack(pack(Snapshot("f", 2, states)), "f", 2, {name: value.shape for name, value in states.items()})
-    assert set(found) == set(states)
+    assert set(found.arrays) == set(states)
     for name, value in states.items():
-        np.testing.assert_array_equal(found[name], value, strict=True)
+        np.testing.assert_array_equal(found.arrays[name], value, strict=True)

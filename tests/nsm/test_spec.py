@@ -278,6 +278,23 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
     "dtype of objects": (("states", 1, "dtype"), "O"),
     "dtype of parts": (("states", 1, "dtype"), "f4,f4"),
     "dtype half written": (("states", 1, "dtype"), "f4,("),
+    "no capacity": (("capacity",), KeyError),
+    "capacity zero": (("capacity",), 0),
+    "capacity negative": (("capacity",), -1),
+    "capacity of less than a call": (("capacity",), 7),
+    "capacity a half": (("capacity",), 8.5),
+    "capacity true": (("capacity",), True),
+    "capacity a word": (("capacity",), "many"),
+    "growth of nothing": (("states", 0, "per_token"), 0),
+    "growth backwards": (("states", 0, "per_token"), -1),
+    "growth of another number": (("states", 1, "per_token"), 1),
+    "growth true": (("states", 0, "per_token"), True),
+    "wrap of one number": (("states", 0, "wrap"), [5]),
+    "wrap null": (("states", 0, "wrap"), None),
+    "wrap of nothing": (("states", 0, "wrap"), [0, 0]),
+    "wrap below zero": (("states", 0, "wrap"), [-1, 5]),
+    "wrap past the dtype": (("states", 0, "wrap"), [1, 2**63]),
+    "wrap of another number": (("states", 1, "wrap"), [0, 5]),
 }
 
 
