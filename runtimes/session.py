@@ -3,35 +3,38 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Mapping
 from types import TracebackType
-from typing import TypeGuard
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsm.errors import InputError, NonFiniteError, SnapshotError, StreamError
-from nsm.runtimes.base import Runtime
-from nsm.runtimes.checks import all_finite, as_array, checked_input, checked_state, checked_tokens, finite_tokens
+from nsm.errors import InputError, SnapshotError, StreamError
+from nsm.runtimes import non_finite
+from nsm.runtimes.bad_lanes import OnBadLane, check_choice, usable_tokens
+from nsm.runtimes.base import ConsumedError, NotCopyable, Runtime, State
+from nsm.runtimes.checks import as_array, checked_input, checked_state
+from nsm.runtimes.entry_inputs import EntryInputs
+from nsm.runtimes.feeding import Feeding, checked_lanes, checked_sequence
+from nsm.runtimes.outputs import Outputs, no_outputs
+from nsm.runtimes.place import Place
 from nsm.runtimes.snapshots import Snapshot, pack, unpack
-from nsm.spec import OFFSET, VALID, EntrySpec, StepSpec, TensorSpec
+from nsm.spec import OFFSET, VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
-_UINT64 = np.dtype(np.uint64)
 
-# So many ids are looked at faster as a list: after a call of a backend, numpy's way to a reduction is in no cache.
-_FEW = 256
-
-# A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
-_DECODES_PER_STEP = 4
-
-
-class Session:
+class Session(NotCopyable):
     """Feeds streams to a runtime, whatever pieces they come in.
 
     A session has B lanes, fixed when the bundle was made; every lane is a stream of its own. `run` and `feed` take
     any number of tokens and align them to the graphs: `step` for whole chunks, `decode` for single tokens, `commit`
     when a chunk that was decoded is full. The outputs and the state are the same however a stream was split.
+
+    Several threads may use a session: a call waits until the one before it has returned. An exception that interrupts a
+    call, as Ctrl-C, leaves the state of before, or that of after a part of `feed` or `run`; or, where it came while the
+    state was being replaced, none: then the next call raises `StreamError` until all lanes are reset or restored.
 
     Args:
         runtime: a loaded artifact.
@@ -40,6 +43,9 @@ class Session:
         fingerprint: of the model; snapshots carry it.
         target: name of the target, for people.
         threads: that the runtime was given; None where it chose itself, or has none.
+
+    Raises:
+        StreamError: by every method of a session that is closed.
 
     Example:
         >>> with nsm.open("digits.nsm", target="openvino") as session:   # doctest: +SKIP
@@ -64,10 +70,11 @@ class Session:
         self._initial = {s.name: checked_state(initial, s, spec.chunk_size).copy() for s in spec.states}
         # Where a model has no chunks, a lane may stop and go on anywhere.
         self._chunked = OFFSET in spec.state_names
-        self._offset = np.zeros(spec.batch, np.int64)
-        self._aligned = True  # whether all lanes stand at a chunk's beginning
-        self._calls = {entry.name: _Call(entry) for entry in spec.entries if entry.inputs}
-        self._state = runtime.load_state(self._initial)
+        self._calls = {entry.name: EntryInputs(entry) for entry in spec.entries if entry.inputs}
+        # A signal handler may interrupt a call of its own thread with another one, which must not wait for the first.
+        self._lock = threading.RLock()
+        # Both in one assignment, so that an exception never comes between them. None where the session is closed.
+        self._at: tuple[State, Place] | None = (runtime.load_state(self._initial), self._beginning())
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -84,7 +91,8 @@ class Session:
     @property
     def offsets(self) -> Array:
         """[B] int64: how many tokens the open chunk of each lane has."""
-        return self._offset.copy()
+        _, place = self._at or _closed()
+        return place.offsets.copy()
 
     def is_fresh(self) -> bool:
         """Whether the state is the initial one, bit by bit, on all lanes."""
@@ -93,119 +101,118 @@ class Session:
 
     def reset(self, lane: int | None = None) -> None:
         """Start a lane (default: all) afresh: the state is the initial one, bit by bit."""
-        if lane is None:
-            self._state = self._runtime.load_state(self._initial)
-            self._stand(np.zeros(self.batch, np.int64))
-        else:
+        with self._lock:
+            _, place = self._at or _closed()
+            if lane is None:
+                self._put(self._initial, self._beginning())
+                return
             index = self._lane(lane)
-            self._replace_lane(index, self._initial)
-            self._stand(np.where(np.arange(self.batch) == index, 0, self._offset))
+            whole = self._read()
+            for state in self.spec.states:
+                whole[state.name][state.lane_index(index)] = self._initial[state.name][state.lane_index(index)]
+            self._put(whole, place.with_lane(index, 0))
 
-    def step(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
+    def step(self, tokens: ArrayLike, valid: ArrayLike | None = None, on_bad_lane: OnBadLane = "raise") -> Outputs:
         """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
 
         Args:
             tokens: [B, K] ids or [B, K, input_dim] vectors, as the spec of the entry says.
             valid: [B], how many of the tokens count on each lane (default: all). A lane with 0 keeps its state as
                 it was. A lane that ends inside a chunk is exact, and goes on with `decode`, `feed` or `run`.
+            on_bad_lane: what happens where tokens of a lane are not finite or outside the vocabulary. "raise" refuses
+                the call; "skip" runs it without these lanes, whose state stays as it was and whose outputs are NaN.
 
         Returns:
-            The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own.
+            The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own. `skipped` names
+            the lanes that were left out.
 
         Raises:
-            InputError: wrong shape or dtype, ids outside the vocabulary, or a token that counts and is not finite.
-                Nothing has happened to the state.
+            InputError: wrong shape or dtype, ids outside the vocabulary, or a token that counts and is not finite;
+                `lanes` says where. Nothing has happened to the state.
             StreamError: a lane stands inside a chunk. Nothing has happened to the state.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
-        call = self._calls["step"]
-        inputs, counts = call.checked(tokens, valid)
-        if not self._aligned:
-            self._check_at_beginning(counts)
-        outputs, self._state = self._runtime.call("step", inputs, self._state)
-        if self._chunked and counts is not call.all:
-            self._stand(self._offset + counts % self.spec.chunk_size)
-        if not self._runtime.finite(self._state):
-            self._look_for_non_finite(outputs, counts)
-        return outputs
+        with self._lock:
+            state, place = self._at or _closed()
+            call = self._calls["step"]
+            inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
+            if not place.aligned:
+                place.check_at_beginning(counts, self.spec)
+            if skipped and not counts.any():
+                return no_outputs(self.spec.entry("step").outputs).skip(skipped)
+            if self._chunked and counts is not call.all:
+                place = Place.at(place.offsets + counts % self.spec.chunk_size)
+            outputs, finite = self._advance("step", inputs, state, place)
+            if not finite:
+                self._look_for_non_finite(outputs, counts)
+            return outputs.skip(skipped) if skipped else outputs
 
-    def decode(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
+    def decode(self, tokens: ArrayLike, valid: ArrayLike | None = None, on_bad_lane: OnBadLane = "raise") -> Outputs:
         """Take one token a lane, anywhere in a chunk, and commit the chunks that are full then.
 
         Args:
             tokens: [B, 1] ids or [B, 1, input_dim] vectors.
             valid: [B], 1 where the lane has a token, 0 where it has none and keeps its state (default: all have).
+            on_bad_lane: as for `step`.
 
         Returns:
-            The outputs by name, [B, 1, ...].
+            The outputs by name, [B, 1, ...], and the lanes that were left out; see `step`.
 
         Raises:
             InputError: as for `step`, or the bundle has no entry `decode`.
             NonFiniteError: as for `step`.
         """
-        inputs, counts = self._entry("decode").checked(tokens, valid)
-        self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
-        outputs, self._state = self._runtime.call("decode", inputs, self._state)
-        if self._chunked:
-            self._stand(self._offset + counts)
-        finite = self._runtime.finite(self._state)
-        if self._commit_full():
-            finite = finite and self._runtime.finite(self._state)
-        # At the end, so that lanes that are well stand where their state does when this raises.
-        if not finite:
-            self._look_for_non_finite(outputs, counts)
-        return outputs
+        with self._lock:
+            state, place = self._at or _closed()
+            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # which raises where there is none
+            inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
+            if skipped and not counts.any():
+                return no_outputs(self.spec.entry("decode").outputs).skip(skipped)
+            finite = self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
+            state, place = self._at or _closed()
+            if self._chunked:
+                place = Place.at(place.offsets + counts)
+            outputs, wrote_finite = self._advance("decode", inputs, state, place)
+            finite = self._commit_full() and wrote_finite and finite
+            # At the end, so that lanes that are well stand where their state does when this raises.
+            if not finite:
+                self._look_for_non_finite(outputs, counts)
+            return outputs.skip(skipped) if skipped else outputs
 
-    def feed(self, tokens: ArrayLike, valid: ArrayLike | None = None) -> Arrays:
+    def feed(self, tokens: ArrayLike, valid: ArrayLike | None = None, on_bad_lane: OnBadLane = "raise") -> Outputs:
         """Feed any number of tokens, from wherever the lanes stand.
 
         Args:
             tokens: [B, T] ids or [B, T, input_dim] vectors, T >= 1.
             valid: [B], how many of the tokens count on each lane (default: all).
+            on_bad_lane: as for `step`. A lane is left out of the whole call, also where only its last token is bad.
 
         Returns:
             The outputs by name, [B, T, ...]; zero behind a lane's valid tokens. Debug outputs are those of `step`: NaN
-            for tokens that went through `decode`.
+            for tokens that went through `decode`. `skipped` names the lanes that were left out.
 
         Raises:
             InputError: as for `step`. Nothing has happened to the state.
             StreamError: there is no entry `decode`, and a lane stands inside a chunk.
             NonFiniteError: as for `step`.
         """
-        entry = self.spec.entry("step")
-        spec = entry.inputs[0]
-        given = self._checked_shape("feed", tokens)
-        length = given.shape[1]
-        counts = np.full(self.batch, length)
-        if valid is not None:
-            counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
-        given = checked_tokens(spec, given, counts)
-        if not self.spec.has("decode"):
-            self._check_at_beginning(counts)
-            if entry.input(VALID) is None and np.any(counts != length):
-                raise InputError(
-                    f"This model takes whole calls on all lanes at once; given are {counts.tolist()} tokens for its "
-                    "lanes. Give all lanes as many."
-                )
-        results = {
-            item.name: np.zeros((self.batch, length, *item.shape[2:]), item.numpy_dtype) for item in entry.outputs
-        }
-        done = np.zeros(self.batch, np.int64)
-        while np.any(done < counts):
-            left = counts - done
-            stepped = self._stepped(left)
-            if np.any(stepped):
-                self._feed_part(self.step, spec, given, done, stepped, results)
-                done += stepped
-                left = counts - done
-            decoded = (left > 0) & (stepped == 0)
-            if self.spec.has("decode") and np.any(decoded):
-                one = decoded.astype(np.int64)
-                self._feed_part(self.decode, self.spec.entry("decode").inputs[0], given, done, one, results)
-                done += one
-        return results
+        with self._lock:
+            _, place = self._at or _closed()
+            entry = self.spec.entry("step")
+            given = checked_sequence(self.spec, "feed", tokens)
+            length = given.shape[1]
+            counts = np.full(self.batch, length)
+            if valid is not None:
+                counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
+            if on_bad_lane != "raise":
+                check_choice(on_bad_lane, self.batch, entry.input(VALID) is not None)
+            given, counts, skipped = usable_tokens(entry.inputs[0], given, counts, on_bad_lane)
+            if not self.spec.has("decode") and counts.any():
+                place.check_at_beginning(counts, self.spec)
+                checked_lanes(self.spec, counts, length)
+            return self._fed(Feeding(self.spec, given, counts)).skip(skipped)
 
-    def run(self, sequence: ArrayLike) -> Arrays:
+    def run(self, sequence: ArrayLike) -> Outputs:
         """Feed whole sequences, one per lane, from where the lanes stand.
 
         Args:
@@ -214,17 +221,19 @@ class Session:
         Returns:
             The outputs by name, [B, T, ...] (without the lane axis where the sequence had none).
         """
-        spec = self.spec.entry("step").inputs[0]
-        tokens = as_array("The sequence given to run", sequence)
-        single = tokens.ndim == len(spec.shape) - 1 and self.batch == 1
-        results = self.feed(self._checked_shape("run", tokens[None] if single else tokens))
-        return {name: value[0] for name, value in results.items()} if single else results
+        with self._lock:
+            _ = self._at or _closed()
+            tokens = as_array("The sequence given to run", sequence)
+            single = tokens.ndim == len(self.spec.entry("step").inputs[0].shape) - 1 and self.batch == 1
+            results = self.feed(checked_sequence(self.spec, "run", tokens[None] if single else tokens))
+            return Outputs({name: value[0] for name, value in results.items()}) if single else results
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def read_state(self) -> Arrays:
         """A copy of the whole state by name, lanes included."""
-        return self._runtime.read_state(self._state)
+        with self._lock:
+            return self._read()
 
     def load_state(self, arrays: Mapping[str, ArrayLike]) -> None:
         """Put the whole state, by name, with all lanes.
@@ -233,10 +242,12 @@ class Session:
             InputError: a state is missing, unknown, of another shape or kind of numbers, or holds NaN, infinity or
                 an offset outside the chunk. Nothing has happened to the state.
         """
-        unknown = sorted(set(arrays) - set(self.spec.state_names))
-        if unknown:
-            raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
-        self._put({s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states})
+        with self._lock:
+            _ = self._at or _closed()
+            unknown = sorted(set(arrays) - set(self.spec.state_names))
+            if unknown:
+                raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
+            self._put({s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states})
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -246,11 +257,14 @@ class Session:
         Raises:
             NonFiniteError: the state holds NaN or infinity, so there is nothing worth keeping.
         """
-        arrays = self.read_state()
-        if lane is not None:
-            index = self._lane(lane)
-            arrays = {s.name: arrays[s.name][s.lane_index(index)] for s in self.spec.states}
-        return pack(Snapshot(self.fingerprint, None if lane is not None else self.batch, arrays))
+        with self._lock:
+            whole = self._read()
+            lanes = range(self.batch) if lane is None else [self._lane(lane)]
+        parts = {s.name: {index: whole[s.name][s.lane_index(index)] for index in lanes} for s in self.spec.states}
+        non_finite.raise_non_finite((f"state {name}", part) for name, part in parts.items())
+        if lane is None:
+            return pack(Snapshot(self.fingerprint, self.batch, whole))
+        return pack(Snapshot(self.fingerprint, None, {name: part[lanes[0]] for name, part in parts.items()}))
 
     def restore(self, snapshot: bytes | bytearray | memoryview, lane: int | None = None) -> None:
         """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
@@ -259,46 +273,60 @@ class Session:
             SnapshotError: no bytes, damaged, of another model, of other lanes, or with states that the model does not
                 take. Nothing has happened to the state.
         """
-        shapes = {
-            state.name: state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
-            for state in self.spec.states
-        }
-        held = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
-        try:
-            arrays = {s.name: checked_state(held, s, self.spec.chunk_size, shapes[s.name]) for s in self.spec.states}
-        except InputError as error:
-            raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
-        if lane is not None:
-            index = self._lane(lane)
-            whole = self.read_state()
-            for state in self.spec.states:
-                whole[state.name][state.lane_index(index)] = arrays[state.name]
-            arrays = whole
-        self._put(arrays)
+        with self._lock:
+            _ = self._at or _closed()
+            shapes = {
+                state.name: state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
+                for state in self.spec.states
+            }
+            held = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
+            chunk = self.spec.chunk_size
+            try:
+                arrays = {s.name: checked_state(held, s, chunk, shapes[s.name]) for s in self.spec.states}
+            except InputError as error:
+                raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
+            if lane is not None:
+                index = self._lane(lane)
+                whole = self._read()
+                for state in self.spec.states:
+                    whole[state.name][state.lane_index(index)] = arrays[state.name]
+                arrays = whole
+            self._put(arrays)
 
     def fork(self, lane: int, into: int) -> None:
         """Let the stream on one lane go on on another as well: both continue from where it stands.
 
         Into another session, on this target or another: `other.restore(session.snapshot(lane), lane)`.
         """
-        source, target = self._lane(lane), self._lane(into)
-        whole = self.read_state()
-        for state in self.spec.states:
-            whole[state.name][state.lane_index(target)] = whole[state.name][state.lane_index(source)]
-        self._put(whole)
+        with self._lock:
+            _ = self._at or _closed()
+            source, target = self._lane(lane), self._lane(into)
+            whole = self._read()
+            for state in self.spec.states:
+                whole[state.name][state.lane_index(target)] = whole[state.name][state.lane_index(source)]
+            self._put(whole)
 
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        self._runtime.close()
+        """Free what the runtime holds. To close a session again does nothing."""
+        with self._lock:
+            self._at = None
+            self._runtime.close()
 
     def __enter__(self) -> Session:
+        _ = self._at or _closed()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        try:
+            self.close()
+        except Exception as closing:
+            if error is None:
+                raise
+            error.add_note(f"Closing the session failed as well: {closing}")
 
     def _lane(self, lane: int) -> int:
         try:
@@ -311,168 +339,67 @@ class Session:
             raise InputError(f"The session has lanes 0 .. {self.batch - 1}; given {lane}.")
         return index
 
-    def _replace_lane(self, lane: int, source: Mapping[str, Array]) -> None:
-        whole = self.read_state()
-        for state in self.spec.states:
-            index = state.lane_index(lane)
-            whole[state.name][index] = source[state.name][index]
-        self._state = self._runtime.load_state(whole)
+    def _beginning(self) -> Place:
+        return Place.at(np.zeros(self.batch, np.int64))
 
-    def _put(self, arrays: Mapping[str, Array]) -> None:
-        """Go on from a whole state."""
-        self._state = self._runtime.load_state(arrays)
-        self._stand(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
+    def _read(self) -> Arrays:
+        state, _ = self._at or _closed()
+        try:
+            return self._runtime.read_state(state)
+        except ConsumedError as error:
+            raise _lost() from error
 
-    def _stand(self, offset: Array) -> None:
-        """The lanes stand there in their chunks now."""
-        self._offset = offset
-        self._aligned = not offset.any()
+    def _put(self, arrays: Mapping[str, Array], place: Place | None = None) -> None:
+        """Go on from a whole state; where the lanes stand it says itself unless that is given."""
+        if place is None:
+            place = Place.at(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
+        self._at = self._runtime.load_state(arrays), place
 
-    def _entry(self, name: str) -> _Call:
-        return self._calls.get(name) or _Call(self.spec.entry(name))  # which raises where there is none
+    def _advance(self, entry: str, inputs: Mapping[str, Array], state: State, place: Place) -> tuple[Outputs, bool]:
+        """Run an entry, after which the lanes stand at `place`.
+
+        Returns:
+            The outputs, and whether all numbers are finite that the entry wrote.
+        """
+        try:
+            outputs, after = self._runtime.call(entry, inputs, state)
+        except ConsumedError as error:
+            raise _lost() from error
+        self._at = after, place
+        return Outputs(outputs), self._runtime.finite(after)
+
+    def _commit_full(self) -> bool:
+        """End the chunk of the lanes where it is full, and say whether what that wrote is finite."""
+        state, place = self._at or _closed()
+        if place.aligned:
+            return True
+        full = place.offsets == self.spec.chunk_size
+        if not full.any():
+            return True
+        return self._advance("commit", {}, state, Place.at(np.where(full, 0, place.offsets)))[1]
+
+    def _fed(self, feeding: Feeding) -> Outputs:
+        """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere."""
+        while feeding.left.any():
+            stepped = feeding.stepped(self.offsets)
+            if stepped.any():
+                feeding.put(self.step(feeding.take("step", stepped), stepped), stepped)
+            decoded = ((feeding.left > 0) & (stepped == 0)).astype(np.int64)
+            if self.spec.has("decode") and decoded.any():
+                feeding.put(self.decode(feeding.take("decode", decoded), decoded), decoded)
+        return feeding.results
 
     def _look_for_non_finite(self, outputs: Arrays, counts: Array) -> None:
         """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
-        lanes = np.flatnonzero(counts).tolist()
-        for name, value in outputs.items():
-            _raise_non_finite(f"output {name}", {lane: value[lane, : counts[lane]] for lane in lanes})
-        whole = self.read_state()
-        for state in self.spec.states:
-            values = {lane: whole[state.name][state.lane_index(lane)] for lane in lanes}
-            _raise_non_finite(f"state {state.name}", values)
-
-    def _commit_full(self) -> bool:
-        """End the chunk of the lanes where it is full, and say whether there were any."""
-        if self._aligned:
-            return False
-        full = self._offset == self.spec.chunk_size
-        if not full.any():
-            return False
-        _, self._state = self._runtime.call("commit", {}, self._state)
-        self._stand(np.where(full, 0, self._offset))
-        return True
-
-    def _check_at_beginning(self, counts: Array) -> None:
-        """Raise `StreamError` if a lane that has tokens stands inside a chunk."""
-        inside = (self._offset > 0) & (counts > 0)
-        if np.any(inside):
-            lanes = np.flatnonzero(inside).tolist()
-            way_out = (
-                "Use feed or run, which align any split, reset these lanes, or give them valid=0."
-                if self.spec.has("decode")
-                else "There is no entry decode here, so a partial chunk ends a stream: reset these lanes, or give them "
-                "valid=0."
-            )
-            raise StreamError(
-                f"The streams on lanes {lanes} stand inside a chunk of {self.spec.chunk_size} tokens (offsets "
-                f"{self._offset.tolist()}), and step starts at a chunk's beginning. {way_out}"
-            )
-
-    def _stepped(self, left: Array) -> Array:
-        """How many tokens each lane gives to the next call of `step`, from how many it has left."""
-        entry = self.spec.entry("step")
-        length, chunk = entry.inputs[0].shape[1], self.spec.chunk_size
-        ready = np.where(self._offset == 0, np.minimum(left, length), 0)
-        if entry.input(VALID) is None:
-            return ready if np.all(ready == length) else np.zeros_like(ready)
-        # A partial chunk is exact in `step` too; for a few tokens `decode` is cheaper.
-        worth = not self.spec.has("decode") or ready * _DECODES_PER_STEP >= chunk
-        return np.where(worth, ready, 0)
-
-    def _feed_part(
-        self,
-        call: Callable[[Array, Array], Arrays],
-        spec: TensorSpec,
-        tokens: Array,
-        start: Array,
-        counts: Array,
-        results: Arrays,
-    ) -> None:
-        """Give each lane's next `counts` tokens, from `start` on, to one call, and put away what it answers."""
-        batch = np.zeros(spec.shape, spec.numpy_dtype)
-        for lane in np.flatnonzero(counts):
-            first, count = start[lane], counts[lane]
-            batch[lane, :count] = tokens[lane, first : first + count]
-        answers = call(batch, counts)
-        for name, result in results.items():
-            for lane in np.flatnonzero(counts):
-                first, count = start[lane], counts[lane]
-                result[lane, first : first + count] = answers[name][lane, :count] if name in answers else np.nan
-
-    def _checked_shape(self, call: str, sequence: ArrayLike) -> Array:
-        """A sequence [B, T, ...] of the shape that the model takes."""
-        spec = self.spec.entry("step").inputs[0]
-        wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(spec.shape)]
-        tokens = as_array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
-        if tokens.ndim != len(spec.shape) or tokens.shape[0] != self.batch or tokens.shape[2:] != spec.shape[2:]:
-            raise InputError(f"{call} takes a sequence of shape [{', '.join(wanted)}]; given {list(tokens.shape)}.")
-        if tokens.shape[1] == 0:
-            raise InputError(f"{call} takes a sequence of at least one token; given none.")
-        if (
-            not self.spec.has("decode")
-            and self.spec.entry("step").input(VALID) is None
-            and (tokens.shape[1] % spec.shape[1])
-        ):
-            raise InputError(
-                f"This model takes whole calls of {spec.shape[1]} tokens only; given {tokens.shape[1]} tokens. "
-                f"Give a multiple of {spec.shape[1]}."
-            )
-        return tokens
+        non_finite.check_lanes(outputs, self._read(), self.spec.states, counts)
 
 
-class _Call:
-    """What callers give to an entry, checked."""
-
-    def __init__(self, entry: EntrySpec) -> None:
-        self._entry = entry
-        self._tokens = entry.inputs[0]
-        self._counted = entry.input(VALID)
-        # How many tokens count where all do; this very array says so.
-        self.all = np.full(self._tokens.shape[0], self._tokens.shape[1])
-        self._dtype, self._shape = self._tokens.numpy_dtype, self._tokens.shape
-        self._vectors = self._dtype.kind == "f"
-        usual = self._tokens.dtype == "int64" and self._tokens.minimum == 0
-        self._maximum = self._tokens.maximum if usual else None
-
-    def checked(self, tokens: ArrayLike, valid: ArrayLike | None) -> tuple[dict[str, Array], Array]:
-        """The inputs of a call as the entry takes them, and how many tokens count on each lane."""
-        name = self._tokens.name
-        fine: Array | None = tokens if self._fine(tokens) else None
-        inputs = {name: checked_input(self._tokens, tokens) if fine is None else fine}
-        counts = self.all
-        if self._counted is not None:
-            counts = counts if valid is None else checked_input(self._counted, valid)
-            inputs[VALID] = counts
-        elif valid is not None and not np.array_equal(given := as_array(VALID, valid), counts):
-            raise InputError(
-                f"The entry {self._entry.name} has no input valid: all {self._tokens.shape[1]} tokens of a call count "
-                f"on every lane, valid={counts.tolist()}; given {given.tolist()}. Leave valid out, and give other "
-                "numbers of tokens to feed or run."
-            )
-        if fine is None:
-            inputs[name] = finite_tokens(self._tokens, inputs[name], counts)
-        return inputs, counts
-
-    def _fine(self, tokens: ArrayLike) -> TypeGuard[Array]:
-        """Whether these are ids or vectors as the entry takes them: the usual case, in one pass."""
-        if not (isinstance(tokens, np.ndarray) and tokens.dtype is self._dtype and tokens.shape == self._shape):
-            return False
-        if self._vectors:
-            return all_finite((tokens,))
-        if self._maximum is None:
-            return False
-        if tokens.size <= _FEW:
-            ids: list[int] = tokens.ravel().tolist()
-            return min(ids) >= 0 and max(ids) <= self._maximum
-        # As an unsigned number, a negative one is too large.
-        return int(np.maximum.reduce(tokens.view(_UINT64), axis=None)) <= self._maximum
+def _closed() -> NoReturn:
+    raise StreamError("The session is closed. Open the bundle again.")
 
 
-def _raise_non_finite(what: str, values: Mapping[int, Array]) -> None:
-    """Raise if one of the values, by lane, holds NaN or infinity."""
-    bad = [lane for lane, value in values.items() if not np.isfinite(value).all()]
-    if bad:
-        raise NonFiniteError(
-            f"The {what} holds NaN or infinite numbers on lanes {bad}. Reset them to go on; "
-            "if it happens again, check the weights and the inputs."
-        )
+def _lost() -> StreamError:
+    return StreamError(
+        "A call of this session was interrupted while it replaced the state, so there is none to go on from. Start all "
+        "lanes afresh with reset(), or go on from a snapshot of all lanes with restore(snapshot)."
+    )
