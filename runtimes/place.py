@@ -1,0 +1,54 @@
+"""Place: where the lanes of a session stand in their chunks."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nsm.errors import StreamError
+from nsm.spec import StepSpec
+from nsm.trace import Array
+
+
+class Place(NamedTuple):
+    """Where the lanes stand. A session never changes one: it replaces it together with the state.
+
+    Args:
+        offsets: [B] int64, how many tokens the open chunk of each lane has.
+        aligned: whether all lanes stand at a chunk's beginning.
+    """
+
+    offsets: Array
+    aligned: bool
+
+    @classmethod
+    def at(cls, offsets: Array) -> Place:
+        """The place with these offsets, [B]."""
+        return cls(offsets, not offsets.any())
+
+    def with_lane(self, lane: int, offset: int) -> Place:
+        """The place with one lane elsewhere."""
+        return Place.at(np.where(np.arange(len(self.offsets)) == lane, offset, self.offsets))
+
+    def check_at_beginning(self, counts: Array, spec: StepSpec) -> None:
+        """Raise `StreamError` if a lane that has tokens stands inside a chunk.
+
+        Args:
+            counts: [B], how many tokens each lane has.
+            spec: of the model.
+        """
+        inside = (self.offsets > 0) & (counts > 0)
+        if np.any(inside):
+            lanes = np.flatnonzero(inside).tolist()
+            way_out = (
+                "Use feed or run, which align any split, reset these lanes, or give them valid=0."
+                if spec.has("decode")
+                else "There is no entry decode here, so a partial chunk ends a stream: reset these lanes, or give them "
+                "valid=0."
+            )
+            raise StreamError(
+                f"The streams on lanes {lanes} stand inside a chunk of {spec.chunk_size} tokens (offsets "
+                f"{self.offsets.tolist()}), and step starts at a chunk's beginning. {way_out}",
+                lanes,
+            )
