@@ -1,13 +1,13 @@
-"""Outputs: what a call of a session returns."""
+"""Outputs: what a call of a session returns that may leave lanes out."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
 from nsm.spec import TensorSpec
-from nsm.trace import Array
+from nsm.trace import Array, Arrays
 
 
 class Outputs(dict[str, Array]):
@@ -28,11 +28,7 @@ class Outputs(dict[str, Array]):
         return self
 
 
-def no_outputs(specs: Iterable[TensorSpec], length: int | None = None) -> Outputs:
+def no_outputs(specs: Sequence[TensorSpec], length: int | None = None) -> Arrays:
     """Zeros for outputs of these specs; `length` is T, by default that of the specs."""
-    return Outputs(
-        {
-            item.name: np.zeros((item.shape[0], item.shape[1] if length is None else length, *item.shape[2:]), item.numpy_dtype)
-            for item in specs
-        }
-    )
+    shapes = {item.name: (item.shape[0], length or item.shape[1], *item.shape[2:]) for item in specs}
+    return {item.name: np.zeros(shapes[item.name], item.numpy_dtype) for item in specs}

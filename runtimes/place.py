@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import numpy as np
 
 from nsm.errors import StreamError
@@ -11,25 +9,25 @@ from nsm.spec import StepSpec
 from nsm.trace import Array
 
 
-class Place(NamedTuple):
+class Place:
     """Where the lanes stand. A session never changes one: it replaces it together with the state.
 
     Args:
         offsets: [B] int64, how many tokens the open chunk of each lane has.
+
+    Attributes:
         aligned: whether all lanes stand at a chunk's beginning.
     """
 
-    offsets: Array
-    aligned: bool
+    __slots__ = ("aligned", "offsets")
 
-    @classmethod
-    def at(cls, offsets: Array) -> Place:
-        """The place with these offsets, [B]."""
-        return cls(offsets, not offsets.any())
+    def __init__(self, offsets: Array) -> None:
+        self.offsets = offsets
+        self.aligned = not offsets.any()
 
     def with_lane(self, lane: int, offset: int) -> Place:
         """The place with one lane elsewhere."""
-        return Place.at(np.where(np.arange(len(self.offsets)) == lane, offset, self.offsets))
+        return Place(np.where(np.arange(len(self.offsets)) == lane, offset, self.offsets))
 
     def check_at_beginning(self, counts: Array, spec: StepSpec) -> None:
         """Raise `StreamError` if a lane that has tokens stands inside a chunk.

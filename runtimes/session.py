@@ -6,7 +6,7 @@ import operator
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import NoReturn
+from typing import Literal, NoReturn, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -112,7 +112,19 @@ class Session(NotCopyable):
                 whole[state.name][state.lane_index(index)] = self._initial[state.name][state.lane_index(index)]
             self._put(whole, place.with_lane(index, 0))
 
-    def step(self, tokens: ArrayLike, valid: ArrayLike | None = None, on_bad_lane: OnBadLane = "raise") -> Outputs:
+    @overload
+    def step(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["raise"] = "raise"
+    ) -> Arrays: ...
+
+    @overload
+    def step(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["skip"]
+    ) -> Outputs: ...
+
+    def step(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: OnBadLane = "raise"
+    ) -> Arrays:
         """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
 
         Args:
@@ -123,8 +135,8 @@ class Session(NotCopyable):
                 the call; "skip" runs it without these lanes, whose state stays as it was and whose outputs are NaN.
 
         Returns:
-            The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own. `skipped` names
-            the lanes that were left out.
+            The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own. With "skip" their
+            attribute `skipped` names the lanes that were left out.
 
         Raises:
             InputError: wrong shape or dtype, ids outside the vocabulary, or a token that counts and is not finite;
@@ -139,15 +151,27 @@ class Session(NotCopyable):
             if not place.aligned:
                 place.check_at_beginning(counts, self.spec)
             if skipped and not counts.any():
-                return no_outputs(self.spec.entry("step").outputs).skip(skipped)
+                return Outputs(no_outputs(self.spec.entry("step").outputs)).skip(skipped)
             if self._chunked and counts is not call.all:
-                place = Place.at(place.offsets + counts % self.spec.chunk_size)
+                place = Place(place.offsets + counts % self.spec.chunk_size)
             outputs, finite = self._advance("step", inputs, state, place)
             if not finite:
                 self._look_for_non_finite(outputs, counts)
-            return outputs.skip(skipped) if skipped else outputs
+            return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
-    def decode(self, tokens: ArrayLike, valid: ArrayLike | None = None, on_bad_lane: OnBadLane = "raise") -> Outputs:
+    @overload
+    def decode(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["raise"] = "raise"
+    ) -> Arrays: ...
+
+    @overload
+    def decode(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["skip"]
+    ) -> Outputs: ...
+
+    def decode(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: OnBadLane = "raise"
+    ) -> Arrays:
         """Take one token a lane, anywhere in a chunk, and commit the chunks that are full then.
 
         Args:
@@ -156,7 +180,7 @@ class Session(NotCopyable):
             on_bad_lane: as for `step`.
 
         Returns:
-            The outputs by name, [B, 1, ...], and the lanes that were left out; see `step`.
+            The outputs by name, [B, 1, ...]; see `step`.
 
         Raises:
             InputError: as for `step`, or the bundle has no entry `decode`.
@@ -167,19 +191,31 @@ class Session(NotCopyable):
             call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # which raises where there is none
             inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
             if skipped and not counts.any():
-                return no_outputs(self.spec.entry("decode").outputs).skip(skipped)
+                return Outputs(no_outputs(self.spec.entry("decode").outputs)).skip(skipped)
             finite = self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
             state, place = self._at or _closed()
             if self._chunked:
-                place = Place.at(place.offsets + counts)
+                place = Place(place.offsets + counts)
             outputs, wrote_finite = self._advance("decode", inputs, state, place)
             finite = self._commit_full() and wrote_finite and finite
             # At the end, so that lanes that are well stand where their state does when this raises.
             if not finite:
                 self._look_for_non_finite(outputs, counts)
-            return outputs.skip(skipped) if skipped else outputs
+            return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
-    def feed(self, tokens: ArrayLike, valid: ArrayLike | None = None, on_bad_lane: OnBadLane = "raise") -> Outputs:
+    @overload
+    def feed(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["raise"] = "raise"
+    ) -> Arrays: ...
+
+    @overload
+    def feed(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["skip"]
+    ) -> Outputs: ...
+
+    def feed(
+        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: OnBadLane = "raise"
+    ) -> Arrays:
         """Feed any number of tokens, from wherever the lanes stand.
 
         Args:
@@ -189,7 +225,7 @@ class Session(NotCopyable):
 
         Returns:
             The outputs by name, [B, T, ...]; zero behind a lane's valid tokens. Debug outputs are those of `step`: NaN
-            for tokens that went through `decode`. `skipped` names the lanes that were left out.
+            for tokens that went through `decode`. With "skip" they have the attribute `skipped`; see `step`.
 
         Raises:
             InputError: as for `step`. Nothing has happened to the state.
@@ -210,9 +246,10 @@ class Session(NotCopyable):
             if not self.spec.has("decode") and counts.any():
                 place.check_at_beginning(counts, self.spec)
                 checked_lanes(self.spec, counts, length)
-            return self._fed(Feeding(self.spec, given, counts)).skip(skipped)
+            outputs = self._fed(Feeding(self.spec, given, counts))
+            return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
-    def run(self, sequence: ArrayLike) -> Outputs:
+    def run(self, sequence: ArrayLike) -> Arrays:
         """Feed whole sequences, one per lane, from where the lanes stand.
 
         Args:
@@ -226,7 +263,7 @@ class Session(NotCopyable):
             tokens = as_array("The sequence given to run", sequence)
             single = tokens.ndim == len(self.spec.entry("step").inputs[0].shape) - 1 and self.batch == 1
             results = self.feed(checked_sequence(self.spec, "run", tokens[None] if single else tokens))
-            return Outputs({name: value[0] for name, value in results.items()}) if single else results
+            return {name: value[0] for name, value in results.items()} if single else results
 
     # -- state ---------------------------------------------------------------------------------------------------
 
@@ -340,7 +377,7 @@ class Session(NotCopyable):
         return index
 
     def _beginning(self) -> Place:
-        return Place.at(np.zeros(self.batch, np.int64))
+        return Place(np.zeros(self.batch, np.int64))
 
     def _read(self) -> Arrays:
         state, _ = self._at or _closed()
@@ -352,10 +389,10 @@ class Session(NotCopyable):
     def _put(self, arrays: Mapping[str, Array], place: Place | None = None) -> None:
         """Go on from a whole state; where the lanes stand it says itself unless that is given."""
         if place is None:
-            place = Place.at(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
+            place = Place(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
         self._at = self._runtime.load_state(arrays), place
 
-    def _advance(self, entry: str, inputs: Mapping[str, Array], state: State, place: Place) -> tuple[Outputs, bool]:
+    def _advance(self, entry: str, inputs: Mapping[str, Array], state: State, place: Place) -> tuple[Arrays, bool]:
         """Run an entry, after which the lanes stand at `place`.
 
         Returns:
@@ -366,7 +403,7 @@ class Session(NotCopyable):
         except ConsumedError as error:
             raise _lost() from error
         self._at = after, place
-        return Outputs(outputs), self._runtime.finite(after)
+        return outputs, self._runtime.finite(after)
 
     def _commit_full(self) -> bool:
         """End the chunk of the lanes where it is full, and say whether what that wrote is finite."""
@@ -376,9 +413,9 @@ class Session(NotCopyable):
         full = place.offsets == self.spec.chunk_size
         if not full.any():
             return True
-        return self._advance("commit", {}, state, Place.at(np.where(full, 0, place.offsets)))[1]
+        return self._advance("commit", {}, state, Place(np.where(full, 0, place.offsets)))[1]
 
-    def _fed(self, feeding: Feeding) -> Outputs:
+    def _fed(self, feeding: Feeding) -> Arrays:
         """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere."""
         while feeding.left.any():
             stepped = feeding.stepped(self.offsets)
