@@ -14,20 +14,31 @@ class Place:
 
     Args:
         offsets: [B] int64, how many tokens the open chunk of each lane has.
+        chunk: C, the tokens of a chunk.
 
     Attributes:
         aligned: whether all lanes stand at a chunk's beginning.
+        full: whether a chunk is to be committed.
     """
 
-    __slots__ = ("aligned", "offsets")
+    __slots__ = ("aligned", "chunk", "full", "offsets")
 
-    def __init__(self, offsets: Array) -> None:
-        self.offsets = offsets
+    def __init__(self, offsets: Array, chunk: int) -> None:
+        self.offsets, self.chunk = offsets, chunk
         self.aligned = not offsets.any()
+        self.full = not self.aligned and bool((offsets == chunk).any())
 
     def with_lane(self, lane: int, offset: int) -> Place:
         """The place with one lane elsewhere."""
-        return Place(np.where(np.arange(len(self.offsets)) == lane, offset, self.offsets))
+        return Place(np.where(np.arange(len(self.offsets)) == lane, offset, self.offsets), self.chunk)
+
+    def moved(self, counts: Array) -> Place:
+        """The place after so many tokens [B]; a chunk that is full is still to be committed."""
+        return Place(self.offsets + counts, self.chunk)
+
+    def committed(self) -> Place:
+        """The place after the full chunks have ended."""
+        return Place(np.where(self.offsets == self.chunk, 0, self.offsets), self.chunk)
 
     def check_at_beginning(self, counts: Array, spec: StepSpec) -> None:
         """Raise `StreamError` if a lane that has tokens stands inside a chunk.
@@ -46,7 +57,7 @@ class Place:
                 "valid=0."
             )
             raise StreamError(
-                f"The streams on lanes {lanes} stand inside a chunk of {spec.chunk_size} tokens (offsets "
+                f"The streams on lanes {lanes} stand inside a chunk of {self.chunk} tokens (offsets "
                 f"{self.offsets.tolist()}), and step starts at a chunk's beginning. {way_out}",
                 lanes,
             )

@@ -153,7 +153,7 @@ class Session(NotCopyable):
             if skipped and not counts.any():
                 return Outputs(no_outputs(self.spec.entry("step").outputs)).skip(skipped)
             if self._chunked and counts is not call.all:
-                place = Place(place.offsets + counts % self.spec.chunk_size)
+                place = place.moved(counts % self.spec.chunk_size)
             outputs, finite = self._advance("step", inputs, state, place)
             if not finite:
                 self._look_for_non_finite(outputs, counts)
@@ -192,12 +192,16 @@ class Session(NotCopyable):
             inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
             if skipped and not counts.any():
                 return Outputs(no_outputs(self.spec.entry("decode").outputs)).skip(skipped)
-            finite = self._commit_full()  # a commit that failed, or a state that was put in before one, is made up for
-            state, place = self._at or _closed()
+            finite = True
+            if place.full:  # after a commit that failed, or with a state that was put in before one
+                finite = self._commit()
+                state, place = self._at or _closed()
             if self._chunked:
-                place = Place(place.offsets + counts)
+                place = place.moved(counts)
             outputs, wrote_finite = self._advance("decode", inputs, state, place)
-            finite = self._commit_full() and wrote_finite and finite
+            finite = finite and wrote_finite
+            if place.full:
+                finite = self._commit() and finite
             # At the end, so that lanes that are well stand where their state does when this raises.
             if not finite:
                 self._look_for_non_finite(outputs, counts)
@@ -377,7 +381,7 @@ class Session(NotCopyable):
         return index
 
     def _beginning(self) -> Place:
-        return Place(np.zeros(self.batch, np.int64))
+        return Place(np.zeros(self.batch, np.int64), self.spec.chunk_size)
 
     def _read(self) -> Arrays:
         state, _ = self._at or _closed()
@@ -389,7 +393,8 @@ class Session(NotCopyable):
     def _put(self, arrays: Mapping[str, Array], place: Place | None = None) -> None:
         """Go on from a whole state; where the lanes stand it says itself unless that is given."""
         if place is None:
-            place = Place(np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64))
+            offsets = np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64)
+            place = Place(offsets, self.spec.chunk_size)
         self._at = self._runtime.load_state(arrays), place
 
     def _advance(self, entry: str, inputs: Mapping[str, Array], state: State, place: Place) -> tuple[Arrays, bool]:
@@ -405,15 +410,11 @@ class Session(NotCopyable):
         self._at = after, place
         return outputs, self._runtime.finite(after)
 
-    def _commit_full(self) -> bool:
+    def _commit(self) -> bool:
         """End the chunk of the lanes where it is full, and say whether what that wrote is finite."""
         state, place = self._at or _closed()
-        if place.aligned:
-            return True
-        full = place.offsets == self.spec.chunk_size
-        if not full.any():
-            return True
-        return self._advance("commit", {}, state, Place(np.where(full, 0, place.offsets)))[1]
+        _, finite = self._advance("commit", {}, state, place.committed())
+        return finite
 
     def _fed(self, feeding: Feeding) -> Arrays:
         """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere."""
