@@ -70,7 +70,8 @@ def usable_tokens(spec: TensorSpec, array: Array, counts: Array, on_bad_lane: On
     low, high = int(array.min()), int(array.max())
     if spec.minimum <= low <= high <= spec.maximum:
         return Usable(tokens, counts)
-    odd = ((array < spec.minimum) | (array > spec.maximum)).reshape(len(array), -1).any(1)
+    outside = (array < spec.minimum) | (array > spec.maximum)
+    odd: Array = np.any(outside.reshape(len(array), -1), axis=1)
     lanes = _lanes(odd)
     if on_bad_lane == "raise":
         raise InputError(
@@ -89,7 +90,7 @@ def _finite(spec: TensorSpec, tokens: Array, counts: Array, on_bad_lane: OnBadLa
     lanes, length = tokens.shape[:2]
     bad = ~finite.reshape(lanes, length, -1).all(-1) & (np.arange(length) < np.asarray(counts)[:, None])
     clean = np.where(finite, tokens, tokens.dtype.type(0))
-    odd = bad.any(1)
+    odd: Array = np.any(bad, axis=1)
     if not odd.any():
         return Usable(clean, counts)
     if on_bad_lane == "raise":

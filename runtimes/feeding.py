@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from nsm.errors import InputError
 from nsm.runtimes.checks import as_array
@@ -63,7 +64,7 @@ class Feeding:
         self._done = self._done + counts
 
 
-def checked_sequence(spec: StepSpec, call: str, sequence: object) -> Array:
+def checked_sequence(spec: StepSpec, call: str, sequence: ArrayLike) -> Array:
     """A sequence [B, T, ...] of the shape that the model takes.
 
     Args:

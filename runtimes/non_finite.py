@@ -23,10 +23,15 @@ def check_lanes(outputs: Arrays, state: Arrays, specs: Iterable[StateSpec], coun
     Raises:
         NonFiniteError: names the first output or state that is not finite, and all lanes where one is.
     """
-    raise_non_finite(_values(outputs, state, specs, counts))
+    _check(_values(outputs, state, specs, counts))
 
 
-def raise_non_finite(values: Iterable[tuple[str, Mapping[int, Array]]]) -> None:
+def check_states(parts: Mapping[int, Arrays], specs: Iterable[StateSpec]) -> None:
+    """Look at states, given by lane; raises as `check_lanes`."""
+    _check((f"state {spec.name}", {lane: part[spec.name] for lane, part in parts.items()}) for spec in specs)
+
+
+def _check(values: Iterable[tuple[str, Mapping[int, Array]]]) -> None:
     """Raise `NonFiniteError` if one of the values, given by name and lane, holds NaN or infinity."""
     first, first_lanes, lanes = "", [0], set[int]()
     for name, by_lane in values:

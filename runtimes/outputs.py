@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from nsm.spec import TensorSpec
+from nsm.spec import EntrySpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 
@@ -32,3 +32,8 @@ def no_outputs(specs: Sequence[TensorSpec], length: int | None = None) -> Arrays
     """Zeros for outputs of these specs; `length` is T, by default that of the specs."""
     shapes = {item.name: (item.shape[0], length or item.shape[1], *item.shape[2:]) for item in specs}
     return {item.name: np.zeros(shapes[item.name], item.numpy_dtype) for item in specs}
+
+
+def all_skipped(entry: EntrySpec, lanes: Sequence[int]) -> Outputs:
+    """The outputs of a call that was not made, because these lanes are the only ones with tokens."""
+    return Outputs(no_outputs(entry.outputs)).skip(lanes)

@@ -2,27 +2,30 @@
 
 from __future__ import annotations
 
-import operator
 import threading
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Literal, NoReturn, overload
+from typing import Literal, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsm.errors import InputError, SnapshotError, StreamError
+from nsm.errors import InputError
 from nsm.runtimes import non_finite
 from nsm.runtimes.bad_lanes import OnBadLane, check_choice, usable_tokens
-from nsm.runtimes.base import ConsumedError, NotCopyable, Runtime, State
+from nsm.runtimes.base import NotCopyable, Runtime
 from nsm.runtimes.checks import as_array, checked_input, checked_state
 from nsm.runtimes.entry_inputs import EntryInputs
 from nsm.runtimes.feeding import Feeding, checked_lanes, checked_sequence
-from nsm.runtimes.outputs import Outputs, no_outputs
-from nsm.runtimes.place import Place
-from nsm.runtimes.snapshots import Snapshot, pack, unpack
+from nsm.runtimes.lanes import lane_number, lane_part, put_lane
+from nsm.runtimes.outputs import Outputs, all_skipped
+from nsm.runtimes.snapshots import Snapshot, fitting, pack
+from nsm.runtimes.standing import Standing, closed
 from nsm.spec import OFFSET, VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
+
+Valid = ArrayLike | None
+"""[B], how many of a call's tokens count on each lane; None for all."""
 
 
 class Session(NotCopyable):
@@ -73,8 +76,7 @@ class Session(NotCopyable):
         self._calls = {entry.name: EntryInputs(entry) for entry in spec.entries if entry.inputs}
         # A signal handler may interrupt a call of its own thread with another one, which must not wait for the first.
         self._lock = threading.RLock()
-        # Both in one assignment, so that an exception never comes between them. None where the session is closed.
-        self._at: tuple[State, Place] | None = (runtime.load_state(self._initial), self._beginning())
+        self._standing = Standing(runtime, spec, self._initial)
 
     # -- streams -------------------------------------------------------------------------------------------------
 
@@ -91,7 +93,7 @@ class Session(NotCopyable):
     @property
     def offsets(self) -> Array:
         """[B] int64: how many tokens the open chunk of each lane has."""
-        _, place = self._at or _closed()
+        _, place = self._standing.at or closed()
         return place.offsets.copy()
 
     def is_fresh(self) -> bool:
@@ -102,29 +104,22 @@ class Session(NotCopyable):
     def reset(self, lane: int | None = None) -> None:
         """Start a lane (default: all) afresh: the state is the initial one, bit by bit."""
         with self._lock:
-            _, place = self._at or _closed()
+            _, place = self._standing.at or closed()
             if lane is None:
-                self._put(self._initial, self._beginning())
+                self._standing.put(self._initial)
                 return
-            index = self._lane(lane)
-            whole = self._read()
-            for state in self.spec.states:
-                whole[state.name][state.lane_index(index)] = self._initial[state.name][state.lane_index(index)]
-            self._put(whole, place.with_lane(index, 0))
+            index = lane_number(lane, self.batch)
+            whole = self._standing.read()
+            put_lane(self.spec.states, whole, index, lane_part(self.spec.states, self._initial, index))
+            self._standing.put(whole, place.with_lane(index, 0))
 
     @overload
-    def step(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["raise"] = "raise"
-    ) -> Arrays: ...
+    def step(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["raise"] = "raise") -> Arrays: ...
 
     @overload
-    def step(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["skip"]
-    ) -> Outputs: ...
+    def step(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["skip"]) -> Outputs: ...
 
-    def step(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: OnBadLane = "raise"
-    ) -> Arrays:
+    def step(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: OnBadLane = "raise") -> Arrays:
         """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
 
         Args:
@@ -145,33 +140,27 @@ class Session(NotCopyable):
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
         with self._lock:
-            state, place = self._at or _closed()
+            state, place = self._standing.at or closed()
             call = self._calls["step"]
             inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
             if not place.aligned:
                 place.check_at_beginning(counts, self.spec)
             if skipped and not counts.any():
-                return Outputs(no_outputs(self.spec.entry("step").outputs)).skip(skipped)
+                return all_skipped(self.spec.entry("step"), skipped)
             if self._chunked and counts is not call.all:
                 place = place.moved(counts % self.spec.chunk_size)
-            outputs, finite = self._advance("step", inputs, state, place)
+            outputs, finite = self._standing.advance("step", inputs, state, place)
             if not finite:
                 self._look_for_non_finite(outputs, counts)
             return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
     @overload
-    def decode(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["raise"] = "raise"
-    ) -> Arrays: ...
+    def decode(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["raise"] = "raise") -> Arrays: ...
 
     @overload
-    def decode(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["skip"]
-    ) -> Outputs: ...
+    def decode(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["skip"]) -> Outputs: ...
 
-    def decode(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: OnBadLane = "raise"
-    ) -> Arrays:
+    def decode(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: OnBadLane = "raise") -> Arrays:
         """Take one token a lane, anywhere in a chunk, and commit the chunks that are full then.
 
         Args:
@@ -187,39 +176,33 @@ class Session(NotCopyable):
             NonFiniteError: as for `step`.
         """
         with self._lock:
-            state, place = self._at or _closed()
-            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # which raises where there is none
+            state, place = self._standing.at or closed()
+            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # raises where there is none
             inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
             if skipped and not counts.any():
-                return Outputs(no_outputs(self.spec.entry("decode").outputs)).skip(skipped)
+                return all_skipped(self.spec.entry("decode"), skipped)
             finite = True
             if place.full:  # after a commit that failed, or with a state that was put in before one
-                finite = self._commit()
-                state, place = self._at or _closed()
+                finite = self._standing.commit()
+                state, place = self._standing.at or closed()
             if self._chunked:
                 place = place.moved(counts)
-            outputs, wrote_finite = self._advance("decode", inputs, state, place)
+            outputs, wrote_finite = self._standing.advance("decode", inputs, state, place)
             finite = finite and wrote_finite
             if place.full:
-                finite = self._commit() and finite
+                finite = self._standing.commit() and finite
             # At the end, so that lanes that are well stand where their state does when this raises.
             if not finite:
                 self._look_for_non_finite(outputs, counts)
             return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
     @overload
-    def feed(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["raise"] = "raise"
-    ) -> Arrays: ...
+    def feed(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["raise"] = "raise") -> Arrays: ...
 
     @overload
-    def feed(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: Literal["skip"]
-    ) -> Outputs: ...
+    def feed(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["skip"]) -> Outputs: ...
 
-    def feed(
-        self, tokens: ArrayLike, valid: ArrayLike | None = None, *, on_bad_lane: OnBadLane = "raise"
-    ) -> Arrays:
+    def feed(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: OnBadLane = "raise") -> Arrays:
         """Feed any number of tokens, from wherever the lanes stand.
 
         Args:
@@ -237,7 +220,7 @@ class Session(NotCopyable):
             NonFiniteError: as for `step`.
         """
         with self._lock:
-            _, place = self._at or _closed()
+            _, place = self._standing.at or closed()
             entry = self.spec.entry("step")
             given = checked_sequence(self.spec, "feed", tokens)
             length = given.shape[1]
@@ -247,7 +230,7 @@ class Session(NotCopyable):
             if on_bad_lane != "raise":
                 check_choice(on_bad_lane, self.batch, entry.input(VALID) is not None)
             given, counts, skipped = usable_tokens(entry.inputs[0], given, counts, on_bad_lane)
-            if not self.spec.has("decode") and counts.any():
+            if not self.spec.has("decode") and len(skipped) < self.batch:
                 place.check_at_beginning(counts, self.spec)
                 checked_lanes(self.spec, counts, length)
             outputs = self._fed(Feeding(self.spec, given, counts))
@@ -263,7 +246,7 @@ class Session(NotCopyable):
             The outputs by name, [B, T, ...] (without the lane axis where the sequence had none).
         """
         with self._lock:
-            _ = self._at or _closed()
+            _ = self._standing.at or closed()
             tokens = as_array("The sequence given to run", sequence)
             single = tokens.ndim == len(self.spec.entry("step").inputs[0].shape) - 1 and self.batch == 1
             results = self.feed(checked_sequence(self.spec, "run", tokens[None] if single else tokens))
@@ -274,7 +257,7 @@ class Session(NotCopyable):
     def read_state(self) -> Arrays:
         """A copy of the whole state by name, lanes included."""
         with self._lock:
-            return self._read()
+            return self._standing.read()
 
     def load_state(self, arrays: Mapping[str, ArrayLike]) -> None:
         """Put the whole state, by name, with all lanes.
@@ -284,11 +267,11 @@ class Session(NotCopyable):
                 an offset outside the chunk. Nothing has happened to the state.
         """
         with self._lock:
-            _ = self._at or _closed()
+            _ = self._standing.at or closed()
             unknown = sorted(set(arrays) - set(self.spec.state_names))
             if unknown:
                 raise InputError(f"The model has no states {unknown}; it has {sorted(self.spec.state_names)}.")
-            self._put({s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states})
+            self._standing.put({s.name: checked_state(arrays, s, self.spec.chunk_size) for s in self.spec.states})
 
     def snapshot(self, lane: int | None = None) -> bytes:
         """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
@@ -299,13 +282,13 @@ class Session(NotCopyable):
             NonFiniteError: the state holds NaN or infinity, so there is nothing worth keeping.
         """
         with self._lock:
-            whole = self._read()
-            lanes = range(self.batch) if lane is None else [self._lane(lane)]
-        parts = {s.name: {index: whole[s.name][s.lane_index(index)] for index in lanes} for s in self.spec.states}
-        non_finite.raise_non_finite((f"state {name}", part) for name, part in parts.items())
+            whole = self._standing.read()
+            lanes = range(self.batch) if lane is None else [lane_number(lane, self.batch)]
+        parts = {index: lane_part(self.spec.states, whole, index) for index in lanes}
+        non_finite.check_states(parts, self.spec.states)
         if lane is None:
             return pack(Snapshot(self.fingerprint, self.batch, whole))
-        return pack(Snapshot(self.fingerprint, None, {name: part[lanes[0]] for name, part in parts.items()}))
+        return pack(Snapshot(self.fingerprint, None, parts[lanes[0]]))
 
     def restore(self, snapshot: bytes | bytearray | memoryview, lane: int | None = None) -> None:
         """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
@@ -315,24 +298,13 @@ class Session(NotCopyable):
                 take. Nothing has happened to the state.
         """
         with self._lock:
-            _ = self._at or _closed()
-            shapes = {
-                state.name: state.shape if lane is None else np.empty(state.shape, bool)[state.lane_index(0)].shape
-                for state in self.spec.states
-            }
-            held = unpack(snapshot, self.fingerprint, None if lane is not None else self.batch, shapes)
-            chunk = self.spec.chunk_size
-            try:
-                arrays = {s.name: checked_state(held, s, chunk, shapes[s.name]) for s in self.spec.states}
-            except InputError as error:
-                raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
+            _ = self._standing.at or closed()
+            arrays = fitting(snapshot, self.fingerprint, self.spec, one_lane=lane is not None)
             if lane is not None:
-                index = self._lane(lane)
-                whole = self._read()
-                for state in self.spec.states:
-                    whole[state.name][state.lane_index(index)] = arrays[state.name]
+                whole, index = self._standing.read(), lane_number(lane, self.batch)
+                put_lane(self.spec.states, whole, index, arrays)
                 arrays = whole
-            self._put(arrays)
+            self._standing.put(arrays)
 
     def fork(self, lane: int, into: int) -> None:
         """Let the stream on one lane go on on another as well: both continue from where it stands.
@@ -340,23 +312,21 @@ class Session(NotCopyable):
         Into another session, on this target or another: `other.restore(session.snapshot(lane), lane)`.
         """
         with self._lock:
-            _ = self._at or _closed()
-            source, target = self._lane(lane), self._lane(into)
-            whole = self._read()
-            for state in self.spec.states:
-                whole[state.name][state.lane_index(target)] = whole[state.name][state.lane_index(source)]
-            self._put(whole)
+            _ = self._standing.at or closed()
+            source, target = lane_number(lane, self.batch), lane_number(into, self.batch)
+            whole = self._standing.read()
+            put_lane(self.spec.states, whole, target, lane_part(self.spec.states, whole, source))
+            self._standing.put(whole)
 
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
         """Free what the runtime holds. To close a session again does nothing."""
         with self._lock:
-            self._at = None
-            self._runtime.close()
+            self._standing.close()
 
     def __enter__(self) -> Session:
-        _ = self._at or _closed()
+        _ = self._standing.at or closed()
         return self
 
     def __exit__(
@@ -368,53 +338,6 @@ class Session(NotCopyable):
             if error is None:
                 raise
             error.add_note(f"Closing the session failed as well: {closing}")
-
-    def _lane(self, lane: int) -> int:
-        try:
-            index = operator.index(lane)
-        except TypeError as error:
-            raise InputError(
-                f"A lane is one whole number, 0 .. {self.batch - 1}; given {lane!r} of type {type(lane).__name__}."
-            ) from error
-        if not 0 <= index < self.batch:
-            raise InputError(f"The session has lanes 0 .. {self.batch - 1}; given {lane}.")
-        return index
-
-    def _beginning(self) -> Place:
-        return Place(np.zeros(self.batch, np.int64), self.spec.chunk_size)
-
-    def _read(self) -> Arrays:
-        state, _ = self._at or _closed()
-        try:
-            return self._runtime.read_state(state)
-        except ConsumedError as error:
-            raise _lost() from error
-
-    def _put(self, arrays: Mapping[str, Array], place: Place | None = None) -> None:
-        """Go on from a whole state; where the lanes stand it says itself unless that is given."""
-        if place is None:
-            offsets = np.array(arrays.get(OFFSET, np.zeros(self.batch)), np.int64)
-            place = Place(offsets, self.spec.chunk_size)
-        self._at = self._runtime.load_state(arrays), place
-
-    def _advance(self, entry: str, inputs: Mapping[str, Array], state: State, place: Place) -> tuple[Arrays, bool]:
-        """Run an entry, after which the lanes stand at `place`.
-
-        Returns:
-            The outputs, and whether all numbers are finite that the entry wrote.
-        """
-        try:
-            outputs, after = self._runtime.call(entry, inputs, state)
-        except ConsumedError as error:
-            raise _lost() from error
-        self._at = after, place
-        return outputs, self._runtime.finite(after)
-
-    def _commit(self) -> bool:
-        """End the chunk of the lanes where it is full, and say whether what that wrote is finite."""
-        state, place = self._at or _closed()
-        _, finite = self._advance("commit", {}, state, place.committed())
-        return finite
 
     def _fed(self, feeding: Feeding) -> Arrays:
         """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere."""
@@ -429,15 +352,4 @@ class Session(NotCopyable):
 
     def _look_for_non_finite(self, outputs: Arrays, counts: Array) -> None:
         """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
-        non_finite.check_lanes(outputs, self._read(), self.spec.states, counts)
-
-
-def _closed() -> NoReturn:
-    raise StreamError("The session is closed. Open the bundle again.")
-
-
-def _lost() -> StreamError:
-    return StreamError(
-        "A call of this session was interrupted while it replaced the state, so there is none to go on from. Start all "
-        "lanes afresh with reset(), or go on from a snapshot of all lanes with restore(snapshot)."
-    )
+        non_finite.check_lanes(outputs, self._standing.read(), self.spec.states, counts)

@@ -11,7 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nsm.errors import NonFiniteError, SnapshotError
+from nsm.errors import InputError, SnapshotError
+from nsm.runtimes.checks import checked_state
+from nsm.runtimes.lanes import lane_shape
+from nsm.spec import StepSpec
 from nsm.trace import Arrays, read_arrays
 
 _VERSION = 2
@@ -34,14 +37,7 @@ class Snapshot:
 
 
 def pack(snapshot: Snapshot) -> bytes:
-    """The bytes, with a hash of themselves.
-
-    Raises:
-        NonFiniteError: a state holds NaN or infinity, so there is nothing worth keeping.
-    """
-    for name, value in snapshot.arrays.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
+    """The bytes, with a hash of themselves."""
     buffer = io.BytesIO()
     header = np.array(json.dumps({"fingerprint": snapshot.fingerprint, "lanes": snapshot.lanes}))
     states = {f"state/{name}": value for name, value in snapshot.arrays.items()}
@@ -76,6 +72,20 @@ def unpack(
         if snapshot.arrays.get(name, np.empty(0)).shape != shape:
             raise SnapshotError(f"The snapshot does not hold {name} of shape {list(shape)}.")
     return snapshot.arrays
+
+
+def fitting(data: bytes | bytearray | memoryview, fingerprint: str, spec: StepSpec, one_lane: bool) -> Arrays:
+    """The states of a snapshot, by name, as a session takes them: of one lane, or of all.
+
+    Raises:
+        SnapshotError: as for `unpack`, or a state that the model does not take.
+    """
+    shapes = {state.name: lane_shape(state) if one_lane else state.shape for state in spec.states}
+    held = unpack(data, fingerprint, None if one_lane else spec.batch, shapes)
+    try:
+        return {item.name: checked_state(held, item, spec.chunk_size, shapes[item.name]) for item in spec.states}
+    except InputError as error:
+        raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
 
 
 def _as_bytes(data: object) -> bytes:

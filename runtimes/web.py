@@ -141,6 +141,7 @@ class WebRuntime:
         return outputs, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
+        self._check_open()
         self._handles.check(state)
         finite = self._finite
         arrays = self._ask({"op": "read"}, {})

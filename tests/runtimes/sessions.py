@@ -51,8 +51,9 @@ def initial(session: Session) -> Arrays:
 
 def put(session: Session, state: Arrays) -> None:
     """Let the session go on from a state that it would not take: one that a call went wrong on."""
-    assert session._at is not None
-    session._at = session._runtime.load_state(state), session._at[1]
+    standing = session._standing
+    assert standing.at is not None
+    standing.at = session.runtime.load_state(state), standing.at[1]
 
 
 def lane_of(arrays: Arrays, lane: int) -> Arrays:
