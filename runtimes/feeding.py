@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 from numpy.typing import ArrayLike
 
@@ -28,6 +30,27 @@ class Feeding:
         self.results = no_outputs(spec.entry("step").outputs, tokens.shape[1])
         self._spec, self._tokens, self._counts = spec, tokens, counts
         self._done = np.zeros(spec.batch, np.int64)
+
+    def finish(
+        self,
+        step: Callable[[Array, Array], Arrays],
+        decode: Callable[[Array, Array], Arrays],
+        offsets: Callable[[], Array],
+    ) -> Arrays:
+        """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere.
+
+        Args:
+            step, decode: of a session: tokens and [B] how many of them count -> outputs.
+            offsets: gives those of its lanes in their chunks, [B].
+        """
+        while self.left.any():
+            stepped = self.stepped(offsets())
+            if stepped.any():
+                self.put(step(self.take("step", stepped), stepped), stepped)
+            decoded = ((self.left > 0) & (stepped == 0)).astype(np.int64)
+            if self._spec.has("decode") and decoded.any():
+                self.put(decode(self.take("decode", decoded), decoded), decoded)
+        return self.results
 
     @property
     def left(self) -> Array:

@@ -233,7 +233,7 @@ class Session(NotCopyable):
             if not self.spec.has("decode") and len(skipped) < self.batch:
                 place.check_at_beginning(counts, self.spec)
                 checked_lanes(self.spec, counts, length)
-            outputs = self._fed(Feeding(self.spec, given, counts))
+            outputs = Feeding(self.spec, given, counts).finish(self.step, self.decode, lambda: self.offsets)
             return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
     def run(self, sequence: ArrayLike) -> Arrays:
@@ -338,17 +338,6 @@ class Session(NotCopyable):
             if error is None:
                 raise
             error.add_note(f"Closing the session failed as well: {closing}")
-
-    def _fed(self, feeding: Feeding) -> Arrays:
-        """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere."""
-        while feeding.left.any():
-            stepped = feeding.stepped(self.offsets)
-            if stepped.any():
-                feeding.put(self.step(feeding.take("step", stepped), stepped), stepped)
-            decoded = ((feeding.left > 0) & (stepped == 0)).astype(np.int64)
-            if self.spec.has("decode") and decoded.any():
-                feeding.put(self.decode(feeding.take("decode", decoded), decoded), decoded)
-        return feeding.results
 
     def _look_for_non_finite(self, outputs: Arrays, counts: Array) -> None:
         """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
