@@ -109,6 +109,7 @@ class GivenRuntime:
         self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._handles.consume()
         self._state = {name: np.array(value) for name, value in arrays.items()}
         self._answered = {}
         return self._handles.new()
@@ -120,9 +121,10 @@ class GivenRuntime:
             runs = inputs[VALID] > 0
             for name, new in after.items():
                 after[name] = np.where(runs.reshape(-1, *[1] * (new.ndim - 1)), new, self._state[name])
+        handle = self._handles.new()
         self._state = after
         self._answered = {item.name: answers[item.name].reshape(item.shape) for item in self._spec.entry(entry).outputs}
-        return {name: np.array(value) for name, value in self._answered.items()}, self._handles.new()
+        return {name: np.array(value) for name, value in self._answered.items()}, handle
 
     def read_state(self, state: State) -> Arrays:
         self._handles.check(state)

@@ -46,6 +46,7 @@ class TorchRuntime:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._check_open()
+        self._handles.consume()
         self._tensors = _dense({name: self._tensor(value) for name, value in arrays.items()})
         self._answered = ()
         return self._handles.new()
@@ -56,12 +57,15 @@ class TorchRuntime:
         given = {name: self._tensor(value) for name, value in inputs.items()}
         try:
             with torch.inference_mode():
-                outputs, self._tensors = self._calls[entry](given, self._tensors)
+                outputs, after = self._calls[entry](given, self._tensors)
         except Exception as error:  # whatever a module raises
             line = line_of_error(error)
             raise RunError(f"PyTorch failed while it ran {entry}: {line or ''}{error}") from error
+        self._handles.check(state)  # a signal handler may have used it meanwhile
+        handle = self._handles.new()
+        self._tensors = after
         self._answered = tuple(outputs[name] for name in self._outputs[entry])
-        return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, self._handles.new()
+        return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, handle
 
     def read_state(self, state: State) -> Arrays:
         self._check_open()

@@ -15,7 +15,7 @@ A message says what was given, what was expected, and what to do.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,16 @@ class NsmError(Exception):
 
 
 class InputError(NsmError):
-    """An argument or an input tensor is not what the call accepts."""
+    """An argument or an input tensor is not what the call accepts.
+
+    `lanes` are those whose tokens a session refuses; empty where the call as a whole is wrong.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, lanes: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.lanes = tuple(lanes)
 
 
 class ConfigError(InputError):
@@ -46,6 +53,10 @@ class SnapshotError(InputError):
 
 class StreamError(InputError):
     """The call does not fit where the stream stands (for example a step after the last, partial chunk)."""
+
+
+class NotCopyableError(InputError, TypeError):
+    """The object holds memory of a backend, and can be neither copied nor pickled."""
 
 
 class OutputExistsError(InputError):
@@ -83,7 +94,11 @@ class RunError(NsmError):
 
 
 class NonFiniteError(RunError):
-    """An output or state became NaN or infinite while a stream ran; the lane can be reset."""
+    """An output or state became NaN or infinite while a stream ran; the `lanes` where it did can be reset."""
+
+    def __init__(self, message: str, lanes: Iterable[int] = ()) -> None:
+        super().__init__(message)
+        self.lanes = tuple(lanes)
 
 
 class ParityError(NsmError):
@@ -117,3 +132,7 @@ class BundleDamagedError(BundleError):
 
 class BundleVersionError(BundleError):
     """The bundle was written in another format version."""
+
+
+class UncheckedWarning(UserWarning):
+    """An artifact was opened that was never compared with its reference."""

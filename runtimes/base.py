@@ -4,21 +4,42 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import NoReturn, Protocol, SupportsIndex
 
-from nsm.errors import BundleDamagedError, StreamError
+from nsm.errors import BundleDamagedError, NotCopyableError, StreamError
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
 
-class State:
+class NotCopyable:
+    """Base of what holds memory of a backend: it can be neither copied nor pickled."""
+
+    __slots__ = ()
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        raise NotCopyableError(
+            f"A {type(self).__name__} can be neither copied nor pickled: it holds memory of a backend. To go on with a "
+            "stream twice, call session.fork(lane, into), or take session.snapshot() and restore it in another session "
+            "of the same model; in another process too, which opens the bundle itself."
+        )
+
+
+class State(NotCopyable):
     """A handle on the state that a runtime holds, on its device perhaps. Passing it to a call consumes it."""
 
     __slots__ = ()
 
 
+class ConsumedError(StreamError):
+    """A State was consumed before, or belongs to another runtime."""
+
+
 class Handles:
-    """The handles that a runtime has given out: the last one is good."""
+    """The handles that a runtime has given out: the last one is good.
+
+    An exception can come between any two instructions: Ctrl-C, a time limit. So a runtime consumes the last handle
+    before it changes the state, and returns the next one when the state is whole. In between nobody has a good one.
+    """
 
     def __init__(self) -> None:
         self._last = State()
@@ -28,10 +49,18 @@ class Handles:
         self._last = State()
         return self._last
 
+    def consume(self) -> None:
+        """No handle that was given out is good, until the next one is made."""
+        self._last = State()
+
+    def give_back(self, handle: State) -> None:
+        """Make a handle that was consumed good again: nothing has happened to the state."""
+        self._last = handle
+
     def check(self, handle: State) -> None:
-        """Raise `StreamError` if a handle was consumed before, or belongs to another runtime."""
+        """Raise `ConsumedError` if a handle was consumed before, or belongs to another runtime."""
         if handle is not self._last:
-            raise StreamError(
+            raise ConsumedError(
                 "This State was consumed by an earlier call, or belongs to another runtime. "
                 "Use the State that the last call returned, or load_state again."
             )
@@ -59,13 +88,20 @@ class Sides(Handles):
 
     def reset(self) -> State:
         """All states lie in buffer 0 now; the new handle on them."""
+        handle = self.new()
         self.bits = 0
-        return self.new()
+        return handle
 
-    def flip(self, entry: str) -> State:
-        """An entry has run; the new handle on what it left."""
+    def flip(self, entry: str, state: State) -> State:
+        """An entry has run on `state`; the new handle on what it left.
+
+        Raises:
+            ConsumedError: somebody has used `state` meanwhile, a signal handler for instance.
+        """
+        self.check(state)
+        handle = self.new()
         self.bits ^= self._turned[entry]
-        return self.new()
+        return handle
 
     def turn(self, entry: str) -> None:
         """The states that an entry writes lie in their other buffer now."""
@@ -98,7 +134,10 @@ class Watched:
 
 
 class Runtime(Protocol):
-    """One loaded artifact. It holds one live state at a time; `load_state` and `call` make a new one."""
+    """One loaded artifact. It holds one live state at a time; `load_state` and `call` make a new one.
+
+    Where `call` raises, the state is as before and its handle good, or the handle is consumed; see `Handles`.
+    """
 
     @property
     def effective_precision(self) -> str:

@@ -72,6 +72,7 @@ class BufferedRuntime:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._check_open()
+        self._sides.consume()
         for name, buffers in self._banks.buffers.items():
             buffers[0][...] = arrays[name]
         handle = self._sides.reset()
@@ -86,8 +87,14 @@ class BufferedRuntime:
             bound = found.run(inputs, self._sides)
         except Exception as error:  # the backends' errors have no common base
             raise RunError(f"The backend failed while it ran {entry}: {error}") from error
+        # How many tokens the lanes had before this call; the count is turned over with the other states.
+        count = self._banks.buffers[COUNT][self._sides[COUNT]] if found.rings else None
+        handle = self._sides.flip(entry, state)
+        if count is not None:
+            for ring in found.rings:
+                ring.append(count, inputs.get(VALID))
         self._written = bound.written
-        return bound.answers(), self._sides.flip(entry)
+        return bound.answers(), handle
 
     def read_state(self, state: State) -> Arrays:
         self._check_open()
@@ -207,12 +214,16 @@ class _Bound:
         self.run, self._point, documented = graph
         self.documented = documented or self.run
         self._outputs, self._states = outputs, states
+        self._pointed = True  # whether the graph writes into these outputs
         self.written = self._all()
         # How many references come from here and from asking: the expression is that of `let_go`.
         self._unheld = {name: getrefcount(self._outputs[name]) for name in outputs}
 
     def let_go(self) -> None:
         """Leave the outputs that somebody still refers to as they are, and write into other memory from now on."""
+        if not self._pointed:  # the last call was interrupted on the way
+            for name in self._outputs:
+                self._renew(name)
         for name, unheld in self._unheld.items():
             if getrefcount(self._outputs[name]) > unheld:
                 self._renew(name)
@@ -222,9 +233,11 @@ class _Bound:
         return {name: array[...] for name, array in self._outputs.items()}
 
     def _renew(self, name: str) -> None:
+        self._pointed = False
         self._outputs[name] = np.zeros_like(self._outputs[name])
         self._point(name, self._outputs[name])
         self.written = self._all()
+        self._pointed = True
 
     def _all(self) -> Sequence[Array]:
         flat = (array.reshape(-1) for array in self._outputs.values() if array.dtype.kind == "f")
@@ -247,6 +260,7 @@ class _Entry:
             for state in self._writes
             if state.append_axis is not None
         }
+        self.rings = tuple(self._rings.values())
         self._touched = sides.mask({*spec.reads, *spec.writes})
         self._all: dict[int, _Bound] = {}
 
@@ -256,11 +270,6 @@ class _Entry:
         bound = self.bound(sides)
         bound.let_go()
         bound.run()
-        if self._rings:
-            # How many tokens the lanes had before this call: the count has not been turned over yet.
-            count = self._banks.buffers[COUNT][sides[COUNT]]
-            for ring in self._rings.values():
-                ring.append(count, inputs.get(VALID))
         return bound
 
     def bound(self, sides: Sides) -> _Bound:

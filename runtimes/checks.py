@@ -15,54 +15,28 @@ from nsm.trace import Array
 
 
 def checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
-    """An input of a call, in the dtype that the graph takes. Whether its numbers are finite `finite_tokens` asks."""
+    """An input of whole numbers, as `valid`, in the dtype and range of its spec."""
     array = as_array(spec.name, value)
-    if array.shape != spec.shape:
-        raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
-    check_values(spec, array)
-    return _cast(array, spec.numpy_dtype)
-
-
-def check_values(spec: TensorSpec, array: Array) -> None:
-    """Check the kind and the range of numbers, whatever their shape."""
-    kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
-    if array.dtype.kind not in kinds:
-        raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
+    check_shape(spec, array)
+    check_kind(spec, array)
     if spec.minimum is not None and spec.maximum is not None:
         low, high = int(array.min()), int(array.max())
         if not spec.minimum <= low <= high <= spec.maximum:
             raise InputError(f"{spec.name} must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
+    return cast(array, spec.numpy_dtype)
 
 
-def checked_tokens(spec: TensorSpec, array: Array, counts: Array) -> Array:
-    """The tokens of any number of calls in the dtype that the graph takes; arguments as for `finite_tokens`."""
-    check_values(spec, array)
-    return finite_tokens(spec, _cast(array, spec.numpy_dtype), counts)
+def check_shape(spec: TensorSpec, array: Array) -> None:
+    """Raise `InputError` for another shape than that of the spec."""
+    if array.shape != spec.shape:
+        raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
 
 
-def finite_tokens(spec: TensorSpec, array: Array, counts: Array) -> Array:
-    """The tokens, with zeros in place of what is not finite where they do not count.
-
-    Args:
-        spec: of the input.
-        array: [B, T, ...], in the dtype of the spec.
-        counts: [B], how many of the tokens count on each lane.
-
-    Raises:
-        InputError: one that counts holds NaN or infinity; names its lane and itself.
-    """
-    if array.dtype.kind != "f" or all_finite((array,)):
-        return array
-    finite = np.isfinite(array)
-    lanes, length = array.shape[:2]
-    odd = ~finite.reshape(lanes, length, -1).all(-1) & (np.arange(length) < np.asarray(counts)[:, None])
-    if odd.any():
-        lane, token = np.argwhere(odd)[0].tolist()
-        raise InputError(
-            f"{spec.name} takes finite numbers; token {token} of lane {lane} holds NaN, or what is infinite in "
-            f"{spec.dtype} ({int(odd.sum())} such tokens in all). Mend them, or leave them out."
-        )
-    return np.where(finite, array, array.dtype.type(0))
+def check_kind(spec: TensorSpec, array: Array) -> None:
+    """Raise `InputError` for another kind of numbers than that of the spec, whatever their shape."""
+    kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
+    if array.dtype.kind not in kinds:
+        raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
 
 
 def as_array(name: str, value: ArrayLike) -> Array:
@@ -96,7 +70,7 @@ def checked_state(
         raise InputError(f"The state {name} has the shape {list(shape)}; given {list(given.shape)}.")
     if not np.can_cast(given.dtype, spec.numpy_dtype, "same_kind"):
         raise InputError(f"The state {name} has the dtype {spec.dtype}; given {given.dtype}.")
-    array = _cast(given, spec.numpy_dtype)
+    array = cast(given, spec.numpy_dtype)
     if array.dtype.kind == "f" and not all_finite((array,)):
         raise InputError(f"The state {name} takes numbers that are finite in {spec.dtype}; given NaN or infinity.")
     if array.dtype.kind in "iu" and not np.array_equal(array, given):
@@ -108,7 +82,7 @@ def checked_state(
     return spec.wrapped(array)
 
 
-def _cast(array: Array, dtype: np.dtype[Any]) -> Array:
+def cast(array: Array, dtype: np.dtype[Any]) -> Array:
     """The array in another dtype; what is too large for it becomes infinite, without a warning."""
     if array.dtype == dtype or array.dtype.kind != "f":
         return array.astype(dtype, copy=False)

@@ -1,8 +1,8 @@
-"""LaneTokens: how many tokens each lane has had since its reset, held against what it may have."""
+"""How many tokens each lane has had since its reset, held against the capacity of the model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -14,115 +14,143 @@ from nsm.trace import Array
 
 
 class LaneTokens:
-    """Counts the tokens of every lane of a session whose spec has a capacity.
+    """Tokens since the reset of each lane. An instance never changes.
 
-    Calls that all lanes take whole are the usual case. A session counts them by `most` alone, which costs an addition
-    and a comparison.
+    Calls that all lanes take whole are the usual case; they cost two additions.
 
     Args:
-        spec: of the session, with a capacity.
-        initial: the states' initial values, by name.
+        counts: [B] int64.
 
     Attributes:
-        capacity: tokens that a lane may have.
-        most: what the lane has had that has had most.
+        most: the largest count.
+    """
+
+    __slots__ = ("_counts", "_more", "most")
+
+    def __init__(self, counts: Array) -> None:
+        self._counts, self._more = counts, 0
+        self.most = int(counts.max())
+
+    @property
+    def lanes(self) -> Array:
+        """[B] int64: the count of each lane."""
+        counts: Array = self._counts + self._more
+        return counts
+
+    def plus(self, counts: Array) -> LaneTokens:
+        """The counts after so many tokens more, [B]."""
+        return LaneTokens(self.lanes + counts)
+
+    def plus_all(self, length: int) -> LaneTokens:
+        """The counts after so many tokens more on every lane."""
+        later = LaneTokens.__new__(LaneTokens)
+        later._counts, later._more, later.most = self._counts, self._more + length, self.most + length
+        return later
+
+    def with_lane(self, lane: int, count: int) -> LaneTokens:
+        """The counts with another one for a lane."""
+        counts = self.lanes
+        counts[lane] = count
+        return LaneTokens(counts)
+
+
+class Capacity:
+    """The tokens that a lane may have from one reset to the next.
+
+    Args:
+        spec: of a session, with a capacity.
+        initial: the states' initial values, by name.
     """
 
     def __init__(self, spec: StepSpec, initial: Mapping[str, Array]) -> None:
         assert spec.capacity is not None
-        self.capacity = spec.capacity
+        self.tokens = spec.capacity
+        self._batch = spec.batch
         self._counters = [state for state in spec.states if state.per_token is not None]
         self._initial = {state.name: initial[state.name] for state in self._counters}
-        self.most = 0
-        self._used = np.zeros(spec.batch, np.int64)
-        self._then = 0  # `most` when `_used` was written; all lanes have had the same since
 
-    @property
-    def used(self) -> Array:
-        """[B] int64: tokens since the reset of each lane."""
-        return self._used + (self.most - self._then)
+    def after(self, had: LaneTokens, counts: Array, all_lanes: bool) -> LaneTokens:
+        """The counts after a call.
 
-    def check(self, counts: Array) -> None:
+        Args:
+            had: the counts before it.
+            counts: [B], how many tokens of the call count.
+            all_lanes: whether all tokens of the call count on all lanes.
+
+        Raises:
+            StreamError: a lane would pass the capacity.
+        """
+        if all_lanes and had.most + (length := int(counts[0])) <= self.tokens:
+            return had.plus_all(length)
+        self.check(had, counts)
+        return had.plus(counts)
+
+    def check(self, had: LaneTokens, counts: Array) -> None:
         """Raise `StreamError` if a lane would pass the capacity with so many tokens more, [B]."""
-        used = self.used
-        full = np.flatnonzero((counts > 0) & (used + counts > self.capacity)).tolist()
+        lanes = had.lanes
+        full = np.flatnonzero((counts > 0) & (lanes + counts > self.tokens)).tolist()
         if full:
             resets = ", ".join(f"reset({lane})" for lane in full)
             raise StreamError(
-                f"A lane takes at most {self.capacity:,} tokens from one reset to the next (the model's capacity, or "
-                f"the artifact's limit; see nsm inspect). Lanes {full} have had {used[full].tolist()} and are given "
+                f"A lane takes at most {self.tokens:,} tokens from one reset to the next (the model's capacity, or "
+                f"the artifact's limit; see nsm inspect). Lanes {full} have had {lanes[full].tolist()} and are given "
                 f"{counts[full].tolist()} more. Start them afresh with {resets}, or give them fewer tokens. Nothing "
-                "has happened to the state."
+                "has happened to the state.",
+                full,
             )
 
-    def put(self, used: Array) -> None:
-        """Set what every lane has had, [B]."""
-        self._used = used
-        self.most = self._then = int(used.max())
-
-    def of(self, lane: int | None) -> list[int]:
-        """What one lane, or each of them, has had, for a snapshot."""
-        return [int(count) for count in (self.used if lane is None else self.used[[lane]])]
-
-    def put_lane(self, lane: int, used: int) -> None:
-        """Set what one lane has had."""
-        whole = self.used
-        whole[lane] = used
-        self.put(whole)
-
-    def given(self, tokens: ArrayLike | None, arrays: Mapping[str, Array]) -> Array:
-        """[B] tokens that lanes with these whole states have had: as given, or else as the states count them.
+    def given(self, tokens: ArrayLike | None, arrays: Mapping[str, Array]) -> LaneTokens:
+        """The counts of lanes with these whole states: as given, or else as the states count them.
 
         Raises:
-            InputError: neither says it, or what is given are no counts.
+            InputError: neither says it, or the given counts are invalid.
         """
         if tokens is None:
             if not self._counters:
                 raise InputError(
-                    f"The model takes at most {self.capacity:,} tokens a lane, and none of its states counts them. Say "
+                    f"The model takes at most {self.tokens:,} tokens a lane, and none of its states counts them. Say "
                     "how many tokens each lane has had: load_state(arrays, tokens=[...])."
                 )
-            return self._counted(arrays)
+            return LaneTokens(self._counted(arrays))
         counts = as_array("tokens", tokens)
-        if counts.shape != self._used.shape or counts.dtype.kind not in "iu" or counts.min() < 0:
+        if counts.shape != (self._batch,) or counts.dtype.kind not in "iu" or counts.min() < 0:
             raise InputError(
-                f"tokens holds how many tokens each of the {len(self._used)} lanes has had, 0 or more; given "
+                f"tokens holds how many tokens each of the {self._batch} lanes has had, 0 or more; given "
                 f"{counts.tolist()}."
             )
-        return counts.astype(np.int64)
+        return LaneTokens(counts.astype(np.int64))
 
-    def restored(self, held: list[int] | None, arrays: Mapping[str, Array], lane: int | None) -> Array:
-        """[B] tokens that lanes have had after a snapshot was put into one of them, or into all.
+    def restored(
+        self, had: LaneTokens, held: Sequence[int] | None, arrays: Mapping[str, Array], lane: int | None
+    ) -> LaneTokens:
+        """The counts after a snapshot was put into one lane, or into all.
 
         Args:
-            held: what the snapshot says, None where it was taken from a session that does not count.
+            had: the counts before it.
+            held: those of the snapshot, None where it was taken from a session that does not count.
             arrays: the whole states as they are then.
             lane: that is replaced, None for all.
 
         Raises:
             SnapshotError: neither the snapshot nor a state says it.
         """
-        used = self.used
-        if held is not None:
-            used[slice(None) if lane is None else lane] = held if lane is None else held[0]
-            return used
-        if not self._counters:
+        if held is None and not self._counters:
             raise SnapshotError(
-                f"The model takes at most {self.capacity:,} tokens a lane, and the snapshot does not say how many its "
+                f"The model takes at most {self.tokens:,} tokens a lane, and the snapshot does not say how many its "
                 "lanes have had: it was taken from a session without that limit. Take it from one with it."
             )
-        counted = self._counted(arrays)
-        used[slice(None) if lane is None else lane] = counted if lane is None else counted[lane]
-        return used
+        if lane is None:
+            return LaneTokens(np.array(held, np.int64) if held is not None else self._counted(arrays))
+        return had.with_lane(lane, held[0] if held is not None else int(self._counted(arrays)[lane]))
 
     def _counted(self, arrays: Mapping[str, Array]) -> Array:
-        """The tokens of the state that counts most of them."""
+        """[B]: the tokens of the state that counts most of them."""
         counts = []
         for state in self._counters:
             assert state.per_token is not None
             # By Python's numbers: a state from elsewhere may be anywhere in its range.
             grown = arrays[state.name].astype(object) - self._initial[state.name].astype(object)
-            lanes = np.moveaxis(grown, state.batch_axis, 0).reshape(len(self._used), -1)
+            lanes = np.moveaxis(grown, state.batch_axis, 0).reshape(self._batch, -1)
             counts.append([max(0, -(-max(lane) // state.per_token)) for lane in lanes])
         most = [min(max(lane), np.iinfo(np.int64).max // 2) for lane in zip(*counts, strict=True)]
         return np.array(most, np.int64)

@@ -81,6 +81,7 @@ class OnCuda:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._check_open()
+        self._sides.consume()
         for spec in self._spec.states:
             self._buffers[spec.name][0].update_inplace(np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
         self._written = [self._buffers[spec.name][0] for spec in self._spec.states if spec.numpy_dtype.kind == "f"]
@@ -95,7 +96,7 @@ class OnCuda:
             outputs = found.run(inputs, self._sides)
         except Exception as error:  # the backend's errors have no common base
             raise RunError(f"ONNX Runtime failed while it ran {entry} on {self._device}: {error}") from error
-        handle = self._sides.flip(entry)
+        handle = self._sides.flip(entry, state)
         self._written = [self._buffers[name][self._sides[name]] for name in found.written]
         self._answered = [array.reshape(-1) for array in outputs.values() if array.dtype.kind == "f"]
         return outputs, handle

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from nsm.errors import InputError
-from nsm.runtimes.checks import checked_tokens
+from nsm.runtimes.bad_lanes import usable_tokens
 from nsm.runtimes.session import Session
 from nsm.trace import Array
 
@@ -71,7 +71,7 @@ def _checked(session: Session, sequence: Array) -> Array:
     spec = session.spec.entry("step").inputs[0]
     if sequence.shape[1:] != spec.shape[2:] or not len(sequence):
         raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
-    whole: Array = checked_tokens(spec, sequence[None], np.array([len(sequence)]))[0]
+    whole: Array = usable_tokens(spec, sequence[None], np.array([len(sequence)])).tokens[0]
     return whole
 
 

@@ -7,11 +7,14 @@ import io
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from nsm.errors import NonFiniteError, SnapshotError
+from nsm.errors import InputError, SnapshotError
+from nsm.runtimes.checks import checked_state
+from nsm.runtimes.lanes import lane_shape
+from nsm.spec import StepSpec
 from nsm.trace import Arrays, read_arrays
 
 _VERSION = 2
@@ -36,14 +39,7 @@ class Snapshot:
 
 
 def pack(snapshot: Snapshot) -> bytes:
-    """The bytes, with a hash of themselves.
-
-    Raises:
-        NonFiniteError: a state holds NaN or infinity, so there is nothing worth keeping.
-    """
-    for name, value in snapshot.arrays.items():
-        if value.dtype.kind == "f" and not np.isfinite(value).all():
-            raise NonFiniteError(f"The state {name} holds NaN or infinite numbers. Reset the lane.")
+    """The bytes, with a hash of themselves."""
     buffer = io.BytesIO()
     facts = {"fingerprint": snapshot.fingerprint, "lanes": snapshot.lanes}
     header = np.array(json.dumps(facts | ({} if snapshot.tokens is None else {"tokens": snapshot.tokens})))
@@ -79,6 +75,23 @@ def unpack(
         if snapshot.arrays.get(name, np.empty(0)).shape != shape:
             raise SnapshotError(f"The snapshot does not hold {name} of shape {list(shape)}.")
     return snapshot
+
+
+def fitting(data: bytes | bytearray | memoryview, fingerprint: str, spec: StepSpec, one_lane: bool) -> Snapshot:
+    """A snapshot with its states as a session takes them: of one lane, or of all.
+
+    Raises:
+        SnapshotError: as for `unpack`, or a state that the model does not take.
+    """
+    shapes = {state.name: lane_shape(state) if one_lane else state.shape for state in spec.states}
+    held = unpack(data, fingerprint, None if one_lane else spec.batch, shapes)
+    try:
+        arrays = {
+            item.name: checked_state(held.arrays, item, spec.chunk_size, shapes[item.name]) for item in spec.states
+        }
+        return replace(held, arrays=arrays)
+    except InputError as error:
+        raise SnapshotError(f"The snapshot does not fit this model: {error} Take it again.") from error
 
 
 def _as_bytes(data: object) -> bytes:

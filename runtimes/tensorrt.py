@@ -103,6 +103,7 @@ class TensorRt:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._check_open()
+        self._sides.consume()
         for spec in self._spec.states:
             self._upload(self._buffers[spec.name][0], np.ascontiguousarray(arrays[spec.name], spec.numpy_dtype))
         self._synchronize()
@@ -127,7 +128,7 @@ class TensorRt:
             self._download(buffer, pointers[name])
         self._synchronize()
         self._answered = tuple(host_out.values())
-        return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(entry)
+        return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(entry, state)
 
     def read_state(self, state: State) -> Arrays:
         self._check_open()

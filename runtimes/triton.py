@@ -140,6 +140,7 @@ class TritonRuntime:
         self._check_open()
         if not self._held:
             self._check_start(arrays)
+        self._handles.consume()
         self._held = {
             state.past: np.array(arrays[name], state.start.dtype, order="C") for name, state in self._states.items()
         }
@@ -155,9 +156,11 @@ class TritonRuntime:
             results = dict(zip(names, self._graph.run(names, {**inputs, **self._held}), strict=True))
         except Exception as error:  # the binding's classes have no common base of their own
             raise RunError(f"ONNX Runtime failed while it ran {entry}: {error}") from error
+        self._handles.check(state)  # a signal handler may have used it meanwhile
+        handle = self._handles.new()
         self._held = {past: results[present] for past, present in self._pairs}
         self._looked_at = list(results.values())
-        return {name: results[name] for name in self._outputs}, self._handles.new()
+        return {name: results[name] for name in self._outputs}, handle
 
     def read_state(self, state: State) -> Arrays:
         self._check_open()

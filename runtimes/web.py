@@ -123,14 +123,25 @@ class WebRuntime:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         dtypes = {state.name: state.numpy_dtype for state in self._spec.states}
-        self._ask({"op": "load"}, {name: np.asarray(arrays[name], dtype) for name, dtype in dtypes.items()})
+        given = {name: np.asarray(arrays[name], dtype) for name, dtype in dtypes.items()}
+        self._check_open()
+        self._handles.consume()
+        self._ask({"op": "load"}, given)
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        self._check_open()
         self._handles.check(state)
-        return self._ask({"op": "call", "entry": entry}, inputs), self._handles.new()
+        self._handles.consume()
+        try:
+            outputs = self._ask({"op": "call", "entry": entry}, inputs)
+        except RunError:  # the state over there is as before
+            self._handles.give_back(state)
+            raise
+        return outputs, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
+        self._check_open()
         self._handles.check(state)
         finite = self._finite
         arrays = self._ask({"op": "read"}, {})

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import inspect
+import pickle
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ CODES = {
     "CheckpointError": 2,
     "SnapshotError": 2,
     "StreamError": 2,
+    "NotCopyableError": 2,
     "OutputExistsError": 2,
     "UnsupportedError": 3,
     "MissingDependencyError": 3,
@@ -59,3 +61,10 @@ def test_a_failed_build_names_its_log() -> None:
     assert error.log == Path("out/build.log")
     assert str(error) == "The parser refused the graph.\nThe builder's log: out/build.log"
     assert BuildError("The parser refused the graph.").log is None
+
+
+@pytest.mark.parametrize("kind", [errors.InputError, errors.StreamError, errors.NonFiniteError])
+def test_an_error_names_its_lanes(kind: type[errors.InputError] | type[errors.NonFiniteError]) -> None:
+    assert kind("wrong").lanes == ()
+    error = pickle.loads(pickle.dumps(kind("wrong", iter([1, 3]))))
+    assert (str(error), error.lanes) == ("wrong", (1, 3))

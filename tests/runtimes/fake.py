@@ -162,6 +162,7 @@ class FakeRuntime:
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         given = {name: np.moveaxis(arrays[name], axis, 0).copy() for name, axis in self._axes.items()}
+        self._handles.consume()
         self._arrays = given if self._loaded is None else self._loaded(given, self._arrays)
         self.calls = 0
         self._answered = ()
@@ -171,13 +172,16 @@ class FakeRuntime:
         self._handles.check(state)
         self.called.append(entry)
         before = self._arrays
-        outputs, self._arrays = fake_run(entry, inputs, before)
+        outputs, after = fake_run(entry, inputs, before)
+        self._handles.check(state)
+        handle = self._handles.new()
+        self._arrays = after
         if entry == self._spoiled:
             self.calls += 1
             if self._after is not None:
                 self._after(self.calls, outputs, self._arrays, before)
         self._answered = tuple(outputs.values())
-        return outputs, self._handles.new()
+        return outputs, handle
 
     def read_state(self, state: State) -> Arrays:
         self._handles.check(state)

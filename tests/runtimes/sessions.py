@@ -51,7 +51,9 @@ def initial(session: Session) -> Arrays:
 
 def put(session: Session, state: Arrays) -> None:
     """Let the session go on from a state that it would not take: one that a call went wrong on."""
-    session._state = session._runtime.load_state(state)
+    standing = session._standing
+    assert standing.at is not None
+    standing.at = session.runtime.load_state(state), standing.at[1]
 
 
 def lane_of(arrays: Arrays, lane: int) -> Arrays:

@@ -29,11 +29,11 @@ def test_a_state_is_of_use_to_its_owner_while_it_lives() -> None:
 def test_a_call_turns_over_the_states_that_its_entry_writes_and_no_other() -> None:
     spec = fake_spec(ring=True)
     sides = Sides(spec)
-    sides.reset()
+    handle = sides.reset()
     expected = dict.fromkeys(spec.state_names, 0)
     assert sides_of(sides) == expected
     for entry in ("step", "decode", "commit", "commit", "step", "decode", "decode"):
-        sides.flip(entry)
+        handle = sides.flip(entry, handle)
         for name in spec.entry(entry).writes:
             expected[name] ^= name != "0.recent"
         assert sides_of(sides) == expected
@@ -42,23 +42,25 @@ def test_a_call_turns_over_the_states_that_its_entry_writes_and_no_other() -> No
 
 def test_a_state_that_no_entry_writes_and_one_that_is_appended_to_stay_where_they_are() -> None:
     sides = Sides(fake_spec(ring=True))
-    sides.reset()
+    handle = sides.reset()
     for entry in ("step", "decode", "commit") * 3:
-        sides.flip(entry)
+        handle = sides.flip(entry, handle)
         assert (sides["0.mask"], sides["0.recent"]) == (0, 0)
 
 
 def test_a_reset_brings_all_states_back() -> None:
     sides = Sides(fake_spec(ring=True))
-    sides.reset()
-    sides.flip("step")
+    sides.flip("step", sides.reset())
     sides.reset()
     assert set(sides_of(sides).values()) == {0}
 
 
 def test_only_the_last_handle_lives() -> None:
     sides = Sides(fake_spec())
-    handles = [sides.reset(), sides.flip("step"), sides.flip("decode"), sides.reset()]
+    handles = [sides.reset()]
+    for entry in ("step", "decode"):
+        handles.append(sides.flip(entry, handles[-1]))
+    handles.append(sides.reset())
     for consumed in handles[:-1]:
         with pytest.raises(StreamError, match="consumed by an earlier call"):
             sides.check(consumed)

@@ -472,7 +472,7 @@ def test_a_commit_that_failed_is_made_up_for(monkeypatch: pytest.MonkeyPatch) ->
     """The token was taken and the chunk is full: the next token finds it committed, as if nothing had happened."""
     session, honest = fake_session(), fake_session()
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (2 * CHUNK, 2, 1))
-    call = session._runtime.call
+    call = session.runtime.call
     failed: list[str] = []
 
     def fail_once(entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
@@ -481,7 +481,7 @@ def test_a_commit_that_failed_is_made_up_for(monkeypatch: pytest.MonkeyPatch) ->
             raise RunError("no memory")
         return call(entry, inputs, state)
 
-    monkeypatch.setattr(session._runtime, "call", fail_once)
+    monkeypatch.setattr(session.runtime, "call", fail_once)
     for number, token in enumerate(tokens):
         honest.decode(token)
         if number == CHUNK - 1:
