@@ -52,7 +52,7 @@ class GraphState:
     def given_layout(self, value: Array) -> Array:
         """A value with its lanes first, as the graph takes it."""
         if self.lane_axis is None:
-            return np.ascontiguousarray(value[0])
+            return np.asarray(value[0], order="C")  # which keeps a scalar one
         return np.ascontiguousarray(np.moveaxis(value, 0, self.lane_axis))
 
     def lanes_first(self, value: Array) -> Array:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from nsm.adapters.validate import Examination
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -30,6 +31,7 @@ class Source(Protocol):
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
         remarks: what a person should know before the model is used, a sentence each.
         lanes: the only number of lanes it can be had for; None where any will do.
+        examination: what was found out about a foreign model; None of our own.
     """
 
     @property
@@ -52,6 +54,8 @@ class Source(Protocol):
     def remarks(self) -> tuple[str, ...]: ...
     @property
     def lanes(self) -> int | None: ...
+    @property
+    def examination(self) -> Examination | None: ...
 
     def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
         """The declaration of the entries, for so many lanes and tokens a call of `step`.

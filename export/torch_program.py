@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from nsm.adapters.adapted import AdaptedModel
 from nsm.adapters.carried import Carried
-from nsm.adapters.examine import examine
+from nsm.adapters.torch_step import examine_model
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.pt2 import check_archive
 from nsm.export.state_names import state_name
@@ -45,7 +45,7 @@ def load_program(
     Raises:
         CheckpointError: it is none, or would run code when it is loaded.
         InputError: states that do not fit its inputs and outputs.
-        UnsupportedError: what `nsm.adapters.examine` finds, buffers that change for instance.
+        UnsupportedError: what `nsm.adapters.validate` finds, buffers that change for instance.
     """
     check_archive(path)
     try:
@@ -86,6 +86,7 @@ def load_program(
         f"{option.init}; found by {option.found}"
         for one, option, place in zip(model.carried, states, places, strict=True)
     ]
+    remarks += model.examination.remarks
     print_of = hashlib.sha256(path.read_bytes() + repr(model.config).encode()).hexdigest()
     return Checkpoint(model, [], [], print_of), remarks
 
@@ -169,7 +170,7 @@ def _adapted(
 
     names = ["outputs"] if len(answers) == 1 else [f"outputs.{index}" for index in range(len(answers))]
     model = AdaptedModel(module, call, carried, token, names, timed, CHUNK)
-    examine(model)
+    examine_model(model)
     return model
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from nsm.adapters.adapted import AdaptedModel
+from nsm.adapters.validate import Examination
 from nsm.compaction import compact
 from nsm.errors import UnsupportedError
 from nsm.export.onnx import export_onnx, initial_arrays
@@ -64,6 +66,10 @@ class TorchSource:
     @property
     def lanes(self) -> int | None:
         return self.model.lanes
+
+    @property
+    def examination(self) -> Examination | None:
+        return self.model.examination if isinstance(self.model, AdaptedModel) else None
 
     @property
     def golden(self) -> list[Array]:

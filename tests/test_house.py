@@ -55,7 +55,6 @@ WITH_TORCH = {
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {
     "nsm.export.low_precision",
-    "nsm.export.onnx_examine",
     "nsm.export.onnx_file",
     "nsm.export.onnx_foreign",
     "nsm.export.onnx_given",
@@ -65,6 +64,7 @@ WITH_ONNX = {
     "nsm.export.onnx_operators",
     "nsm.export.onnx_source",
     "nsm.export.onnx_states",
+    "nsm.export.onnx_step",
     "nsm.export.passes",
     "nsm.export.roofline",
     "nsm.export.weights",

@@ -140,14 +140,14 @@ def test_a_module_written_for_one_stream_is_found_out() -> None:
 
     model = nsm.as_step(Single(), [H], token_shape=(3,))
     assert model.lanes == 1
-    with pytest.raises(UnsupportedError, match=r"with two it fails \(RuntimeError: .*Asked for are 2 lanes"):
+    with pytest.raises(UnsupportedError, match=r"with 3 it fails \(RuntimeError: .*Asked for are 2 lanes"):
         model.spec(2)
 
 
 def test_a_module_that_runs_for_two_streams_but_gives_other_shapes_takes_one() -> None:
     model = nsm.as_step(OneStream(), [torch.zeros(1, 4)], token_shape=(3,))
     assert model.lanes == 1
-    with pytest.raises(UnsupportedError, match=r"with two it gives outputs \[1, 1, 2, 4\] .*Asked for are 2 lanes"):
+    with pytest.raises(UnsupportedError, match=r"with 3 it gives outputs \[1, 1, 3, 4\] .*Asked for are 2 lanes"):
         model.spec(2)
 
 
