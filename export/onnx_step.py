@@ -12,6 +12,7 @@ from nsm.adapters.validate.step import Results
 from nsm.adapters.validate.subject import close
 from nsm.errors import NsmError, UnsupportedError
 from nsm.export.onnx_given import Given
+from nsm.export.onnx_graph import nodes_of
 from nsm.export.onnx_normal import spec_of
 from nsm.spec import TensorSpec
 from nsm.trace import Array, Arrays
@@ -44,6 +45,7 @@ class GraphStep:
             "token.",
             lanes=f"Take one stream at a time: --shape {main}=1,..., or an export with an axis 0 of size 1.",
             state="Export the model with all that it carries as inputs and outputs, in eval mode.",
+            random="Export the model in eval mode.",
             offline="Give the model over whole sequences: --offline WHOLE.onnx",
         )
 
@@ -60,11 +62,18 @@ class GraphStep:
             raise
         except (NsmError, ValueError) as error:
             raise UnsupportedError(
-                f"{self.kind} does not run with calls of {count} tokens on {lanes} streams: {error} Does the graph hold "
-                "for other sizes than those that it was exported with? Fix those that are said to be open: --shape "
+                f"{self.kind} does not run with calls of {count} tokens on {lanes} streams: {error} Does the graph "
+                "hold for other sizes than those that it was exported with? Fix those that are said to be open: --shape "
                 f"{graph.main.name}=1,512"
             ) from error
         return {item.name: answers[item.name].reshape(item.shape) for item in outputs}, after
+
+    def suspects(self) -> list[str]:
+        return [
+            f"the node {node.name} is a BatchNormalization in training mode: it normalises over the streams of a call"
+            for node in nodes_of(self._given.foreign.model.graph)
+            if node.op_type == "BatchNormalization" and any(a.name == "training_mode" and a.i for a in node.attribute)
+        ]
 
     def _outputs(self, lanes: int, count: int) -> tuple[TensorSpec, ...]:
         if (lanes, count) not in self._specs:

@@ -14,7 +14,7 @@ from nsm.adapters.adapted import AdaptedModel, Call
 from nsm.adapters.carried import Carried
 from nsm.adapters.hidden import check_hidden
 from nsm.adapters.keys import by_name, check_order, keyed, taken_apart
-from nsm.adapters.torch_step import Offline, examine_model
+from nsm.adapters.torch_step import Offline, TorchStep, examine_model
 from nsm.errors import ConfigError, InputError, UnsupportedError
 from nsm.models.checkpoint import split_samples
 from nsm.models.step import devices
@@ -94,7 +94,7 @@ def as_step(
             call = _nested(type(module).__name__, nested, outputs)
             check_order(module, nested)
             model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size)
-    examine_model(model, _sequences(model, samples), offline)
+    examine_model(model, TorchStep(model, offline), _sequences(model, samples))
     return model
 
 

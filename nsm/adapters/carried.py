@@ -111,7 +111,7 @@ class Learned:
         for path, value in (*module.named_parameters(), *module.named_buffers()):
             dense = value.is_contiguous() and value.storage_offset() == 0 and value.dtype == initial.dtype
             if dense and value.numel() and value.data_ptr() == initial.untyped_storage().data_ptr():
-                return cls(path, tuple(initial.shape), initial.stride(), initial.storage_offset())
+                return cls(path, tuple(initial.shape), initial.stride(), int(initial.storage_offset()))
         return None
 
     def read(self, module: nn.Module) -> Tensor:

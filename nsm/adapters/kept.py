@@ -5,7 +5,7 @@ from __future__ import annotations
 import types
 import zlib
 from collections import deque
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,7 +33,7 @@ class Owner(NamedTuple):
     values: Any
     attributes: bool
 
-    def keys(self) -> list[Any]:
+    def places(self) -> list[Any]:
         """Where values lie that are no containers themselves."""
         every = list(self.values) if isinstance(self.values, dict) else list(range(len(self.values)))
         return [key for key in every if key not in _INTERNAL or not self.attributes]
@@ -141,8 +141,8 @@ def owners(module: nn.Module) -> list[Owner]:
             inside = [(f"{name}.{key}" if name else str(key), item) for key, item in (*value._modules.items(), *items)]
         elif isinstance(value, (dict, list, deque)):
             found.append(Owner(name, name, value, False))
-            items = list(value.items()) if isinstance(value, dict) else list(enumerate(value))
-            inside = [(f"{name}[{key!r}]", item) for key, item in items]
+            pairs: Iterable[tuple[Any, Any]] = value.items() if isinstance(value, dict) else enumerate(value)
+            inside = [(f"{name}[{key!r}]", item) for key, item in pairs]
         elif _is_object(value):
             found.append(Owner(f"{name}/attributes", name, vars(value), True))
             inside = [(f"{name}.{key}", item) for key, item in vars(value).items()]
@@ -162,7 +162,7 @@ def _places(module: nn.Module) -> Iterator[tuple[Owner, Any]]:
     """Every value that is no container, up to `PLACES`."""
     count = 0
     for owner in owners(module):
-        for key in owner.keys():
+        for key in owner.places():
             if _is_value(owner.values[key]) and (count := count + 1) <= PLACES:
                 yield owner, key
 

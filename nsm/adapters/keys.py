@@ -49,7 +49,7 @@ def taken_apart(kind: str, states: Any, outputs: Sequence[str]) -> Callable[[Any
             wanted = [state for state, (other, _) in enumerate(declared) if other == label]
             free = [place for place in range(len(leaves)) if place not in found.values()]
             given = [place for place in free if leaves[place][0][-len(label) :] == label]
-            given = given or [p for state in wanted for p in free if leaves[p][0] == (names[state],)]
+            given = given or [place for state in wanted for place in free if leaves[place][0] == (names[state],)]
             if given and len(given) != len(wanted):
                 raise ConfigError(
                     f"{kind} returned {len(given)} tensors under the key {'.'.join(label)}, "
@@ -67,9 +67,9 @@ def taken_apart(kind: str, states: Any, outputs: Sequence[str]) -> Callable[[Any
             )
         for state, place in zip(missing, others[len(outputs) :], strict=True):
             if leaves[place][0]:
-                given = sorted({".".join(path) for path, _ in leaves if path})
+                keys = sorted({".".join(path) for path, _ in leaves if path})
                 raise ConfigError(
-                    f"{kind} returned a mapping with the keys {given}, and none of them is the state {names[state]}. "
+                    f"{kind} returned a mapping with the keys {keys}, and none of them is the state {names[state]}. "
                     "Name states as the keys that they are returned under: Carried('h', ...) for {'h': ...}."
                 )
             found[state] = place

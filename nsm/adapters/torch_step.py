@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from nsm.adapters.adapted import AdaptedModel
 from nsm.adapters.kept import Kept
-from nsm.adapters.validate import Advice, Examination, examine
+from nsm.adapters.validate import Advice, examine
 from nsm.adapters.validate.step import Results
 from nsm.errors import ConfigError
 from nsm.spec import TensorSpec
@@ -24,14 +24,13 @@ Offline = Callable[[Tensor], Tensor]
 """Whole sequences [1, T, *token] -> the main output [1, T, ...]."""
 
 _SEEDS = 4
-_LENGTH = (
-    "If it only ever takes a fixed number of tokens, let these be one token: timed=False, token_shape=(T, ...)."
-)
 ADVICE = Advice(
     samples="If it takes others, give as_step a few real sequences to examine it on: samples=[...], [T, *token] each.",
-    length=_LENGTH,
+    length="If it only ever takes a fixed number of tokens, let these be one token: timed=False, token_shape=(T, ...).",
     lanes="(Carried(..., lane_axis=N) says where lanes are; a module for one stream has states with lane_axis=None.)",
     state="Make it a state: an argument of forward that is returned, new, and not written in place.",
+    random="Dropout has no place in eval mode: pass training=self.training to its function. Other random numbers come "
+    "from outside: make them an input.",
     offline="Give as_step the model's forward over whole sequences: offline=lambda x: ...",
 )
 
@@ -42,17 +41,27 @@ class TorchStep:
     Args:
         model: the module in the form of a step model.
         offline: the model's own forward, where there is one.
+        kind: what it is called in messages (default: the module's class).
+        advice: what to do about a fault (default: for as_step).
+        inside: name of the submodule that is all of it, and is not named in messages.
     """
 
     timed: bool
     chunk: int
 
-    def __init__(self, model: AdaptedModel, offline: Offline | None = None) -> None:
-        self._model, self._offline = model, offline
+    def __init__(
+        self,
+        model: AdaptedModel,
+        offline: Offline | None = None,
+        kind: str | None = None,
+        advice: Advice = ADVICE,
+        inside: str = "",
+    ) -> None:
+        self._model, self._offline, self._inside = model, offline, f"{inside}."
         self._kept = Kept(model.module)
         self._written: dict[str, None] = {}
         self._suspects: dict[str, None] = {}
-        self.kind = type(model.module).__name__
+        self.kind = kind or type(model.module).__name__
         self.inputs: Sequence[TensorSpec] = (model.token_spec,)
         self.outputs: Sequence[str] = model.outputs
         self.timed, self.chunk = model.timed, model.chunk_size
@@ -60,7 +69,7 @@ class TorchStep:
         self.lanes = 1 if fixed else None
         self.why = f"its states {fixed} have no axis for streams" if fixed else ""
         self.size = sum(p.numel() for p in model.parameters())
-        self.advice = ADVICE
+        self.advice = advice
 
     def initial(self, lanes: int) -> Arrays:
         return {name: value.detach().numpy().copy() for name, value in self._model.initial_state(lanes).items()}
@@ -88,9 +97,7 @@ class TorchStep:
         if self._written:
             self._model.copies = True
         if len(outputs) != len(self.outputs):
-            raise ConfigError(
-                f"The module gave {len(outputs)} outputs; named are {list(self.outputs)}. Name them all."
-            )
+            raise ConfigError(f"The module gave {len(outputs)} outputs; named are {list(self.outputs)}. Name them all.")
         named = zip(self.outputs, outputs, strict=True)
         return (
             {name: _array(f"output {name}", value) for name, value in named},
@@ -113,16 +120,16 @@ class TorchStep:
     # -- what a module may keep --------------------------------------------------------------------------------------
 
     def kept(self) -> Mapping[str, str]:
-        return self._kept.digests()
+        return {name.removeprefix(self._inside): value for name, value in self._kept.digests().items()}
 
     def scramble(self, names: Sequence[str]) -> bool:
-        return self._kept.scramble(names)
+        return self._kept.scramble([*names, *(self._inside + name for name in names)])
 
     def put_back(self) -> None:
         self._kept.put_back()
 
     def lend(self, names: Sequence[str]) -> None:
-        self._model.lend(self._kept.where(names))
+        self._model.lend(self._kept.where([*names, *(self._inside + name for name in names)]))
 
     def written(self) -> list[str]:
         return list(self._written)
@@ -142,7 +149,11 @@ class TorchStep:
             if generators != _generators() and not any(drawer.startswith(name) for drawer in names):
                 names[name] = None
 
-        parts = [(name, part) for name, part in self._model.module.named_modules() if name]
+        parts = [
+            (name.removeprefix(self._inside), part)
+            for name, part in self._model.module.named_modules()
+            if name and f"{name}." != self._inside
+        ]
         hooks = [part.register_forward_pre_hook(enter(name)) for name, part in parts]
         hooks += [part.register_forward_hook(leave) for _, part in parts]
         first = _generators()
@@ -170,7 +181,7 @@ class TorchStep:
     def examining(self) -> Iterator[None]:
         """In eval mode; at the end everything is put back: modes, what the module holds, and the generators."""
         modes = [(part, part.training) for part in self._model.modules()]
-        generators = torch.get_rng_state(), random.getstate(), np.random.get_state()
+        generators = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - modules draw from it
         self._model.eval()
         hooks = [
             part.register_forward_pre_hook(self._suspect(name, part))
@@ -187,7 +198,7 @@ class TorchStep:
             self._kept.put_back()
             torch.set_rng_state(generators[0])
             random.setstate(generators[1])
-            np.random.set_state(generators[2])
+            np.random.set_state(generators[2])  # noqa: NPY002 - modules draw from it
 
     def _suspect(self, name: str, part: nn.Module) -> Callable[..., None]:
         why = "is in train mode" if part.training else "has no running statistics"
@@ -195,13 +206,11 @@ class TorchStep:
         return lambda *_: self._suspects.update({phrase: None})
 
 
-def examine_model(model: AdaptedModel, samples: Sequence[Array] = (), offline: Offline | None = None) -> Examination:
+def examine_model(model: AdaptedModel, step: TorchStep, samples: Sequence[Array] = ()) -> None:
     """Examine a module, and declare what was found; see `nsm.adapters.validate.examine`."""
-    step = TorchStep(model, offline)
     with step.examining():
         found = examine(step, samples)
     model.declare(found)
-    return found
 
 
 def _array(what: str, value: Any) -> Array:
@@ -216,11 +225,12 @@ def _array(what: str, value: Any) -> Array:
 
 def _generators() -> bytes:
     """The state of all generators that a module may draw from."""
-    numpy: Any = np.random.get_state()
-    return torch.get_rng_state().numpy().tobytes() + numpy[1].tobytes() + repr((random.getstate(), numpy[2])).encode()
+    drawn: Any = np.random.get_state()  # noqa: NPY002 - modules draw from it
+    numbers = torch.get_rng_state().numpy().tobytes() + drawn[1].tobytes()
+    return bytes(numbers) + repr((drawn[2], random.getstate())).encode()
 
 
 def _seed(seed: int) -> None:
-    torch.random.default_generator.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
     random.seed(seed)
-    np.random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - modules draw from it

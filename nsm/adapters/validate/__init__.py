@@ -1,6 +1,6 @@
 """One examination of a foreign step, whichever way in it comes: `EXPERIMENTS` is the list, `examine` runs it.
 
-A module, a .pt2 and an .onnx are each put behind the small protocol `Step`, over numpy arrays. Nothing here needs torch.
+A module, a .pt2 and an .onnx each stand behind the small protocol `Step`, over numpy arrays. Nothing here needs torch.
 """
 
 from nsm.adapters.validate.examine import EXPERIMENTS as EXPERIMENTS

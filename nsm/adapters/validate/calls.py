@@ -9,8 +9,6 @@ from nsm.adapters.validate.subject import Skipped, Subject
 from nsm.errors import ConfigError, UnsupportedError
 from nsm.trace import Arrays
 
-DTYPES = ("float32", "int64", "int32", "bool")
-
 
 def finite(subject: Subject) -> None:
     """Outputs and states are finite on made-up tokens, on positive ones, or on samples."""
@@ -22,10 +20,12 @@ def finite(subject: Subject) -> None:
         subject.positive = True  # powers and amplitudes, of which there may be a logarithm
         odd = _not_finite(subject)
     if odd:
-        given = f"made-up tokens{', standard normal numbers and positive ones' if numbers else ''}"
+        given, fix = "the samples", "Check its weights, its initial states, and these samples."
+        if made_up:
+            kinds = ", standard normal numbers and positive ones" if numbers else ""
+            given, fix = f"made-up tokens{kinds}", step.advice.samples
         raise ConfigError(
-            f"{step.kind} gives NaN or infinity in {odd} for {given if made_up else 'the samples'}; only finite numbers "
-            f"can be compared. {step.advice.samples if made_up else 'Check its weights, its initial states, and these samples.'}"
+            f"{step.kind} gives NaN or infinity in {odd} for {given}; only finite numbers can be compared. {fix}"
         )
 
 
@@ -100,17 +100,9 @@ def random(subject: Subject) -> Skipped | None:
         return Skipped("a file has no generator to look at; `repeat` shows what is drawn")
     drawn = step.drawn(subject.tokens(0, 0, 1), subject.start())
     if drawn is not None:
-        raise UnsupportedError(draws(step.kind, drawn))
+        where = f" in {', '.join(drawn)}" if drawn else ""
+        raise UnsupportedError(
+            f"{step.kind} draws random numbers{where} (dropout or rand in forward): the same call gives another "
+            f"result. {step.advice.random}"
+        )
     return None
-
-
-def draws(kind: str, modules: list[str]) -> str:
-    """The message about random numbers."""
-    where = f", in {', '.join(modules)}" if modules else ""
-    return (
-        f"{kind} draws random numbers (dropout or rand in forward{where}): the same call gives another result. Dropout "
-        "has no place in eval mode: pass training=self.training to its function. Other random numbers come from "
-        "outside: make them an input."
-    )
-
-

@@ -1,10 +1,10 @@
-"""The experiment on streams side by side: of different ages, from different states, fed unevenly, each against itself."""
+"""The experiment on streams side by side: of different ages and states, fed unevenly, each against itself alone."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from nsm.adapters.validate.step import Keeps, Results
+from nsm.adapters.validate.step import Results
 from nsm.adapters.validate.subject import Skipped, Subject, difference, joined, lane_of
 from nsm.errors import NsmError, UnsupportedError
 from nsm.trace import Arrays
@@ -85,7 +85,7 @@ def _check(
     for lane in np.flatnonzero([pattern[lane % 3] != "0" for lane in range(len(states))]).tolist():
         beside = lane_of(outputs, lane), lane_of(after, lane)
         if found := difference(beside, subject.alone(inputs[lane], states[lane])):
-            suspects = step.suspects() if isinstance(step, Keeps) else []
+            suspects = "; ".join(step.suspects())
             raise UnsupportedError(
                 f"{step.kind} answers a stream differently when another one is beside it ({found} of lane {lane}): it "
                 f"mixes its lanes. {f'{suspects}. ' if suspects else ''}Does it {cause}, or are lanes not where the "

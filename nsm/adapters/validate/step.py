@@ -22,6 +22,7 @@ class Advice:
         length: where a length is built in.
         lanes: where streams are mixed.
         state: where something is kept from call to call.
+        random: where random numbers are drawn.
         offline: how to have the step compared with the model's own forward.
     """
 
@@ -29,6 +30,7 @@ class Advice:
     length: str
     lanes: str
     state: str
+    random: str
     offline: str
 
 
@@ -78,6 +80,10 @@ class Step(Protocol):
         """
         ...
 
+    def suspects(self) -> list[str]:
+        """Parts that make a stream depend on others, a phrase each."""
+        ...
+
     def offline(self, inputs: Arrays) -> Arrays | None:
         """The main output [1, T, ...] of whole sequences [1, T, *token] by its name; None where nobody gave a way."""
         ...
@@ -109,8 +115,4 @@ class Keeps(Protocol):
 
     def written(self) -> list[str]:
         """Arguments that calls so far wrote into. It handed copies, and goes on doing so where there are any."""
-        ...
-
-    def suspects(self) -> list[str]:
-        """Modules that ran and make a stream depend on others, a phrase each."""
         ...

@@ -82,7 +82,7 @@ def kept(subject: Subject) -> Skipped | None:
         hint = "; ".join(step.suspects())
         raise UnsupportedError(
             f"{step.kind} keeps its attributes {shown(changed)} from one call to the next, which no exported graph "
-            f"does. {step.advice.state}{f' ({hint}.)' if hint else ''}"
+            f"does. {f'{hint}. ' if hint else ''}{step.advice.state}"
         )
     subject.lent = changed
     step.lend(changed)
@@ -122,12 +122,12 @@ def repeat(subject: Subject) -> None:
         if not found:
             continue
         if isinstance(step, Keeps) and _again(subject):
-            what = "It keeps something that is neither an argument nor a result, nor an attribute: a global, a closure?"
+            cause = "It keeps something that is no attribute of the module either (a global, a closure)."
         else:
-            what = "It draws random numbers (dropout exported in train mode, rand in forward), or keeps something."
+            cause = "It draws random numbers (dropout exported in train mode, rand in forward), or keeps something."
         raise UnsupportedError(
             f"{step.kind} gives another {found} at call {call + 1} when the same stream is run again from its "
-            f"beginning, {step.advice.state[0].lower()}{step.advice.state[1:]} {what}"
+            f"beginning. {cause} {step.advice.state}"
         )
 
 

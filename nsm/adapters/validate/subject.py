@@ -53,7 +53,9 @@ class Subject:
 
     def tokens(self, stream: int, start: int, count: int) -> Arrays:
         """Tokens `start` .. `start + count` of a stream, [1, count, *token] by input."""
-        return {spec.name: self._tokens(index, spec, stream, start, count) for index, spec in enumerate(self.step.inputs)}
+        return {
+            spec.name: self._tokens(index, spec, stream, start, count) for index, spec in enumerate(self.step.inputs)
+        }
 
     def _tokens(self, place: int, spec: TensorSpec, stream: int, start: int, count: int) -> Array:
         if self.samples and place == 0:
@@ -129,7 +131,9 @@ def _first_change(stream: Array) -> int:
     Raises:
         InputError: nowhere.
     """
-    start = next((index for index in range(len(stream) - 1) if not np.array_equal(stream[index], stream[index + 1])), None)
+    start = next(
+        (index for index in range(len(stream) - 1) if not np.array_equal(stream[index], stream[index + 1])), None
+    )
     if start is None:
         raise InputError(
             f"The samples hold the same token {len(stream)} times, which shows neither lengths nor lanes that are "
