@@ -209,8 +209,6 @@ def load_onnx(
     token = _token(model, foreign, vocab_size)
     doubts = crossed(chosen, list(inputs), list(outputs))
     source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts)
-    lanes = foreign.lanes or 1
-    source.spec(lanes, 1)  # whether the shapes are those of a step
     step = GraphStep(source.given, token, source.kind, CHUNK, source.parameters)
     source.examination = examine(step)
     if source.examination.lanes != foreign.lanes:

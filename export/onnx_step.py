@@ -62,8 +62,8 @@ class GraphStep:
             raise
         except (NsmError, ValueError) as error:
             raise UnsupportedError(
-                f"{self.kind} does not run with calls of {count} tokens on {lanes} streams: {error} Does the graph "
-                "hold for other sizes than those that it was exported with? Fix those that are said to be open: --shape "
+                f"{self.kind} does not run with calls of {count} tokens on {lanes} streams: {error} Does it hold "
+                "for other sizes than those that it was exported with? Fix those that are said to be open: --shape "
                 f"{graph.main.name}=1,512"
             ) from error
         return {item.name: answers[item.name].reshape(item.shape) for item in outputs}, after

@@ -226,6 +226,10 @@ class AdaptedModel(StepModel):
                 outputs, states = self._call(self.module, x, given)
         else:
             outputs, states = self._call(self.module, x, given)
+        for one, value in zip(self._carried, states, strict=True):
+            _check_tensor(f"state {one.name}", value)
+        for name, value in zip(self.outputs, outputs, strict=False):
+            _check_tensor(f"output {name}", value)
         after = {one.name: one.out(value) for one, value in zip(self._carried, states, strict=True)}
         if valid is not None:
             after = {name: _where(valid > 0, value, state[name]) for name, value in after.items()}
@@ -249,6 +253,11 @@ class AdaptedModel(StepModel):
             parts.append(outputs)
         result = torch.cat(parts, 1)
         return (result, state) if return_state else result
+
+
+def _check_tensor(what: str, value: Any) -> None:
+    if not isinstance(value, Tensor):
+        raise ConfigError(f"The {what} is a {type(value).__name__}; expected is a tensor. Do outputs and states fit?")
 
 
 def _digest(value: Tensor) -> str:

@@ -213,10 +213,8 @@ def examine_model(model: AdaptedModel, step: TorchStep, samples: Sequence[Array]
     model.declare(found)
 
 
-def _array(what: str, value: Any) -> Array:
+def _array(what: str, value: Tensor) -> Array:
     """A result as an array of its own."""
-    if not isinstance(value, Tensor):
-        raise ConfigError(f"The {what} is a {type(value).__name__}; expected is a tensor. Do outputs and states fit?")
     try:
         return value.detach().numpy().copy()
     except TypeError as error:  # bfloat16 and the like
