@@ -230,6 +230,7 @@ def summary(report: ParityReport) -> dict[str, Any]:
         "free_run",
         "free_run_mean",
         "split",
+        "staggered",
         "argmax_agreement",
         "unexcused_flips",
     )

@@ -161,6 +161,9 @@ def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_js
     ]
     title = f"\nStates, {size(spec.state_nbytes)} in all"
     terminal.table(("name", "dtype", "shape", "starts from", "written by"), states, title)
+    if manifest.examination:
+        lines = [[item.name, item.status, item.detail] for item in manifest.examination]
+        terminal.table(("experiment", "", "what it showed, or why it was skipped"), lines, "\nExamination")
     rows = [parity_row(asdict(artifact), artifact.nbytes) for artifact in manifest.artifacts]
     terminal.table(PARITY_COLUMNS, rows, "\nArtifacts")
     for artifact in manifest.artifacts:

@@ -43,7 +43,7 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
             "Give real ones with --data, or with nsm.save(model, path, samples=...).",
             "yellow",
         )
-    steps = planned.options.steps
+    steps = planned.steps
     if planned.options.precision != "fp32" and steps < DRIFT_STEPS:
         terminal.remark(f"Low precision is {judged_briefly(steps)}.", "yellow")
     if dry_run:

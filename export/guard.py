@@ -132,8 +132,8 @@ class Over:
     """What of a report is furthest over its budget.
 
     Args:
-        kind: of error, "one_step", "free_run" or "split"; "" where no tensor's error is over budget, but choices or
-            KL are.
+        kind: of error, "one_step", "free_run", "split" or "staggered"; "" where no tensor's error is over budget, but
+            choices or KL are.
         tensor: whose error it is.
     """
 
@@ -144,7 +144,8 @@ class Over:
     def of(cls, report: ParityReport) -> Over:
         """The tensor and kind of error with the largest share of its budget."""
         budget = report.budget
-        limits = {"one_step": budget.one_step_p99, "free_run": budget.free_run_p99, "split": budget.free_run_p99}
+        limits = dict.fromkeys(("one_step", "free_run", "split", "staggered"), budget.free_run_p99)
+        limits["one_step"] = budget.one_step_p99
         shares = {
             (kind, name): _infinite_if_nan(errors[f"{kind}_p99"]) / limit
             for name, errors in report.per_tensor.items()

@@ -11,9 +11,9 @@ from typing import Any
 
 import onnx
 
+from nsm.adapters.validate import Examination, examine
 from nsm.errors import InputError, UnsupportedError
 from nsm.export.onnx_dependence import dependence_of
-from nsm.export.onnx_examine import examine, lane_axes, sample_tokens
 from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, ports, read_onnx, real_inputs
 from nsm.export.onnx_flow import check_read, decision, doubts_of_flow
 from nsm.export.onnx_foreign import Foreign
@@ -29,6 +29,7 @@ from nsm.export.onnx_states import (
     state_of,
     take_defaults,
 )
+from nsm.export.onnx_step import GraphStep, lane_axes
 from nsm.export.state_names import crossed, find_states
 from nsm.export.state_options import ZEROS, StateOption
 from nsm.export.weights import check_graphs, save_shared
@@ -47,6 +48,7 @@ class OnnxSource:
 
     golden: list[Array]
     calibration: list[Array]
+    examination: Examination
 
     def __init__(
         self,
@@ -96,7 +98,7 @@ class OnnxSource:
                 f"state {state.name}: input {state.past}, output {state.present}, {state.dtype}{list(state.shape)}, "
                 f"{lanes}, starts from {start}; found by {state.found}"
             )
-        return (*lines, *self._doubts)
+        return (*lines, *self._doubts, *self.examination.remarks)
 
     def spec(
         self,
@@ -222,9 +224,7 @@ def load_onnx(
 
     if main.shape[0] != 1 and any(len(found) > 1 for found in axes.values()):
         guess = graph([replace(option, init=ZEROS) for option in chosen])
-        attempt = Given(guess)
-        tokens = sample_tokens(attempt, guess.token_shape, _token(model, guess, vocab_size).maximum, str(path))
-        axes |= lane_axes(attempt, tokens, axes)
+        axes |= lane_axes(Given(guess), _token(model, guess, vocab_size).maximum, axes)
     foreign = graph(chosen)
     settled = [option.present for option in find_states(list(constants or {}), list(outputs))]
     check_answers(path, [name for name in answers if name not in (*settled, *no_states)], chosen)
@@ -234,9 +234,13 @@ def load_onnx(
         *doubts_of_flow(dependence, foreign),
     ]
     source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts, capacity)
-    tokens = sample_tokens(source.given, token.shape, token.maximum, source.kind)
-    source.spec(len(tokens), tokens.shape[1] if timed else 1)  # whether the shapes are those of a step
-    examine(source.given, tokens, source.kind)
+    step = GraphStep(source.given, token, source.kind, CHUNK, source.parameters)
+    source.examination = examine(step)
+    if source.examination.lanes != foreign.lanes:
+        raise UnsupportedError(
+            f"{source.kind} takes any number of streams by its shapes, and one by experiment: "
+            f"{source.examination.why}. Fix the sizes that are said to be open: --shape {main.name}=1,..."
+        )
     return source
 
 

@@ -157,6 +157,9 @@ def _against_budget(report: ParityReport) -> str:
     ]
     if report.split is not None:
         rows.insert(2, (f"in single tokens p99, of {report.split.tensor}", report.split.p99, budget.free_run_p99))
+    if report.staggered is not None:
+        staggered = report.staggered
+        rows.insert(2, (f"lanes of different age p99, of {staggered.tensor}", staggered.p99, budget.free_run_p99))
     counted = [
         ("argmax agreement", f"{report.argmax_agreement:.4%}", f"{budget.agreement:.2%}"),
         ("changed argmax, unexcused + excused", f"{report.unexcused_flips} + {report.excused_flips}", ""),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import importlib.metadata
 import importlib.util
+import math
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -42,6 +43,8 @@ _PACKAGES = tuple(
 """Whose versions a bundle tells."""
 
 _GOLDEN_STEPS = 64
+_PAST_FILLING = 16
+"""Tokens of a golden trace, at least, after the states of a foreign model are full."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +57,8 @@ class ExportOptions:
         chunk: tokens per call, a multiple of the model's chunk (default: one chunk).
         data: sequences to check on instead of those in the checkpoint.
         num_samples: streams of the golden trace.
-        golden_steps: its steps (default: 64, and 200 in low precision, which may drift); fewer where the model's
-            capacity ends before.
+        golden_steps: its steps (default: 64, and 200 in low precision, which may drift; of a foreign model as many more
+            as it takes until no state is filling any more); fewer where the model's capacity ends before.
         debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
         max_float_share, allow_slower: see `nsm.export.guard.Limits`.
         compact: whether slots that are never used are removed first; see `nsm.compaction`.
@@ -127,7 +130,7 @@ class Plan:
     """An export with everything checked that can be checked without work.
 
     `sequences` judge; `calibration` are others, for int8 that needs them. `origin` says whether the former are real.
-    `larger` is what `source` was before `--compact`.
+    `steps` are those of the golden trace. `larger` is what `source` was before `--compact`.
     """
 
     options: ExportOptions
@@ -136,6 +139,7 @@ class Plan:
     origin: Origin
     output: Path
     calibration: list[Array]
+    steps: int
     larger: Source | None = None
 
 
@@ -213,15 +217,16 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
             length = options.chunk or source.chunk_size
             check_recurrent(source.largest_weights, target.name, options.precision, policy, length)
     static = any(policy is not None and policy.form == "static" for policy in policies)
-    sequences, origin = _sequences(source, options, static)
+    steps = _golden_steps(source, options)
+    sequences, origin = _sequences(source, options, static, steps)
     checked_sequences(source, sequences)
     calibration = _calibration(source, options) if static else []
     output = options.output or Path(f"{model.stem if isinstance(model, Path) else source.kind}.nsm")
     check_output(output, options.force)
     if not options.compact:
-        return Plan(options, source, sequences, origin, output, calibration)
+        return Plan(options, source, sequences, origin, output, calibration, steps)
     smaller = compacted(source, sequences if origin == "recorded" else [])
-    return Plan(options, smaller, sequences, origin, output, calibration, source)
+    return Plan(options, smaller, sequences, origin, output, calibration, steps, source)
 
 
 def compacted(source: Source, sequences: list[Array]) -> Source:
@@ -260,7 +265,7 @@ def run(planned: Plan, stages: Stages) -> Bundle:
             trace = record(
                 source,
                 planned.sequences,
-                _steps_within(spec, options.steps),
+                _steps_within(spec, planned.steps),
                 options.chunk,
                 planned.origin,
                 progress,
@@ -354,6 +359,7 @@ def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
         command=planned.options.command,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         work={name: item for name, item in work.items() if item is not None},
+        examination=source.examination.experiments if source.examination else (),
     )
 
 
@@ -379,7 +385,15 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _sequences(source: Source, options: ExportOptions, static: bool) -> tuple[list[Array], Origin]:
+def _golden_steps(source: Source, options: ExportOptions) -> int:
+    """Steps of the golden trace: where nobody says how many, enough that no state is filling any more."""
+    if options.golden_steps is not None or source.examination is None:
+        return options.steps
+    tokens = source.examination.filled + _PAST_FILLING
+    return max(options.steps, math.ceil(tokens / (options.chunk or source.chunk_size)))
+
+
+def _sequences(source: Source, options: ExportOptions, static: bool, steps: int) -> tuple[list[Array], Origin]:
     """Sequences that judge; with `static` a text is cut in two, and they are of its first half."""
     if options.data is not None:
         parts = 2 * options.num_samples if static else options.num_samples
@@ -387,7 +401,7 @@ def _sequences(source: Source, options: ExportOptions, static: bool) -> tuple[li
         return read_sequences(options.data, parts, axes)[: options.num_samples], "recorded"
     if source.golden:
         return source.golden[: options.num_samples], "recorded"
-    length = options.steps * (options.chunk or source.chunk_size)
+    length = steps * (options.chunk or source.chunk_size)
     return synthetic(source, options.num_samples, length), "synthetic"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
+from nsm.adapters.validate import Examination
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -32,6 +33,7 @@ class Source(Protocol):
         lanes: the only number of lanes it can be had for; None where any will do.
         largest_weights: numbers in the largest matrix of each kind of operator: "LSTM", "GRU", "RNN", and "" for
             linear ops.
+        examination: what was found out about a foreign model; None of our own.
     """
 
     @property
@@ -56,6 +58,8 @@ class Source(Protocol):
     def lanes(self) -> int | None: ...
     @property
     def largest_weights(self) -> Mapping[str, int]: ...
+    @property
+    def examination(self) -> Examination | None: ...
 
     def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
         """The declaration of the entries, for so many lanes and tokens a call of `step`.

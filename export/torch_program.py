@@ -18,7 +18,8 @@ from torch.utils import _pytree as pytree
 
 from nsm.adapters.adapted import AdaptedModel
 from nsm.adapters.carried import Carried
-from nsm.adapters.examine import examine
+from nsm.adapters.torch_step import TorchStep, examine_model
+from nsm.adapters.validate import Advice
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.pt2 import check_archive
 from nsm.export.pt2_training import check_eval_mode
@@ -30,6 +31,14 @@ from nsm.reading import open_regular
 from nsm.spec import LARGEST, TensorSpec
 
 CHUNK = 16
+_ADVICE = Advice(
+    samples="Wrap the module with nsm.as_step, which takes a few real sequences to examine it on: samples=[...].",
+    length="If it only ever takes a fixed number of tokens, export it with a static axis 1: then these are one token.",
+    lanes="Export the module for one stream, with a static axis 0 of size 1.",
+    state="Export the module in eval mode, and make what is left an argument of forward that is returned, new.",
+    random="Export the module in eval mode, in which dropout does nothing; make other random numbers an input.",
+    offline="Give the model over whole sequences: --offline WHOLE.pt2",
+)
 
 
 def load_program(
@@ -50,7 +59,7 @@ def load_program(
     Raises:
         CheckpointError: it is none, or would run code when it is loaded.
         InputError: states that do not fit its inputs and outputs.
-        UnsupportedError: it is in training mode, or what `nsm.adapters.examine` finds, buffers that change for
+        UnsupportedError: it is in training mode, or what `nsm.adapters.validate` finds, buffers that change for
             instance.
     """
     check_archive(path)
@@ -64,6 +73,13 @@ def load_program(
     constants = {spec.arg.name: spec.arg.value for spec in _given(program) if isinstance(spec.arg, ConstantArgument)}
     places = [_place(option, inputs, constants, outputs) for option in states]
     left = [name for name in inputs if name not in [option.past for option in states]]
+    written = _written(program)
+    if written and not states:
+        raise UnsupportedError(
+            f"The only state of {path} is the registered buffer {', '.join(written)}, which its forward changes; no "
+            "exported graph keeps it from call to call. Make it an argument and a result of forward, export the module "
+            "again, and name it: --state INPUT=OUTPUT"
+        )
     if len(left) != 1 or not states:
         what = f"{left} are" if states else "no state is named"
         raise InputError(
@@ -95,6 +111,7 @@ def load_program(
         f"{option.init}; found by {option.found}"
         for one, option, place in zip(model.carried, states, places, strict=True)
     ]
+    remarks += model.examination.remarks
     with open_regular(path, "torch") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(repr(model.config).encode())
@@ -184,10 +201,11 @@ def _adapted(
 
     names = ["outputs"] if len(answers) == 1 else [f"outputs.{index}" for index in range(len(answers))]
     model = AdaptedModel(module, call, carried, token, names, timed, CHUNK, capacity)
-    examine(model)
+    examine_model(model, TorchStep(model, None, "The program", _ADVICE, "program"))
     decision = _decision(program)
     if decision and model.lanes is None:  # one decision cannot hold for several streams
-        model.declare(model._shapes, 1, f"its operator {decision} decides by values of the stream")
+        why = f"its operator {decision} decides by values of the stream"
+        model.declare(replace(model.examination, lanes=1, why=why))
     return model
 
 
@@ -221,6 +239,17 @@ def _check_sizes(path: Path, inputs: Mapping[str, Tensor]) -> None:
 def _given(program: ExportedProgram) -> list[InputSpec]:
     """The arguments of the program, in the order of its nesting."""
     return [spec for spec in program.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+
+
+def _written(program: ExportedProgram) -> list[str]:
+    """Buffers that the program changes: by an output of its own, or by an operator that writes into its argument."""
+    buffers = program.graph_signature.inputs_to_buffers
+    found = dict.fromkeys(program.graph_signature.buffers_to_mutate.values())
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if schema is not None and schema.is_mutable and node.args and getattr(node.args[0], "name", "") in buffers:
+            found[buffers[node.args[0].name]] = None
+    return list(found)
 
 
 def _tensors(program: ExportedProgram) -> list[int]:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from nsm.adapters.adapted import AdaptedModel
+from nsm.adapters.validate import Examination
 from nsm.compaction import compact
 from nsm.errors import UnsupportedError
 from nsm.export.onnx import export_onnx, initial_arrays
@@ -68,6 +70,10 @@ class TorchSource:
     @property
     def largest_weights(self) -> Mapping[str, int]:
         return largest_weights(self.model)
+
+    @property
+    def examination(self) -> Examination | None:
+        return self.model.examination if isinstance(self.model, AdaptedModel) else None
 
     @property
     def golden(self) -> list[Array]:

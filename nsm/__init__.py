@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nsm.adapters import as_step as as_step
+    from nsm.adapters.as_step import as_step as as_step
     from nsm.adapters.carried import Carried as Carried
     from nsm.attention import HybridAttention as HybridAttention
     from nsm.compaction import compact as compact

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from nsm.decode import decode
 from nsm.errors import BundleVersionError, ConfigError
@@ -110,6 +110,15 @@ class EntryWork:
     nbytes: float
 
 
+@dataclass(frozen=True)
+class Experiment:
+    """What one experiment with a foreign model showed, or why it was skipped; see `nsm.adapters.validate`."""
+
+    name: str
+    status: Literal["passed", "skipped"]
+    detail: str
+
+
 _MODEL = {"class": str, "config": Mapping, "parameters": int}
 
 
@@ -118,7 +127,7 @@ class Manifest:
     """What a bundle says of itself. Of a target there is one artifact in each precision.
 
     `model` holds at least its `class`, its `config`, and how many `parameters`; `work` what an entry does, by its name,
-    where that can be counted.
+    where that can be counted; `examination` the experiments that a foreign model went through.
     """
 
     spec: StepSpec
@@ -130,6 +139,7 @@ class Manifest:
     command: str
     created: str
     work: Mapping[str, EntryWork] = field(default_factory=dict)
+    examination: tuple[Experiment, ...] = ()
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
@@ -169,8 +179,8 @@ class Manifest:
                 f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
                 "Export it again with this version, or install the nsm that wrote it."
             )
-        # Bundles that are older than what is said of their work are opened as before.
-        return decode(cls, {"work": {}, **data}, MANIFEST)
+        # Bundles that are older than what is said of their work and examination are opened as before.
+        return decode(cls, {"work": {}, "examination": [], **data}, MANIFEST)
 
 
 def file_record(directory: Path, relative: str) -> FileRecord:

@@ -29,7 +29,7 @@ class _Slots(NamedTuple):
 
 
 class Findings:
-    """Errors by kind ("one_step", "free_run", "split") and tensor, as [stream, step] arrays that start as NaN.
+    """Errors by kind (as "one_step") and tensor, as [stream, step] arrays that start as NaN.
 
     Args:
         trace: of the reference.
@@ -44,7 +44,8 @@ class Findings:
         self.failures: list[str] = []
         self.logits = spec.entry("step").outputs[0].name
         self._decisions = Decisions(trace, decided_masks(spec), thresholds, budget.free_run_p99)
-        kinds = ("one_step", "free_run", "split") if spec.has("decode") else ("one_step", "free_run")
+        kinds = ["one_step", "free_run", *(["split"] if spec.has("decode") else [])]
+        kinds += ["staggered"] if spec.batch > 1 else []
         self._inexact = [s.name for s in spec.states if s.numpy_dtype.kind == "f"]
         self._exact = [
             s.name for s in spec.states if s.name not in self._inexact and s.name not in self._decisions.masks
@@ -175,6 +176,7 @@ class Findings:
             one_step=self.worst("one_step"),
             free_run=self.worst("free_run"),
             split=self.worst("split") if "split" in errors else None,
+            staggered=self.worst("staggered") if "staggered" in errors else None,
             per_tensor={
                 name: {f"{kind}_p99": quantile(part[name], 0.99) for kind, part in errors.items() if name in part}
                 | {"gain": gains[name]}

@@ -10,6 +10,7 @@ per stream, step and tensor, for every output and every state. A comparison of n
 
 Where the artifact has more entries than `step`, the first steps are run a third time, *split*: token by token through
 `decode` and `commit`, in turn with `step`; outputs and states must be those of the trace within the free-run budget.
+Where it has several lanes, they are run again *staggered*: lanes that start later, and so are of different age.
 
 The runs are in `nsm.runtimes.replay`, the measures in `findings`, the decisions of adaptive banks in `branches`.
 """
@@ -22,7 +23,7 @@ from nsm.errors import InputError, NonFiniteError
 from nsm.runtimes.branches import decided_states
 from nsm.runtimes.budgets import Budget
 from nsm.runtimes.findings import Findings
-from nsm.runtimes.replay import SPLIT_STEPS, free_run, groups, one_step, split_run
+from nsm.runtimes.replay import SPLIT_STEPS, free_run, groups, one_step, split_run, staggered_calls, staggered_run
 from nsm.runtimes.report import ParityReport
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
@@ -58,10 +59,13 @@ def compare(
     free, stepped = groups(trace.streams, session.batch), groups(trace.state_streams, session.batch)
     # One group of streams is enough in pieces: the lanes of a graph do the same.
     split = free[:1] if session.spec.has("decode") else []
+    staggered = free[:1] if session.batch > 1 else []
     runs: list[tuple[_Run, Array]] = [(free_run, part) for part in free]
     runs += [(one_step, part) for part in stepped]
     runs += [(split_run, part) for part in split]
+    runs += [(staggered_run, part) for part in staggered]
     total = len(free) * trace.steps + len(stepped) * len(trace.sampled) + len(split) * min(trace.steps, SPLIT_STEPS)
+    total += staggered_calls(trace, session.batch)
     done = 0
     try:
         for run, streams in runs:

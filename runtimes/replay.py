@@ -16,6 +16,8 @@ from nsm.trace import Array, Arrays, Trace
 
 SPLIT_STEPS = 4
 """Steps that are run again in pieces."""
+STAGGERED_STEPS, STAGGER = 8, 4
+"""Steps that are run again by lanes of different age, and how many ages there are."""
 
 
 def groups(streams: int, batch: int) -> list[Array]:
@@ -96,8 +98,42 @@ def _had(session: Session, steps: int) -> Array:
     return np.full(session.batch, steps * session.spec.entry("step").tokens)
 
 
-def _step(trace: Trace, session: Session, lanes: Array, step: int) -> Arrays:
+def staggered_run(trace: Trace, session: Session, streams: Array, found: Findings) -> Iterator[None]:
+    """The first steps again, where lane k starts k steps later, up to `STAGGER` - 1: each is reset when it starts.
+
+    Until then it has been given other tokens, so that it also shows whether a reset leaves something behind.
+    """
+    lanes, places = np.resize(streams, session.batch), np.arange(session.batch)
+    late = places % STAGGER
+    sampled = {int(step): index for index, step in enumerate(trace.sampled)}
+    steps = min(trace.steps, STAGGERED_STEPS)
+    session.reset()
+    for call in range(staggered_calls(trace, session.batch)):
+        for index in np.flatnonzero(late == call).tolist() if call else ():
+            session.reset(index)
+        own = call - late  # the step of each lane's stream; before it starts, and when it is done, any
+        runs = (own >= 0) & (own < steps)
+        outputs = _step(trace, session, lanes, own % trace.steps, runs)
+        state = session.read_state()
+        for lane in np.flatnonzero(runs & (places < len(streams))).tolist():
+            stream, step = streams[lane : lane + 1], int(own[lane])
+            alone = {s.name: np.moveaxis(state[s.name], s.batch_axis, 0)[lane : lane + 1] for s in session.spec.states}
+            found.add_outputs("staggered", stream, step, {n: v[lane : lane + 1] for n, v in outputs.items()})
+            found.add_decisions("staggered", stream, step, alone)
+            if step in sampled:
+                found.add_states("staggered", stream, sampled[step], alone)
+        yield
+
+
+def staggered_calls(trace: Trace, batch: int) -> int:
+    """How many calls a staggered run makes; none with one lane."""
+    return min(trace.steps, STAGGERED_STEPS) + min(batch, STAGGER) - 1 if batch > 1 else 0
+
+
+def _step(trace: Trace, session: Session, lanes: Array, step: int | Array, runs: Array | None = None) -> Arrays:
+    """One call; where the trace says how many tokens count, none of a lane's do that is not in `runs`."""
     inputs = {name: value[lanes, step] for name, value in trace.inputs.items()}
     valid = inputs.pop(VALID, None)
+    valid = valid if valid is None or runs is None else np.where(runs, valid, 0)
     (tokens,) = inputs.values()
     return session.step(tokens, valid)

@@ -127,8 +127,9 @@ class ParityReport:
 
     Outputs of the free run are compared for all `streams` at all `steps`; one-step errors, and errors of states, for
     the first `state_streams` of them at the `sampled_steps`, counted from 0.
-    Errors are relative; `split` is that of calls in pieces, None where the artifact has one entry only; `state_error`
-    is per active slot of the banks (per tensor in models without one), over the free run; KL is in nats.
+    Errors are relative. `split` is that of calls in pieces, None where the artifact has one entry only. `staggered` is
+    that of lanes of different age, None where it has one lane. `state_error` is per active slot of the banks (per
+    tensor in models without one), over the free run; KL is in nats.
     `free_run_mean` is the mean over streams and steps of the free-run error of the first output.
     `state_error_by_layer` and `state_error_by_age` split the error of the banks' active slots; see `nsm.runtimes.ages`.
     `per_tensor` holds by name the 99th percentiles and the gain of every output and state, `gain` the largest of these;
@@ -151,6 +152,7 @@ class ParityReport:
     one_step: Quantiles
     free_run: Quantiles
     split: Quantiles | None
+    staggered: Quantiles | None
     per_tensor: Mapping[str, Mapping[str, float]]
     free_run_mean: float
     gain: Gain | None
@@ -233,6 +235,7 @@ class ParityReport:
                 "one_step": asdict(self.one_step),
                 "free_run": asdict(self.free_run),
                 "split": None if self.split is None else asdict(self.split),
+                "staggered": None if self.staggered is None else asdict(self.staggered),
                 "free_run_mean": self.free_run_mean,
                 "gain": None if self.gain is None else asdict(self.gain),
                 "drift_exponent": None if drift is None else drift.exponent,
@@ -302,6 +305,17 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
         *(
             [(f"error p99 of {report.split.tensor} in split calls", report.split.p99, budget.free_run_p99)]
             if report.split is not None
+            else []
+        ),
+        *(
+            [
+                (
+                    f"error p99 of {report.staggered.tensor} in lanes of different age",
+                    report.staggered.p99,
+                    budget.free_run_p99,
+                )
+            ]
+            if report.staggered is not None
             else []
         ),
         ("KL mean", report.kl_mean, budget.kl_mean),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,11 @@ from torch.utils import _pytree as pytree
 
 from nsm.adapters.adapted import AdaptedModel, Call
 from nsm.adapters.carried import Carried
-from nsm.adapters.examine import examine
-from nsm.errors import ConfigError, UnsupportedError
+from nsm.adapters.hidden import check_hidden
+from nsm.adapters.keys import by_name, check_order, keyed, taken_apart
+from nsm.adapters.torch_step import Offline, TorchStep, examine_model
+from nsm.errors import ConfigError, InputError, UnsupportedError
+from nsm.models.checkpoint import split_samples
 from nsm.models.step import devices
 from nsm.plain import each_whole, whole
 from nsm.spec import TensorSpec
@@ -32,6 +35,7 @@ def as_step(
     chunk_size: int = 16,
     samples: Sequence[ArrayLike] | NDArray[Any] | None = None,
     capacity: int | None = None,
+    offline: Offline | None = None,
 ) -> AdaptedModel:
     """Make a step model of a torch module, to be exported and checked like our own.
 
@@ -43,13 +47,16 @@ def as_step(
        dictionary of tensors with the streams on axis 0. Without a time axis `step` takes one token.
     3. Modules whose forward takes x and states and gives outputs and states, as `forward(x, h, c) -> (y, h, c)` or
        `forward(x, (h, c)) -> (y, (h, c))`: `states` has the arguments behind x, in the same nesting, as `Carried`s,
-       which say where the streams are, or as tensors with one stream on axis 0.
+       which say where the streams are, or as tensors with one stream on axis 0. What forward returns in mappings or
+       named tuples is matched by key: the key that a state was declared under, or its name.
 
     The module is examined before anything else is done with it, on made-up tokens (standard normal numbers, positive
-    ones where those give nothing finite, or any ids) or on `samples`.
+    ones where those give nothing finite, or any ids) or on `samples`; see `nsm.adapters.validate.EXPERIMENTS`. It is
+    run in eval mode for that, and left as it was. It stays live: weights that it learns afterwards are exported, and
+    initial values that are its parameters or come from its `initial_state`.
 
     Args:
-        module: in float32, on the CPU; put into eval mode; it must not change anything of its own in forward.
+        module: in float32, on the CPU; nothing that it keeps to itself may change what forward returns.
         states: for the third kind.
         vocab_size: where tokens are ids, 0 .. vocab_size - 1.
         token_shape: where they are numbers, the shape of one of them: (512,) for frames of 512 samples, () for one.
@@ -60,6 +67,9 @@ def as_step(
             finite for made-up tokens.
         capacity: how many tokens a stream may have from one reset to the next, where a table or cache that is read or
             written at a position ends. By default the export finds it by experiment.
+        offline: the model's own forward over whole sequences, [1, T] ids or [1, T, *token] -> main output [1, T, ...],
+            as `lambda ids: model(ids).logits`: the step is held against it, past every window. For `nn.LSTM`, `nn.GRU`
+            and `nn.RNN` it is known.
 
     Raises:
         InputError: samples that the module does not take.
@@ -75,16 +85,36 @@ def as_step(
         )
     if isinstance(module, Recurrent):
         model = _recurrent(module, chunk_size, capacity)
+        offline = offline or (lambda x: _whole(module, x))
     else:
         token = _token(vocab_size, token_shape)
         if states is None:
             model = _protocol(module, token, timed, outputs, chunk_size, capacity)
         else:
-            structure, carried = _declared(states)
-            call = _flat(structure, len(outputs))
+            if not states:
+                check_hidden(module, token, timed)
+            carried, nested = _declared(states)
+            call = _nested(type(module).__name__, nested, outputs)
+            check_order(module, nested)
             model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size, capacity)
-    examine(model, samples)
+    examine_model(model, TorchStep(model, offline), _sequences(model, samples))
     return model
+
+
+def _sequences(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] | None) -> list[NDArray[Any]]:
+    """The samples as the model takes them; none where there are none."""
+    if samples is None:
+        return []
+    golden, others = split_samples(model, samples)
+    if not golden:
+        raise InputError("samples holds no sequence; give a few, [T, *token] each, or leave it out.")
+    return [*golden, *others]
+
+
+def _whole(module: Any, x: Tensor) -> Tensor:
+    """The outputs [1, T, H] of a recurrent layer of torch over a whole sequence [1, T, input_size]."""
+    output: Tensor = module(x if module.batch_first else x.transpose(0, 1))[0]
+    return output if module.batch_first else output.transpose(0, 1)
 
 
 def _token(vocab_size: int | None, token_shape: Sequence[int] | None) -> TensorSpec:
@@ -132,6 +162,7 @@ def _protocol(
 ) -> AdaptedModel:
     step, initial = getattr(module, "step", None), getattr(module, "initial_state", None)
     if not callable(step) or not callable(initial):
+        check_hidden(module, token, timed)
         raise ConfigError(
             f"{type(module).__name__} has no step(x, state) and initial_state(batch), so as_step has to be told its "
             "states: as_step(module, states=[Carried(name, initial, lane_axis), ...])."
@@ -149,14 +180,18 @@ def _protocol(
         if not isinstance(after, Mapping) or set(after) != set(names):
             found = sorted(after) if isinstance(after, Mapping) else type(after).__name__
             raise ConfigError(f"step took the states {sorted(names)} and gave {found}; it has to give the same ones.")
-        return list(given) if isinstance(given, tuple | list) else [given], [after[name] for name in names]
+        return by_name(keyed(given), outputs), [after[name] for name in names]
+
+    def begin(module: Any) -> list[Tensor]:
+        start = module.initial_state(1)
+        return [start[name] for name in names]
 
     carried = [Carried(name, value) for name, value in start.items()]
-    return AdaptedModel(module, call, carried, token, outputs, timed, chunk_size, capacity)
+    return AdaptedModel(module, call, carried, token, outputs, timed, chunk_size, capacity, begin)
 
 
-def _declared(states: Any) -> tuple[pytree.TreeSpec, list[Carried]]:
-    """The nesting of the states, and the states one after the other."""
+def _declared(states: Any) -> tuple[list[Carried], list[Any]]:
+    """The states one after the other, and in their nesting."""
     if not isinstance(states, list | tuple) or not states:
         raise ConfigError(
             "states are the arguments behind x, a list of Carried or tensors, nested as the module takes them; given "
@@ -170,20 +205,15 @@ def _declared(states: Any) -> tuple[pytree.TreeSpec, list[Carried]]:
         if not isinstance(leaf, Carried):
             raise ConfigError(f"A state is a Carried or a tensor of one stream; given {leaf!r}.")
         found.append(leaf)
-    return structure, found
+    return found, list(pytree.tree_unflatten(found, structure))
 
 
-def _flat(structure: pytree.TreeSpec, count: int) -> Call:
+def _nested(kind: str, states: list[Any], outputs: Sequence[str]) -> Call:
     """Call a module with states in their nesting, and take apart what it gives."""
+    structure = pytree.tree_structure(states)
+    apart: Callable[[Any], tuple[list[Tensor], list[Tensor]]] = taken_apart(kind, states, outputs)
 
     def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-        leaves, _ = pytree.tree_flatten(module(x, *pytree.tree_unflatten(states, structure)))
-        if len(leaves) != count + len(states):
-            raise ConfigError(
-                f"{type(module).__name__} took {len(states)} states and gave {len(leaves)} tensors; expected are "
-                f"{count} outputs and then the states, {count + len(states)} in all. Name further outputs with "
-                "outputs=[...], and return every state."
-            )
-        return leaves[:count], leaves[count:]
+        return apart(module(x, *pytree.tree_unflatten(states, structure)))
 
     return call

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from nsm.errors import ConfigError
 from nsm.plain import whole
@@ -28,8 +28,9 @@ class Carried:
 
     Args:
         name: how it is called in a bundle.
-        initial: its value before the first step, of one lane, in the module's own layout. It is copied as it is now:
-            one that is learned after that is not seen.
+        initial: its value before the first step, of one lane, in the module's own layout. A parameter or buffer of the
+            module, or a view of one (`module.start[:1]`), is read again when the model is exported, so what it learns
+            until then counts. The result of anything else (`torch.tanh(module.start)`) is a copy of what it is now.
         lane_axis: the axis of the lanes there, of size 1 in `initial`; None where it has none, so that one lane is all
             there can be.
     """
@@ -47,8 +48,9 @@ class Carried:
                 f"The initial value of the state {self.name} is of type {type(given).__name__}; expected is a tensor. "
                 "Of an array torch.from_numpy makes one."
             )
-        # A result of other tensors could not be copied with the model.
-        object.__setattr__(self, "initial", given.detach().clone())
+        # A result of other tensors could not be copied with the model. The memory is that of the given tensor, by which
+        # `Learned` finds it.
+        object.__setattr__(self, "initial", given.detach())
         if self.lane_axis is not None:
             object.__setattr__(self, "lane_axis", whole(f"lane_axis of the state {self.name}", self.lane_axis))
         axis, shape = self.lane_axis, list(self.initial.shape)
@@ -89,3 +91,31 @@ class Carried:
         if self.lane_axis is None:
             return state.unsqueeze(0)
         return state if self.lane_axis == 0 else state.movedim(self.lane_axis, 0)
+
+
+@dataclass(frozen=True)
+class Learned:
+    """A parameter or buffer of a module, or a view of one, that a state starts from.
+
+    `path` is its name in the module; `shape`, `stride` and `offset` are those of the view.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def find(cls, module: nn.Module, initial: Tensor) -> Learned | None:
+        """Where a module has this tensor; None where it has not."""
+        for path, value in (*module.named_parameters(), *module.named_buffers()):
+            dense = value.is_contiguous() and value.storage_offset() == 0 and value.dtype == initial.dtype
+            if dense and value.numel() and value.data_ptr() == initial.untyped_storage().data_ptr():
+                return cls(path, tuple(initial.shape), initial.stride(), int(initial.storage_offset()))
+        return None
+
+    def read(self, module: nn.Module) -> Tensor:
+        """Its value now."""
+        owner, _, name = self.path.rpartition(".")
+        value: Tensor = getattr(module.get_submodule(owner), name)
+        return value.detach().contiguous().as_strided(self.shape, self.stride, self.offset)

@@ -34,6 +34,7 @@ RESULT_KEYS = {
     "one_step",
     "free_run",
     "split",
+    "staggered",
     "drift_exponent",
     "free_run_mean",
     "gain",

@@ -226,7 +226,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None] | None, dict[str, Any
     ),
     "half": (edit(state=port("state", TensorProto.FLOAT16, [2, "batch", 12])), {}, InputError, "keeps its dtype"),
     "foreign operator": (contrib, {}, UnsupportedError, r"com.microsoft::QuickGelu.*not in the ONNX standard"),
-    "output in double": (double_head, {}, UnsupportedError, r"The output wide is float64\[2, 1\]; expected is float32"),
+    "output in double": (double_head, {}, UnsupportedError, r"The output wide is float64\[1, 1\]; expected is float32"),
     "many lanes": (
         edit(input=port("input", FLOAT, [3, 64]), state=port("state", FLOAT, [2, 3, 12])),
         {"batch": 1},
@@ -316,7 +316,7 @@ def frozen(path: Path) -> Path:
 
 
 def test_a_length_that_is_built_in_is_found_out(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match="answers 32 tokens in one call differently than in calls of 16"):
+    with pytest.raises(UnsupportedError, match="answers 32 tokens in one call differently than in calls of"):
         load_onnx(frozen(tmp_path / "m.onnx"))
 
 
@@ -339,7 +339,7 @@ def mixing(path: Path, size: int | str = "batch") -> Path:
 
 @pytest.mark.parametrize("size", ["batch", 4])
 def test_lanes_that_are_mixed_are_found_out(size: int | str, tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"mixes its lanes: .*one stream at a time: --shape x=1,"):
+    with pytest.raises(UnsupportedError, match=r"it mixes its lanes\. .*one stream at a time: --shape x=1,"):
         load_onnx(mixing(tmp_path / "m.onnx", size))
 
 

@@ -13,7 +13,7 @@ from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.onnxruntime import load
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.parity import compare
-from nsm.runtimes.replay import SPLIT_STEPS
+from nsm.runtimes.replay import SPLIT_STEPS, STAGGERED_STEPS
 from nsm.runtimes.session import Session
 from nsm.trace import Arrays
 from tests.runtimes.fake import (
@@ -41,6 +41,8 @@ from tests.runtimes.spoilers import (
     mask,
     nan_output,
     nan_state,
+    one_counter_for_all_lanes,
+    outputs_by_the_first_lane,
     swapped_lanes,
     unread_state,
     zeros,
@@ -62,6 +64,8 @@ def test_the_same_model_passes_on_any_number_of_lanes(batch: int) -> None:
     assert (report.one_step.max, report.free_run.max, report.state_error_max) == (0.0, 0.0, 0.0)
     assert report.split is not None
     assert report.split.max == 0.0
+    assert (report.staggered is None) == (batch == 1)
+    assert report.staggered is None or report.staggered.max == 0.0
     assert (report.argmax_agreement, report.unexcused_flips, report.mask_mismatches) == (1.0, 0, 0)
     assert set(report.per_tensor) == {"outputs", "0.bank", "0.tail", "0.written"}
 
@@ -103,7 +107,7 @@ def test_the_session_is_reset_after_an_error_too() -> None:
 def test_progress_counts_every_step_to_the_end() -> None:
     trace, seen = fake_trace(streams=3, steps=8), []
     compare(trace, fake_session(), FP32, lambda done, total: seen.append((done, total)))
-    total = 2 * 8 + 2 * len(trace.sampled) + SPLIT_STEPS
+    total = 2 * 8 + 2 * len(trace.sampled) + SPLIT_STEPS + STAGGERED_STEPS + 1  # one lane starts a step later
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
@@ -166,6 +170,22 @@ def test_a_dishonest_target_fails(after: After, message: str) -> None:
     assert report.to_json()["status"] == "failed"
     json.dumps(report.to_json(), allow_nan=False)
     assert_same(session.read_state(), fresh)
+
+
+@pytest.mark.parametrize(
+    ("after", "message"),
+    [
+        (one_counter_for_all_lanes, r"\d+ entries of masks or counters differ"),
+        (outputs_by_the_first_lane, r"error p99 of outputs in lanes of different age is 0\.001, the budget 0\.0001"),
+    ],
+)
+def test_a_target_that_is_right_while_lanes_march_in_step_fails(after: After, message: str) -> None:
+    report = compare(fake_trace(), fake_session(after=after), FP32)
+    assert report.staggered is not None
+    assert (report.one_step.max, report.free_run.max) == (0.0, 0.0)
+    with pytest.raises(ParityError, match=message):
+        report.require()
+    assert compare(fake_trace(), fake_session(fake_spec(1), after=after), FP32).staggered is None
 
 
 def test_the_first_divergence_is_named() -> None:

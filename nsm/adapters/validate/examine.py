@@ -1,0 +1,104 @@
+"""EXPERIMENTS: what is asked of a foreign step before it is believed; `examine` asks all of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from nsm.adapters.validate import calls, lanes, splits, streams
+from nsm.adapters.validate.step import Keeps, Step
+from nsm.adapters.validate.subject import Skipped, Subject
+from nsm.manifest import Experiment as Result
+from nsm.trace import Array
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One experiment.
+
+    Args:
+        name: as reports list it.
+        shows: what holds of a step that passes.
+        caught: the fault that it was made for.
+        run: raises where the step fails; gives a reason where there is nothing to show.
+    """
+
+    name: str
+    shows: str
+    caught: str
+    run: Callable[[Subject], Skipped | None]
+
+
+EXPERIMENTS: tuple[Experiment, ...] = (
+    Experiment("finite", "outputs and states are finite", "a logarithm of negative samples", calls.finite),
+    Experiment("shapes", "states keep shape and dtype, outputs are [B, T, ...]", "a cache that grows", calls.shapes),
+    Experiment("arguments", "arguments are not written to", "h.mul_(0.9) on the given state", calls.arguments),
+    Experiment("random", "no random numbers are drawn", "F.dropout without training=self.training", calls.random),
+    Experiment("fill", "states are run until none is filling", "a window that wraps after 256 tokens", streams.fill),
+    Experiment("kept", "nothing is kept from call to call", "a cache in a registered buffer", streams.kept),
+    Experiment("repeat", "a stream gives the same when run again", "a global that counts calls", streams.repeat),
+    Experiment("read", "every state is read", "an exporter that merged two equal inputs", streams.read),
+    Experiment("split", "any split of a sequence gives the same", "a length built in by tracing", splits.split),
+    Experiment("lanes", "streams side by side are what they are alone", "position[0] for all streams", lanes.lanes),
+    Experiment("offline", "steps give the model's own output", "a window kept in a Python number", splits.offline),
+)
+"""In the order in which they run: later ones rely on what earlier ones showed."""
+
+
+@dataclass(frozen=True)
+class Examination:
+    """What was found out about a step.
+
+    Args:
+        shapes: of each output, one lane and one token.
+        lanes: the only number of streams side by side, None for any number.
+        why: the reason, where it is one.
+        filled: tokens after which no state was filling any more.
+        lent: attributes that are written before they are read; no state.
+        experiments: what each showed.
+        remarks: what a person should know, a sentence each.
+    """
+
+    shapes: Mapping[str, tuple[int, ...]]
+    lanes: int | None
+    why: str
+    filled: int
+    lent: tuple[str, ...]
+    experiments: tuple[Result, ...]
+    remarks: tuple[str, ...]
+
+
+def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
+    """What a step is, by experiment.
+
+    Args:
+        step: a foreign step.
+        samples: real sequences, [T, *token] each, for one that makes nothing finite of made-up tokens.
+
+    Raises:
+        InputError: samples that show nothing.
+        ConfigError, UnsupportedError: says what it does, what was expected, and what to do.
+    """
+    subject = Subject(step, samples)
+    if isinstance(step, Keeps):
+        subject.kept = step.kept()
+    results = []
+    for experiment in EXPERIMENTS:
+        skipped = experiment.run(subject)
+        if skipped is None:
+            results.append(Result(experiment.name, "passed", experiment.shows))
+        else:
+            results.append(Result(experiment.name, "skipped", skipped.reason))
+    assert subject.trace is not None
+    passed = [item.name for item in results if item.status == "passed"]
+    left = [f"{item.name} ({item.detail.partition('. ')[0]})" for item in results if item.status == "skipped"]
+    told = f"examined: {', '.join(passed)} passed" + (f"; skipped: {', '.join(left)}" if left else "")
+    return Examination(
+        subject.shapes,
+        subject.lanes,
+        subject.why,
+        subject.trace.filled,
+        tuple(subject.lent),
+        tuple(results),
+        (*subject.remarks, told),
+    )

@@ -1,0 +1,177 @@
+"""Experiments on whole streams: until nothing fills any more, and once more; what is kept; which states are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from nsm.adapters.validate.step import Keeps
+from nsm.adapters.validate.subject import Skipped, Subject, Trace, difference, shown
+from nsm.errors import ConfigError, NsmError, UnsupportedError
+from nsm.trace import Array, Arrays
+
+CALLS = 64
+"""Calls of the shortest trace: a Python counter may change what is done at call 50."""
+AFTER = 16
+"""Tokens that are run when nothing fills any more, so that a ring wraps around."""
+WORK = 4e9
+"""Numbers that weights and states may be read in all while states fill."""
+FEWEST, MOST = 128, 1024
+"""Tokens that a trace may take at most, of a large model and of a small one."""
+
+
+def fill(subject: Subject) -> None:
+    """States are run until none is filling any more: rings, caches, masks, and what depends on them."""
+    step, start = subject.step, subject.start()
+    numbers = step.size + 4 * sum(value.size for value in start.values())
+    most = int(np.clip(WORK / max(numbers, 1), FEWEST, MOST))
+    fresh = {name: np.ones(value.shape, bool) for name, value in start.items()}
+    sizes, outputs, states = [], [], {}
+    early, state, token, filled = (start, 0), start, 0, 0
+    changed = ""
+    for size in _sizes(step.chunk):
+        given, state = subject.alone(subject.tokens(0, token, size), state)
+        sizes.append(size)
+        token += size
+        if len(sizes) <= CALLS:
+            outputs.append(given)
+            if len(sizes) in (1, 8, CALLS):
+                states[len(sizes)] = state
+        if len(sizes) == 3:
+            early = (state, token)
+        for name, left in fresh.items():
+            still = left & (state[name] == start[name])
+            if not np.array_equal(still, left):
+                fresh[name], filled, changed = still, token, name
+        enough = token >= filled + AFTER if not any(left.any() for left in fresh.values()) else _stalled(token, filled)
+        if len(sizes) >= CALLS and (enough or token >= most):
+            break
+    filling = () if enough else tuple(name for name, left in fresh.items() if left.any()) or (changed,)
+    if filling:
+        subject.remarks.append(
+            f"WARNING: the states {shown(filling)} are still filling after {token} tokens, where the examination ends: "
+            "what the step does once they are full was not examined. Compare longer streams: --golden-steps"
+        )
+    subject.trace = Trace(tuple(sizes[:CALLS]), tuple(outputs), states, early, (state, token), filled, filling)
+
+
+def _sizes(chunk: int) -> Iterator[int]:
+    """Tokens of one call after the other: mostly one at first, then whole calls."""
+    for call in range(CALLS - 8):
+        yield chunk if call % 16 == 15 else 1
+    while True:
+        yield chunk
+
+
+def _stalled(token: int, filled: int) -> bool:
+    """Whether what has not changed so far never will: nothing new did for as long as everything before took."""
+    return token - filled >= max(CALLS, filled)
+
+
+def kept(subject: Subject) -> Skipped | None:
+    """Nothing is kept that is neither an argument nor a result: buffers, attributes, objects in attributes."""
+    step = subject.step
+    if not isinstance(step, Keeps):
+        return Skipped("a graph keeps nothing to itself")
+    before, now = subject.kept, step.kept()
+    changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    if not changed:
+        return None
+    if not _overwritten(subject, step, changed):
+        hint = "; ".join(step.suspects())
+        raise UnsupportedError(
+            f"{step.kind} keeps its attributes {shown(changed)} from one call to the next, which no exported graph "
+            f"does. {f'{hint}. ' if hint else ''}{step.advice.state}"
+        )
+    subject.lent = changed
+    step.lend(changed)
+    subject.remarks.append(
+        f"{step.kind} writes its attributes {shown(changed)} before it reads them in every call: they are no state."
+    )
+    return None
+
+
+def _overwritten(subject: Subject, keeps: Keeps, names: list[str]) -> bool:
+    """Whether calls give the same, and leave the same in `names`, whatever was there before."""
+    assert subject.trace is not None
+    calls = [(subject.start(), 0, 1), (*subject.trace.early, subject.step.chunk), (*subject.trace.late, 1)]
+    for state, token, size in calls:
+        inputs = subject.tokens(0, token, size)
+        wanted, left = subject.alone(inputs, state), keeps.kept()
+        try:
+            if not keeps.scramble(names):
+                return False
+            given = subject.alone(inputs, state)
+        except NsmError:  # it stumbled over what it was not to read
+            keeps.put_back()
+            return False
+        after = keeps.kept()
+        if difference(given, wanted) or any(after.get(name) != left.get(name) for name in names):
+            keeps.put_back()
+            return False
+    return True
+
+
+def repeat(subject: Subject) -> None:
+    """The same stream gives the same once more, call by call."""
+    step, trace = subject.step, subject.trace
+    assert trace is not None
+    for call, (outputs, state) in enumerate(subject.run(0, 0, trace.sizes, subject.start())):
+        found = difference((outputs, state), (trace.outputs[call], trace.states.get(call + 1, state)))
+        if not found:
+            continue
+        if isinstance(step, Keeps) and _again(subject):
+            cause = "It keeps something that is no attribute of the module either (a global, a closure)."
+        else:
+            cause = "It draws random numbers (dropout exported in train mode, rand in forward), or keeps something."
+        raise UnsupportedError(
+            f"{step.kind} gives another {found} at call {call + 1} when the same stream is run again from its "
+            f"beginning. {cause} {step.advice.state}"
+        )
+
+
+def _again(subject: Subject) -> bool:
+    """Whether a call made twice gives the same."""
+    one, two = (subject.alone(subject.tokens(0, 0, 1), subject.start()) for _ in range(2))
+    return not difference(one, two)
+
+
+def read(subject: Subject) -> None:
+    """Every state is read: another value of it changes an output or a state."""
+    assert subject.trace is not None
+    start, late = (subject.start(), 0), subject.trace.late
+    unread = [
+        name
+        for name in start[0]
+        if not any(_matters(subject, *moment, name, late[0][name]) for moment in (start, subject.trace.early, late))
+    ]
+    if unread:
+        raise ConfigError(
+            f"{subject.step.kind} never reads its states {shown(unread)}: whatever is in them, outputs and states are "
+            "the same. Are states and arguments in the same order? A state that the model does not need is left out; "
+            "what is only looked at from outside is an output. Where an exporter is given one tensor for two "
+            "arguments, it may take them for one: export again with a tensor of its own for each."
+        )
+
+
+def _matters(subject: Subject, state: Arrays, token: int, name: str, other: Array) -> bool:
+    """Whether another value of a state changes any result of a call, bit by bit."""
+    inputs = subject.tokens(0, token, 1)
+    wanted = subject.alone(inputs, state)
+    try:
+        given = subject.alone(inputs, {**state, name: _another(state[name], other)})
+    except NsmError:  # an integer out of its range
+        return True
+    return any(not np.array_equal(part[key], old[key]) for part, old in zip(given, wanted, strict=True) for key in old)
+
+
+def _another(value: Array, other: Array) -> Array:
+    """A value that differs everywhere; of integers one that the stream has, where there is one."""
+    if value.dtype.kind == "b":
+        return ~value
+    if value.dtype.kind != "f":
+        return other if not np.array_equal(other, value) else (value + 1).astype(value.dtype)
+    scale = max(float(np.abs(value).max(initial=0)), 1.0)
+    random = np.random.default_rng(0).standard_normal(value.shape)
+    return (value + scale * np.where(random < 0, random - 0.1, random + 0.1)).astype(value.dtype)
