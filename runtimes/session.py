@@ -104,7 +104,8 @@ class Session(NotCopyable):
         _, place = self._standing.at or closed()
         if self._capacity is None or place.tokens is None:
             return None
-        return np.maximum(self._capacity.tokens - place.tokens.lanes, 0)
+        left: Array = np.maximum(self._capacity.tokens - place.tokens.lanes, 0)
+        return left
 
     def is_fresh(self) -> bool:
         """Whether the state is the initial one, bit by bit, on all lanes."""
@@ -352,9 +353,7 @@ class Session(NotCopyable):
             whole = self._standing.read()
             put_lane(self.spec.states, whole, target, lane_part(self.spec.states, whole, source))
             had = place.tokens
-            self._standing.put(
-                whole, tokens=None if had is None else had.with_lane(target, int(had.lanes[source]))
-            )
+            self._standing.put(whole, tokens=None if had is None else had.with_lane(target, int(had.lanes[source])))
 
     # -- end -----------------------------------------------------------------------------------------------------
 

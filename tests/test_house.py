@@ -14,8 +14,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FOLDERS = {"nsm": "nsm", "export": "nsm.export", "quantization": "nsm.quantization", "runtimes": "nsm.runtimes"}
 
 # What a room may import of the project, besides itself. One way: errors -> plain -> reading -> decode -> exchange ->
-# partials -> files -> spec -> trace -> manifest -> bundle -> staging, then the torch models on one side and the runtimes
-# on the other, and export above all.
+# partials -> files -> spec -> trace -> manifest -> bundle -> staging, then the torch models on one side and the
+# runtimes on the other, and export above all.
 VOCABULARY = (
     "nsm.errors",
     "nsm.plain",
