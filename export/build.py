@@ -190,7 +190,7 @@ def try_artifact(bundle: Bundle, artifact: Artifact) -> None:
     target = find_target(artifact.target)
     if target.in_process or target.installed() is None:
         return
-    places = (str(bundle.path.resolve()), str(bundle.path.resolve() / target.folder), None)
+    places = (str(bundle.path.resolve()), str(bundle.path.resolve() / target.place(artifact.precision)), None)
     files = tuple(record.path for record in artifact.files)
     spec, threads = target.served(bundle.manifest.spec), target.trial_threads
     device, options = artifact.device, artifact.options

@@ -68,7 +68,7 @@ class Bundle:
         return self.preferred(found)
 
     def artifacts(self, targets: Collection[str] = (), precisions: Collection[str] = ()) -> list[Artifact]:
-        """The artifacts of these targets in these precisions, in the manifest's order; () stands for all.
+        """The artifacts of these targets, in their order, in these precisions; () stands for all.
 
         Raises:
             InputError: there is none, or none of one of the targets.
@@ -79,7 +79,8 @@ class Bundle:
         lacking = [target for target in targets if all(item.target != target for item in found)]
         if lacking or not found:
             raise InputError(self._lacking(lacking, precisions))
-        return found
+        order = list(targets)
+        return sorted(found, key=lambda item: order.index(item.target)) if order else found
 
     def _lacking(self, targets: Sequence[str], precisions: Collection[str]) -> str:
         """What to say where there is no artifact of the first of these targets, in one of these precisions."""

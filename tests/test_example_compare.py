@@ -20,6 +20,7 @@ from click.testing import CliRunner
 import nsm
 from nsm.baselines import TransformerLM
 from nsm.bundle import Bundle
+from nsm.errors import OutputExistsError
 from nsm.models import SimpleNSM, StepModel
 
 SCRIPT = Path(__file__).resolve().parent.parent / "examples" / "compare.py"
@@ -228,3 +229,15 @@ def test_all_models_have_about_the_same_size(compare: ModuleType) -> None:
     assert DEEP in models
     sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
     assert all(size == pytest.approx(sizes["nsm"], rel=0.15) for size in sizes.values()), sizes
+
+
+def test_only_its_own_tables_and_pictures_are_replaced(compare: ModuleType, tmp_path: Path) -> None:
+    output, picture = tmp_path / "table", tmp_path / "table.png"
+    picture.write_bytes(b"a photograph")
+    with pytest.raises(OutputExistsError, match=r"table\.png exists\. Move it away"):
+        compare.check_output(output)
+    output.with_suffix(".json").write_text('{"mine": 1}')
+    with pytest.raises(OutputExistsError, match=r"table\.json exists and is not a table of this script"):
+        compare.check_output(output)
+    compare.write_facts(tmp_path / "other", TARGET, [], {})
+    compare.check_output(tmp_path / "other")

@@ -22,8 +22,10 @@ def make_spec() -> StepSpec:
                 reads=("lane.offset", "0.bank", "0.mask"),
                 writes=("lane.offset", "0.bank"),
             ),
-            EntrySpec("decode", (TensorSpec("tokens", (2, 1), "int64", 1, 0, 19),), (), ("0.key",), ("0.key",)),
-            EntrySpec("commit", (), (), ("0.bank",), ("0.bank", "10.cell")),
+            EntrySpec(
+                "decode", (TensorSpec("tokens", (2, 1), "int64", 1, 0, 19),), (), ("0.key",), ("lane.offset", "0.key")
+            ),
+            EntrySpec("commit", (), (), ("0.bank",), ("lane.offset", "0.bank", "10.cell")),
         ),
         states=(
             StateSpec("lane.offset", (2,), "int64"),
