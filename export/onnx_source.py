@@ -16,6 +16,7 @@ from nsm.export.onnx_examine import examine, lane_axes, sample_tokens
 from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, is_read, ports, read_onnx, real_inputs
 from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given, GivenRuntime
+from nsm.export.onnx_limits import check_main
 from nsm.export.onnx_normal import normal_graph, spec_of
 from nsm.export.onnx_states import (
     check_answers,
@@ -186,6 +187,7 @@ def load_onnx(
         )
     if not main.shape:
         raise InputError(f"The input {main.name} is a single number; expected is [streams, ...].")
+    check_main(path, main.name, main.shape)
     timed = len(main.shape) > 1 and isinstance(main.shape[1], str)
     _check_closed(main, timed)
     by_name = {port.name: port for port in (*inputs.values(), *outputs.values())}
