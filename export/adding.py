@@ -46,7 +46,8 @@ def add_target(
         kept = tuple(item for item in bundle.manifest.artifacts if item.target != target.name)
         _remove_unused(stage, bundle.manifest.artifacts, (*kept, artifact))
         merge_parity(bundle, [] if report is None else [report])
-        write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact)))
+        failed = tuple(item for item in bundle.manifest.failed if item.target != target.name)
+        write_manifest(stage, replace(bundle.manifest, artifacts=(*kept, artifact), failed=failed))
         require_all([artifact], [] if report is None else [report], False)
     return artifact
 

@@ -143,6 +143,8 @@ def inspect(path: Path, as_json: bool) -> None:
             terminal.say(f"{artifact.target}: {note}")
         for line in low_precision_lines(artifact):
             terminal.say(line)
+    for failed in manifest.failed:
+        terminal.say(f"{failed.target}: not in the bundle. {failed.reason}")
 
 
 def doctor(as_json: bool) -> None:

@@ -97,6 +97,15 @@ class EntryWork:
     nbytes: float
 
 
+@dataclass(frozen=True)
+class FailedTarget:
+    """A target that was asked for and is not in the bundle: why, and the exit code of such an error."""
+
+    target: str
+    reason: str
+    exit_code: int
+
+
 _MODEL = {"class": str, "config": Mapping, "parameters": int}
 
 
@@ -105,7 +114,7 @@ class Manifest:
     """What a bundle says of itself.
 
     `model` holds at least its `class`, its `config`, and how many `parameters`; `work` what an entry does, by its name,
-    where that can be counted.
+    where that can be counted; `failed` the targets that were asked for and did not pass.
     """
 
     spec: StepSpec
@@ -117,6 +126,7 @@ class Manifest:
     command: str
     created: str
     work: Mapping[str, EntryWork] = field(default_factory=dict)
+    failed: tuple[FailedTarget, ...] = ()
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:
