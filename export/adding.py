@@ -61,7 +61,8 @@ def add_target(
         after = {**before, artifact.label: artifact}  # one that is replaced keeps its place
         _remove_unused(stage, before.values(), after.values())
         merge_parity(bundle, [] if report is None else [report])
-        write_manifest(stage, replace(bundle.manifest, artifacts=tuple(after.values())))
+        failed = tuple(item for item in bundle.manifest.failed if item.target != target.name)
+        write_manifest(stage, replace(bundle.manifest, artifacts=tuple(after.values()), failed=failed))
         require_all([artifact], [] if report is None else [report], False)
     return artifact
 

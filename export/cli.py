@@ -203,6 +203,7 @@ def main() -> None:
 @click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and say what it saved.")
 @click.option("--mobile", is_flag=True, help="With onnxruntime: build its .ort form as well, the target mobile.")
 @click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
+@click.option("--strict", is_flag=True, help="Of several targets, keep all or none.  [default: those that pass]")
 @click.option("--dry-run", is_flag=True, help="Check the request, the model and the data; write nothing.")
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @_shared
@@ -210,7 +211,8 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
     """Build a verified bundle from MODEL: a .pt written by nsm.save, a .pt2 of torch.export, or an .onnx.
 
     The model is exported to ONNX, built for every target, and run there over whole streams next to the PyTorch
-    reference. Only if the errors stay within budget does the bundle get its name.
+    reference. Only targets whose errors stay within budget are in the bundle; what became of the others stands in its
+    manifest, and the exit code is that of the first.
 
     \b
     nsm-export model.pt --target openvino

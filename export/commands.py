@@ -173,6 +173,8 @@ def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_js
             terminal.say(line)
     for line in stream_lines(manifest):
         terminal.say(line)
+    for failed in manifest.failed:
+        terminal.say(f"{failed.target}: not in the bundle. {failed.reason}")
 
 
 def doctor(as_json: bool) -> None:

@@ -53,7 +53,7 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
         return
     try:
-        bundle = pipeline.run(planned, terminal)
+        bundle, failure = pipeline.run(planned, terminal)
     except ParityError:
         if as_json:
             kept = Bundle(planned.output.with_name(planned.output.name + FAILED_SUFFIX))
@@ -64,12 +64,19 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         if as_json:
             click.echo(json.dumps({"bundle": None, "kept_as": None, "artifacts": error.artifacts}))
         raise
-    artifacts = bundle.manifest.to_json()["artifacts"]
+    found = bundle.manifest.to_json()
     saved = _measure_savings(terminal, planned, bundle) if planned.larger is not None else None
     if as_json:
-        found = {} if saved is None else {"compact": asdict(saved)}
-        click.echo(json.dumps({"bundle": str(bundle.path), "artifacts": artifacts, **found}))
-        return
+        more = {} if saved is None else {"compact": asdict(saved)}
+        written = {name: found[name] for name in ("artifacts", "failed")}
+        click.echo(json.dumps({"bundle": str(bundle.path), **written, **more}))
+    else:
+        _show(terminal, bundle, saved)
+    if failure is not None:
+        raise failure
+
+
+def _show(terminal: Terminal, bundle: Bundle, saved: Savings | None) -> None:
     terminal.say()
     if saved is not None:
         _show_savings(terminal, saved)

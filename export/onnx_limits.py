@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
@@ -22,6 +23,12 @@ MOST_NODES = 1_000_000
 
 DEEPEST = 100
 """How deep functions of a file may call each other."""
+
+MOST_LANES = 4096
+"""Streams that a graph is examined with, if it is for a fixed number of them: each alone, and all together."""
+
+MOST_NUMBERS = 1 << 24
+"""Of the main input in a call: a graph is examined over some dozens of calls at once."""
 
 # Element types of which several numbers share a byte.
 _BITS = {
@@ -99,6 +106,21 @@ def _too_deep(path: Path) -> UnsupportedError:
         f"{path}: its functions call each other more than {DEEPEST} deep, or without end. Export the model without "
         "functions of its own."
     )
+
+
+def check_main(path: Path, name: str, shape: Sequence[int | str]) -> None:
+    """Raise `UnsupportedError` where the main input is too large to examine the graph over many calls."""
+    if isinstance(shape[0], int) and shape[0] > MOST_LANES:
+        raise UnsupportedError(
+            f"{path}: the input {name} is {list(shape)}, for {shape[0]:,} streams; at most {MOST_LANES:,} are taken. "
+            "Export the model for one stream, or for any number of them."
+        )
+    count = math.prod(max(1, size) for size in shape if isinstance(size, int))
+    if count > MOST_NUMBERS:
+        raise UnsupportedError(
+            f"{path}: the input {name} is {list(shape)}, {count:,} numbers; a call takes at most {MOST_NUMBERS:,} of "
+            "the main input. Was the file damaged? Export a smaller step."
+        )
 
 
 def load_weights(path: Path, model: onnx.ModelProto) -> None:

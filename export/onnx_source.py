@@ -18,6 +18,7 @@ from nsm.export.onnx_file import Port, fix_inputs, fix_shapes, ports, read_onnx,
 from nsm.export.onnx_flow import check_read, decision, doubts_of_flow
 from nsm.export.onnx_foreign import Foreign
 from nsm.export.onnx_given import Given, GivenRuntime
+from nsm.export.onnx_limits import check_main
 from nsm.export.onnx_normal import normal_graph, spec_of
 from nsm.export.onnx_states import (
     check_answers,
@@ -209,6 +210,7 @@ def load_onnx(
         )
     if not main.shape:
         raise InputError(f"The input {main.name} is a single number; expected is [streams, ...].")
+    check_main(path, main.name, main.shape)
     timed = len(main.shape) > 1 and isinstance(main.shape[1], str)
     _check_closed(main, timed)
     decided = decision(path, dependence, main, pasts)

@@ -9,29 +9,29 @@ import math
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
-from nsm.errors import InputError, MissingDependencyError, UnsupportedError
-from nsm.export.build import build_target, check_request, require_all, write_parity
+from nsm.errors import InputError, MissingDependencyError, NsmError, UnsupportedError
+from nsm.export.build import build_target, check_request
 from nsm.export.capacity import Reach, find_reach, may_count, with_limit
 from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
+from nsm.export.keeping import Outcome, settle
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
 from nsm.export.state_options import parse_constants, parse_shapes, parse_states
-from nsm.manifest import Artifact, Manifest
+from nsm.manifest import Manifest
 from nsm.plain import real, whole
 from nsm.quantization.checks import check_enough, check_recurrent
 from nsm.quantization.policy import find_policy
 from nsm.quantization.recipe import Calibration
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import Progress
-from nsm.runtimes.report import ParityReport
 from nsm.runtimes.targets import TARGETS, find_target
 from nsm.spec import StepSpec
 from nsm.staging import check_output, staged, write_manifest
@@ -69,6 +69,7 @@ class ExportOptions:
         no_states: outputs of a foreign ONNX graph that are no states, whatever they are called.
         vocab_size: of a foreign model over ids that does not say how many there are.
         capacity: tokens that a lane of a foreign file takes from one reset to the next (default: found by experiment).
+        strict: of several targets, all or none; otherwise those that pass are kept.
 
     Raises:
         InputError: a size or share that is no number.
@@ -96,6 +97,7 @@ class ExportOptions:
     max_float_share: float = 0.3
     allow_slower: bool = False
     require_parity: bool = False
+    strict: bool = False
     force: bool = False
     command: str = ""
 
@@ -244,17 +246,21 @@ def compacted(source: Source, sequences: list[Array]) -> Source:
 
 
 def export(model: Path | Source, options: ExportOptions, stages: Stages | None = None) -> Bundle:
-    """Export a checkpoint to one bundle with one or several targets, all or nothing.
+    """Export a checkpoint to one bundle with one or several targets.
 
     Raises:
         The errors of `plan`; OutputExistsError; BuildError; ParityError (then the bundle lies aside as
-        `{output}.failed`).
+        `{output}.failed`). Where only some of the targets failed and `strict` is not set, the bundle is written with
+        the others before the error of the first is raised.
     """
-    return run(plan(model, options), stages or _Silent())
+    bundle, error = run(plan(model, options), stages or _Silent())
+    if error is not None:
+        raise error
+    return bundle
 
 
-def run(planned: Plan, stages: Stages) -> Bundle:
-    """Carry out a plan."""
+def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
+    """Carry out a plan: the bundle, and the error of a target that is not in it."""
     options, source = planned.options, planned.source
     spec = source.spec(options.batch, options.chunk, options.debug_outputs)
     targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
@@ -285,28 +291,29 @@ def run(planned: Plan, stages: Stages) -> Bundle:
         bundle = Bundle(stage)
         calibration = _calibrated(bundle, planned, stages)
         limits = Limits(options.max_float_share, options.allow_slower)
-        artifacts: list[Artifact] = []
-        reports: list[ParityReport] = []
+        outcomes: list[Outcome] = []
         for name in targets:
-            with stages.stage(f"Building {name}") as progress:
-                artifact, report = build_checked(
-                    bundle,
-                    find_target(name),
-                    options.device,
-                    options.precision,
-                    calibration,
-                    limits,
-                    trace,
-                    progress,
-                )
-                if found.counters is not None and (report is None or report.passed):
-                    artifact = with_limit(bundle, artifact, source.reference(free), found)
-            artifacts.append(artifact)
-            reports += [] if report is None else [report]
-        write_parity(stage, reports)
-        write_manifest(stage, replace(manifest, artifacts=tuple(artifacts)))
-        require_all(artifacts, reports, options.require_parity)
-    return Bundle(planned.output)
+            try:
+                with stages.stage(f"Building {name}") as progress:
+                    artifact, report = build_checked(
+                        bundle,
+                        find_target(name),
+                        options.device,
+                        options.precision,
+                        calibration,
+                        limits,
+                        trace,
+                        progress,
+                    )
+                    if found.counters is not None and (report is None or report.passed):
+                        artifact = with_limit(bundle, artifact, source.reference(free), found)
+                outcomes.append(Outcome(name, artifact, report).judged(options.require_parity))
+            except NsmError as error:
+                outcomes.append(Outcome(name, error=error))
+                if options.strict:
+                    break
+        failure = settle(stage, planned.output, manifest, outcomes, options.strict)
+    return Bundle(planned.output), failure
 
 
 def _steps_within(spec: StepSpec, steps: int) -> int:

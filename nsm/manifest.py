@@ -119,6 +119,15 @@ class Experiment:
     detail: str
 
 
+@dataclass(frozen=True)
+class FailedTarget:
+    """A target that was asked for and is not in the bundle: why, and the exit code of such an error."""
+
+    target: str
+    reason: str
+    exit_code: int
+
+
 _MODEL = {"class": str, "config": Mapping, "parameters": int}
 
 
@@ -127,7 +136,8 @@ class Manifest:
     """What a bundle says of itself. Of a target there is one artifact in each precision.
 
     `model` holds at least its `class`, its `config`, and how many `parameters`; `work` what an entry does, by its name,
-    where that can be counted; `examination` the experiments that a foreign model went through.
+    where that can be counted; `examination` the experiments that a foreign model went through; `failed` the targets that
+    were asked for and did not pass.
     """
 
     spec: StepSpec
@@ -140,6 +150,7 @@ class Manifest:
     created: str
     work: Mapping[str, EntryWork] = field(default_factory=dict)
     examination: tuple[Experiment, ...] = ()
+    failed: tuple[FailedTarget, ...] = ()
     format_version: int = field(default=FORMAT_VERSION)
 
     def __post_init__(self) -> None:

@@ -19,6 +19,7 @@ from nsm.export import onnx_file
 from nsm.export.onnx_limits import DEEPEST
 from nsm.export.onnx_operators import RANDOM
 from nsm.export.onnx_source import load_onnx
+from nsm.export.state_options import parse_states
 from tests.export.graphs import FLOAT, HALF, PLAIN, leaky, write
 
 OPSETS = [helper.make_opsetid("", 18), helper.make_opsetid("mine", 1)]
@@ -310,3 +311,17 @@ def test_what_is_no_name_of_a_module_is_left_out(scopes: str, tmp_path: Path) ->
         error, match=rf"the node gelu{of} is the operator com\.microsoft::QuickGelu, which is not in the"
     ):
         load_onnx(biased(tmp_path / "m.onnx", foreign))
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ([1 << 20, 3], r"the input x is \[1048576, 3\], for 1,048,576 streams; at most 4,096 are taken"),
+        ([1, 1 << 25], r"the input x is \[1, 33554432\], 33,554,432 numbers; a call takes at most 16,777,216"),
+        ([0, 1 << 60], r"x is \[0, 1152921504606846976\], 1,152,921,504,606,846,976 numbers"),
+    ],
+)
+def test_a_main_input_that_takes_hours_to_examine_is_refused(shape: list[int], message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", leaky(), {**PLAIN[0], "x": shape}, PLAIN[1], HALF)
+    with pytest.raises(UnsupportedError, match=message):
+        load_onnx(path, parse_states(["h=hn"]))

@@ -19,6 +19,7 @@ import nsm
 from nsm.bundle import PARITY, Bundle
 from nsm.errors import BuildError, CheckpointError, InputError, OutputExistsError, ParityError, UnsupportedError
 from nsm.export import guard, pipeline, torch_source
+from nsm.export.adding import add_target
 from nsm.export.build import build_target
 from nsm.export.pipeline import ExportOptions, export, plan, versions
 from nsm.manifest import Artifact
@@ -28,7 +29,8 @@ from nsm.runtimes.parity import Progress
 from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
-from tests.export.helpers import scale_weights
+from tests.export import helpers
+from tests.export.helpers import invoke, scale_weights, the_json
 
 Change = Callable[[Path], None]
 
@@ -312,9 +314,8 @@ def test_an_artifact_that_is_not_the_model_is_kept_aside(
     assert all(item["first_divergence"]["step"] == 0 for item in report["results"])
 
 
-def test_one_wrong_target_fails_the_bundle(
-    checkpoint: Path, tmp_path: Path, ready_graph: Callable[[Change], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch, ready_graph: Callable[[Change], None]) -> None:
     """The artifact is wrong, not the graph: OpenVINO's weights are changed after they were built."""
 
     def build_spoilt(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
@@ -324,11 +325,121 @@ def test_one_wrong_target_fails_the_bundle(
         return artifact
 
     monkeypatch.setattr(guard, "build_target", build_spoilt)
+
+
+def test_one_wrong_target_fails_the_bundle_where_all_are_asked_for(
+    checkpoint: Path, tmp_path: Path, spoilt: None
+) -> None:
     with pytest.raises(ParityError, match="Parity failed on openvino fp32"):
-        export(checkpoint, short(tmp_path / "m.nsm", "onnxruntime", "openvino"))
+        export(checkpoint, short(tmp_path / "m.nsm", "onnxruntime", "openvino", strict=True))
     assert names(tmp_path) == ["m.nsm.failed"]
     failed = Bundle(tmp_path / "m.nsm.failed").manifest
     assert [item.parity["status"] for item in failed.artifacts] == ["passed", "failed"]
+
+
+def test_the_targets_that_passed_are_kept_beside_one_that_is_wrong(
+    checkpoint: Path, tmp_path: Path, spoilt: None
+) -> None:
+    path = tmp_path / "m.nsm"
+    with pytest.raises(ParityError) as caught:
+        export(checkpoint, short(path, "onnxruntime", "openvino", "onnx"))
+    assert names(tmp_path) == ["m.nsm", "m.nsm.failed"]
+    bundle, failed = Bundle(path), Bundle(tmp_path / "m.nsm.failed")
+    bundle.verify()
+    assert [item.target for item in bundle.manifest.artifacts] == ["onnxruntime", "onnx"]
+    assert [(item.target, item.exit_code) for item in bundle.manifest.failed] == [("openvino", 5)]
+    assert bundle.manifest.failed[0].reason.startswith("Parity failed on openvino fp32")
+    assert not (path / "openvino").exists()
+    report = json.loads((path / PARITY).read_text())
+    assert report["passed"] is True
+    assert [item["target"] for item in report["results"]] == ["onnxruntime", "onnx"]
+    assert [item.parity["status"] for item in failed.manifest.artifacts] == ["passed", "failed", "passed"]
+    assert json.loads((failed.path / PARITY).read_text())["passed"] is False
+    message = str(caught.value)
+    assert message.startswith("openvino: Parity failed on openvino fp32")
+    assert f"kept as {tmp_path / 'm.nsm.failed'}" in message
+    assert message.endswith(
+        f"{path} was written with the targets that passed: onnxruntime, onnx. With --strict nothing would have been."
+    )
+
+
+@pytest.mark.parametrize("order", [("openvino", "onnxruntime"), ("onnxruntime", "openvino")])
+def test_the_targets_that_passed_are_kept_beside_one_that_cannot_be_built(
+    checkpoint: Path,
+    tmp_path: Path,
+    ready_graph: Callable[[Change], None],
+    monkeypatch: pytest.MonkeyPatch,
+    order: tuple[str, str],
+) -> None:
+    path = tmp_path / "m.nsm"
+
+    def lacking(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
+        if target.name == "openvino":
+            (directory / "openvino").mkdir()
+            (directory / "openvino" / "half.xml").touch()
+            raise UnsupportedError("it has no such operator")
+        return build_target(directory, spec, target, device)
+
+    monkeypatch.setattr(guard, "build_target", lacking)
+    with pytest.raises(
+        UnsupportedError, match=r"^openvino: it has no such operator .*m\.nsm was written with .*: onnxr"
+    ):
+        export(checkpoint, short(path, *order))
+    assert names(tmp_path) == ["m.nsm"]
+    bundle = Bundle(path)
+    bundle.verify()
+    assert [item.target for item in bundle.manifest.artifacts] == ["onnxruntime"]
+    (failed,) = bundle.manifest.failed
+    assert (failed.target, failed.reason, failed.exit_code) == ("openvino", "it has no such operator", 3)
+    assert not (path / "openvino").exists()
+    result = invoke("inspect", path)
+    assert "openvino: not in the bundle. it has no such operator" in result.stdout
+    with pytest.raises(UnsupportedError, match=r"^it has no such operator$"):
+        export(checkpoint, short(tmp_path / "strict.nsm", *order, strict=True))
+    assert names(tmp_path) == ["m.nsm"]
+    monkeypatch.undo()
+    add_target(path, "openvino")
+    assert Bundle(path).manifest.failed == ()
+
+
+def test_several_that_failed_are_all_named_and_the_first_is_raised(
+    checkpoint: Path, tmp_path: Path, ready_graph: Callable[[Change], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    def failing(directory: Path, spec: StepSpec, target: Target, device: str | None) -> Artifact:
+        if target.name == "openvino":
+            raise UnsupportedError("no operator")
+        if target.name == "mobile":
+            raise BuildError("no file")
+        return build_target(directory, spec, target, device)
+
+    monkeypatch.setattr(guard, "build_target", failing)
+    message = r"^openvino: no operator mobile failed too: no file .*: onnxruntime\."
+    with pytest.raises(UnsupportedError, match=message):
+        export(checkpoint, short(tmp_path / "m.nsm", "openvino", "onnxruntime", "mobile"))
+    assert [item.target for item in Bundle(tmp_path / "m.nsm").manifest.failed] == ["openvino", "mobile"]
+    with pytest.raises(UnsupportedError, match=r"^no operator$"):
+        export(checkpoint, short(tmp_path / "none.nsm", "openvino", "mobile"))
+    assert names(tmp_path) == ["m.nsm"]
+
+
+def test_the_command_says_what_is_kept_and_ends_with_the_code_of_what_failed(
+    checkpoint: Path, tmp_path: Path, spoilt: None
+) -> None:
+    arguments = helpers.short(checkpoint, tmp_path / "m.nsm", "-t", "onnxruntime", "-t", "openvino")
+    result = invoke(*arguments, "--json")
+    assert result.exit_code == 5
+    data = the_json(result)
+    assert data["bundle"] == str(tmp_path / "m.nsm")
+    assert [item["target"] for item in data["artifacts"]] == ["onnxruntime"]
+    assert [(item["target"], item["exit_code"]) for item in data["failed"]] == [("openvino", 5)]
+    assert "was written with the targets that passed: onnxruntime" in result.stderr
+    strict = invoke(*arguments, "--strict", "--force", "--json")
+    assert strict.exit_code == 5
+    assert the_json(strict)["bundle"] is None
+    shown = invoke(*arguments, "--force")
+    assert shown.exit_code == 5
+    assert f"Wrote {tmp_path / 'm.nsm'}" in shown.stdout
 
 
 def test_a_failure_replaces_an_earlier_one_and_leaves_the_good_bundle(
@@ -362,10 +473,10 @@ def _interrupt(*_args: Any, **_options: Any) -> None:
     [
         "pipeline.record",
         "guard.build_target",
-        "pipeline.write_parity",
+        "keeping.write_parity",
         "pipeline.write_manifest",
         "pipeline.np.savez",
-        "pipeline.require_all",
+        "keeping.require_all",
     ],
 )
 @pytest.mark.parametrize(("fail", "error"), [(_crash, RuntimeError), (_full, OSError), (_interrupt, KeyboardInterrupt)])
@@ -423,9 +534,11 @@ def test_required_parity_without_a_gpu_fails_and_keeps_the_bundle_aside(
         ParityError, match=r"--require-parity: tensorrt could not be compared\. There is no usable NVIDIA"
     ):
         export(checkpoint, short(tmp_path / "m.nsm", "onnxruntime", "tensorrt", require_parity=True))
-    assert names(tmp_path) == ["m.nsm.failed"]
+    assert names(tmp_path) == ["m.nsm", "m.nsm.failed"]
+    assert [item.target for item in Bundle(tmp_path / "m.nsm").manifest.artifacts] == ["onnxruntime"]
     failed = Bundle(tmp_path / "m.nsm.failed")
-    failed.verify()
+    for bundle in (failed, Bundle(tmp_path / "m.nsm")):
+        bundle.verify()
     assert failed.artifact("tensorrt").parity["status"] == "not_run"
 
 
