@@ -16,7 +16,7 @@ from nsm.export.source_line import line_of_error
 from nsm.models.checkpoint import fingerprint, load_checkpoint
 from nsm.models.step import State as Tensors
 from nsm.models.step import StepModel, duplicate, on_cpu
-from nsm.runtimes.base import Handles, State
+from nsm.runtimes.base import Handles, NotCopyable, State
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
@@ -26,7 +26,7 @@ TARGET = "pytorch"
 _Call = Callable[[dict[str, torch.Tensor], Tensors], tuple[dict[str, torch.Tensor], Tensors]]
 
 
-class TorchRuntime:
+class TorchRuntime(NotCopyable):
     """Runs the entries of a model through `StepModel.call`, in inference mode and in the dtype of its weights.
 
     Args:

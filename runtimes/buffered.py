@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from nsm.errors import RunError, StreamError
-from nsm.runtimes.base import Sides, State
+from nsm.runtimes.base import NotCopyable, Sides, State
 from nsm.runtimes.checks import all_finite
 from nsm.spec import COUNT, VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -44,7 +44,7 @@ _LINE = 16
 """Numbers of float32 in a cache line."""
 
 
-class BufferedRuntime:
+class BufferedRuntime(NotCopyable):
     """Every state in two buffers, written in turn; a state that is appended to in one.
 
     One buffer bound as both input and output of a state may be overwritten before it is read (ONNX Runtime did so,

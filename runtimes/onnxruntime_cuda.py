@@ -10,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from nsm.errors import BuildError, DeviceUnavailableError, RunError, StreamError, UnsupportedError
-from nsm.runtimes.base import Runtime, Sides, State, Watched
+from nsm.runtimes.base import NotCopyable, Runtime, Sides, State, Watched
 from nsm.runtimes.checks import all_finite
 from nsm.runtimes.onnxruntime import SLOWER_ON_CPU, graph_precision, open_graph
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
@@ -47,7 +47,7 @@ def load(
     return OnCuda(files, spec, device, threads, precision)
 
 
-class OnCuda:
+class OnCuda(NotCopyable):
     """A runtime over sessions whose inputs, outputs and states are bound to memory of the device.
 
     Every state has two buffers, written in turn, and every way in which they can lie has a binding, and a CUDA graph,

@@ -18,7 +18,7 @@ from nsm.errors import (
     StreamError,
     UnsupportedError,
 )
-from nsm.runtimes.base import Runtime, Sides, State
+from nsm.runtimes.base import NotCopyable, Runtime, Sides, State
 from nsm.runtimes.targets import find_target
 from nsm.spec import StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -60,7 +60,7 @@ def load(
     return TensorRt(importlib.import_module(package), cuda, files, spec, device, precision)
 
 
-class TensorRt:
+class TensorRt(NotCopyable):
     """A runtime over TensorRT execution contexts, one stream for all.
 
     State stays on the device between calls; a step copies its inputs there and its outputs back.

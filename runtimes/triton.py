@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from nsm.errors import BuildError, BundleDamagedError, RunError, StreamError
-from nsm.runtimes.base import Handles, Runtime, State
+from nsm.runtimes.base import Handles, NotCopyable, Runtime, State
 from nsm.runtimes.checks import all_finite
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
@@ -113,7 +113,7 @@ def load(
     return TritonRuntime(served, graph, spec)
 
 
-class TritonRuntime:
+class TritonRuntime(NotCopyable):
     """One sequence of a model in a repository.
 
     Args:

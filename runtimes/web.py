@@ -19,7 +19,7 @@ import numpy as np
 
 from nsm.errors import BundleDamagedError, DeviceUnavailableError, RunError, StreamError
 from nsm.files import sha256
-from nsm.runtimes.base import Handles, Runtime, State
+from nsm.runtimes.base import Handles, NotCopyable, Runtime, State
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
@@ -100,7 +100,7 @@ def _has_hash(path: Path, digest: str) -> bool:
     return path.is_file() and sha256(path) == digest
 
 
-class WebRuntime:
+class WebRuntime(NotCopyable):
     """A runtime in another process.
 
     Args:

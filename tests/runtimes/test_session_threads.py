@@ -72,7 +72,7 @@ def test_lanes_in_threads_are_what_they_are_alone(wide: tuple[Session, Array]) -
         session.reset()
         alone.append(live(session, tokens, lane, lambda: None))
     session.reset()
-    together = threading.Barrier(LANES)
+    together = threading.Barrier(LANES, timeout=60)
     with ThreadPoolExecutor(LANES) as pool:
         lives = list(pool.map(lambda lane: live(session, tokens, lane, together.wait), range(LANES)))
     for (given, state), (wanted, end) in zip(lives, alone, strict=True):
@@ -118,7 +118,7 @@ def test_coroutines_share_a_session_through_threads() -> None:
 def test_a_session_is_closed_between_the_calls_of_other_threads() -> None:
     session = fake_session()
     refused: list[str] = []
-    started = threading.Barrier(5)
+    started = threading.Barrier(5, timeout=60)
 
     def use() -> None:
         started.wait()
