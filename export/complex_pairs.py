@@ -77,7 +77,7 @@ class _Run(Retrace):
         if not is_complex(n) and not any(isinstance(leaf, Pair) for leaf in pytree.tree_leaves((args, kwargs))):
             return super().run_node(n)
         name = str(n.target).removeprefix("aten.").split(".", 1)[0]
-        operation = _OPERATIONS.get(name) or (partial(_by_parts, n.target) if name in _BY_PARTS else None)
+        operation = operation_of(name, n.target)
         if operation is None:
             raise _refusal(n)
         try:
@@ -97,6 +97,11 @@ def _refusal(node: fx.Node) -> UnsupportedError:
     )
 
 
+def operation_of(name: str, target: Any) -> Callable[..., Any] | None:
+    """What computes an operator of torch on `Pair`s, by its name without `aten.`; None where nothing does."""
+    return _OPERATIONS.get(name) or (partial(_by_parts, target) if name in _BY_PARTS else None)
+
+
 def _marked(node: fx.Node) -> Any:
     """A node as if it came from a module `fourier_transform`: its products are known by it, and stay in fp32."""
     stack = dict(node.meta.get("nn_module_stack") or {})
@@ -114,10 +119,9 @@ class _Meta:
 # -- operators of one part --------------------------------------------------------------------------------------------
 
 _BY_PARTS = frozenset(
-    "alias as_strided cat chunk clone concat contiguous cumsum detach diagonal dropout embedding expand flatten flip "
-    "gather index index_select lift_fresh_copy mean movedim narrow neg permute repeat reshape roll select "
-    "select_scatter slice slice_scatter split split_with_sizes squeeze stack sum swapaxes t tile transpose tril triu "
-    "unbind unflatten unfold unsqueeze view where".split()
+    "as_strided cat clone cumsum detach diagonal embedding expand flip gather index index_select mean neg permute repeat "
+    "roll select select_scatter slice slice_scatter split split_with_sizes squeeze stack sum t transpose tril triu "
+    "unbind unfold unsqueeze view where".split()
 )
 """Operators that do the same to the real and to the imaginary part."""
 
@@ -333,7 +337,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "abs": _abs,
     "angle": _angle,
     "sgn": _sgn,
-    **dict.fromkeys(("conj", "_conj", "_conj_physical", "conj_physical"), _conj),
+    **dict.fromkeys(("conj", "_conj", "_conj_physical"), _conj),
     **dict.fromkeys(("resolve_conj", "resolve_neg"), lambda z: z),
     "real": lambda z: z.real,
     "imag": lambda z: z.imag,
@@ -374,3 +378,6 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "_fft_c2r": lambda z, *args: fourier.complex_to_real((z.real, z.imag), *args),
 }
 """Operators by name, on `Pair`s, real tensors and numbers."""
+
+OPERATORS = frozenset(_OPERATIONS) | _BY_PARTS
+"""Names of those that have a form in pairs."""

@@ -45,6 +45,13 @@ def _written(z: Tensor, value: Any) -> Tensor:
     return z
 
 
+def _part_written(z: Tensor, w: Tensor) -> Tensor:
+    z = z.clone()
+    z[:, 1:3] = w[:, :2]
+    return z
+
+
+ORDER = torch.tensor([[5, 4, 3, 2, 1, 0]] * 2)
 OPERATORS: dict[str, Callable[..., Tensor]] = {
     "add": lambda z, w, m: z + w,
     "add a number": lambda z, w, m: z + (2 - 1j),
@@ -118,8 +125,14 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "written in place, complex": lambda z, w, m: _written(z, w[:, 0]),
     "equal": lambda z, w, m: (z == w) | (z != z.conj().conj()) | (z.real.to(torch.complex64) == z.real),
     "constants": lambda z, w, m: torch.exp(m.weight)[0, 0] * z + m.weight.sum(),
-    "dropout": lambda z, w, m: nn.functional.dropout(z, 0.5, training=False),
     "detached": lambda z, w, m: z.detach().contiguous().clone() + w,
+    "moved and repeated": lambda z, w, m: z.t().repeat(2, 1).unfold(0, 3, 2).diagonal() + m.weight[0, 1],
+    "strided": lambda z, w, m: torch.as_strided(z * 1, (2, 3), (6, 2)),
+    "triangles": lambda z, w, m: z.reshape(3, 4).tril() @ w.reshape(4, 3).triu(),
+    "looked up": lambda z, w, m: nn.functional.embedding(torch.tensor([1, 0]), m.kernel) + z.gather(1, ORDER),
+    "filled alike": lambda z, w, m: torch.full_like(z, 1 - 2j) * w,
+    "a part written in place": lambda z, w, m: _part_written(z, w),
+    "a constant": lambda z, w, m: z * torch.tensor(1 - 1j),
     "rfft": lambda z, w, m: torch.fft.rfft(z.real),
     "rfft of more": lambda z, w, m: torch.fft.rfft(z.real, n=9, norm="ortho"),
     "rfft of fewer, another axis": lambda z, w, m: torch.fft.rfft(torch.stack([z.real] * 5), n=4, dim=0, norm="forward"),
@@ -147,3 +160,69 @@ def test_an_operator_is_the_same_in_pairs(name: str) -> None:
     assert given.shape == wanted.shape
     assert given.dtype == wanted.dtype
     torch.testing.assert_close(given, wanted, rtol=1e-5, atol=2e-6)
+
+
+def test_every_operator_of_the_tables_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the test above; those that torch itself takes apart or writes otherwise cannot be reached by a module."""
+    tried: set[str] = set()
+    run = complex_pairs.operation_of
+
+    def noted(name: str, target: Any) -> Any:
+        tried.add(name)
+        return run(name, target)
+
+    monkeypatch.setattr(complex_pairs, "operation_of", noted)
+    for name in OPERATORS:
+        test_an_operator_is_the_same_in_pairs(name)
+    assert complex_pairs.OPERATORS - tried == set(WHOLE)
+
+
+def _pair(z: Tensor) -> complex_pairs.Pair:
+    return complex_pairs.Pair(z.real.clone(), z.imag.clone())
+
+
+WHOLE: dict[str, Callable[[Tensor], Tensor]] = {
+    "conj": torch.conj,
+    "imag": torch.imag,
+    "real": torch.real,
+    "resolve_conj": torch.resolve_conj,
+    "resolve_neg": torch.resolve_neg,
+    "to": lambda z: z.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_operators_that_other_versions_of_torch_leave_whole(name: str) -> None:
+    operation = complex_pairs.operation_of(name, None)
+    assert operation is not None
+    z = KERNEL
+    given, wanted = operation(_pair(z), *([torch.complex64] if name == "to" else [])), WHOLE[name](z)
+    if wanted.is_complex():
+        given = torch.complex(given.real, given.imag)
+    torch.testing.assert_close(given, wanted.resolve_conj())
+
+
+@pytest.mark.parametrize(
+    ("make", "operator"),
+    [
+        (lambda z, w, m: z.tanh(), "aten.tanh"),
+        (lambda z, w, m: torch.linalg.inv(z[:, :2]), "aten.linalg_inv"),
+        (lambda z, w, m: torch.einsum("bi,bi,bi->b", z, w, z), "aten.einsum"),  # known, but not of three factors
+    ],
+)
+def test_what_has_no_form_in_pairs_is_refused_with_its_line(make: Callable[..., Tensor], operator: str) -> None:
+    module = Expression(make).eval()
+    examples = tuple(torch.randn(SHAPE) for _ in range(4))
+    with pytest.raises(UnsupportedError) as caught:
+        rewritten(capture(module, examples, "module"), examples)
+    told = str(caught.value)
+    assert told.startswith(f"The operator {operator} on complex numbers in the module Expression has no form in real")
+    assert f": {__file__}:" in told
+    assert "made = self.make(z, w, self)\n" in told
+    assert told.endswith("torch.view_as_real(z), or from z.abs() and z.angle().")
+
+
+def test_a_program_without_complex_numbers_stays_as_it_is() -> None:
+    module = nn.Linear(6, 6)
+    program = capture(module, (torch.randn(SHAPE),), "module")
+    assert rewritten(program, (torch.randn(SHAPE),)) is program
