@@ -69,7 +69,7 @@ def complex_to_real(parts: Parts, axes: Sequence[int], normalization: int, last_
 
 
 def overlap_add(frames: Tensor, sizes: Sequence[int], axis: int, size: int, step: int) -> Tensor:
-    """`aten.unfold_backward`, of which the inverse of `torch.stft` is made: frames [..., F, ..., size] put side by side.
+    """`aten.unfold_backward`: the sum of frames [..., F, ..., size], each at its place, as in `torch.istft`.
 
     Args:
         frames: with F on `axis`, and what is in each of them on the last one.

@@ -13,7 +13,6 @@ from pathlib import Path
 
 from torch import fx, nn
 
-
 _WIDTH = 120
 """Characters of a line of code that are shown."""
 

@@ -8,10 +8,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec, OutputKind, TensorArgument
 from torch.utils import _pytree as pytree
@@ -126,7 +126,7 @@ class Program(nn.Module):
 
     def __init__(self, program: ExportedProgram, names: Sequence[str]) -> None:
         super().__init__()
-        self.program = cast("fx.GraphModule", program.module(check_guards=False))
+        self.program = program.module(check_guards=False)
         move_modules(self.program.graph, "model.module")
         self._arguments = [_argument(spec, names) for spec in _given(program)]
         self._nesting = program.call_spec.in_spec
@@ -264,7 +264,7 @@ def _read(program: ExportedProgram, name: str) -> bool:
 
 
 def _place(
-    option: StateOption, inputs: dict[str, Tensor], constants: dict[str, object], outputs: Sequence[object]
+    option: StateOption, inputs: dict[str, Tensor], constants: Mapping[str, object], outputs: Sequence[object]
 ) -> int:
     """Which output belongs to a state."""
     if option.past in constants:

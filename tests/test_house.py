@@ -51,13 +51,22 @@ ALLOWED = {
 # The rooms of export that need torch; the others must do without.
 WITH_TORCH = {
     "nsm.export.api",
+    "nsm.export.capture",
+    "nsm.export.complex_operators",
+    "nsm.export.complex_pairs",
+    "nsm.export.fourier",
     "nsm.export.onnx",
     "nsm.export.onnx_failure",
     "nsm.export.savings",
     "nsm.export.pt2",
+    "nsm.export.pt2_training",
+    "nsm.export.retrace",
+    "nsm.export.rewrite",
+    "nsm.export.source_line",
     "nsm.export.torch_program",
     "nsm.export.torch_runtime",
     "nsm.export.torch_source",
+    "nsm.export.torch_weights",
 }
 # Those that need the packages of ONNX; others may import them inside functions only.
 WITH_ONNX = {

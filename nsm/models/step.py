@@ -134,7 +134,7 @@ def duplicate(model: Model) -> Model:
 class _CopyOfResults(TorchFunctionMode):
     """Lets `copy.deepcopy` copy tensors that are results of others, which torch refuses."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ARG002
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__deepcopy__ and not args[0].is_leaf:
             value, memo = args
             return memo.setdefault(id(value), value.detach().clone())

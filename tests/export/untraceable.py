@@ -131,7 +131,8 @@ class Autograd(Base):
 class Scripted(Base):
     def __init__(self) -> None:
         super().__init__()
-        self.mix = torch.jit.script(nn.Linear(3, 3))
+        mix: Any = torch.jit.script(nn.Linear(3, 3))
+        self.mix = mix
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         return self.mix(x) + h, h * 0.5 + x  # here
@@ -171,7 +172,7 @@ class Numpy(Base):
 class Pointer(Base):
     def change(self, h: Tensor) -> Tensor:
         first = ctypes.cast(h.data_ptr(), ctypes.POINTER(ctypes.c_float))  # here
-        return h * first[0]
+        return h * float(first[0])
 
 
 class Size(Base):

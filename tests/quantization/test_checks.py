@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from nsm.errors import InputError, UnsupportedError
-from nsm.quantization.checks import MAX_STEPS, MIN_CALLS, check_bounded, check_enough, check_trace, size_of
+from nsm.quantization.checks import (
+    MAX_STEPS,
+    MIN_CALLS,
+    check_bounded,
+    check_enough,
+    check_recurrent,
+    check_trace,
+    size_of,
+)
+from nsm.quantization.policy import LONGEST, POLICIES, SMALLEST
 from nsm.trace import Array, Arrays, Trace
 
 LENGTH = 4
@@ -91,3 +100,42 @@ def test_the_largest_state_is_the_size_and_counters_are_none() -> None:
     state = {"a": np.array([3.0, 4.0]), "b": np.array([1.0]), "count": np.array([99]), "none": np.empty((2, 0))}
     assert size_of(state) == pytest.approx(12.5**0.5)
     assert size_of({"count": np.array([99])}) == 0.0
+
+
+# -- weights inside of recurrent operators ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "largest", "length", "take"),
+    [
+        ("openvino", "int8", {"LSTM": SMALLEST}, 16, "Take --precision fp16, or --precision bf16, or --target onnxr"),
+        ("openvino", "int8-weights", {"GRU": SMALLEST, "": SMALLEST - 1}, 1, "Take --precision fp16"),
+        ("onnxruntime", "int8-weights", {"RNN": SMALLEST}, 16, "Take --target onnxruntime --precision int8, or keep"),
+        ("tensorrt", "fp16", {"GRU": SMALLEST, "LSTM": SMALLEST}, 16, "inside of GRU and LSTM operators"),
+        ("onnxruntime", "int8", {"GRU": SMALLEST}, LONGEST + 1, f"{LONGEST} tokens; given are 17. Take --chunk 16"),
+    ],
+)
+def test_low_precision_that_reaches_no_weight_is_refused(
+    target: str, precision: str, largest: dict[str, int], length: int, take: str
+) -> None:
+    with pytest.raises(UnsupportedError, match="large weights of this model are all inside of") as caught:
+        check_recurrent(largest, target, precision, POLICIES[target, precision], length)
+    assert take in str(caught.value)
+    assert str(caught.value).endswith("or keep fp32.")
+
+
+@pytest.mark.parametrize(
+    ("target", "precision", "largest", "length"),
+    [
+        ("openvino", "int8", {"LSTM": 10 * SMALLEST, "": SMALLEST}, 16),
+        ("openvino", "int8", {"LSTM": SMALLEST - 1}, 16),  # too small in any operator, which is told later
+        ("openvino", "int8", {}, 16),
+        ("openvino", "fp16", {"LSTM": SMALLEST}, 16),
+        ("onnxruntime", "int8", {"LSTM": SMALLEST}, 1000),
+        ("mobile", "int8", {"GRU": SMALLEST}, LONGEST),
+    ],
+)
+def test_low_precision_that_reaches_weights_is_not(
+    target: str, precision: str, largest: dict[str, int], length: int
+) -> None:
+    check_recurrent(largest, target, precision, POLICIES[target, precision], length)

@@ -108,8 +108,9 @@ def test_a_name_that_only_looks_like_a_router_is_chosen() -> None:
 
 
 def test_other_patterns_take_the_place_of_these() -> None:
-    chosen, kept = Policy("half", keep=("head.*",)).chosen([product(ROUTER), product("head.1/MatMul")])
-    assert ([item.node for item in chosen], list(kept)) == ([ROUTER], ["head.1/MatMul"])
+    policy = Policy("half", keep=(("head.*", "it is the head"),))
+    chosen, kept = policy.chosen([product(ROUTER), product("head.1/MatMul")])
+    assert ([item.node for item in chosen], kept) == ([ROUTER], {"head.1/MatMul": "it is the head"})
 
 
 MODULES = ("router.product", "lift.0.value", "lift.1.product", "projection", "feed_forward.0", "attention.fuse")

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from nsm.quantization import forms
-from nsm.quantization.policy import SAFE_SUM
+from nsm.quantization.policy import LONGEST, SAFE_SUM
 from nsm.quantization.products import products_of
-from nsm.quantization.recurrent import LONGEST, unroll
+from nsm.quantization.recurrent import unroll
 from nsm.trace import Array, Arrays
 from tests.quantization.graphs import largest_pair
 
