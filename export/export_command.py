@@ -71,12 +71,12 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         written = {name: found[name] for name in ("artifacts", "failed")}
         click.echo(json.dumps({"bundle": str(bundle.path), **written, **more}))
     else:
-        _show(terminal, bundle, saved)
+        _show(terminal, planned, bundle, saved)
     if failure is not None:
         raise failure
 
 
-def _show(terminal: Terminal, bundle: Bundle, saved: Savings | None) -> None:
+def _show(terminal: Terminal, planned: Plan, bundle: Bundle, saved: Savings | None) -> None:
     terminal.say()
     if saved is not None:
         _show_savings(terminal, saved)
