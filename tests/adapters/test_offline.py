@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import nsm
+from nsm.adapters.validate import summary
 from nsm.errors import ConfigError, UnsupportedError
 
 WINDOW, WIDTH = 20, 4
@@ -34,7 +35,8 @@ class Attention(nn.Module):
         places = torch.arange(ids.shape[1])
         ahead = places[:, None] - places
         hidden = (ahead < 0) | (ahead >= WINDOW)
-        return self.head((q @ k.mT).masked_fill(hidden, -1e4).softmax(-1) @ v)
+        y: Tensor = self.head((q @ k.mT).masked_fill(hidden, -1e4).softmax(-1) @ v)
+        return y
 
 
 class Wrapper(nn.Module):
@@ -90,7 +92,7 @@ def test_a_window_kept_in_a_python_number_is_named() -> None:
 def test_a_window_that_is_always_that_of_the_first_token_is_not_the_model() -> None:
     model, wrapper = wrapped("made anew")
     step = nsm.as_step(wrapper, vocab_size=11)
-    assert "not compared with an offline run" in step.examination.remarks[-1]
+    assert "not compared with an offline run" in summary(step.examination.experiments)
     with pytest.raises(UnsupportedError, match=r"is not the model: from token 1 on, outputs departs from the offline"):
         nsm.as_step(wrapper, vocab_size=11, offline=model)
 

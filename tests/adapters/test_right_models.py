@@ -94,6 +94,11 @@ class Delay(nn.Module):
         return later, [x, late]
 
 
+def states_of(part: Any) -> list[Tensor]:
+    found: list[Tensor] = part.states()
+    return found
+
+
 class Parts(nn.Module):
     """The sum of what the parts answer, over x [B, 3] or [B, T, 3], or ids."""
 
@@ -103,9 +108,10 @@ class Parts(nn.Module):
         self.embed = nn.Embedding(11, WIDTH) if ids else nn.Identity()
 
     def one(self, x: Tensor, states: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        total, after, start = torch.zeros_like(x), [], 0
+        total, start = torch.zeros_like(x), 0
+        after: list[Tensor] = []
         for part in self.parts:
-            count = len(part.states())
+            count = len(states_of(part))
             y, new = part(x, *states[start : start + count])
             total, after, start = total + y, after + new, start + count
         return total, after
@@ -131,7 +137,7 @@ KINDS: list[Any] = [Gated, Ring, Cached, Position, Delay]
 def test_right_models_pass(parts: list[tuple[Any, int]], timed: bool, ids: bool, seed: int) -> None:
     torch.manual_seed(seed)
     module = Parts([kind(size) for kind, size in parts], timed, ids)
-    starts = [start for part in module.parts for start in part.states()]
+    starts = [start for part in module.parts for start in states_of(part)]
     states = [Carried(f"s{index}", start) for index, start in enumerate(starts)]
     options: dict[str, Any] = {"vocab_size": 11} if ids else {"token_shape": (WIDTH,)}
     step = nsm.as_step(module, states, timed=timed, chunk_size=3, **options)

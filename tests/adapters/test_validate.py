@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from nsm.adapters.validate import EXPERIMENTS, Step, examine
+from nsm.adapters.validate import EXPERIMENTS, Step, examine, summary
 from nsm.adapters.validate.subject import Subject
 from nsm.errors import ConfigError, InputError, NsmError, UnsupportedError
 from tests.adapters import steps
@@ -68,12 +68,12 @@ def test_a_right_step_passes(step: Step) -> None:
     assert ("split" in skipped) == (not step.timed)
     assert skipped.get("lanes", step.why) == step.why
     assert ("offline" in skipped) == isinstance(step, steps.Positive)
-    assert found.remarks[-1].startswith("examined: finite, shapes, arguments, fill, repeat, read")
+    assert summary(found.experiments).startswith("examined: finite, shapes, arguments, fill, repeat, read")
 
 
 def test_without_an_offline_run_the_report_says_so() -> None:
     found = examine(steps.Positive())
-    assert "offline (not compared with an offline run)" in found.remarks[-1]
+    assert "offline (not compared with an offline run)" in summary(found.experiments)
     assert found.experiments[-1].detail == "not compared with an offline run. OFFLINE"
 
 
