@@ -187,6 +187,12 @@ def main() -> None:
     metavar="NAME=SIZES",
     help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,576. Repeatable.",
 )
+@click.option(
+    "--offline",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Of a foreign model: its .pt2 or .onnx over whole sequences [1, T, ...], which the step is held against.",
+)
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @click.option(
     "--capacity",

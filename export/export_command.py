@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from nsm.adapters.validate import summary
 from nsm.bundle import Bundle
 from nsm.errors import InputError, ParityError, SlowerError, UnsupportedError
 from nsm.export import pipeline
@@ -37,6 +38,8 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         _check_opset(planned, opset)
     for remark in planned.source.remarks:
         terminal.announce(remark, "yellow" if remark.startswith("WARNING") else "")
+    if planned.examination:
+        terminal.announce(summary(planned.examination))
     if planned.origin == "synthetic":
         terminal.remark(
             "The model came without sequences, so parity is checked on made-up tokens (synthetic). "

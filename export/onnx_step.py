@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 
 from nsm.adapters.validate import Advice
 from nsm.adapters.validate.step import Results
 from nsm.adapters.validate.subject import close
-from nsm.errors import NsmError, UnsupportedError
+from nsm.errors import InputError, NsmError, UnsupportedError
+from nsm.export.onnx_file import read_onnx, real_inputs
 from nsm.export.onnx_given import Given
 from nsm.export.onnx_graph import nodes_of
 from nsm.export.onnx_normal import spec_of
@@ -129,3 +132,25 @@ def _states(given: Given, tokens: Array) -> Arrays:
                 f"--shape {given.foreign.main.name}=1,512"
             ) from error
     return states
+
+
+def whole_graph(path: Path) -> tuple[Callable[[Array], Array], int | None]:
+    """What runs a graph over a whole sequence [1, T, *token], and its T; None where that is dynamic.
+
+    Raises:
+        InputError: it has not one input, or its input has no axis of time.
+    """
+    model = read_onnx(path)
+    inputs = list(real_inputs(model).values())
+    if len(inputs) != 1 or len(inputs[0].shape) < 2:
+        raise InputError(
+            f"{path} has the inputs {', '.join(f'{p.name} {list(p.shape)}' for p in inputs)}; expected is one, a whole "
+            "sequence [1, T, *token]."
+        )
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    length = inputs[0].shape[1]
+
+    def run(tokens: Array) -> Array:
+        return np.asarray(session.run(None, {inputs[0].name: tokens.astype(inputs[0].dtype)})[0])
+
+    return run, length if isinstance(length, int) else None

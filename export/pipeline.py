@@ -21,11 +21,12 @@ from nsm.export.build import build_target, check_request
 from nsm.export.capacity import Reach, find_reach, may_count, with_limit
 from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
 from nsm.export.keeping import Outcome, settle
+from nsm.export.offline import compared_offline
 from nsm.export.record import checked_sequences, record, synthetic
 from nsm.export.sequences import read_sequences
 from nsm.export.source import OPSET, Source
 from nsm.export.state_options import parse_constants, parse_shapes, parse_states
-from nsm.manifest import Manifest
+from nsm.manifest import Experiment, Manifest
 from nsm.plain import real, whole
 from nsm.quantization.checks import check_enough, check_recurrent
 from nsm.quantization.policy import find_policy
@@ -70,6 +71,7 @@ class ExportOptions:
         vocab_size: of a foreign model over ids that does not say how many there are.
         capacity: tokens that a lane of a foreign file takes from one reset to the next (default: found by experiment).
         strict: of several targets, all or none; otherwise those that pass are kept.
+        offline: a .pt2 or .onnx of a foreign model over whole sequences, which its step is held against.
 
     Raises:
         InputError: a size or share that is no number.
@@ -94,6 +96,7 @@ class ExportOptions:
     no_states: Sequence[str] = ()
     vocab_size: int | None = None
     capacity: int | None = None
+    offline: Path | None = None
     max_float_share: float = 0.3
     allow_slower: bool = False
     require_parity: bool = False
@@ -132,7 +135,8 @@ class Plan:
     """An export with everything checked that can be checked without work.
 
     `sequences` judge; `calibration` are others, for int8 that needs them. `origin` says whether the former are real.
-    `steps` are those of the golden trace. `larger` is what `source` was before `--compact`.
+    `steps` are those of the golden trace, `examination` the experiments with a foreign model. `larger` is what `source`
+    was before `--compact`.
     """
 
     options: ExportOptions
@@ -142,6 +146,7 @@ class Plan:
     output: Path
     calibration: list[Array]
     steps: int
+    examination: tuple[Experiment, ...] = ()
     larger: Source | None = None
 
 
@@ -226,9 +231,12 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
     output = options.output or Path(f"{model.stem if isinstance(model, Path) else source.kind}.nsm")
     check_output(output, options.force)
     if not options.compact:
-        return Plan(options, source, sequences, origin, output, calibration, steps)
+        examination = source.examination.experiments if source.examination else ()
+        if options.offline is not None:
+            examination = compared_offline(source, options.offline, sequences)
+        return Plan(options, source, sequences, origin, output, calibration, steps, examination)
     smaller = compacted(source, sequences if origin == "recorded" else [])
-    return Plan(options, smaller, sequences, origin, output, calibration, steps, source)
+    return Plan(options, smaller, sequences, origin, output, calibration, steps, larger=source)
 
 
 def compacted(source: Source, sequences: list[Array]) -> Source:
@@ -366,7 +374,7 @@ def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
         command=planned.options.command,
         created=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         work={name: item for name, item in work.items() if item is not None},
-        examination=source.examination.experiments if source.examination else (),
+        examination=planned.examination,
     )
 
 

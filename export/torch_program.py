@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from nsm.export.state_options import StateOption
 from nsm.models.checkpoint import Checkpoint
 from nsm.reading import open_regular
 from nsm.spec import LARGEST, TensorSpec
+from nsm.trace import Array
 
 CHUNK = 16
 _ADVICE = Advice(
@@ -62,11 +63,7 @@ def load_program(
         UnsupportedError: it is in training mode, or what `nsm.adapters.validate` finds, buffers that change for
             instance.
     """
-    check_archive(path)
-    try:
-        program = torch.export.load(path)
-    except Exception as error:  # whatever torch raises for a damaged or newer file
-        raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
+    program = _load(path)
     check_eval_mode(program, str(path))
     inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
     _check_sizes(path, inputs)
@@ -116,6 +113,38 @@ def load_program(
         digest = hashlib.file_digest(file, "sha256")
     digest.update(repr(model.config).encode())
     return Checkpoint(model, [], [], digest.hexdigest()), remarks
+
+
+def whole_program(path: Path) -> tuple[Callable[[Array], Array], int | None]:
+    """What runs a program over a whole sequence [1, T, *token], and its T; None where that is dynamic.
+
+    Raises:
+        CheckpointError: it is none, or would run code when it is loaded.
+        InputError: it has not one input, or its input has no axis of time.
+    """
+    program = _load(path)
+    inputs = _inputs(program)
+    if len(inputs) != 1 or len(next(iter(inputs.values())).shape) < 2:
+        raise InputError(f"{path} has the inputs {_shown(inputs)}; expected is one, a whole sequence [1, T, *token].")
+    ((name, value),) = inputs.items()
+    sizes: list[Any] = list(value.shape)
+    module, length = Program(program, [name]), sizes[1]
+
+    @torch.no_grad()
+    def run(tokens: Array) -> Array:
+        given = torch.from_numpy(tokens)
+        output: Tensor = module(given if given.is_floating_point() else given.to(value.dtype))[0]
+        return output.numpy()
+
+    return run, None if isinstance(length, torch.SymInt) else int(length)
+
+
+def _load(path: Path) -> ExportedProgram:
+    check_archive(path)
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # whatever torch raises for a damaged or newer file
+        raise CheckpointError(f"{path} cannot be loaded by torch {torch.__version__}: {error}") from error
 
 
 class Program(nn.Module):

@@ -15,9 +15,9 @@ from nsm.spec import VALID
 from nsm.trace import Array, Arrays, Trace
 
 SPLIT_STEPS = 4
-"""Steps that are run again in pieces."""
-STAGGERED_STEPS, STAGGER = 8, 4
-"""Steps that are run again by lanes of different age, and how many ages there are."""
+"""Steps that are run again in pieces, and by lanes of different age."""
+STAGGER = 4
+"""How many ages there are."""
 
 
 def groups(streams: int, batch: int) -> list[Array]:
@@ -106,7 +106,7 @@ def staggered_run(trace: Trace, session: Session, streams: Array, found: Finding
     lanes, places = np.resize(streams, session.batch), np.arange(session.batch)
     late = places % STAGGER
     sampled = {int(step): index for index, step in enumerate(trace.sampled)}
-    steps = min(trace.steps, STAGGERED_STEPS)
+    steps = min(trace.steps, SPLIT_STEPS)
     session.reset()
     for call in range(staggered_calls(trace, session.batch)):
         for index in np.flatnonzero(late == call).tolist() if call else ():
@@ -127,7 +127,7 @@ def staggered_run(trace: Trace, session: Session, streams: Array, found: Finding
 
 def staggered_calls(trace: Trace, batch: int) -> int:
     """How many calls a staggered run makes; none with one lane."""
-    return min(trace.steps, STAGGERED_STEPS) + min(batch, STAGGER) - 1 if batch > 1 else 0
+    return min(trace.steps, SPLIT_STEPS) + min(batch, STAGGER) - 1 if batch > 1 else 0
 
 
 def _step(trace: Trace, session: Session, lanes: Array, step: int | Array, runs: Array | None = None) -> Arrays:

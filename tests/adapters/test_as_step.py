@@ -359,3 +359,25 @@ def test_modules_that_differ_in_a_number_or_name_are_different_models() -> None:
             nsm.reference(other).restore(snapshot)
     again = nsm.as_step(Leaky(0.1), [H], token_shape=(3,))
     nsm.reference(again).restore(nsm.reference(slow).snapshot())
+
+
+def test_outputs_without_names_and_types_that_numpy_lacks_are_refused() -> None:
+    class Two(Decay):
+        def step(self, x: Tensor, state: dict[str, Tensor]) -> Any:
+            y, state = super().step(x, state)
+            return (y, y), state
+
+    class Half(Decay):
+        def step(self, x: Tensor, state: dict[str, Tensor]) -> Any:
+            y, state = super().step(x, state)
+            return y.bfloat16(), state
+
+    with pytest.raises(ConfigError, match=r"gave 2 outputs; named are \['outputs'\]. Name them all"):
+        nsm.as_step(Two(), token_shape=(3,))
+    with pytest.raises(ConfigError, match=r"The output outputs is torch.bfloat16; expected is float32"):
+        nsm.as_step(Half(), token_shape=(3,))
+
+
+def test_a_room_has_no_other_names() -> None:
+    with pytest.raises(AttributeError, match=r"module 'nsm.adapters' has no attribute 'other'"):
+        nsm.adapters.other  # noqa: B018

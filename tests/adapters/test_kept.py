@@ -30,6 +30,9 @@ class Cache:
 class Keeps(nn.Module):
     """h [B, 3]; what it keeps where is said by `how`."""
 
+    total: Tensor
+    inner: Any
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.mix = how, nn.Linear(3, 3)
@@ -42,7 +45,8 @@ class Keeps(nn.Module):
 
     def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         h = torch.tanh(self.mix(x) + 0.5 * h)
-        return getattr(self, self.how)(h), h
+        kind: Callable[[Tensor], Tensor] = getattr(self, self.how)
+        return kind(h), h
 
     def integer_in_an_object(self, h: Tensor) -> Tensor:
         self.cache.seen += 1
@@ -50,7 +54,8 @@ class Keeps(nn.Module):
 
     def list_in_an_object(self, h: Tensor) -> Tensor:
         self.cache.keys.append(h.mean())
-        return h + self.cache.keys[0]
+        first: Tensor = self.cache.keys[0]
+        return h + first
 
     def dictionary(self, h: Tensor) -> Tensor:
         self.table["n"] += 1
@@ -78,7 +83,8 @@ class Keeps(nn.Module):
 
     def private(self, h: Tensor) -> Tensor:
         self.inner._hidden = 0.5 * self.inner._hidden + h[0]
-        return h + self.inner._hidden
+        hidden: Tensor = self.inner._hidden
+        return h + hidden
 
     def buffer_in_place(self, h: Tensor) -> Tensor:
         self.total.add_(h[0])
@@ -256,6 +262,8 @@ def test_a_batch_normalisation_over_streams_is_named(norm: nn.Module, message: s
 
 
 class Buffer(nn.Module):
+    cache: Tensor
+
     def __init__(self, how: str) -> None:
         super().__init__()
         self.how, self.mix = how, nn.Linear(3, 3)
@@ -269,8 +277,8 @@ class Buffer(nn.Module):
             self.cache.copy_(torch.cat([self.cache[:, 1:], x[:, None]], 1))
         elif self.how == "log":
             self.log = x
-            return self.mix(x)
-        return self.mix(self.cache.mean(1))
+        y: Tensor = self.mix(x if self.how == "log" else self.cache.mean(1))
+        return y
 
 
 @pytest.mark.parametrize("states", [None, []])

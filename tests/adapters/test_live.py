@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ class Trained(nn.Module):
         return self.head(self.drop(h)), h
 
 
-STARTS = {
+STARTS: dict[str, Callable[[Any], Tensor]] = {
     "a view of a parameter": lambda m: m.start[1:],
     "a buffer": lambda m: m.other,
     "a copy": lambda m: torch.tanh(m.start[1:]),

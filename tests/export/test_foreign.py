@@ -297,3 +297,39 @@ def test_a_gru_with_the_other_reset_gate_does_not_pass(tmp_path: Path) -> None:
     _, report = check_artifact(bundle, artifact, bundle.trace())
     assert report is not None
     assert not report.passed
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_a_program_whose_only_state_is_a_buffer_names_it(decomposed: bool, tmp_path: Path) -> None:
+    class Buffered(torch.nn.Module):
+        cache: torch.Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("cache", torch.zeros(1, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.cache.mul_(0.9).add_(x)
+            return self.cache * 2
+
+    program = torch.export.export(Buffered(), (torch.zeros(1, 3),))
+    torch.export.save(program.run_decompositions() if decomposed else program, tmp_path / "m.pt2")
+    with pytest.raises(UnsupportedError, match=r"The only state of .* is the registered buffer cache, .*an argument"):
+        load_program(tmp_path / "m.pt2", [])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_program_in_train_mode_is_refused_for_its_dropout(tmp_path: Path) -> None:
+    class Dropped(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.drop = torch.nn.Dropout(0.5)
+
+        def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            h = 0.5 * h + x
+            return self.drop(h), h
+
+    torch.export.save(torch.export.export(Dropped().train(), (torch.ones(1, 3), torch.ones(1, 3))), tmp_path / "m.pt2")
+    with pytest.raises(UnsupportedError, match=r"The program draws random numbers \(.*Export the module in eval mode"):
+        load_program(tmp_path / "m.pt2", parse_states(["h=1"]))

@@ -482,3 +482,87 @@ def test_a_rewriting_that_answers_differently_does_not_pass(tmp_path: Path, monk
     succeeded(invoke("export", path, *options))
     monkeypatch.setattr(onnx_source, "normal_graph", spoiled)
     refused(invoke("export", path, *options, "--force"), 5, "onnxruntime")
+
+
+# -- examined ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_scalar_state_is_a_state(tmp_path: Path) -> None:
+    nodes = [
+        helper.make_node("Cast", ["count"], ["number"], to=FLOAT),
+        helper.make_node("Add", ["x", "number"], ["y"]),
+        helper.make_node("Add", ["count", "one"], ["new_count"]),
+    ]
+    inputs = [port("x", FLOAT, [1, 4]), helper.make_tensor_value_info("count", TensorProto.INT64, [])]
+    outputs = [port("y", FLOAT, [1, 4]), helper.make_tensor_value_info("new_count", TensorProto.INT64, [])]
+    one = numpy_helper.from_array(np.array(1), "one")
+    graph = helper.make_graph(nodes, "scalar", inputs, outputs, [one])
+    path = tmp_path / "m.onnx"
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
+    bundle = export(path, ExportOptions(["onnxruntime"], output=tmp_path / "m.nsm", num_samples=1, golden_steps=4))
+    with nsm.open(bundle.path) as session:
+        given = session.run(np.zeros((1, 5, 4), np.float32))["y"]
+    np.testing.assert_array_equal(given[0, :, 0], np.arange(5))
+
+
+def test_a_normalisation_in_training_mode_is_named(tmp_path: Path) -> None:
+    names = ["scale", "bias", "mean", "var"]
+    nodes = [
+        helper.make_node("BatchNormalization", ["x", *names], ["n", "m1", "v1"], "norm", training_mode=1),
+        helper.make_node("Add", ["h", "n"], ["hn"]),
+        helper.make_node("Identity", ["hn"], ["y"]),
+    ]
+    constants = [numpy_helper.from_array(np.ones(3, np.float32), name) for name in names]
+    inputs, outputs = [port(n, FLOAT, ["batch", 3]) for n in "xh"], [port(n, FLOAT, ["batch", 3]) for n in ("y", "hn")]
+    graph = helper.make_graph(nodes, "norm", inputs, outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "m"))
+    (tmp_path / "m").rename(tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedError, match="the node norm is a BatchNormalization in training mode: it normalises"):
+        load_onnx(tmp_path / "m.onnx")
+
+
+def counting(path: Path, first: bool) -> Path:
+    """The output has a row of a table at the count: of the first stream's, or of each its own."""
+    nodes = [
+        helper.make_node("Mod", ["count", "five"], ["at"]),
+        helper.make_node("Slice", ["at", "zero", "one"], ["of_first"]),
+        helper.make_node("Gather", ["table", "of_first" if first else "at"], ["row"]),
+        helper.make_node("Add", ["x", "row"], ["y"]),
+        helper.make_node("Add", ["count", "one"], ["new_count"]),
+    ]
+    table = np.random.default_rng(0).standard_normal((5, 3)).astype(np.float32)
+    values = {"zero": np.array([0]), "one": np.array([1]), "five": np.array([5]), "table": table}
+    constants = [numpy_helper.from_array(value, name) for name, value in values.items()]
+    inputs = [port("x", FLOAT, ["batch", 3]), port("count", TensorProto.INT64, ["batch"])]
+    outputs = [port("y", FLOAT, ["batch", 3]), port("new_count", TensorProto.INT64, ["batch"])]
+    graph = helper.make_graph(nodes, "counting", inputs, outputs, constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(path))
+    return path
+
+
+def test_streams_of_other_ages_are_told_apart(tmp_path: Path) -> None:
+    assert load_onnx(counting(tmp_path / "right.onnx", first=False)).lanes is None
+    with pytest.raises(UnsupportedError, match=r"it mixes its lanes\. Does it take the counter or state of one stream"):
+        load_onnx(counting(tmp_path / "wrong.onnx", first=True))
+
+
+@pytest.mark.parametrize(
+    ("size", "state", "to", "message"),
+    [
+        ("batch", ["batch", 3], [1, 3], r"takes any number of streams by its shapes, and one by experiment: with 3 it"),
+        (2, [2, 2, 3], [1, 3], r"(?s)The graph does not run with 2 streams: .*Fix the sizes"),
+        (2, [2, 3], [1, 3], r"(?s)does not run with calls of 1 tokens on 2 streams: .*Fix those that are said to be open"),
+    ],
+)
+def test_a_number_of_streams_that_is_built_in_is_found(
+    size: int | str, state: list[int | str], to: list[int], message: str, tmp_path: Path
+) -> None:
+    nodes = [helper.make_node("Reshape", ["x", "to"], ["flat"]), helper.make_node("Add", ["flat", "h"], ["hn"])]
+    nodes.append(helper.make_node("Add", ["x", "flat"], ["y"]))
+    inputs, outputs = [port("x", FLOAT, [size, 3]), port("h", FLOAT, state)], [port("y", FLOAT, [size, 3])]
+    outputs.append(port("hn", FLOAT, state))
+    graph = helper.make_graph(nodes, "one", inputs, outputs, [numpy_helper.from_array(np.array(to), "to")])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9), str(tmp_path / "m"))
+    (tmp_path / "m").rename(tmp_path / "m.onnx")
+    with pytest.raises(UnsupportedError, match=message):
+        load_onnx(tmp_path / "m.onnx")

@@ -13,7 +13,7 @@ from nsm.runtimes.budgets import find_budget
 from nsm.runtimes.onnxruntime import load
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.parity import compare
-from nsm.runtimes.replay import SPLIT_STEPS, STAGGERED_STEPS
+from nsm.runtimes.replay import SPLIT_STEPS
 from nsm.runtimes.session import Session
 from nsm.trace import Arrays
 from tests.runtimes.fake import (
@@ -107,7 +107,7 @@ def test_the_session_is_reset_after_an_error_too() -> None:
 def test_progress_counts_every_step_to_the_end() -> None:
     trace, seen = fake_trace(streams=3, steps=8), []
     compare(trace, fake_session(), FP32, lambda done, total: seen.append((done, total)))
-    total = 2 * 8 + 2 * len(trace.sampled) + SPLIT_STEPS + STAGGERED_STEPS + 1  # one lane starts a step later
+    total = 2 * 8 + 2 * len(trace.sampled) + 2 * SPLIT_STEPS + 1  # one lane starts a step later
     assert seen == [(done, total) for done in range(1, total + 1)]
 
 
@@ -218,7 +218,7 @@ def test_a_divergence_of_a_state_is_named_with_the_step_at_which_it_was_looked_a
 def test_a_flipped_mask_is_counted_entry_by_entry() -> None:
     trace = fake_trace(streams=2, steps=1)
     report = compare(trace, fake_session(after=mask), FP32)
-    assert report.mask_mismatches == 2 * 2  # two lanes, in the free run and in the single step
+    assert report.mask_mismatches == 3 * 2  # two lanes, in the free run, the single step and the staggered run
 
 
 def test_a_wrong_effective_precision_fails_however_small_the_error() -> None:
@@ -300,7 +300,13 @@ def test_decode_and_step_take_turns_in_the_split_run() -> None:
     trace = fake_trace(streams=2, steps=8)
     compare(trace, session, FP32).require()
     decoded = [*["decode"] * CHUNK, "commit"]
-    assert runtime.called[8 + len(trace.sampled) :] == [*decoded, "step", *decoded, "step"]
+    assert runtime.called[8 + len(trace.sampled) :] == [
+        *decoded,
+        "step",
+        *decoded,
+        "step",
+        *["step"] * (SPLIT_STEPS + 1),
+    ]
 
 
 def test_a_trace_with_partial_chunks_is_split_too() -> None:

@@ -90,9 +90,6 @@ def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
         else:
             results.append(Result(experiment.name, "skipped", skipped.reason))
     assert subject.trace is not None
-    passed = [item.name for item in results if item.status == "passed"]
-    left = [f"{item.name} ({item.detail.partition('. ')[0]})" for item in results if item.status == "skipped"]
-    told = f"examined: {', '.join(passed)} passed" + (f"; skipped: {', '.join(left)}" if left else "")
     return Examination(
         subject.shapes,
         subject.lanes,
@@ -100,5 +97,12 @@ def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
         subject.trace.filled,
         tuple(subject.lent),
         tuple(results),
-        (*subject.remarks, told),
+        tuple(subject.remarks),
     )
+
+
+def summary(experiments: Sequence[Result]) -> str:
+    """Which experiments passed, and which were skipped and why, in a sentence."""
+    passed = [item.name for item in experiments if item.status == "passed"]
+    left = [f"{item.name} ({item.detail.partition('. ')[0]})" for item in experiments if item.status == "skipped"]
+    return f"examined: {', '.join(passed)} passed" + (f"; skipped: {', '.join(left)}" if left else "")

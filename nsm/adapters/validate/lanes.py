@@ -13,6 +13,7 @@ SIDE_BY_SIDE = 3
 """Streams that are run together, where any number can be."""
 ROUNDS = ("111", "101", "011", "110", "001", "r11", "111", "01r", "101", "111")
 """Which lane has a token in a round: 1 has one, 0 has none and keeps its state, r starts afresh first."""
+ROUNDS_OF_LARGE = 6
 
 
 def lanes(subject: Subject) -> Skipped | None:
@@ -60,11 +61,11 @@ def _check_ages(subject: Subject, count: int) -> None:
     started = [(subject.start(), 0), subject.trace.early, subject.trace.late]
     states = [started[lane % 3][0] for lane in range(count)]
     tokens = [started[lane % 3][1] for lane in range(count)]
-    for number, pattern in enumerate(ROUNDS):
+    for number, pattern in enumerate(ROUNDS[:ROUNDS_OF_LARGE] if subject.large else ROUNDS):
         for lane in range(count):
             if pattern[lane % 3] == "r":
                 states[lane], tokens[lane] = subject.start(), 0
-        size = subject.step.chunk if number % 4 == 3 else 1
+        size = subject.chunk if number % 4 == 3 else 1
         why = "take the counter or state of one stream for all (position[0], state[:1]), or mix states (a mean, an "
         states = _check(subject, states, tokens, pattern, size, why + "attention over the axis of the streams)")
         tokens = [token + size * (pattern[lane % 3] != "0") for lane, token in enumerate(tokens)]

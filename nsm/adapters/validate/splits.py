@@ -19,13 +19,14 @@ def split(subject: Subject) -> Skipped | None:
     if not subject.step.timed:
         return Skipped("the step takes one token a call")
     assert subject.trace is not None
-    for state, token in ((subject.start(), 0), subject.trace.late):
+    starts = [(subject.start(), 0), subject.trace.late]
+    for state, token in starts[1:] if subject.large else starts:
         _check_split(subject, state, token)
     return None
 
 
 def _check_split(subject: Subject, state: Arrays, token: int) -> None:
-    step, size = subject.step, subject.step.chunk
+    step, size = subject.step, subject.chunk
     whole, end = subject.over(0, token, [2 * size], state)
     for parts in ([size, size], [1] * (2 * size), [1, 2 * size - 1], [2 * size, 1]):
         outputs, after = subject.over(0, token, parts, state)
@@ -54,7 +55,8 @@ def offline(subject: Subject) -> Skipped | None:
     if wanted is None:
         return Skipped(f"not compared with an offline run. {step.advice.offline}")
     main = step.outputs[0]
-    sizes = [step.chunk] * (length // step.chunk) + [1] * (length % step.chunk)
+    size = step.chunk
+    sizes = [size] * (length // size) + [1] * (length % size)
     given, _ = subject.over(0, 0, sizes, subject.start())
     check_offline(step.kind, main, given[main], wanted[main])
     return None

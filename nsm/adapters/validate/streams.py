@@ -11,11 +11,11 @@ from nsm.adapters.validate.subject import Skipped, Subject, Trace, difference, s
 from nsm.errors import ConfigError, NsmError, UnsupportedError
 from nsm.trace import Array, Arrays
 
-CALLS = 64
+CALLS, CALLS_OF_LARGE = 64, 52
 """Calls of the shortest trace: a Python counter may change what is done at call 50."""
 AFTER = 16
 """Tokens that are run when nothing fills any more, so that a ring wraps around."""
-WORK = 4e9
+WORK = 1e10
 """Numbers that weights and states may be read in all while states fill."""
 FEWEST, MOST = 128, 1024
 """Tokens that a trace may take at most, of a large model and of a small one."""
@@ -29,14 +29,14 @@ def fill(subject: Subject) -> None:
     fresh = {name: np.ones(value.shape, bool) for name, value in start.items()}
     sizes, outputs, states = [], [], {}
     early, state, token, filled = (start, 0), start, 0, 0
-    changed = ""
-    for size in _sizes(step.chunk):
+    changed, calls = "", CALLS_OF_LARGE if subject.large else CALLS
+    for size in _sizes(subject.chunk, calls):
         given, state = subject.alone(subject.tokens(0, token, size), state)
         sizes.append(size)
         token += size
-        if len(sizes) <= CALLS:
+        if len(sizes) <= calls:
             outputs.append(given)
-            if len(sizes) in (1, 8, CALLS):
+            if len(sizes) in (1, 8, calls):
                 states[len(sizes)] = state
         if len(sizes) == 3:
             early = (state, token)
@@ -45,7 +45,7 @@ def fill(subject: Subject) -> None:
             if not np.array_equal(still, left):
                 fresh[name], filled, changed = still, token, name
         enough = token >= filled + AFTER if not any(left.any() for left in fresh.values()) else _stalled(token, filled)
-        if len(sizes) >= CALLS and (enough or token >= most):
+        if len(sizes) >= calls and (enough or token >= most):
             break
     filling = () if enough else tuple(name for name, left in fresh.items() if left.any()) or (changed,)
     if filling:
@@ -53,12 +53,12 @@ def fill(subject: Subject) -> None:
             f"WARNING: the states {shown(filling)} are still filling after {token} tokens, where the examination ends: "
             "what the step does once they are full was not examined. Compare longer streams: --golden-steps"
         )
-    subject.trace = Trace(tuple(sizes[:CALLS]), tuple(outputs), states, early, (state, token), filled, filling)
+    subject.trace = Trace(tuple(sizes[:calls]), tuple(outputs), states, early, (state, token), filled, filling)
 
 
-def _sizes(chunk: int) -> Iterator[int]:
+def _sizes(chunk: int, calls: int) -> Iterator[int]:
     """Tokens of one call after the other: mostly one at first, then whole calls."""
-    for call in range(CALLS - 8):
+    for call in range(calls - 8):
         yield chunk if call % 16 == 15 else 1
     while True:
         yield chunk
@@ -95,7 +95,7 @@ def kept(subject: Subject) -> Skipped | None:
 def _overwritten(subject: Subject, keeps: Keeps, names: list[str]) -> bool:
     """Whether calls give the same, and leave the same in `names`, whatever was there before."""
     assert subject.trace is not None
-    calls = [(subject.start(), 0, 1), (*subject.trace.early, subject.step.chunk), (*subject.trace.late, 1)]
+    calls = [(subject.start(), 0, 1), (*subject.trace.early, subject.chunk), (*subject.trace.late, 1)]
     for state, token, size in calls:
         inputs = subject.tokens(0, token, size)
         wanted, left = subject.alone(inputs, state), keeps.kept()

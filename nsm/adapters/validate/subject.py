@@ -15,6 +15,9 @@ from nsm.trace import Array, Arrays
 TOLERANCE = 1e-4
 """Largest difference, relative to the largest number of a tensor, that is rounding in float32."""
 
+LARGE, FEW = 8_000_000, 4
+"""A step with weights of more numbers is examined in fewer calls of fewer tokens, so that it takes seconds."""
+
 _BLOCK = 64
 
 
@@ -50,6 +53,15 @@ class Subject:
     lent: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     kept: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a call that takes several."""
+        return min(self.step.chunk, FEW) if self.large else self.step.chunk
+
+    @property
+    def large(self) -> bool:
+        return self.step.size > LARGE
 
     def tokens(self, stream: int, start: int, count: int) -> Arrays:
         """Tokens `start` .. `start + count` of a stream, [1, count, *token] by input."""
