@@ -135,9 +135,9 @@ _MODEL = {"class": str, "config": Mapping, "parameters": int}
 class Manifest:
     """What a bundle says of itself. Of a target there is one artifact in each precision.
 
-    `model` holds at least its `class`, its `config`, and how many `parameters`; `work` what an entry does, by its name,
-    where that can be counted; `examination` the experiments that a foreign model went through; `failed` the targets that
-    were asked for and did not pass.
+    `model` holds at least its `class`, its `config`, and how many `parameters`; `work` the work of an entry, by its
+    name, where that can be counted; `examination` the experiments that a foreign model went through; `failed` the
+    targets that were asked for and did not pass.
     """
 
     spec: StepSpec

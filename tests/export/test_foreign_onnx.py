@@ -551,7 +551,12 @@ def test_streams_of_other_ages_are_told_apart(tmp_path: Path) -> None:
     [
         ("batch", ["batch", 3], [1, 3], r"takes any number of streams by its shapes, and one by experiment: with 3 it"),
         (2, [2, 2, 3], [1, 3], r"(?s)The graph does not run with 2 streams: .*Fix the sizes"),
-        (2, [2, 3], [1, 3], r"(?s)does not run with calls of 1 tokens on 2 streams: .*Fix those that are said to be open"),
+        (
+            2,
+            [2, 3],
+            [1, 3],
+            r"(?s)does not run with calls of 1 tokens on 2 streams: .*Fix those that are said to be open",
+        ),
     ],
 )
 def test_a_number_of_streams_that_is_built_in_is_found(
