@@ -236,7 +236,7 @@ def load_onnx(
         *doubts_of_flow(dependence, foreign),
     ]
     source = OnnxSource(path, foreign, token, _fingerprint(foreign), doubts, capacity)
-    step = GraphStep(source.given, token, source.kind, CHUNK, source.parameters)
+    step = GraphStep(source.given, token, source.kind, CHUNK, source.parameters, capacity)
     source.examination = examine(step)
     if source.examination.lanes != foreign.lanes:
         raise UnsupportedError(

@@ -30,13 +30,14 @@ class GraphStep:
         kind: what the graph is, for messages.
         chunk: tokens of a usual call, where a call takes any number.
         size: how many numbers the weights have.
+        capacity: tokens that a stream may have, where somebody said so.
     """
 
-    def __init__(self, given: Given, token: TensorSpec, kind: str, chunk: int, size: int) -> None:
+    def __init__(self, given: Given, token: TensorSpec, kind: str, chunk: int, size: int, capacity: int | None) -> None:
         self._given = given
         self._specs: dict[tuple[int, int], tuple[TensorSpec, ...]] = {}
         graph = given.foreign
-        self.kind, self.size = kind, size
+        self.kind, self.size, self.capacity = kind, size, capacity
         self.inputs: Sequence[TensorSpec] = (token,)
         self.outputs: Sequence[str] = graph.answers
         self.timed, self.chunk, self.lanes = graph.timed, chunk if graph.timed else 1, graph.lanes

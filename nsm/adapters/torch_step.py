@@ -69,6 +69,7 @@ class TorchStep:
         self.lanes = 1 if fixed else None
         self.why = f"its states {fixed} have no axis for streams" if fixed else ""
         self.size = sum(p.numel() for p in model.parameters())
+        self.capacity = model.capacity
         self.advice = advice
 
     def initial(self, lanes: int) -> Arrays:

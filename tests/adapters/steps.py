@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nsm.adapters.validate import Advice
+from nsm.errors import UnsupportedError
 from nsm.spec import TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -27,6 +28,7 @@ class Right:
     chunk, why, size, advice = 4, "", 100, ADVICE
     timed = True
     lanes: int | None = None
+    capacity: int | None = None
 
     def initial(self, lanes: int) -> Arrays:
         return {
@@ -191,14 +193,14 @@ class OneStream(Right):
 
 
 class Window(Right):
-    """The sum of the last 90 inputs by a window, which its forward over a sequence does not have."""
+    """Its forward over a sequence is another one from token 70 on."""
 
     timed, chunk = False, 1
 
     def offline(self, inputs: Arrays) -> Arrays | None:
         found = super().offline(inputs)
         assert found is not None
-        found["y"][:, 90:] += 1
+        found["y"][:, 70:] += 1
         return found
 
 
@@ -228,3 +230,25 @@ class Long(Right):
         x = inputs["tokens"][0]
         rows = [x[max(0, t - self.length + 1) : t + 1].sum(0) for t in range(len(x))]
         return {"y": np.stack(rows)[None]}
+
+
+class Table(Right):
+    """Adds the row of a table at the count, and fails where it ends."""
+
+    def __init__(self, rows: int, capacity: int | None = None) -> None:
+        self.table = np.random.default_rng(0).standard_normal((rows, WIDTH)).astype(np.float32)
+        self.capacity = capacity
+
+    def __call__(self, inputs: Mapping[str, Any], state: Arrays) -> tuple[Arrays, Arrays]:
+        if (state["count"] + inputs["tokens"].shape[1] > len(self.table)).any():
+            raise UnsupportedError("The table ends.")
+        return super().__call__(inputs, state)
+
+    def one(self, x: Array, state: Arrays) -> tuple[Array, Arrays]:
+        y, after = super().one(x, state)
+        return y + self.table[state["count"]], after
+
+    def offline(self, inputs: Arrays) -> Arrays | None:
+        found = super().offline(inputs)
+        assert found is not None
+        return {"y": found["y"] + self.table[: found["y"].shape[1]]}

@@ -100,8 +100,8 @@ def test_a_window_that_is_always_that_of_the_first_token_is_not_the_model() -> N
 @pytest.mark.parametrize(
     ("offline", "message"),
     [
-        (lambda ids: (ids,), r"offline gave a tuple for sequences \[1, 96\]; expected is a tensor"),
-        (lambda ids: torch.zeros(1, ids.shape[1]), r"step by step, and the offline run .* \[1, 96\]"),
+        (lambda ids: (ids,), r"offline gave a tuple for sequences \[1, 83\]; expected is a tensor"),
+        (lambda ids: torch.zeros(1, ids.shape[1]), r"step by step, and the offline run .* \[1, 83\]"),
     ],
 )
 def test_an_offline_run_that_gives_something_else_is_refused(offline: Any, message: str) -> None:

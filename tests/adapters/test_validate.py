@@ -26,7 +26,7 @@ FAULTS: dict[str, tuple[str, type[NsmError], str]] = {
     "MixesTokens": ("lanes", UnsupportedError, r"mixes its lanes\. Does it normalise over the batch.*LANES"),
     "OneCount": ("lanes", UnsupportedError, r"mixes its lanes\. Does it take the counter or state of one stream"),
     "FourMixed": ("lanes", UnsupportedError, r"mixes its lanes\. Does it take the counter or state of one stream"),
-    "Window": ("offline", UnsupportedError, r"is not the model: from token 90 on, y departs"),
+    "Window": ("offline", UnsupportedError, r"is not the model: from token 70 on, y departs"),
     "OtherShape": (
         "offline",
         UnsupportedError,
@@ -97,6 +97,20 @@ def test_a_window_that_is_too_long_to_be_filled_is_said() -> None:
     found = examine(steps.Long(400, size=30_000_000))
     assert found.filled == 333
     assert any("states ['cache'] are still filling after 333 tokens" in remark for remark in found.remarks)
+
+
+@pytest.mark.parametrize(
+    ("rows", "capacity"), [(100, None), (100, 100), (300, 200), (9, 9), (3, 3), (2, 2), (20, None)]
+)
+def test_a_step_whose_table_ends_is_examined_up_to_there(rows: int, capacity: int | None) -> None:
+    found = examine(steps.Table(rows, capacity))
+    assert all(item.status == "passed" for item in found.experiments if item.name not in ("random", "kept", "split"))
+    assert not any(remark.startswith("WARNING") for remark in found.remarks)
+
+
+def test_a_step_that_fails_at_once_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="The table ends"):
+        examine(steps.Table(0))
 
 
 def test_what_shows_only_when_the_window_is_full_is_found() -> None:

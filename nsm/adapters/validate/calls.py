@@ -31,7 +31,7 @@ def finite(subject: Subject) -> None:
 
 def _not_finite(subject: Subject) -> list[str]:
     """Outputs and states that are not finite after one of the first calls, each from the beginning of a stream."""
-    chunk = 2 * subject.step.chunk
+    chunk = subject.within(2 * subject.step.chunk)
     for start, count in ((0, 1), (1, 1), *([(0, chunk)] if subject.step.timed else [])):
         outputs, after = subject.alone(subject.tokens(0, start, count), subject.start())
         values = (*outputs.items(), *after.items())
@@ -55,7 +55,7 @@ def shapes(subject: Subject) -> None:
     _check_outputs(subject, outputs, 1)
     subject.shapes = {name: value.shape[2:] for name, value in outputs.items()}
     if step.timed:
-        count = 2 * step.chunk
+        count = subject.within(2 * step.chunk)
         longer, _ = subject.alone(subject.tokens(0, 0, count), start)
         for name, value in longer.items():
             if value.shape != (1, count, *subject.shapes[name]):

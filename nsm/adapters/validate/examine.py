@@ -79,7 +79,7 @@ def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
         InputError: samples that show nothing.
         ConfigError, UnsupportedError: says what it does, what was expected, and what to do.
     """
-    subject = Subject(step, samples)
+    subject = Subject(step, samples, reach=step.capacity)
     if isinstance(step, Keeps):
         subject.kept = step.kept()
     results = []

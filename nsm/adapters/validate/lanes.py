@@ -66,6 +66,8 @@ def _check_ages(subject: Subject, count: int) -> None:
             if pattern[lane % 3] == "r":
                 states[lane], tokens[lane] = subject.start(), 0
         size = subject.chunk if number % 4 == 3 else 1
+        if not all(subject.fits(token, size) for token in tokens):
+            return
         why = "take the counter or state of one stream for all (position[0], state[:1]), or mix states (a mean, an "
         states = _check(subject, states, tokens, pattern, size, why + "attention over the axis of the streams)")
         tokens = [token + size * (pattern[lane % 3] != "0") for lane, token in enumerate(tokens)]

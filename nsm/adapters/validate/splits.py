@@ -20,13 +20,17 @@ def split(subject: Subject) -> Skipped | None:
         return Skipped("the step takes one token a call")
     assert subject.trace is not None
     starts = [(subject.start(), 0), subject.trace.late]
+    size = subject.chunk if subject.reach is None else min(subject.chunk, (subject.reach - 1) // 2)
+    if size < 1:
+        return Skipped(f"a stream has {subject.reach} tokens")
     for state, token in starts[1:] if subject.large else starts:
-        _check_split(subject, state, token)
+        if subject.fits(token, 2 * size + 1):
+            _check_split(subject, state, token, size)
     return None
 
 
-def _check_split(subject: Subject, state: Arrays, token: int) -> None:
-    step, size = subject.step, subject.chunk
+def _check_split(subject: Subject, state: Arrays, token: int, size: int) -> None:
+    step = subject.step
     whole, end = subject.over(0, token, [2 * size], state)
     for parts in ([size, size], [1] * (2 * size), [1, 2 * size - 1], [2 * size, 1]):
         outputs, after = subject.over(0, token, parts, state)
@@ -49,7 +53,7 @@ def offline(subject: Subject) -> Skipped | None:
     """The step gives what the model's own forward gives over the whole sequence, past every window."""
     step, trace = subject.step, subject.trace
     assert trace is not None
-    length = max(OFFLINE_TOKENS, trace.filled + OFFLINE_TOKENS // 2)
+    length = min(max(OFFLINE_TOKENS, trace.filled + OFFLINE_TOKENS // 2), trace.further)
     sequence = subject.tokens(0, 0, length)
     wanted = step.offline(sequence)
     if wanted is None:

@@ -46,6 +46,7 @@ class Step(Protocol):
         lanes: the only number of streams side by side, None for any number.
         why: the reason, where `lanes` is 1.
         size: how many numbers the weights have.
+        capacity: tokens that a stream may have, where somebody said so.
         advice: what to do about a fault.
     """
 
@@ -65,6 +66,8 @@ class Step(Protocol):
     def why(self) -> str: ...
     @property
     def size(self) -> int: ...
+    @property
+    def capacity(self) -> int | None: ...
     @property
     def advice(self) -> Advice: ...
 

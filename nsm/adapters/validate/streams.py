@@ -27,11 +27,21 @@ def fill(subject: Subject) -> None:
     numbers = step.size + 4 * sum(value.size for value in start.values())
     most = int(np.clip(WORK / max(numbers, 1), FEWEST, MOST))
     fresh = {name: np.ones(value.shape, bool) for name, value in start.items()}
-    sizes, outputs, states = [], [], {}
-    early, state, token, filled = (start, 0), start, 0, 0
-    changed, calls = "", CALLS_OF_LARGE if subject.large else CALLS
+    sizes: list[int] = []
+    outputs: list[Arrays] = []
+    states: dict[int, Arrays] = {}
+    early, state, token, filled, enough = (start, 0), start, 0, 0, False
+    calls = CALLS_OF_LARGE if subject.large else CALLS
     for size in _sizes(subject.chunk, calls):
-        given, state = subject.alone(subject.tokens(0, token, size), state)
+        if not subject.fits(token, size):
+            break
+        try:
+            given, state = subject.alone(subject.tokens(0, token, size), state)
+        except NsmError:
+            if not sizes:
+                raise
+            subject.reach = token  # a table or a cache ends
+            break
         sizes.append(size)
         token += size
         if len(sizes) <= calls:
@@ -43,17 +53,47 @@ def fill(subject: Subject) -> None:
         for name, left in fresh.items():
             still = left & (state[name] == start[name])
             if not np.array_equal(still, left):
-                fresh[name], filled, changed = still, token, name
-        enough = token >= filled + AFTER if not any(left.any() for left in fresh.values()) else _stalled(token, filled)
+                fresh[name], filled = still, token
+        full = not any(left.any() for left in fresh.values())
+        enough = token >= filled + AFTER if full else _stalled(token, filled)
         if len(sizes) >= calls and (enough or token >= most):
             break
-    filling = () if enough else tuple(name for name, left in fresh.items() if left.any()) or (changed,)
-    if filling:
+    filling = () if enough else tuple(name for name, left in fresh.items() if left.any())
+    if filling and subject.fits(token, subject.chunk):
         subject.remarks.append(
             f"WARNING: the states {shown(filling)} are still filling after {token} tokens, where the examination ends: "
             "what the step does once they are full was not examined. Compare longer streams: --golden-steps"
         )
-    subject.trace = Trace(tuple(sizes[:calls]), tuple(outputs), states, early, (state, token), filled, filling)
+    # Other experiments go on from here: where the stream ends before that, from earlier.
+    room = AFTER + 3 * subject.chunk
+    further = _further(subject, state, token, room)
+    late = (state, token) if subject.reach is None else _earlier(subject, sizes, max(0, subject.reach - room))
+    subject.trace = Trace(tuple(sizes[:calls]), tuple(outputs), states, early, late, filled, further)
+
+
+def _further(subject: Subject, state: Arrays, token: int, room: int) -> int:
+    """How many tokens a stream takes, up to `room` more; sets the reach where it ends."""
+    end = token + room
+    while token < end and subject.fits(token, 1):
+        size = subject.chunk if subject.fits(token, subject.chunk) else 1
+        try:
+            _, state = subject.alone(subject.tokens(0, token, size), state)
+        except NsmError:
+            subject.reach = token
+            break
+        token += size
+    return token
+
+
+def _earlier(subject: Subject, sizes: list[int], most: int) -> tuple[Arrays, int]:
+    """The state after up to `most` tokens, in calls of the same sizes: so that there is room for more."""
+    state, token = subject.start(), 0
+    for size in sizes:
+        if token + size > most:
+            break
+        _, state = subject.alone(subject.tokens(0, token, size), state)
+        token += size
+    return state, token
 
 
 def _sizes(chunk: int, calls: int) -> Iterator[int]:
@@ -95,8 +135,11 @@ def kept(subject: Subject) -> Skipped | None:
 def _overwritten(subject: Subject, keeps: Keeps, names: list[str]) -> bool:
     """Whether calls give the same, and leave the same in `names`, whatever was there before."""
     assert subject.trace is not None
-    calls = [(subject.start(), 0, 1), (*subject.trace.early, subject.chunk), (*subject.trace.late, 1)]
+    trace = subject.trace
+    calls = [(subject.start(), 0, 1), (*trace.early, subject.chunk), (*trace.late, 1)]
     for state, token, size in calls:
+        if not subject.fits(token, size):
+            continue
         inputs = subject.tokens(0, token, size)
         wanted, left = subject.alone(inputs, state), keeps.kept()
         try:

@@ -39,6 +39,7 @@ class Subject:
         shapes: of each output, one lane and one token; the experiment `shapes` fills it in.
         trace: of the first stream, from the experiment `fill`.
         lanes, why: how many streams side by side, None for any number; the experiment `lanes` decides.
+        reach: tokens of a stream that the step takes, None for any number; `fill` finds where it fails.
         lent: what the step writes before it reads it.
         remarks: a sentence each, for people.
     """
@@ -50,6 +51,7 @@ class Subject:
     trace: Trace | None = None
     lanes: int | None = None
     why: str = ""
+    reach: int | None = None
     lent: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
     kept: Mapping[str, str] = field(default_factory=dict)
@@ -58,6 +60,14 @@ class Subject:
     def chunk(self) -> int:
         """Tokens of a call that takes several."""
         return min(self.step.chunk, FEW) if self.large else self.step.chunk
+
+    def fits(self, token: int, count: int) -> bool:
+        """Whether so many tokens more are within the reach of a stream."""
+        return self.reach is None or token + count <= self.reach
+
+    def within(self, count: int) -> int:
+        """As many tokens as that from the beginning of a stream, or as the step takes."""
+        return count if self.reach is None else min(count, self.reach)
 
     @property
     def large(self) -> bool:
@@ -123,9 +133,9 @@ class Trace:
         sizes: tokens of each of the first calls.
         outputs: what these answered.
         states: after some of them, by number of the call.
-        early, late: states after 3 calls, and after all; with the token that comes next.
+        early, late: states after 3 calls, and when nothing fills any more; with the token that comes next.
         filled: tokens after which no element of a state changed for the first time.
-        filling: states that were still filling at the end.
+        further: tokens that a stream is known to take.
     """
 
     sizes: tuple[int, ...]
@@ -134,7 +144,7 @@ class Trace:
     early: tuple[Arrays, int]
     late: tuple[Arrays, int]
     filled: int
-    filling: tuple[str, ...]
+    further: int
 
 
 def _first_change(stream: Array) -> int:
