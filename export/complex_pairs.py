@@ -228,7 +228,11 @@ def _pow(z: Any, exponent: Any) -> Any:
         return made
     # Else by way of logarithms: z^w = exp(w log z).
     base = Pair(_abs(z).log(), _angle(z)) if isinstance(z, Pair) else torch.log(torch.as_tensor(z))
-    return _exp(_mul(base, exponent) if isinstance(exponent, Pair | complex) else Pair(base.real * exponent, base.imag * exponent))
+    return _exp(
+        _mul(base, exponent)
+        if isinstance(exponent, Pair | complex)
+        else Pair(base.real * exponent, base.imag * exponent)
+    )
 
 
 def _exp(z: Pair) -> Pair:
@@ -270,7 +274,10 @@ def _filled(make: Callable[..., Tensor]) -> Callable[..., Pair]:
     def fill(*args: Any, dtype: Any = None, **_others: Any) -> Pair:
         *shape, value = args
         kind = (dtype or torch.complex64).to_real()
-        re, im = (make(*(item.real if isinstance(item, Pair) else item for item in shape), part, dtype=kind) for part in _number(value))
+        re, im = (
+            make(*(item.real if isinstance(item, Pair) else item for item in shape), part, dtype=kind)
+            for part in _number(value)
+        )
         return Pair(re, im)
 
     return fill
@@ -290,7 +297,11 @@ def _to(z: Any, *args: Any, dtype: Any = None, **_others: Any) -> Any:
     if not dtype.is_complex:
         return z.real.to(dtype)
     kind = dtype.to_real()
-    return Pair(z.real.to(kind), z.imag.to(kind)) if isinstance(z, Pair) else Pair(z.to(kind), torch.zeros_like(z, dtype=kind))
+    return (
+        Pair(z.real.to(kind), z.imag.to(kind))
+        if isinstance(z, Pair)
+        else Pair(z.to(kind), torch.zeros_like(z, dtype=kind))
+    )
 
 
 def _masked_fill(z: Any, mask: Tensor, value: Any) -> Pair:

@@ -28,7 +28,9 @@ def rewritten(program: ExportedProgram, examples: tuple[Tensor, ...]) -> Exporte
         UnsupportedError: an operation on complex numbers that has no form in pairs; names it and its line.
     """
     nodes = list(program.graph.nodes)
-    projected = any(str(node.target) == _LSTM and _has_projections(*(h.meta["val"] for h in node.args[1])) for node in nodes)
+    projected = any(
+        str(node.target) == _LSTM and _has_projections(*(h.meta["val"] for h in node.args[1])) for node in nodes
+    )
     complex_ = any(map(is_complex, nodes))
     if not projected and not complex_:
         return program

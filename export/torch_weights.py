@@ -21,7 +21,9 @@ def largest_weights(module: nn.Module) -> dict[str, int]:
 
 
 def _matrices(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    inside = {id(weight) for part in module.modules() if isinstance(part, fx.GraphModule) for weight in part.parameters()}
+    inside = {
+        id(weight) for part in module.modules() if isinstance(part, fx.GraphModule) for weight in part.parameters()
+    }
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             yield from _of_graph(part)

@@ -139,7 +139,9 @@ def _recurrent(module: Recurrent, chunk_size: int, capacity: int | None) -> Adap
     sizes = {"hidden": module.proj_size or module.hidden_size}
     if isinstance(module, nn.LSTM):
         sizes["cell"] = module.hidden_size
-    states = [Carried(name, torch.zeros(module.num_layers, 1, size, dtype=torch.float32), 1) for name, size in sizes.items()]
+    states = [
+        Carried(name, torch.zeros(module.num_layers, 1, size, dtype=torch.float32), 1) for name, size in sizes.items()
+    ]
 
     def call(module: Any, x: Tensor, states: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
         given = x if module.batch_first else x.transpose(0, 1)

@@ -122,7 +122,9 @@ OPERATORS: dict[str, Callable[..., Tensor]] = {
     "detached": lambda z, w, m: z.detach().contiguous().clone() + w,
     "rfft": lambda z, w, m: torch.fft.rfft(z.real),
     "rfft of more": lambda z, w, m: torch.fft.rfft(z.real, n=9, norm="ortho"),
-    "rfft of fewer, another axis": lambda z, w, m: torch.fft.rfft(torch.stack([z.real] * 5), n=4, dim=0, norm="forward"),
+    "rfft of fewer, another axis": lambda z, w, m: torch.fft.rfft(
+        torch.stack([z.real] * 5), n=4, dim=0, norm="forward"
+    ),
     "irfft": lambda z, w, m: torch.fft.irfft(z, n=10),
     "irfft of an odd length": lambda z, w, m: torch.fft.irfft(z, n=9, norm="ortho"),
     "irfft of more": lambda z, w, m: torch.fft.irfft(z, n=20, norm="forward"),

@@ -47,7 +47,9 @@ class Stack(nn.Module):
 
 
 LINE = inspect.getsourcelines(Spread)[1] + 4
-TOLD = f"blocks.0.1 (Spread), so that the graph step cannot be written: {__file__}:{LINE}, in forward:\n    values: Tensor"
+TOLD = (
+    f"blocks.0.1 (Spread), so that the graph step cannot be written: {__file__}:{LINE}, in forward:\n    values: Tensor"
+)
 
 
 def test_an_operator_that_onnx_lacks_is_named_with_its_module_and_line(tmp_path: Path) -> None:
@@ -132,7 +134,9 @@ def test_what_torch_does_not_tell_is_left_out(part: nn.Module, operator: str, to
 
 def test_a_failure_at_an_operator_is_told_with_its_line() -> None:
     inner = ValueError("rank 0\nis none")
-    outer = RuntimeError("Error when translating node %svd : call_function[target=torch.ops.aten.linalg_svdvals.default]")
+    outer = RuntimeError(
+        "Error when translating node %svd : call_function[target=torch.ops.aten.linalg_svdvals.default]"
+    )
     outer.__cause__ = inner
     number = inspect.getsourcelines(Whole)[1] + 2
     found = failure(outer, program_of(Whole()), "step")
