@@ -14,12 +14,13 @@ import click
 import numpy as np
 
 from nsm.bundle import Bundle
-from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.console import Terminal, lanes_of, size
 from nsm.manifest import Artifact
 from nsm.runtimes.bench import Latency, Ratio, Steppable, bench, check_steps, paired_ratio
 from nsm.runtimes.memory import fresh_peak_mb
 from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.status import refuse_failed
 from nsm.runtimes.targets import find_target
 from nsm.spec import VALID, TensorSpec
 from nsm.trace import Array
@@ -259,16 +260,19 @@ def _open_targets(
 ) -> list[Entrant]:
     """The artifacts of these targets and precisions; if no target was named, those that run here."""
     entrants: list[Entrant] = []
+    failed: ParityError | None = None
     for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):
         try:
+            refuse_failed(bundle.path, artifact)
             with terminal.stage(f"Opening {artifact.label}"):
                 entrants.append(open_entrant(bundle, artifact, artifact.label, threads, stack))
-        except (DeviceUnavailableError, MissingDependencyError) as error:
+        except (DeviceUnavailableError, MissingDependencyError, ParityError) as error:
             if targets:
                 raise
+            failed = error if isinstance(error, ParityError) else failed
             terminal.remark(f"{artifact.label}: not measured. {error}")
     if not entrants:
-        raise DeviceUnavailableError("None of the bundle's targets runs on this machine.")
+        raise failed or DeviceUnavailableError("None of the bundle's targets runs on this machine.")
     return entrants
 
 
@@ -289,6 +293,7 @@ def _open_rivals(
     for artifact in wanted:
         name = f"{path.resolve().name}: {artifact.label}"
         if artifact.label not in rivals:
+            refuse_failed(path, artifact)
             with terminal.stage(f"Opening {name}"):
                 rivals[artifact.label] = open_entrant(other, artifact, name, threads, stack)
     return list(rivals.values()), [list(rivals).index(artifact.label) for artifact in wanted]

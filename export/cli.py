@@ -5,18 +5,20 @@ Torch is imported by `export` alone, so the other commands work on a machine tha
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shlex
 import sys
 import traceback
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import click
 from click.core import ParameterSource
 
-from nsm.errors import BuildError, NsmError
+from nsm.errors import BuildError, NsmError, UncheckedWarning
 from nsm.export.signals import ending_cleanly
 from nsm.files import settled
 
@@ -32,7 +34,7 @@ class _NsmCommand(click.Command):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            with ending_cleanly():
+            with ending_cleanly(), _shown_warnings():
                 return super().invoke(ctx)
         except (NsmError, OSError) as error:
             if ctx.params.get("verbose"):
@@ -41,6 +43,23 @@ class _NsmCommand(click.Command):
             code = error.exit_code if isinstance(error, NsmError) else BuildError.exit_code
             click.echo(f"Error: {error}", err=True)
             ctx.exit(code)
+
+
+@contextlib.contextmanager
+def _shown_warnings() -> Iterator[None]:
+    """Print what nsm warns of as one line on stderr, without a place in the code."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def line(message: Warning | str, category: type[Warning], *place: Any) -> None:
+            if issubclass(category, UncheckedWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                show(message, category, *place)
+
+        warnings.showwarning = line
+        warnings.simplefilter("always", UncheckedWarning)
+        yield
 
 
 class _NsmGroup(click.Group):
@@ -491,6 +510,7 @@ def doctor(as_json: bool) -> None:
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
 @click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--allow-failed", is_flag=True, help="Run an artifact that failed its parity check.")
 @click.option("--prompt", metavar="TEXT", help="Generate: text that a model over bytes goes on with.")
 @click.option("--tokens", type=int, default=200, show_default=True, metavar="N", help="Tokens to generate.")
 @click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most likely token.")
@@ -507,6 +527,7 @@ def run(
     data: Path | None,
     output: Path | None,
     force: bool,
+    allow_failed: bool,
     prompt: str | None,
     tokens: int,
     temperature: float,
@@ -533,14 +554,14 @@ def run(
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
             raise InputError(f"{options} belong to generating text. Give a --prompt to begin with, or leave them out.")
-        commands.run(bundle, target, precision, data, output, force, as_json)
+        commands.run(bundle, target, precision, data, output, force, allow_failed, as_json)
         return
     if data is not None or output is not None:
         raise InputError(
             "--prompt generates text; --data and --output belong to feeding sequences. Give one or the other."
         )
     sampler = Sampler(temperature, top_k, top_p, seed)
-    generation.generate(bundle, target, precision, prompt, tokens, sampler, as_json)
+    generation.generate(bundle, target, precision, allow_failed, prompt, tokens, sampler, as_json)
 
 
 def export_main() -> None:

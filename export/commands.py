@@ -32,6 +32,7 @@ from nsm.export.sequences import read_sequences, sequence_axes
 from nsm.files import check_output_file, replacing
 from nsm.runtimes.opening import chosen_artifact, open_artifact, open_bundle
 from nsm.runtimes.session import Session
+from nsm.runtimes.status import refuse_failed
 from nsm.runtimes.targets import find_target
 from nsm.runtimes.threads import chosen_threads
 from nsm.spec import VALID
@@ -53,6 +54,7 @@ def roofline(path: Path, target: str | None, precision: str | None, threads: int
     bundle = Bundle(path)
     bundle.verify()
     artifact = chosen_artifact(bundle, target, precision)
+    refuse_failed(path, artifact)
     threads = chosen_threads(threads, bundle.manifest.work)
     with (
         roofline_module.products(find_target(artifact.target), threads) as machine,
@@ -194,6 +196,7 @@ def run(
     data: Path | None,
     output: Path | None,
     force: bool,
+    allow_failed: bool,
     as_json: bool,
 ) -> None:
     """Feed sequences; see `nsm run --help`."""
@@ -203,7 +206,7 @@ def run(
             raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
         check_output_file(output, _OUTPUTS, _is_outputs, force)
     bundle = Bundle(path)
-    with open_bundle(bundle, target, precision=precision) as session:
+    with open_bundle(bundle, target, precision=precision, allow_failed=allow_failed) as session:
         sequences = _recorded(bundle) if data is None else read_sequences(data, axes=sequence_axes(session.spec))
         results: dict[str, Array] = {}
         summaries: list[dict[str, Any]] = []

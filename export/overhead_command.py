@@ -10,12 +10,13 @@ from pathlib import Path
 import click
 
 from nsm.bundle import Bundle
-from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, UnsupportedError
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError, UnsupportedError
 from nsm.export.bench_command import check_options, lane_tokens
 from nsm.export.console import Terminal
 from nsm.runtimes import bench
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.overhead import CALLS, ROUNDS, overhead
+from nsm.runtimes.status import refuse_failed
 from nsm.runtimes.targets import find_target
 
 COLUMNS = ("target", "precision", "session us", "bare us", "wrapper us", "95 %")
@@ -43,19 +44,22 @@ def measure_overhead(
     bundle.verify()
     tokens = lane_tokens(bundle)
     found = []
+    failed: ParityError | None = None
     for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):
         try:
+            refuse_failed(path, artifact)
             with (
                 open_artifact(bundle, artifact, threads=threads) as session,
                 terminal.stage(f"Measuring {artifact.label} in turns") as progress,
             ):
                 found.append((artifact, overhead(session, session.runtime, tokens, rounds, progress)))
-        except (DeviceUnavailableError, MissingDependencyError, UnsupportedError) as error:
+        except (DeviceUnavailableError, MissingDependencyError, ParityError, UnsupportedError) as error:
             if targets:
                 raise
+            failed = error if isinstance(error, ParityError) else failed
             terminal.remark(f"{artifact.label}: not measured. {error}")
     if not found:
-        raise UnsupportedError("None of the bundle's targets can be measured on this machine.")
+        raise failed or UnsupportedError("None of the bundle's targets can be measured on this machine.")
     if as_json:
         taken = {"steps": rounds * CALLS}
         rows = [{"target": a.target, "precision": a.precision, **taken, **asdict(item)} for a, item in found]

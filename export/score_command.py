@@ -20,6 +20,7 @@ from nsm.export.score_log import ScoreLog
 from nsm.export.sequences import read_sequences, sequence_axes
 from nsm.runtimes.opening import chosen_artifact, open_bundle
 from nsm.runtimes.scoring import digest, score
+from nsm.runtimes.status import refuse_failed
 
 SUFFIXES = (".npy", ".npz", ".txt")
 
@@ -82,6 +83,7 @@ def score_folder(
         raise InputError(f"--workers and --threads are at least 1; given {workers} and {threads}.")
     bundle = Bundle(path)
     artifact = chosen_artifact(bundle, target, precision)
+    refuse_failed(path, artifact)
     files = _files(folder, output)
     head = {"fingerprint": bundle.manifest.fingerprint, "target": artifact.target, "precision": artifact.precision}
     log = ScoreLog(output, head, force)

@@ -16,12 +16,14 @@ from nsm.errors import (
     InputError,
     MissingDependencyError,
     RunError,
+    UncheckedWarning,
     UnsupportedError,
 )
 from nsm.manifest import Artifact
 from nsm.runtimes.base import Loader
 from nsm.runtimes.processor import require_device
 from nsm.runtimes.session import Session
+from nsm.runtimes.status import refuse_failed, warn_unchecked
 from nsm.runtimes.targets import TARGETS, Target, find_target
 from nsm.runtimes.threads import chosen_threads
 from nsm.spec import StepSpec
@@ -34,6 +36,7 @@ def open_bundle(
     threads: int | None = None,
     *,
     precision: str | None = None,
+    allow_failed: bool = False,
 ) -> Session:
     """Open a bundle and start its streams.
 
@@ -46,13 +49,18 @@ def open_bundle(
             choice for others).
         precision: of the artifact: fp32, fp16, bf16, int8 or int8-weights (default: fp32 where the bundle has the
             target in it, or else the only one).
+        allow_failed: whether an artifact that failed its parity check is opened.
 
     Returns:
         A `Session`; use it in a `with` block or close it.
 
+    Warns:
+        UncheckedWarning: the artifact was never compared with its reference, for want of its hardware for instance.
+
     Raises:
         InputError: no such bundle; it has no artifact for the target in that precision; or it has the target in
             several precisions and not in fp32, and none was named.
+        ParityError: the artifact failed its parity check.
         BundleError: damaged, or of another format version.
         MissingDependencyError: the backend is not installed; names the extra that installs it.
         DeviceUnavailableError: the hardware is not in this machine.
@@ -63,11 +71,20 @@ def open_bundle(
     opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
     unavailable: UnsupportedError | None = None
     for artifact in _candidates(opened, target, precision):
+        if not allow_failed:
+            refuse_failed(opened.path, artifact)
         opened.verify(artifact.files)
         try:
-            return open_artifact(opened, artifact, device, threads)
+            session = open_artifact(opened, artifact, device, threads)
         except (DeviceUnavailableError, MissingDependencyError) as error:
             unavailable = unavailable or error
+            continue
+        try:
+            warn_unchecked(opened.path, artifact, stacklevel=2)
+        except UncheckedWarning:  # where warnings are errors
+            session.close()
+            raise
+        return session
     assert unavailable is not None
     raise unavailable
 
@@ -97,7 +114,8 @@ def _candidates(bundle: Bundle, target: str | None, precision: str | None) -> It
     held = bundle.artifacts((), () if precision is None else (precision,))
     known = [item for item in held if item.parity["status"] == "passed" and item.target in TARGETS]
     if not known:
-        yield bundle.artifact(None, precision)
+        unchecked = (item for item in held if item.parity["status"] == "not_run" and item.target in TARGETS)
+        yield next(unchecked, None) or bundle.artifact(None, precision)
     for name in sorted(dict.fromkeys(item.target for item in known), key=lambda name: TARGETS[name].asked_only):
         yield bundle.preferred([item for item in known if item.target == name])
 

@@ -248,7 +248,7 @@ class Session(NotCopyable):
             if valid is not None:
                 counts = checked_input(TensorSpec(VALID, (self.batch,), "int64", None, 0, length), valid)
             if on_bad_lane != "raise":
-                check_choice(on_bad_lane, self.batch, entry.input(VALID) is not None)
+                check_choice(on_bad_lane, self.batch, any(item.input(VALID) is not None for item in self.spec.entries))
             given, counts, skipped = usable_tokens(entry.inputs[0], given, counts, on_bad_lane)
             if self._capacity is not None and place.tokens is not None:
                 self._capacity.check(place.tokens, counts)

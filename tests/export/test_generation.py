@@ -10,12 +10,14 @@ import numpy as np
 import pytest
 import torch
 
+import nsm
 from nsm.export import generation
 from nsm.models.simple import SimpleNSM
+from nsm.runtimes.sampling import Sampler
 from nsm.runtimes.session import Session
 from tests.conftest import CHUNK
 from tests.export.helpers import invoke, refused, succeeded, the_json
-from tests.runtimes.fake import FakeRuntime, fake_initial, fake_spec
+from tests.runtimes.fake import FakeRuntime, fake_initial, fake_session, fake_spec
 
 LONG = 5 * CHUNK + 3
 # Shorter than a chunk, a chunk, several of them, and letters of several bytes.
@@ -109,13 +111,13 @@ def test_a_prompt_that_is_no_utf8_is_read_as_its_bytes(byte_model: SimpleNSM, by
 
 def test_a_model_over_other_ids_is_refused(exported: Path) -> None:
     result = invoke("run", exported, "--prompt", "a", "--target", "onnxruntime")
-    refused(result, 3, "256 ids in and 256 logits out. This one takes 20 ids and gives 5 numbers.", "--data")
+    refused(result, 3, "256 ids in and 256 logits out. This one takes 20 ids and gives outputs of shape [5]", "--data")
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vectors": True}, "This one takes vectors and gives 5 numbers."),
+        ({"vectors": True}, "This one takes vectors and gives outputs of shape [5] a token."),
         ({"entries": ("step",)}, "no entry `decode` for fake, so the model cannot go on"),
     ],
 )
@@ -124,8 +126,63 @@ def test_vectors_and_models_that_see_ahead_are_refused(
 ) -> None:
     spec = fake_spec(**changes)
     session = Session(FakeRuntime(spec), spec, fake_initial(spec), "f", "fake")
-    monkeypatch.setattr(generation, "open_bundle", lambda *_: session)
+    monkeypatch.setattr(generation, "open_bundle", lambda *_, **__: session)
     refused(invoke("run", byte_bundle, "--prompt", "a"), 3, message)
+
+
+class Spelling(torch.nn.Module):
+    """A GRU cell over bytes that takes one token a call; it writes printable ASCII."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.embed = torch.nn.Embedding(256, 24)
+        self.cell = torch.nn.GRUCell(24, 24)
+        self.head = torch.nn.Linear(24, 256)
+        with torch.no_grad():
+            self.embed.weight *= 2.0
+            self.head.weight *= 8.0
+            self.head.bias[:32] = self.head.bias[127:] = -100.0
+
+    def forward(self, ids: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.cell(self.embed(ids), h)
+        return self.head(h), h
+
+
+@torch.no_grad()
+def spelled(model: Spelling, prompt: bytes, count: int) -> str:
+    """What a loop over the module goes on with."""
+    h, made, logits = torch.zeros(1, 24), bytearray(), torch.zeros(1, 256)
+    for byte in prompt:
+        logits, h = model(torch.tensor([byte]), h)
+    for _ in range(count):
+        made.append(int(logits[0].argmax()))
+        logits, h = model(torch.tensor([made[-1]]), h)
+    return made.decode("ascii")
+
+
+@pytest.mark.parametrize("lanes", [1, 3])
+@pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
+def test_a_model_that_takes_one_token_a_call_goes_on_with_a_text(lanes: int, target: str, tmp_path: Path) -> None:
+    model = Spelling().eval()
+    step = nsm.as_step(model, states=[torch.zeros(24)], vocab_size=256)
+    nsm.export_model(step, target, tmp_path / "spelling.nsm", batch=lanes, golden_steps=8)
+    expected = spelled(model, "Zürich".encode(), 60)
+    assert len(set(expected)) > 3, "a text of one letter would prove little"
+    facts = written(tmp_path / "spelling.nsm", "Zürich", "--temperature", "0", "--tokens", "60")
+    assert facts["text"] == expected
+
+
+def test_lanes_that_cannot_rest_all_have_the_text() -> None:
+    """As in an .onnx of several lanes without the input valid: lane 0 answers as it does alone."""
+    session, alone = fake_session(fake_spec(3, valid=False)), fake_session(fake_spec(1))
+    entry = generation._single(session)
+    logits = generation._prefill(session, entry, np.array([1, 2, 3]))
+    outputs = alone.run([1, 2, 3])["outputs"]
+    for token in generation._continue(session, entry, logits, 9, Sampler(temperature=0.0)):
+        assert token == int(outputs[-1].argmax())
+        outputs = alone.run([token])["outputs"]
+    assert session.offsets.tolist() == [(3 + 8) % 4] * 3
 
 
 @pytest.mark.parametrize(

@@ -136,14 +136,14 @@ def test_a_lane_is_skipped_on_every_target(bundle: Bundle, target: str) -> None:
         spoilt = tokens[1].copy()
         spoilt[1, 2] = -5
         given: list[Arrays] = []
-        for call in (
-            lambda: session.step(spoilt, on_bad_lane="skip"),
-            lambda: session.step(np.where([[True], [False]], tokens[1], 0), [length, 0]),
-        ):
+        for skipping in (True, False):
             session.reset()
             session.step(tokens[0])
             before = lane_of(session.read_state(), 1)
-            given.append(call())
+            if skipping:
+                given.append(session.step(spoilt, on_bad_lane="skip"))
+            else:
+                given.append(session.step(tokens[1], [length, 0]))
             assert_same(lane_of(session.read_state(), 1), before)
             given.append(session.step(tokens[2]))
         assert_same(lane_of(given[0], 0), lane_of(given[2], 0))

@@ -19,7 +19,7 @@ from tests.runtimes.sessions import ids
 CALLS: dict[str, Callable[[Session], object]] = {
     "step": lambda session: session.step([[0] * 3] * 2),
     "decode": lambda session: session.decode("a"),
-    "feed": lambda session: session.feed(None, [9]),
+    "feed": lambda session: session.feed("a", [9]),
     "run": lambda session: session.run([]),
     "reset": lambda session: session.reset(),
     "reset of a lane": lambda session: session.reset(7),

@@ -96,7 +96,7 @@ def history(session: Session, sequences: Iterable[Array]) -> list[Arrays]:
         states.append(session.read_state())
         return advance(*given)
 
-    session._standing.advance = noted  # type: ignore[method-assign]
+    session._standing.advance = noted  # type: ignore[method-assign,assignment]
     for sequence in sequences:
         session.feed(sequence)
     session._standing.advance = advance  # type: ignore[method-assign]

@@ -1,0 +1,34 @@
+"""The status of an artifact's parity check: what failed is refused, what was never compared is warned of."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+
+from nsm.errors import ParityError, UncheckedWarning
+from nsm.manifest import Artifact
+
+
+def refuse_failed(path: Path, artifact: Artifact) -> None:
+    """Raise `ParityError` for an artifact of the bundle at `path` whose parity check failed."""
+    if artifact.parity["status"] != "failed":
+        return
+    error = artifact.parity.get("free_run")
+    p99 = error.get("p99") if isinstance(error, dict) else None
+    measured = "" if p99 is None else f" (free-run error {p99:.2g})"
+    raise ParityError(
+        f"The artifact {artifact.label} in {path} failed its parity check{measured}: its outputs are not those of the "
+        f"model. See nsm parity {path} --target {artifact.target}, and export the model again. To use it all the same, "
+        "for instance to look for the fault: nsm.open(..., allow_failed=True), nsm run --allow-failed."
+    )
+
+
+def warn_unchecked(path: Path, artifact: Artifact, stacklevel: int) -> None:
+    """Warn of an artifact that was never compared; `stacklevel` as for `warnings.warn` in the caller."""
+    if artifact.parity["status"] == "not_run":
+        warnings.warn(
+            f"The artifact {artifact.label} in {path} was never compared with its reference: "
+            f"{artifact.parity['reason']} Compare it here: nsm parity {path} --target {artifact.target}",
+            UncheckedWarning,
+            stacklevel=stacklevel + 1,
+        )
