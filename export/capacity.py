@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -46,9 +46,10 @@ class Reach:
         return replace(spec, states=states, capacity=self.capacity)
 
 
-def may_count(spec: StepSpec) -> bool:
-    """Whether there are whole numbers among the states that may grow; the place in a chunk does not."""
-    return any(state.numpy_dtype.kind in "iu" and state.name != OFFSET for state in spec.states)
+def may_count(spec: StepSpec, bounded: Collection[str] = ()) -> bool:
+    """Whether a state other than the bounded ones is an integer that may grow; the place in a chunk does not."""
+    whole = {state.name for state in spec.states if state.numpy_dtype.kind in "iu"}
+    return bool(whole - {OFFSET, *bounded})
 
 
 def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Reach:

@@ -290,7 +290,7 @@ def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
             (stage / GRAPHS).mkdir()
             source.write_graphs(spec, stage / GRAPHS, options.opset)
             free = replace(spec, capacity=None)
-            if spec.capacity is None and may_count(spec):
+            if spec.capacity is None and may_count(spec, found.bounded):
                 spec = _without_end(stage / GRAPHS, spec, found, trace.steps)
             initial: dict[str, Any] = dict(source.initial_arrays(options.batch))
             np.savez(stage / STATE_INIT, allow_pickle=False, **initial)

@@ -495,7 +495,8 @@ def ready_program(
         monkeypatch.setattr(
             torch.onnx, "export", lambda *_args, **_options: SimpleNamespace(model=None, model_proto=proto)
         )
-        monkeypatch.setattr(module, "optimise", lambda _model: None)
+        for name in ("optimise", "exact_division"):
+            monkeypatch.setattr(module, name, lambda _model: None)
 
     return with_change
 
