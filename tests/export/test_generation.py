@@ -165,7 +165,7 @@ def spelled(model: Spelling, prompt: bytes, count: int) -> str:
 @pytest.mark.parametrize("target", ["onnxruntime", "openvino"])
 def test_a_model_that_takes_one_token_a_call_goes_on_with_a_text(lanes: int, target: str, tmp_path: Path) -> None:
     model = Spelling().eval()
-    step = nsm.as_step(model, states=[torch.zeros(24)], vocab_size=256)
+    step = nsm.as_step(model, states=[torch.zeros(1, 24)], vocab_size=256)
     nsm.export_model(step, target, tmp_path / "spelling.nsm", batch=lanes, golden_steps=8)
     expected = spelled(model, "Zürich".encode(), 60)
     assert len(set(expected)) > 3, "a text of one letter would prove little"
