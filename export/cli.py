@@ -51,13 +51,13 @@ def _shown_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         show = warnings.showwarning
 
-        def line(message: Warning | str, category: type[Warning], *place: Any) -> None:
+        def one_line(message: Warning | str, category: type[Warning], *place: Any, **more: Any) -> None:
             if issubclass(category, UncheckedWarning):
                 click.echo(f"Warning: {message}", err=True)
             else:
-                show(message, category, *place)
+                show(message, category, *place, **more)
 
-        warnings.showwarning = line
+        warnings.showwarning = one_line
         warnings.simplefilter("always", UncheckedWarning)
         yield
 
