@@ -89,12 +89,11 @@ def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target:
     budget, exact = find_budget(precision), find_budget("fp32")
     assert exact.free_run_p99 < artifact.parity["free_run"]["p99"] <= budget.free_run_p99
     assert exact.one_step_p99 < artifact.parity["one_step"]["p99"] <= budget.one_step_p99
-    with open_bundle(bundle, target) as session:
+    with open_bundle(bundle, target, precision=precision) as session:
         assert session.effective_precision == precision
-    (report,) = (
-        item for item in json.loads((bundle.path / "parity.json").read_text())["results"] if item["target"] == target
-    )
-    assert (report["precision"], report["effective_precision"]) == (precision, precision)
+    results = json.loads((bundle.path / "parity.json").read_text())["results"]
+    (report,) = (item for item in results if (item["target"], item["precision"]) == (target, precision))
+    assert report["effective_precision"] == precision
     for path in bundle.path.glob("*/*.onnx"):
         model = onnx.load(str(path), load_external_data=False)
         opset = next(item.version for item in model.opset_import if not item.domain)

@@ -81,7 +81,7 @@ def test_a_crash_inside_leaves_nothing_behind(tmp_path: Path, error: type[BaseEx
     def crash() -> NoReturn:
         with staged(output, force=there) as stage:
             fill(stage, "another")
-            raise error
+            raise error("a crash")
 
     with pytest.raises(error):
         crash()
