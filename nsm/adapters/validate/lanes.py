@@ -62,10 +62,10 @@ def _check_ages(subject: Subject, count: int) -> None:
     states = [started[lane % 3][0] for lane in range(count)]
     tokens = [started[lane % 3][1] for lane in range(count)]
     for number, pattern in enumerate(ROUNDS[:ROUNDS_OF_LARGE] if subject.large else ROUNDS):
-        for lane in range(count):
-            if pattern[lane % 3] == "r":
-                states[lane], tokens[lane] = subject.start(), 0
         size = subject.chunk if number % 4 == 3 else 1
+        for lane in range(count):
+            if pattern[lane % 3] == "r" or not subject.has_room(tokens[lane], size):
+                states[lane], tokens[lane] = subject.start(), 0
         why = "take the counter or state of one stream for all (position[0], state[:1]), or mix states (a mean, an "
         states = _check(subject, states, tokens, pattern, size, why + "attention over the axis of the streams)")
         tokens = [token + size * (pattern[lane % 3] != "0") for lane, token in enumerate(tokens)]

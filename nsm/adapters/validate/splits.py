@@ -19,6 +19,8 @@ def split(subject: Subject) -> Skipped | None:
     if not subject.step.timed:
         return Skipped("the step takes one token a call")
     assert subject.trace is not None
+    if not subject.has_room(0, 2 * subject.chunk + 1):
+        return Skipped(f"a stream ends after {subject.end} tokens, and splits take {2 * subject.chunk + 1}")
     starts = [(subject.start(), 0), subject.trace.late]
     for state, token in starts[1:] if subject.large else starts:
         _check_split(subject, state, token)
@@ -50,6 +52,7 @@ def offline(subject: Subject) -> Skipped | None:
     step, trace = subject.step, subject.trace
     assert trace is not None
     length = max(OFFLINE_TOKENS, trace.filled + OFFLINE_TOKENS // 2)
+    length = length if subject.end is None else min(length, subject.end)
     sequence = subject.tokens(0, 0, length)
     wanted = step.offline(sequence)
     if wanted is None:

@@ -15,6 +15,8 @@ CALLS, CALLS_OF_LARGE = 64, 52
 """Calls of the shortest trace: a Python counter may change what is done at call 50."""
 AFTER = 16
 """Tokens that are run when nothing fills any more, so that a ring wraps around."""
+BEYOND = 10
+"""Tokens that later experiments run behind the trace, besides three whole calls."""
 WORK = 1e10
 """Numbers that weights and states may be read in all while states fill."""
 FEWEST, MOST = 128, 1024
@@ -29,9 +31,15 @@ def fill(subject: Subject) -> None:
     fresh = {name: np.ones(value.shape, bool) for name, value in start.items()}
     sizes, outputs, states = [], [], {}
     early, state, token, filled = (start, 0), start, 0, 0
-    changed, calls = "", CALLS_OF_LARGE if subject.large else CALLS
+    changed, enough, calls = "", False, CALLS_OF_LARGE if subject.large else CALLS
     for size in _sizes(subject.chunk, calls):
-        given, state = subject.alone(subject.tokens(0, token, size), state)
+        try:
+            given, state = subject.alone(subject.tokens(0, token, size), state)
+        except NsmError as error:
+            if not _counts(start, state):
+                raise
+            _end(subject, token, error)
+            break
         sizes.append(size)
         token += size
         if len(sizes) <= calls:
@@ -47,13 +55,64 @@ def fill(subject: Subject) -> None:
         enough = token >= filled + AFTER if not any(left.any() for left in fresh.values()) else _stalled(token, filled)
         if len(sizes) >= calls and (enough or token >= most):
             break
-    filling = () if enough else tuple(name for name, left in fresh.items() if left.any()) or (changed,)
+    filling = (
+        ()
+        if enough or subject.end is not None
+        else tuple(name for name, left in fresh.items() if left.any()) or (changed,)
+    )
     if filling:
         subject.remarks.append(
             f"WARNING: the states {shown(filling)} are still filling after {token} tokens, where the examination ends: "
             "what the step does once they are full was not examined. Compare longer streams: --golden-steps"
         )
-    subject.trace = Trace(tuple(sizes[:calls]), tuple(outputs), states, early, (state, token), filled, filling)
+    late = (state, token)
+    if subject.end is None:
+        _look_ahead(subject, state, token)
+    if subject.end is not None:
+        early = early if subject.has_room(early[1], subject.chunk) else (start, 0)
+        late = _before_end(subject, sizes)
+    subject.trace = Trace(tuple(sizes[:calls]), tuple(outputs), states, early, late, filled, filling)
+
+
+def _counts(start: Arrays, state: Arrays) -> bool:
+    """Whether an integer state has grown, as the position in a table does."""
+    return any(value.dtype.kind in "iu" and bool((state[name] > value).any()) for name, value in start.items())
+
+
+def _end(subject: Subject, token: int, error: NsmError) -> None:
+    """A stream fails here: nothing is run past it."""
+    subject.end = token
+    cause = str(error.__cause__ or error)
+    subject.remarks.append(
+        f"{subject.step.kind} fails after {token} tokens of a stream, where a table or cache ends "
+        f"({cause.splitlines()[0] if cause else type(error).__name__}). It was examined up to there."
+    )
+
+
+def _look_ahead(subject: Subject, state: Arrays, token: int) -> None:
+    """Go on for as long as later experiments do, in case that the stream ends there."""
+    start, first = subject.start(), token
+    while token < first + 3 * subject.chunk + BEYOND:
+        try:
+            _, state = subject.alone(subject.tokens(0, token, subject.chunk), state)
+        except NsmError as error:
+            if not _counts(start, state):
+                raise
+            _end(subject, token, error)
+            return
+        token += subject.chunk
+
+
+def _before_end(subject: Subject, sizes: list[int]) -> tuple[Arrays, int]:
+    """The last state of the stream behind which there is room for the longest experiment, and its token."""
+    room = 2 * subject.chunk + 1 if subject.step.timed else 1
+    state, token = subject.start(), 0
+    for size in sizes:
+        if not subject.has_room(token + size, room):
+            break
+        _, state = subject.alone(subject.tokens(0, token, size), state)
+        token += size
+    return state, token
 
 
 def _sizes(chunk: int, calls: int) -> Iterator[int]:

@@ -40,6 +40,7 @@ class Subject:
         trace: of the first stream, from the experiment `fill`.
         lanes, why: how many streams side by side, None for any number; the experiment `lanes` decides.
         lent: what the step writes before it reads it.
+        end: tokens after which a stream fails, as a table or cache ends; None where none was found.
         remarks: a sentence each, for people.
     """
 
@@ -51,6 +52,7 @@ class Subject:
     lanes: int | None = None
     why: str = ""
     lent: list[str] = field(default_factory=list)
+    end: int | None = None
     remarks: list[str] = field(default_factory=list)
     kept: Mapping[str, str] = field(default_factory=dict)
 
@@ -88,6 +90,10 @@ class Subject:
             return random.integers(spec.minimum or 0, spec.maximum + 1, shape).astype(spec.numpy_dtype)
         made = random.standard_normal(shape).astype(spec.numpy_dtype)
         return np.abs(made) + spec.numpy_dtype.type(0.1) if self.positive else made
+
+    def has_room(self, token: int, count: int) -> bool:
+        """Whether a stream takes so many tokens more behind its first `token`."""
+        return self.end is None or token + count <= self.end
 
     def start(self) -> Arrays:
         """The initial state of one stream."""
