@@ -17,7 +17,7 @@ from nsm.runtimes.counters import Counters, observe, reach
 from nsm.runtimes.limits import Limit, assumed_limit, find_limit
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.session import Session
-from nsm.spec import OFFSET, StepSpec
+from nsm.spec import CHUNK, FILLED, OFFSET, StepSpec
 from nsm.trace import Array
 
 _CALLS = 16
@@ -47,9 +47,9 @@ class Reach:
 
 
 def may_count(spec: StepSpec, bounded: Collection[str] = ()) -> bool:
-    """Whether a state other than the bounded ones is an integer that may grow; the place in a chunk does not."""
+    """Whether an integer state may grow, other than those of our own streams and `bounded`, which end by themselves."""
     whole = {state.name for state in spec.states if state.numpy_dtype.kind in "iu"}
-    return bool(whole - {OFFSET, *bounded})
+    return bool(whole - {OFFSET, FILLED, CHUNK, *bounded})
 
 
 def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Reach:

@@ -29,6 +29,12 @@ VALID = "valid"
 OFFSET = "lane.offset"
 """Name of the state that holds, per lane, how many tokens the open chunk has; [B] int64."""
 
+FILLED = "lane.filled"
+"""Name of the state that holds, per lane, how many rows are there in the windows of a model; [B] int64."""
+
+CHUNK = "lane.chunk"
+"""Name of the state that counts the chunks of each lane, modulo the common cycle of the model's periods; [B] int64."""
+
 COUNT = "lane.count"
 """Name of the state that holds, per lane, how many tokens the stream has had; [B] int64. Rings are counted by it."""
 

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 
 from nsm.errors import ConfigError, InputError, StreamError
 from nsm.models.step import State, StepModel
-from nsm.spec import OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.spec import CHUNK, FILLED, OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.stream_layer import Clock, StreamLayer
-
-# States of the stream itself, beside OFFSET and those of the layers.
-FILLED = "lane.filled"  # rows that are there in the windows, [B]
-CHUNK = "lane.chunk"  # chunks since the start, modulo the common cycle of the periods, [B]; only where there is one
 
 
 class StreamModel(StepModel):

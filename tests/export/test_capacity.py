@@ -337,7 +337,7 @@ def test_a_table_of_a_few_rows_ends_too(tmp_path: Path) -> None:
     assert bundle.manifest.spec.capacity == 5
     assert bundle.trace().steps == 5
     assert [item.limit for item in bundle.manifest.artifacts] == [None, None]
-    assert add_target(bundle.path, "openvino").limit is None
+    assert add_target(bundle.path, "openvino", force=True).limit is None
 
 
 def test_golden_streams_end_with_the_capacity(bundles: Bundles) -> None:
@@ -468,7 +468,7 @@ def test_a_target_that_is_added_gets_its_limit(bundles: Bundles, tmp_path: Path)
     bundle = nsm.export_model(stepped(Clock), "onnxruntime", tmp_path / "clock.nsm")
     artifact = add_target(bundle.path, "openvino")
     assert artifact.limit == bundles[Clock].manifest.artifacts[1].limit
-    assert add_target(bundle.path, "onnxruntime").limit is None
+    assert add_target(bundle.path, "onnxruntime", force=True).limit is None
     counted = nsm.export_model(stepped(Count), "onnxruntime", tmp_path / "count.nsm")
     assert add_target(counted.path, "openvino").limit is None
 

@@ -37,10 +37,8 @@ def fill(subject: Subject) -> None:
             break
         try:
             given, state = subject.alone(subject.tokens(0, token, size), state)
-        except NsmError:
-            if not sizes:
-                raise
-            subject.reach = token  # a table or a cache ends
+        except NsmError as error:
+            _end(subject, token, state, error)
             break
         sizes.append(size)
         token += size
@@ -78,11 +76,24 @@ def _further(subject: Subject, state: Arrays, token: int, room: int) -> int:
         size = subject.chunk if subject.fits(token, subject.chunk) else 1
         try:
             _, state = subject.alone(subject.tokens(0, token, size), state)
-        except NsmError:
-            subject.reach = token
+        except NsmError as error:
+            _end(subject, token, state, error)
             break
         token += size
     return token
+
+
+def _end(subject: Subject, token: int, state: Arrays, error: NsmError) -> None:
+    """Set the reach where a stream fails, if an integer state counts, as the position in a table does; else raise."""
+    start = subject.start()
+    if not any(value.dtype.kind in "iu" and bool((state[name] > value).any()) for name, value in start.items()):
+        raise error
+    subject.reach = token
+    cause = str(error.__cause__ or error)
+    subject.remarks.append(
+        f"{subject.step.kind} fails after {token} tokens of a stream, where a table or cache ends "
+        f"({cause.splitlines()[0] if cause else type(error).__name__}). It was examined up to there."
+    )
 
 
 def _earlier(subject: Subject, sizes: list[int], most: int) -> tuple[Arrays, int]:

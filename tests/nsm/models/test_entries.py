@@ -10,7 +10,8 @@ from torch import Tensor
 
 from nsm.models.step import State
 from nsm.models.stream import CHUNK as CHUNKS
-from nsm.models.stream import FILLED, StreamModel
+from nsm.models.stream import StreamModel
+from nsm.spec import FILLED
 from nsm.spec import OFFSET, EntrySpec, StepSpec
 from tests.nsm.variants import CHUNK, NOT_CAUSAL, VARIANTS, VOCABULARY, layers_of, make, random_tokens, run
 
