@@ -87,7 +87,7 @@ def test_a_cache_is_examined_up_to_its_end(rows: int) -> None:
     assert model.lanes is None
     assert "where a table or cache ends" in " ".join(model.examination.remarks)
     status = {item.name: item.status for item in model.examination.experiments}
-    assert status["split"] == ("skipped" if rows == 8 else "passed")
+    assert status["split"] == "passed"  # with fewer tokens a call where the table is short
 
 
 @pytest.mark.parametrize("rows", [*range(77, 100), 5000])
