@@ -21,13 +21,18 @@ for state in states:
     learned = state["init"] != "zeros"
     feed[state["past"]] = initial[state["init"]["key"]] if learned else np.zeros(state["shape"], state["dtype"])
 
-batch, chunk = session.get_inputs()[0].shape
-inputs = [item.name for item in session.get_inputs()]
 names = [output.name for output in session.get_outputs()]
+outputs = [name for name in names if name not in [state["present"] for state in table]]
+inputs = [item for item in session.get_inputs() if item.name not in feed]  # the tokens come first
+random = np.random.default_rng(0)
 for step in range(8):  # a stream has no end; this one has eight steps
-    feed["tokens"] = np.full((batch, chunk), step)
-    if "valid" in inputs:  # how many of the tokens count, where lanes may differ
-        feed["valid"] = np.full(batch, chunk)
+    for item in inputs:
+        if item.name == "valid":  # how many of the tokens count, where lanes may differ
+            feed["valid"] = np.full(item.shape, inputs[0].shape[1])
+        elif item.type == "tensor(int64)":  # ids
+            feed[item.name] = np.full(item.shape, step % 2)
+        else:  # vectors
+            feed[item.name] = random.standard_normal(item.shape, np.float32)
     results = dict(zip(names, session.run(None, feed), strict=True))
     feed |= {state["past"]: results[state["present"]] for state in states if state["present"]}
-    print(step, results["outputs"][0, -1].argmax())
+    print(step, *(f"{name}={results[name][0, -1].argmax()}" for name in outputs))

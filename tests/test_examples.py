@@ -8,7 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+
+import nsm
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -47,6 +51,26 @@ def test_plain_onnxruntime_streams_the_graph(digits: Path) -> None:
     shown = _run(digits, str(EXAMPLES / "plain_onnxruntime.py"), "digits.nsm")
     assert [line.split()[0] for line in shown.splitlines()] == [str(step) for step in range(8)]
     assert "import nsm" not in (EXAMPLES / "plain_onnxruntime.py").read_text()
+
+
+class Filter(torch.nn.Module):
+    """Two outputs of a state, from vectors."""
+
+    def forward(self, x: torch.Tensor, h: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        h = 0.5 * h + x
+        return h.cumsum(-1), h.flip(-1) * 2, h
+
+
+def test_plain_onnxruntime_streams_vectors_and_several_outputs(tmp_path: Path) -> None:
+    step = nsm.as_step(Filter(), [torch.full((1, 4), 0.25)], token_shape=(4,), outputs=("sum", "back"))
+    nsm.export_model(step, "onnx", tmp_path / "filter.nsm", batch=2, golden_steps=8)
+    shown = _run(tmp_path, str(EXAMPLES / "plain_onnxruntime.py"), "filter.nsm")
+    random, h = np.random.default_rng(0), np.full((2, 4), 0.25, np.float32)
+    wanted = []
+    for index in range(8):
+        h = np.float32(0.5) * h + random.standard_normal((2, 1, 4), np.float32)[:, 0]
+        wanted.append(f"{index} sum={h[0].cumsum().argmax()} back={h[0, ::-1].argmax()}")
+    assert shown.splitlines() == wanted
 
 
 @pytest.mark.slow

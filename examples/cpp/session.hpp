@@ -8,6 +8,7 @@
 
 namespace nsm {
 
+// It has no lock: use it from one thread at a time.
 class Session {
 public:
     // Without threads, one for a model whose step is small, and OpenVINO's choice for others.

@@ -32,6 +32,7 @@ export async function open(read, ort) {
   return new Session(new Runtime(ort, bundle), bundle, await bundle.initial());
 }
 
+/** It takes one call at a time: await each before the next one. */
 export class Session {
   /** @param {Runtime} runtime @param {Bundle} bundle @param {Arrays} initial */
   constructor(runtime, bundle, initial) {
