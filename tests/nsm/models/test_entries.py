@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from nsm.models.step import State
-from nsm.models.stream import CHUNK as CHUNKS
 from nsm.models.stream import StreamModel
-from nsm.spec import FILLED
-from nsm.spec import OFFSET, EntrySpec, StepSpec
+from nsm.spec import CHUNK as CHUNKS
+from nsm.spec import FILLED, OFFSET, EntrySpec, StepSpec
 from tests.nsm.variants import CHUNK, NOT_CAUSAL, VARIANTS, VOCABULARY, layers_of, make, random_tokens, run
 
 BATCHES = [1, 3]
