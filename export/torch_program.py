@@ -230,11 +230,11 @@ def _adapted(
 
     names = ["outputs"] if len(answers) == 1 else [f"outputs.{index}" for index in range(len(answers))]
     model = AdaptedModel(module, call, carried, token, names, timed, CHUNK, capacity)
-    examine_model(model, TorchStep(model, None, "The program", _ADVICE, "program"))
+    step = TorchStep(model, None, "The program", _ADVICE, "program")
     decision = _decision(program)
-    if decision and model.lanes is None:  # one decision cannot hold for several streams
-        why = f"its operator {decision} decides by values of the stream"
-        model.declare(replace(model.examination, lanes=1, why=why))
+    if decision:  # one decision cannot hold for several streams
+        step.lanes, step.why = 1, f"its operator {decision} decides by values of the stream"
+    examine_model(model, step)
     return model
 
 

@@ -80,7 +80,7 @@ def test_it_is_built_into_a_bundle_that_is_there(
     (built,) = the_json(invoke("build", path, "-t", "numpy", "--json"))["artifacts"]
     assert built["parity"]["status"] == "passed"
     spoil(path)  # another model under this name
-    refused(invoke("build", path, "-t", "numpy"), 5, "numpy")
+    refused(invoke("build", path, "-t", "numpy", "--force"), 5, "numpy")
 
 
 def test_what_it_cannot_do_is_refused_by_its_name(made: Path, tmp_path: Path) -> None:

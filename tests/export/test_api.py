@@ -105,7 +105,8 @@ def test_numbers_of_numpy_are_taken_like_others(tmp_path: Path) -> None:
     given: dict[str, Any] = {name: np.int64(value) for name, value in options.items()}
     bundle = nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_float_share=np.float32(0.5), **given)
     assert bundle.manifest.spec.batch == 2
-    assert bundle.manifest.model["config"]["states"] == [["sum", [1, 3], 0]]
+    (state,) = bundle.manifest.model["config"]["states"]
+    assert state[:3] == ["sum", [1, 3], 0]  # and a hash of its initial value
     ids = nsm.as_step(Ids(), [torch.zeros(1, 2)], vocab_size=np.int64(5))  # type: ignore[arg-type]
     assert nsm.export_model(ids, "onnx", tmp_path / "ids.nsm", **given).manifest.spec.entries[0].inputs[0].maximum == 4
 

@@ -157,7 +157,7 @@ def torchless(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     (folder / "data").mkdir()
     np.save(folder / "data" / "ids.npy", make_sequences(3, 20))
     calls = {
-        "build": ["build", bundle, "--target", "openvino", "--json"],
+        "build": ["build", bundle, "--target", "openvino", "--force", "--json"],
         "parity": ["parity", bundle, "--json"],
         "bench": ["bench", bundle, "--steps", "10", "--json"],
         "inspect": ["inspect", bundle, "--json"],

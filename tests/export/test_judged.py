@@ -92,9 +92,9 @@ def test_fewer_calls_are_said_and_recorded(tmp_path: Path) -> None:
 def test_a_build_says_over_how_few_calls_of_the_bundle_it_was_judged(tmp_path: Path) -> None:
     succeeded(invoke(*command(tmp_path, 0.9, "-t", "ort")))
     build = ("build", tmp_path / "m.nsm", "-t", "ort", "--allow-slower")
-    assert "judged" not in succeeded(invoke(*build))
+    assert "judged" not in succeeded(invoke(*build, "--force"))
     assert "Judged over 64 calls of a stream: fewer than 200" in succeeded(invoke(*build, "-p", "int8"))
-    (artifact,) = the_json(invoke(*build, "-p", "int8", "--json"))["artifacts"]
+    (artifact,) = the_json(invoke(*build, "-p", "int8", "--json", "--force"))["artifacts"]
     assert [note for note in artifact["notes"] if note.startswith("judged over 64 calls")]
-    with nsm.open(tmp_path / "m.nsm") as session:
+    with nsm.open(tmp_path / "m.nsm", precision="int8") as session:
         assert session.effective_precision == "int8"

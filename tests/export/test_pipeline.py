@@ -272,7 +272,7 @@ def test_an_existing_output_is_refused_by_the_plan(checkpoint: Path, bundle_copy
 def test_force_does_not_replace_what_is_no_bundle(checkpoint: Path, tmp_path: Path, no_work: None) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.txt").write_text("years of work")
-    with pytest.raises(OutputExistsError, match="is not a bundle, so --force does not replace it"):
+    with pytest.raises(OutputExistsError, match="is not a bundle, so it is not replaced"):
         export(checkpoint, short(tmp_path / "thesis", force=True))
     assert (tmp_path / "thesis" / "chapter.txt").read_text() == "years of work"
 

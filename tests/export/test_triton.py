@@ -323,7 +323,7 @@ def test_low_precision_is_refused(two_lanes: Path) -> None:
 def test_without_onnx_the_extra_is_named(copied: Path, hide: Callable[..., None]) -> None:
     hide("onnx")
     with pytest.raises(MissingDependencyError, match=r'pip install "nsm-toolkit\[triton\]"'):
-        add_target(copied, "triton")
+        add_target(copied, "triton", force=True)
 
 
 @pytest.mark.parametrize(
@@ -485,11 +485,11 @@ def test_a_state_gets_the_side_that_the_graph_lacks(reads: tuple[str, ...], writ
     assert len(graph.node) == bool(reads)
 
 
-def test_build_from_the_command_line_replaces_what_was_there(copied: Path) -> None:
+def test_build_from_the_command_line_replaces_its_own_files_only(copied: Path) -> None:
     (copied / "triton/nsm/initial_state/stale").write_bytes(b"old")
-    text = succeeded(invoke("build", copied, "-t", "triton"))
+    text = succeeded(invoke("build", copied, "-t", "triton", "--force"))
     assert f"nsm parity {copied} --target triton" in text
-    assert not (copied / "triton/nsm/initial_state/stale").exists()
+    assert (copied / "triton/nsm/initial_state/stale").read_bytes() == b"old"
     Bundle(copied).verify()
 
 

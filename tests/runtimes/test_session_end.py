@@ -31,6 +31,7 @@ CALLS: dict[str, Callable[[Session], object]] = {
     "load_state": lambda session: session.load_state({"unknown": 1}),
     "is_fresh": lambda session: session.is_fresh(),
     "offsets": lambda session: session.offsets,
+    "tokens_left": lambda session: session.tokens_left,
     "with": lambda session: session.__enter__(),
 }
 
