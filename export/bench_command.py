@@ -258,7 +258,7 @@ def _open_targets(
     terminal: Terminal,
     stack: ExitStack,
 ) -> list[Entrant]:
-    """The artifacts of these targets and precisions; if no target was named, those that run here."""
+    """The artifacts of these targets and precisions. Without a target: all that run here."""
     entrants: list[Entrant] = []
     failed: ParityError | None = None
     for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):

@@ -478,7 +478,7 @@ def score(
 def inspect(path: Path, targets: tuple[str, ...], precisions: tuple[str, ...], as_json: bool) -> None:
     """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files.
 
-    Of FILE.onnx: inputs, outputs, those that may be a state and why, and the command that exports it.
+    For FILE.onnx: show inputs, outputs, likely states with the evidence, and the command that exports it.
     """
     if path.suffix.lower() == ".onnx":
         if targets or precisions:

@@ -309,4 +309,4 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
 """Operators by name, on `Pair`s, real tensors and numbers."""
 
 OPERATORS = frozenset(_OPERATIONS) | _BY_PARTS
-"""Names of those that have a form in pairs."""
+"""Names of the operators that are rewritten for pairs of real tensors."""

@@ -1,4 +1,4 @@
-"""Discrete Fourier transforms of constant length as products with constant matrices.
+"""Discrete Fourier transforms of constant length as MatMuls with constant matrices.
 
 ONNX's `DFT` is missing in TensorRT, and read wrongly by OpenVINO where it is one-sided. Matrices are what every target
 multiplies best; those of a long transform are kept small by two transforms, of the factors of its length [1].

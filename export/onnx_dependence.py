@@ -61,7 +61,7 @@ class Dependence:
 
         Args:
             carried: by a state's input, the output that the next step takes for it.
-            outputs: those that are no states.
+            outputs: names of the outputs that are no states.
         """
         found: set[str] = set()
         waiting = list(outputs)
@@ -82,7 +82,7 @@ def dependence_of(graph: onnx.GraphProto) -> Dependence:
 
 
 def _follow(graph: onnx.GraphProto, known: MutableMapping[str, Sources], found: Dependence, optional: bool) -> None:
-    """Add the values of a graph to those that are known; note its decisions and recurrent operators."""
+    """Add the values of a graph to the known ones; note its decisions and recurrent operators."""
     for node in graph.node:
         given = [known.get(name, _NOTHING) for name in node.input]
         sources = _NOTHING if node.op_type in _OF_SHAPE else _NOTHING.union(*given)

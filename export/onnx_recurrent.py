@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import onnx
 
@@ -86,28 +86,31 @@ def wired(graph: onnx.GraphProto) -> dict[tuple[str, str], str]:
 
 
 def _before(name: str, made: Mapping[str, onnx.NodeProto]) -> Iterator[str]:
-    """A value, and those that it is put together from."""
-    seen, waiting = set[str](), [name]
-    while waiting:
-        name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        yield name
-        node = made.get(name)
-        if node is not None and node.op_type in _LAYOUT:
-            waiting += node.input if node.op_type == "Concat" else node.input[:1]
+    """Yield a value and the values that layout operators make it from."""
+
+    def sources(value: str) -> Iterable[str]:
+        node = made.get(value)
+        if node is None or node.op_type not in _LAYOUT:
+            return ()
+        inputs: list[str] = list(node.input)
+        return inputs if node.op_type == "Concat" else inputs[:1]
+
+    return _reached(name, sources)
 
 
 def _after(name: str, users: Mapping[str, list[onnx.NodeProto]]) -> Iterator[str]:
-    """A value, and those that are put together from it."""
+    """Yield a value and the values that layout operators make from it."""
+    return _reached(
+        name, lambda value: [out for node in users.get(value, []) if node.op_type in _LAYOUT for out in node.output]
+    )
+
+
+def _reached(name: str, following: Callable[[str], Iterable[str]]) -> Iterator[str]:
+    """Yield a value and every value that follows from it, each once."""
     seen, waiting = set[str](), [name]
     while waiting:
         name = waiting.pop()
-        if name in seen:
-            continue
-        seen.add(name)
-        yield name
-        for node in users.get(name, []):
-            if node.op_type in _LAYOUT:
-                waiting += node.output
+        if name not in seen:
+            seen.add(name)
+            yield name
+            waiting += following(name)
