@@ -20,6 +20,7 @@ from nsm.export.capture import capture, quiet
 from nsm.export.exact_division import exact_division
 from nsm.export.onnx_failure import failure
 from nsm.export.onnx_graph import nodes_of
+from nsm.export.operator_table import shared_operator_table
 from nsm.export.passes import optimise
 from nsm.export.rewrite import rewritten
 from nsm.export.source import OPSET
@@ -109,7 +110,7 @@ def _export_entry(model: StepModel, spec: StepSpec, entry: EntrySpec, opset: int
     program = capture(EntryModule(model, spec, entry).eval(), tuple(examples), model.kind)
     program = rewritten(program, tuple(examples))
     try:
-        with quiet():
+        with quiet(), shared_operator_table():
             written = torch.onnx.export(
                 program,
                 tuple(examples),
