@@ -160,7 +160,7 @@ def _reply(trial: Trial) -> Reply:
         code = _run(place)
         data = json.loads((place / REPLY).read_text("utf-8")) if (place / REPLY).is_file() else None
         if data is not None and "error" in data:
-            raise _raised(data)
+            raise raised(data)
         reply = None if data is None else decode(Reply, data, REPLY)
         if code == 0 and reply is not None:
             return reply
@@ -193,7 +193,7 @@ def _ended(code: int) -> str:
     return f"its process was killed by signal {-code} ({known.get(-code, 'unknown')})"
 
 
-def _raised(data: Mapping[str, Any]) -> NsmError:
+def raised(data: Mapping[str, Any]) -> NsmError:
     """The error that the builder raised, of the same class."""
     kind = getattr(errors, data["error"], BuildError)
     error: NsmError = kind(data["message"])

@@ -35,9 +35,9 @@ def main(folder: str) -> None:
 
     try:
         stage("building it")
-        built = Built(trial.files, trial.device or "") if trial.files else _build(trial)
+        built = Built(trial.files, trial.device or "") if trial.files else build(trial)
     except Exception as error:  # a builder's own fault, too, is told to the parent
-        write_json(place / REPLY, _told(trial, error))
+        write_json(place / REPLY, told(trial, error))
         return
     reply = Reply(built.files, built.device, built.notes)
     write_json(place / REPLY, asdict(reply))
@@ -49,7 +49,7 @@ def main(folder: str) -> None:
     write_json(place / REPLY, asdict(reply))
 
 
-def _told(trial: Trial, error: Exception) -> dict[str, str | None]:
+def told(trial: Trial, error: Exception) -> dict[str, str | None]:
     """An error of the builder, for the parent to raise."""
     if isinstance(error, NsmError):
         log = error.log if isinstance(error, BuildError) else None
@@ -65,7 +65,8 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _build(trial: Trial) -> Built:
+def build(trial: Trial) -> Built:
+    """Build the files of the artifact, in this process."""
     low = None if trial.low is None else Path(trial.low)
     request = Request(Path(trial.directory), Path(trial.folder), trial.spec, trial.device, low)
     built: Built = trial.target.builder_module().build(request)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import gc
 import hashlib
 import os
@@ -16,11 +15,13 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 import nsm
 from nsm.bundle import Bundle
+from nsm.export import build as export_build
+from nsm.export import isolation
 from nsm.export import onnx as onnx_export
+from nsm.export import trial as trial_process
 from nsm.export.pipeline import ExportOptions, export
 from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
@@ -106,8 +107,32 @@ def _graphs_are_exported_once(tmp_path_factory: pytest.TempPathFactory) -> Itera
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(onnx_export, "_export_entry", kept)
-        # Its table of operators is the same for every graph, and takes a tenth of the time of a small one.
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(functools.cache(ONNXRegistry.from_torchlib)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def build_in_process() -> Iterator[None]:
+    """Build in the process of the test: a child process for each build would take a third of the tests' time."""
+
+    def build_here(trial: isolation.Trial) -> isolation.Tried:
+        try:
+            built = trial_process.build(trial)
+        except Exception as error:
+            raise isolation.raised(trial_process.told(trial, error)) from error
+        return isolation.Tried(isolation.Reply(built.files, built.device, built.notes), {}, "")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_build, "try_target", build_here)
+        patch.setattr(export_build, "try_opening", lambda trial: None)
+        yield
+
+
+@pytest.fixture
+def child_process(build_in_process: None) -> Iterator[None]:
+    """Build and open artifacts in a child process, as users do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export_build, "try_target", isolation.try_target)
+        patch.setattr(export_build, "try_opening", isolation.try_opening)
         yield
 
 

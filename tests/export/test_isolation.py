@@ -26,6 +26,8 @@ from nsm.runtimes.targets import Target, find_target
 from tests.export.attentions import LAYERS, WIDTH, WINDOW, Attentions, frames
 from tests.export.helpers import invoke, names, refused, short, succeeded, the_json
 
+pytestmark = pytest.mark.usefixtures("child_process")
+
 _MODULE = """
 import os, signal, time
 import nsm.runtimes.onnxruntime as ort

@@ -7,12 +7,14 @@ import torch
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 from nsm.export import operator_table
+from nsm.export.capture import quiet
 from nsm.export.operator_table import shared_operator_table
 
 
 def exported() -> list[tuple[str, ...]]:
-    program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
-    written = torch.onnx.export(program, (torch.zeros(1, 2),), dynamo=True, verbose=False)
+    with quiet():
+        program = torch.export.export(torch.nn.Linear(2, 3), (torch.zeros(1, 2),))
+        written = torch.onnx.export(program, (torch.zeros(1, 2),), dynamo=True, verbose=False)
     assert written is not None
     return [(node.op_type, *node.input, *node.output) for node in written.model_proto.graph.node]
 
