@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from numpy.typing import ArrayLike, NDArray
@@ -14,6 +15,7 @@ from nsm.adapters.adapted import AdaptedModel, Call
 from nsm.adapters.carried import Carried
 from nsm.adapters.hidden import check_hidden
 from nsm.adapters.keys import by_name, check_order, keyed, taken_apart
+from nsm.adapters.known_models import known_forward
 from nsm.adapters.torch_step import Offline, TorchStep, examine_model
 from nsm.errors import ConfigError, InputError, UnsupportedError
 from nsm.models.checkpoint import split_samples
@@ -35,7 +37,7 @@ def as_step(
     chunk_size: int = 16,
     samples: Sequence[ArrayLike] | NDArray[Any] | None = None,
     capacity: int | None = None,
-    offline: Offline | None = None,
+    offline: Offline | Literal[False] | None = None,
 ) -> AdaptedModel:
     """Make a step model of a torch module, to be exported and checked like our own.
 
@@ -68,8 +70,8 @@ def as_step(
         capacity: how many tokens a stream may have from one reset to the next, where a table or cache that is read or
             written at a position ends. By default the export finds it by experiment.
         offline: the model's own forward over whole sequences, [1, T] ids or [1, T, *token] -> main output [1, T, ...],
-            as `lambda ids: model(ids).logits`: the step is held against it, past every window. For `nn.LSTM`, `nn.GRU`
-            and `nn.RNN` it is known.
+            as `lambda ids: model(ids).logits`: the step is compared with it, past every window. It is known for
+            `nn.LSTM`, `nn.GRU`, `nn.RNN`, and where a model of `transformers` is inside. False: no comparison.
 
     Raises:
         InputError: samples that the module does not take.
@@ -85,7 +87,8 @@ def as_step(
         )
     if isinstance(module, Recurrent):
         model = _recurrent(module, chunk_size, capacity)
-        offline = offline or (lambda x: _whole(module, x))
+        if offline is None:
+            offline = functools.partial(_whole, module)
     else:
         token = _token(vocab_size, token_shape)
         if states is None:
@@ -97,7 +100,8 @@ def as_step(
             call = _nested(type(module).__name__, nested, outputs)
             check_order(module, nested)
             model = AdaptedModel(module, call, carried, token, outputs, timed, chunk_size, capacity)
-    examine_model(model, TorchStep(model, offline), _sequences(model, samples))
+    known = known_forward(module, model.token_spec) if offline is None else None
+    examine_model(model, TorchStep(model, offline or None, known=known), _sequences(model, samples))
     return model
 
 

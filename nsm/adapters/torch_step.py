@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from nsm.adapters.adapted import AdaptedModel
 from nsm.adapters.kept import Kept
 from nsm.adapters.validate import Advice, examine
+from nsm.adapters.validate.splits import OFFLINE_TOLERANCE
 from nsm.adapters.validate.step import Results
+from nsm.adapters.validate.subject import close
 from nsm.errors import ConfigError
 from nsm.spec import TensorSpec
 from nsm.trace import Array, Arrays
@@ -40,10 +43,12 @@ class TorchStep:
 
     Args:
         model: the module in the form of a step model.
-        offline: the model's own forward, where there is one.
+        offline: the model's own forward, where it was given.
         kind: what it is called in messages (default: the module's class).
         advice: what to do about a fault (default: for as_step).
         inside: name of the submodule that is all of it, and is not named in messages.
+        known: the name and forward of a known model inside, where it was not. The step is compared with it if both give
+            the same for the first token; else the step computes something else on purpose.
     """
 
     timed: bool
@@ -56,8 +61,9 @@ class TorchStep:
         kind: str | None = None,
         advice: Advice = ADVICE,
         inside: str = "",
+        known: tuple[str, Offline] | None = None,
     ) -> None:
-        self._model, self._offline, self._inside = model, offline, f"{inside}."
+        self._model, self._offline, self._known, self._inside = model, offline, known, f"{inside}."
         self._kept = Kept(model.module)
         self._written: dict[str, None] = {}
         self._suspects: dict[str, None] = {}
@@ -70,6 +76,9 @@ class TorchStep:
         self.why = f"its states {fixed} have no axis for streams" if fixed else ""
         self.size = sum(p.numel() for p in model.parameters())
         self.capacity = model.capacity
+        if known is not None:
+            found = f"The offline run is that of {known[0]}, found inside. For a step that departs from it on purpose, "
+            advice = replace(advice, departs=f"{found}give offline=False, or another offline=lambda x: ...")
         self.advice = advice
 
     def initial(self, lanes: int) -> Arrays:
@@ -107,7 +116,7 @@ class TorchStep:
 
     def offline(self, inputs: Arrays) -> Arrays | None:
         if self._offline is None:
-            return None
+            return self._known_offline(inputs)
         (tokens,) = (torch.from_numpy(value) for value in inputs.values())
         with torch.no_grad():
             given: Any = self._offline(tokens)
@@ -117,6 +126,21 @@ class TorchStep:
                 f"main output {self.outputs[0]} [1, T, ...]: offline=lambda ids: model(ids).logits"
             )
         return {self.outputs[0]: given.numpy()}
+
+    def _known_offline(self, inputs: Arrays) -> Arrays | None:
+        """The outputs of the known model inside; None where the step does not give the same for the first token."""
+        if self._known is None:
+            return None
+        ((name, tokens),) = inputs.items()
+        outputs, _ = self({name: tokens[:, :1]}, self.initial(1))
+        main = self.outputs[0]
+        try:
+            with torch.no_grad():
+                given = self._known[1](torch.from_numpy(tokens)).numpy()
+        except Exception:  # whatever a library raises: nothing was promised about it
+            return None
+        first = given[:, :1].astype(outputs[main].dtype)
+        return {main: given} if close(outputs[main], first, OFFLINE_TOLERANCE) else None
 
     # -- what a module may keep --------------------------------------------------------------------------------------
 

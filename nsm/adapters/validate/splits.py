@@ -62,11 +62,11 @@ def offline(subject: Subject) -> Skipped | None:
     size = step.chunk
     sizes = [size] * (length // size) + [1] * (length % size)
     given, _ = subject.over(0, 0, sizes, subject.start())
-    check_offline(step.kind, main, given[main], wanted[main])
+    check_offline(step.kind, main, given[main], wanted[main], step.advice.departs)
     return None
 
 
-def check_offline(kind: str, name: str, given: Array, wanted: Array) -> None:
+def check_offline(kind: str, name: str, given: Array, wanted: Array, advice: str = "") -> None:
     """Raise `UnsupportedError` unless outputs [1, T, ...] of steps are those of a run over the whole sequence."""
     if wanted.shape != given.shape:
         raise UnsupportedError(
@@ -82,5 +82,5 @@ def check_offline(kind: str, name: str, given: Array, wanted: Array) -> None:
         f"{kind}, run step by step, is not the model: from token {first} on, {name} departs from the offline run over "
         f"the whole sequence, by up to {np.nanmax(errors):.3g} where the largest number is {scale:.3g}. Is a window or "
         "a position kept in a Python number, are masks or positions not carried, or does the offline run start from "
-        "other states?"
+        f"other states?{advice and f' {advice}'}"
     )

@@ -24,6 +24,7 @@ class Advice:
         state: where something is kept from call to call.
         random: where random numbers are drawn.
         offline: how to have the step compared with the model's own forward.
+        departs: where the step departs from it.
     """
 
     samples: str
@@ -32,6 +33,7 @@ class Advice:
     state: str
     random: str
     offline: str
+    departs: str = ""
 
 
 class Step(Protocol):
