@@ -135,6 +135,7 @@ def test_frames_of_a_foreign_model_are_streamed_beside_an_idle_lane(client: Path
     np.testing.assert_allclose(np.load(tmp_path / "out.npy"), wanted["outputs"][0], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("child_process")
 def test_a_graph_that_crashes_the_compiler_is_opened_with_the_recorded_options(client: Path, tmp_path: Path) -> None:
     samples = frames(2, 12)
     step = nsm.as_step(Attentions().eval(), [torch.zeros(1, WINDOW, WIDTH)] * LAYERS, token_shape=samples.shape[2:])
