@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
-SOURCES := $(wildcard nsm/*.py nsm/*/*.py export/*.py export/web_client/* runtimes/*.py quantization/*.py)
+SOURCES := $(shell find nsm export runtimes quantization -name '*.py' -o -name '*.js' -o -name '*.html' | sort)
 CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help

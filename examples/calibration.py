@@ -20,16 +20,13 @@ from rich.table import Table
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.export.build import check_artifact
-from nsm.export.guard import Maker
-from nsm.export.pipeline import ExportOptions, export
-from nsm.models.checkpoint import load_checkpoint
-from nsm.quantization.calibration import Range, Watched, calibrate, levels_of, rollouts
-from nsm.quantization.policy import find_policy
-from nsm.quantization.recipe import Calibration
+from nsm.export import ExportOptions, export
+from nsm.export.verify import Maker, check_artifact
+from nsm.models import load_checkpoint
+from nsm.quantization import Calibration, Range, Watched, calibrate, find_policy, levels_of, rollouts
+from nsm.runtimes import find_target
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.session import Session
-from nsm.runtimes.targets import find_target
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 

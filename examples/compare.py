@@ -101,7 +101,7 @@ def models(contexts: tuple[int, ...]) -> dict[str, StepModel]:
 
 def make_bundle(model: StepModel, target: str, directory: Path) -> Path:
     """Export a model, with its parity checked on made-up streams."""
-    from nsm.export.pipeline import ExportOptions, export
+    from nsm.export import ExportOptions, export
 
     checkpoint = directory.with_suffix(".pt")
     nsm.save(model.eval(), checkpoint)

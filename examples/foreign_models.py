@@ -24,7 +24,7 @@ from torch.nn import functional
 import nsm
 from nsm import Carried
 from nsm.errors import NsmError
-from nsm.export.bench_command import lane_tokens
+from nsm.export.cli.bench import lane_tokens
 from nsm.runtimes.bench import bench
 
 TARGETS = ("onnxruntime", "openvino")

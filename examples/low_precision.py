@@ -27,7 +27,7 @@ from rich.table import Table
 import nsm
 from nsm.bundle import Bundle
 from nsm.errors import NsmError
-from nsm.export.pipeline import ExportOptions, export
+from nsm.export import ExportOptions, export
 from nsm.files import check_output_file, json_with, write_json
 from nsm.runtimes.session import Session
 from nsm.staging import FAILED_SUFFIX

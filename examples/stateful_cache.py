@@ -30,8 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import nsm
-from nsm.baselines import TransformerLM
-from nsm.baselines.cached_attention import TransformerLayer
+from nsm.baselines import TransformerLayer, TransformerLM
 
 Tokens = NDArray[np.int64]
 CHUNK = 16

@@ -12,8 +12,8 @@ import click
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.export.bench_command import lane_tokens, speed
-from nsm.export.console import Terminal
+from nsm.export.cli.bench import lane_tokens, speed
+from nsm.export.report import Terminal
 from nsm.runtimes.bench import Latency, Ratio, bench, paired_ratio
 
 

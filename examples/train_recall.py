@@ -21,8 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch.nn import functional
 
 import nsm
-from nsm.propagator import GateType
-from nsm.router import Routing
+from nsm.modules.bank import GateType, Routing
 
 CHUNK, GAP, PAIRS = 16, 48, 4
 # Ids: 1 .. 15 noise, 16 .. 31 keys, 32 .. 63 values.

@@ -11,10 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from nsm.bundle import Bundle
 from nsm.errors import InputError
-from nsm.export.pipeline import ExportOptions, export
-from nsm.export.torch_source import TorchSource
-from nsm.models.checkpoint import Checkpoint, fingerprint, split_samples
-from nsm.models.step import StepModel
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
+from nsm.export.sources import TorchSource
+from nsm.models import Checkpoint, StepModel, fingerprint, split_samples
 
 
 def export_model(
@@ -35,7 +35,7 @@ def export_model(
         samples: real sequences, [T] ids or [T, *token] numbers each; some judge the export, the others calibrate int8.
             Without them it is checked on made-up ones.
         data: a file of sequences (.npy, .npz, .txt), instead of samples.
-        options: further `nsm.export.pipeline.ExportOptions`: precision="int8", batch=4, force=True, ...
+        options: further `nsm.export.options.ExportOptions`: precision="int8", batch=4, force=True, ...
 
     Returns:
         The bundle; open it with `nsm.open`.

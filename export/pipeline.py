@@ -17,23 +17,28 @@ import numpy as np
 
 from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
 from nsm.errors import InputError, MissingDependencyError, NsmError, UnsupportedError
-from nsm.export.build import build_target, check_request
-from nsm.export.capacity import Reach, find_reach, may_count, with_limit
-from nsm.export.guard import DRIFT_STEPS, Limits, build_checked
-from nsm.export.keeping import Outcome, settle
-from nsm.export.offline import compared_offline
-from nsm.export.record import checked_sequences, record, synthetic
-from nsm.export.sequences import read_sequences
-from nsm.export.source import OPSET, Source
-from nsm.export.state_options import parse_constants, parse_shapes, parse_states
+from nsm.export.options import ExportOptions
+from nsm.export.sources import Source, parse_constants, parse_shapes, parse_states, read_sequences
+from nsm.export.verify import (
+    Limits,
+    Outcome,
+    Reach,
+    build_checked,
+    build_target,
+    check_request,
+    checked_sequences,
+    compared_offline,
+    find_reach,
+    may_count,
+    record,
+    settle,
+    synthetic,
+    with_limit,
+)
 from nsm.manifest import Experiment, Manifest
-from nsm.plain import real, whole
-from nsm.quantization.checks import check_enough, check_recurrent
-from nsm.quantization.policy import find_policy
-from nsm.quantization.recipe import Calibration
+from nsm.quantization import Calibration, check_enough, check_recurrent, find_policy
+from nsm.runtimes import TARGETS, Progress, find_target
 from nsm.runtimes.opening import open_artifact
-from nsm.runtimes.parity import Progress
-from nsm.runtimes.targets import TARGETS, find_target
 from nsm.spec import StepSpec
 from nsm.staging import check_output, staged, write_manifest
 from nsm.trace import Array, Origin
@@ -43,80 +48,8 @@ _PACKAGES = tuple(
 )
 """Whose versions a bundle tells."""
 
-_GOLDEN_STEPS = 64
 _PAST_FILLING = 16
 """Tokens of a golden trace, at least, after the states of a foreign model are full."""
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What an export is asked for; the names are those of the command line.
-
-    Args:
-        targets: names or aliases.
-        output: the bundle to write (default: the model's name with `.nsm`, in the current directory).
-        chunk: tokens per call, a multiple of the model's chunk (default: one chunk).
-        data: sequences to check on instead of those in the checkpoint.
-        num_samples: streams of the golden trace.
-        golden_steps: its steps (default: 64, and 200 in low precision, which may drift; of a foreign model as many more
-            as it takes until no state is filling any more); fewer where the model's capacity ends before.
-        debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
-        max_float_share, allow_slower: see `nsm.export.guard.Limits`.
-        compact: whether slots that are never used are removed first; see `nsm.compaction`.
-        states: of a foreign model, `past=present[:init]` each; see `nsm.export.state_options`.
-        constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
-        shapes: sizes of open axes of its inputs, `name=size,size,...` each.
-        input: of a foreign ONNX graph, the input that takes tokens, where nothing else tells.
-        no_states: outputs of a foreign ONNX graph that are no states, whatever they are called.
-        vocab_size: of a foreign model over ids that does not say how many there are.
-        capacity: tokens that a lane of a foreign file takes from one reset to the next (default: found by experiment).
-        strict: of several targets, all or none; otherwise those that pass are kept.
-        offline: a .pt2 or .onnx of a foreign model over whole sequences, which its step is held against.
-
-    Raises:
-        InputError: a size or share that is no number.
-    """
-
-    targets: Sequence[str]
-    precision: str = "fp32"
-    output: Path | None = None
-    chunk: int | None = None
-    batch: int = 1
-    opset: int = OPSET
-    device: str | None = None
-    data: Path | None = None
-    num_samples: int = 8
-    golden_steps: int | None = None
-    debug_outputs: bool = False
-    compact: bool = False
-    states: Sequence[str] = ()
-    constants: Sequence[str] = ()
-    shapes: Sequence[str] = ()
-    input: str | None = None
-    no_states: Sequence[str] = ()
-    vocab_size: int | None = None
-    capacity: int | None = None
-    offline: Path | None = None
-    max_float_share: float = 0.3
-    allow_slower: bool = False
-    require_parity: bool = False
-    strict: bool = False
-    force: bool = False
-    command: str = ""
-
-    def __post_init__(self) -> None:
-        for name in ("chunk", "batch", "opset", "num_samples", "golden_steps", "vocab_size", "capacity"):
-            value = getattr(self, name)
-            if value is not None:
-                object.__setattr__(self, name, whole(name, value, InputError))
-        object.__setattr__(self, "max_float_share", real("max_float_share", self.max_float_share, InputError))
-
-    @property
-    def steps(self) -> int:
-        """Steps of the golden trace."""
-        if self.golden_steps is not None:
-            return self.golden_steps
-        return _GOLDEN_STEPS if self.precision == "fp32" else DRIFT_STEPS
 
 
 class Stages(Protocol):
@@ -162,7 +95,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
     states = parse_states(options.states)
     if suffix == ".onnx":
         _require(("onnx", "onnxruntime"), "export,onnxruntime")
-        from nsm.export.onnx_source import load_onnx
+        from nsm.export.sources.onnx import load_onnx
 
         shapes = parse_shapes(options.shapes)
         return load_onnx(
@@ -176,7 +109,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
             options.capacity,
         )
     _require(("torch", "onnx", "onnxscript"), "export")
-    from nsm.export.torch_source import TorchSource
+    from nsm.export.sources import TorchSource
 
     for option, given in (
         ("--constant", options.constants),
@@ -187,7 +120,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
         if given:
             raise InputError(f"{option} belongs to a foreign .onnx; {model} is none.")
     if suffix == ".pt2":
-        from nsm.export.torch_program import load_program
+        from nsm.export.sources import load_program
 
         checkpoint, remarks = load_program(model, states, options.vocab_size, options.capacity)
         return TorchSource(checkpoint, remarks)
@@ -196,7 +129,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
             f"--state, --vocab-size and --capacity belong to a foreign .pt2 or .onnx; {model} is a checkpoint, which "
             "says itself what its states are."
         )
-    from nsm.models.checkpoint import load_checkpoint
+    from nsm.models import load_checkpoint
 
     return TorchSource(load_checkpoint(model))
 
@@ -244,9 +177,9 @@ def compacted(source: Source, sequences: list[Array]) -> Source:
 
     Raises:
         UnsupportedError: a model without banks.
-        ConfigError, InputError: as `nsm.compaction.compact`.
+        ConfigError, InputError: as `nsm.models.compaction.compact`.
     """
-    from nsm.export.torch_source import TorchSource
+    from nsm.export.sources import TorchSource
 
     if not isinstance(source, TorchSource):
         raise UnsupportedError(f"--compact removes slots of a bank; a model of the kind {source.kind} has none.")
@@ -335,8 +268,8 @@ def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> Step
     Raises:
         UnsupportedError: it writes at a position of which nobody knows the end.
     """
-    from nsm.export.positions import check_positions
-    from nsm.export.wrap import wrap_counters
+    from nsm.export.graphs import wrap_counters
+    from nsm.export.verify import check_positions
 
     check_positions(graphs / "step.onnx", spec, found.bounded)
     return spec if found.counters is None else wrap_counters(graphs, spec, found.counters, steps)
@@ -346,7 +279,7 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
     """Calibrate on the fp32 graph of a bundle, and keep what was found in it; None where nothing needs it."""
     if not planned.calibration:
         return None
-    from nsm.quantization.calibration import calibrate
+    from nsm.quantization import calibrate
 
     with stages.stage("Calibrating") as progress:
         target = find_target("onnxruntime")
@@ -360,7 +293,7 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
 
 def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
     """What is known before anything is built."""
-    from nsm.export.roofline import entry_work
+    from nsm.export.graphs import entry_work
 
     source = planned.source
     work = {entry.name: entry_work(graphs / f"{entry.name}.onnx") for entry in spec.entries}

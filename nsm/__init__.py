@@ -10,24 +10,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from nsm.adapters.as_step import as_step as as_step
-    from nsm.adapters.carried import Carried as Carried
-    from nsm.attention import HybridAttention as HybridAttention
-    from nsm.compaction import compact as compact
-    from nsm.export.api import export_model as export_model
-    from nsm.export.torch_runtime import reference as reference
-    from nsm.layer import NSMLayer as NSMLayer
-    from nsm.manager import StateManager as StateManager
-    from nsm.models.adaptive import AdaptiveNSM as AdaptiveNSM
-    from nsm.models.checkpoint import load as load
-    from nsm.models.checkpoint import save as save
-    from nsm.models.hybrid import HybridModel as HybridModel
-    from nsm.models.presets import from_preset as from_preset
-    from nsm.models.simple import SimpleNSM as SimpleNSM
-    from nsm.propagator import StatePropagator as StatePropagator
-    from nsm.router import TokenToStateRouter as TokenToStateRouter
-    from nsm.runtimes.opening import open_bundle as open  # noqa: A004
-    from nsm.runtimes.session import Session as Session
+    from nsm.adapters import Carried as Carried
+    from nsm.adapters import as_step as as_step
+    from nsm.export import export_model as export_model
+    from nsm.export.sources import reference as reference
+    from nsm.models import AdaptiveNSM as AdaptiveNSM
+    from nsm.models import HybridModel as HybridModel
+    from nsm.models import SimpleNSM as SimpleNSM
+    from nsm.models import compact as compact
+    from nsm.models import from_preset as from_preset
+    from nsm.models import load as load
+    from nsm.models import save as save
+    from nsm.modules import HybridAttention as HybridAttention
+    from nsm.modules import NSMLayer as NSMLayer
+    from nsm.modules import StateManager as StateManager
+    from nsm.modules import StatePropagator as StatePropagator
+    from nsm.modules import TokenToStateRouter as TokenToStateRouter
+    from nsm.runtimes import Session as Session
+    from nsm.runtimes import open_bundle as open  # noqa: A004
 
 __version__ = "0.1.0"
 
@@ -39,24 +39,24 @@ if (_beside / "pyproject.toml").is_file() and (_beside / "runtimes").is_dir():
 
 # name -> (module, attribute, extra that the module needs)
 _NAMES: dict[str, tuple[str, str, str]] = {
-    "AdaptiveNSM": ("nsm.models.adaptive", "AdaptiveNSM", "torch"),
-    "Carried": ("nsm.adapters.carried", "Carried", "torch"),
-    "HybridAttention": ("nsm.attention", "HybridAttention", "torch"),
-    "HybridModel": ("nsm.models.hybrid", "HybridModel", "torch"),
-    "NSMLayer": ("nsm.layer", "NSMLayer", "torch"),
-    "Session": ("nsm.runtimes.session", "Session", ""),
-    "SimpleNSM": ("nsm.models.simple", "SimpleNSM", "torch"),
-    "StateManager": ("nsm.manager", "StateManager", "torch"),
-    "StatePropagator": ("nsm.propagator", "StatePropagator", "torch"),
-    "TokenToStateRouter": ("nsm.router", "TokenToStateRouter", "torch"),
-    "as_step": ("nsm.adapters.as_step", "as_step", "torch"),
-    "compact": ("nsm.compaction", "compact", "torch"),
-    "export_model": ("nsm.export.api", "export_model", "export"),
-    "from_preset": ("nsm.models.presets", "from_preset", "torch"),
-    "load": ("nsm.models.checkpoint", "load", "torch"),
-    "open": ("nsm.runtimes.opening", "open_bundle", ""),
-    "reference": ("nsm.export.torch_runtime", "reference", "torch"),
-    "save": ("nsm.models.checkpoint", "save", "torch"),
+    "AdaptiveNSM": ("nsm.models", "AdaptiveNSM", "torch"),
+    "Carried": ("nsm.adapters", "Carried", "torch"),
+    "HybridAttention": ("nsm.modules", "HybridAttention", "torch"),
+    "HybridModel": ("nsm.models", "HybridModel", "torch"),
+    "NSMLayer": ("nsm.modules", "NSMLayer", "torch"),
+    "Session": ("nsm.runtimes", "Session", ""),
+    "SimpleNSM": ("nsm.models", "SimpleNSM", "torch"),
+    "StateManager": ("nsm.modules", "StateManager", "torch"),
+    "StatePropagator": ("nsm.modules", "StatePropagator", "torch"),
+    "TokenToStateRouter": ("nsm.modules", "TokenToStateRouter", "torch"),
+    "as_step": ("nsm.adapters", "as_step", "torch"),
+    "compact": ("nsm.models", "compact", "torch"),
+    "export_model": ("nsm.export", "export_model", "export"),
+    "from_preset": ("nsm.models", "from_preset", "torch"),
+    "load": ("nsm.models", "load", "torch"),
+    "open": ("nsm.runtimes", "open_bundle", ""),
+    "reference": ("nsm.export.sources", "reference", "torch"),
+    "save": ("nsm.models", "save", "torch"),
 }
 
 __all__ = [

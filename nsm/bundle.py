@@ -14,9 +14,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from nsm.errors import BundleDamagedError, InputError
-from nsm.files import followed, json_bytes, sha256
+from nsm.files import abandoned, followed, json_bytes, sha256
 from nsm.manifest import MANIFEST, Artifact, FileRecord, Manifest
-from nsm.partials import abandoned
 from nsm.trace import Arrays, Trace, load_arrays
 
 GRAPHS = "graphs"

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nsm.decode import decode
 from nsm.errors import ConfigError, InputError
-from nsm.reading import LIMITS
+from nsm.files import LIMITS
 
 Init = Literal["zeros", "learned"]
 

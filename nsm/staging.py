@@ -1,8 +1,9 @@
 """Writing a bundle: beside its final place, and renamed at the end, so that a crash never leaves half of one.
 
 Where a bundle is to be changed, a copy is, and takes its place. Two bundles exchange their names in one step where the
-system can (`nsm.exchange`). Elsewhere a process may be killed between two renames; the next command puts the older one
-back (`nsm.bundle.put_back`). What else it left beside the bundle goes with the next export (`nsm.partials`).
+system can (`nsm.files.exchange`). Elsewhere a process may be killed between two renames; the next command puts the
+older one back (`nsm.bundle.put_back`). What else it left beside the bundle goes with the next export
+(`nsm.files.partials`).
 """
 
 from __future__ import annotations
@@ -17,10 +18,19 @@ from pathlib import Path, PurePath
 
 from nsm.bundle import CALIBRATION, GOLDEN, GRAPHS, PARITY, STATE_INIT, Bundle, put_back
 from nsm.errors import BundleDamagedError, BundleError, InputError, OutputExistsError, ParityError
-from nsm.exchange import exchange
-from nsm.files import followed, json_bytes, new_mode, settled, write_json
+from nsm.files import (
+    abandoned,
+    exchange,
+    followed,
+    json_bytes,
+    locked,
+    new_mode,
+    partial,
+    replaced_name,
+    settled,
+    write_json,
+)
 from nsm.manifest import MANIFEST, Manifest, file_record
-from nsm.partials import abandoned, locked, partial, replaced_name
 
 FAILED_SUFFIX = ".failed"
 

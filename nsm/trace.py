@@ -14,8 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nsm.errors import BundleDamagedError
-from nsm.files import check_stored
-from nsm.reading import check_npy, open_regular, open_zip
+from nsm.files import check_npy, check_stored, open_regular, open_zip
 
 Array = NDArray[Any]
 Arrays = dict[str, Array]

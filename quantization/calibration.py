@@ -18,11 +18,11 @@ import onnx
 import onnxruntime as ort
 
 from nsm.errors import NonFiniteError, UnsupportedError
-from nsm.quantization.checks import MAX_STEPS, check_bounded, check_enough, size_of
+from nsm.quantization.calibration_data import Calibration, Unsigned
+from nsm.quantization.linear_ops import Product, products_of
 from nsm.quantization.policy import LEVELS
-from nsm.quantization.products import Product, products_of
-from nsm.quantization.recipe import Calibration, Unsigned
-from nsm.runtimes.parity import Progress
+from nsm.quantization.preconditions import MAX_STEPS, check_bounded, check_enough, size_of
+from nsm.runtimes import Progress
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays
@@ -49,7 +49,7 @@ def calibrate(
         progress: called after every call.
 
     Raises:
-        InputError: the sequences are too few or too short; see `nsm.quantization.checks.check_enough`.
+        InputError: the sequences are too few or too short; see `nsm.quantization.preconditions.check_enough`.
         NonFiniteError: the fp32 model itself gives NaN or infinity.
         UnsupportedError: the states explode, so that no range holds for long.
     """

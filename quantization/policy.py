@@ -9,10 +9,10 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 from nsm.errors import UnsupportedError
-from nsm.runtimes.processor import CPU_DOT
+from nsm.runtimes.opening import CPU_DOT
 
 if TYPE_CHECKING:
-    from nsm.quantization.products import Operator, Product
+    from nsm.quantization.linear_ops import Operator, Product
 
 Tables = Literal["int8", "half", "brain"]
 """How a table's numbers are kept: with a scale for each row, or rounded to half precision.
@@ -28,11 +28,12 @@ SAFE_SUM = 128
 
 Without VNNI they are made of the instruction vpmaddubsw, which adds the products of two unsigned and two signed bytes
 in 16 bits, and cuts off what is larger: 255 * (127 + 127) is, 255 * 128 is not. Backends do not guard against it. In
-OpenVINO and ONNX Runtime the two are such neighbours, as `tests/export/test_saturation.py` sees on older processors.
+OpenVINO and ONNX Runtime the two are such neighbours, as `tests/export/builders/test_saturation.py` sees on older
+processors.
 """
 
 Form = Literal["float", "static", "dynamic", "blocked", "weights", "half", "brain"]
-"""What becomes of the products; see `nsm.quantization.forms`. "float": nothing, the backend computes in it itself."""
+"""What becomes of the products; see `nsm.quantization.rewrite`. "float": nothing, the backend computes in it itself."""
 
 SMALLEST = 16_384
 """Numbers of a matrix below which quantising costs more time than it saves."""

@@ -1,11 +1,14 @@
-"""One session over every backend. Nothing here imports torch, and a backend is imported only when it is used."""
+"""Sessions: one `Session` over every backend.
+
+Nothing here imports torch. A backend is imported when a session on it is opened. `backends` wraps the backends,
+`parity` compares a session with a golden trace, `bench` measures it, `generate` samples and scores with it.
+"""
 
 import sys
 
-from nsm.runtimes.budgets import BUDGETS, Budget, find_budget
+from nsm.runtimes.base import Handles, NotCopyable, Progress, Runtime, State, all_finite
 from nsm.runtimes.opening import open_bundle
-from nsm.runtimes.parity import compare
-from nsm.runtimes.report import ParityReport
+from nsm.runtimes.parity import BUDGETS, Budget, ParityReport, compare, find_budget
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, Target, find_target
 
@@ -18,9 +21,15 @@ __all__ = [
     "BUDGETS",
     "TARGETS",
     "Budget",
+    "Handles",
+    "NotCopyable",
     "ParityReport",
+    "Progress",
+    "Runtime",
     "Session",
+    "State",
     "Target",
+    "all_finite",
     "compare",
     "find_budget",
     "find_target",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import NoReturn, Protocol, SupportsIndex
 
+import numpy as np
+
 from nsm.errors import BundleDamagedError, NotCopyableError, StreamError
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
+
+Progress = Callable[[int, int], None]
+"""(steps done, steps in all) of a comparison."""
 
 
 class NotCopyable:
@@ -170,3 +176,15 @@ class Runtime(Protocol):
 
 Loader = Callable[[Mapping[str, Path], StepSpec, str, int | None, str], Runtime]
 """(file of each entry, spec, device, threads, precision) -> Runtime; every backend module has one, named `load`."""
+
+
+def all_finite(arrays: Iterable[Array]) -> bool:
+    """Whether arrays of floating point numbers hold neither NaN nor infinity.
+
+    A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one. By
+    `vdot`, which unlike `dot` does not warn of that: turning warnings off costs more than the sum.
+    """
+    for array in arrays:  # noqa: SIM110 - a generator costs as much as looking at a small array
+        if not (math.isfinite(np.vdot(array, array)) or np.isfinite(array).all()):
+            return False
+    return True

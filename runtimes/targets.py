@@ -31,7 +31,7 @@ class Target:
         asked_only: whether `nsm bench --all` leaves it out unless it is named.
         stem: name of that file without the suffix.
         entries: those that run there; () for all. A session there has no others.
-        bisectable: whether its intermediate results can be seen; `nsm.runtimes.bisect_operation` says how.
+        bisectable: whether its intermediate results can be seen; `nsm.runtimes.parity.bisection.operation` says how.
         checked_when_built: what its builder checks of an artifact that cannot be run where it is built.
         in_process: whether it is built and first opened in the process of the export: nothing is compiled, or by a
             backend that the export runs anyhow. Others are in a child process, which a crash ends alone.
@@ -105,7 +105,7 @@ class Target:
         return importlib.import_module(self.builder)
 
 
-# "cpu-dot": processors that add up products of int8 in 32 bits; see `nsm.runtimes.processor`.
+# "cpu-dot": processors that add up products of int8 in 32 bits; see `nsm.runtimes.opening.cpu_features`.
 _PROCESSORS = ("cpu", "cpu-dot")
 # "portable": Ampere and later; "current": the GPU in this machine; the others are compute capabilities.
 _NVIDIA = ("portable", "current", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -115,8 +115,8 @@ _ROWS = {
     for target in (
         Target(
             name="onnx",
-            runtime="nsm.runtimes.onnxruntime_plain",
-            builder="nsm.export.onnxruntime",
+            runtime="nsm.runtimes.backends.onnxruntime_unoptimized",
+            builder="nsm.export.builders.onnxruntime",
             packages=("onnxruntime",),
             extra="onnxruntime",
             suffix=".onnx",
@@ -128,8 +128,8 @@ _ROWS = {
         ),
         Target(
             name="onnxruntime",
-            runtime="nsm.runtimes.onnxruntime",
-            builder="nsm.export.onnxruntime",
+            runtime="nsm.runtimes.backends.onnxruntime",
+            builder="nsm.export.builders.onnxruntime",
             packages=("onnxruntime",),
             extra="onnxruntime",
             suffix=".onnx",
@@ -142,8 +142,8 @@ _ROWS = {
         ),
         Target(
             name="openvino",
-            runtime="nsm.runtimes.openvino",
-            builder="nsm.export.openvino",
+            runtime="nsm.runtimes.backends.openvino",
+            builder="nsm.export.builders.openvino",
             packages=("openvino",),
             extra="openvino",
             suffix=".xml",
@@ -158,8 +158,8 @@ _ROWS = {
         ),
         Target(
             name="tensorrt",
-            runtime="nsm.runtimes.tensorrt",
-            builder="nsm.export.tensorrt",
+            runtime="nsm.runtimes.backends.tensorrt",
+            builder="nsm.export.builders.tensorrt",
             packages=("tensorrt", "tensorrt_rtx"),
             extra="tensorrt",
             suffix=".engine",
@@ -171,8 +171,8 @@ _ROWS = {
         ),
         Target(
             name="onnxruntime-cuda",
-            runtime="nsm.runtimes.onnxruntime_cuda",
-            builder="nsm.export.onnxruntime_cuda",
+            runtime="nsm.runtimes.backends.onnxruntime_cuda",
+            builder="nsm.export.builders.onnxruntime_cuda",
             packages=("onnxruntime",),
             extra="gpu",
             suffix=".onnx",
@@ -184,8 +184,8 @@ _ROWS = {
         ),
         Target(
             name="mobile",
-            runtime="nsm.runtimes.onnxruntime",
-            builder="nsm.export.mobile",
+            runtime="nsm.runtimes.backends.onnxruntime",
+            builder="nsm.export.builders.mobile",
             packages=("onnxruntime",),
             extra="onnxruntime",
             suffix=".ort",
@@ -196,8 +196,8 @@ _ROWS = {
         ),
         Target(
             name="web",
-            runtime="nsm.runtimes.web",
-            builder="nsm.export.web",
+            runtime="nsm.runtimes.backends.web",
+            builder="nsm.export.builders.web",
             packages=("numpy",),
             extra="web",
             suffix=".onnx",
@@ -209,8 +209,8 @@ _ROWS = {
         ),
         Target(
             name="triton",
-            runtime="nsm.runtimes.triton",
-            builder="nsm.export.triton",
+            runtime="nsm.runtimes.backends.triton",
+            builder="nsm.export.builders.triton",
             packages=("onnxruntime",),
             extra="triton",
             suffix=".onnx",

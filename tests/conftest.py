@@ -9,52 +9,28 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import onnx
 import pytest
 import torch
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.export import build as export_build
-from nsm.export import isolation
-from nsm.export import onnx as onnx_export
-from nsm.export import trial as trial_process
-from nsm.export.pipeline import ExportOptions, export
+from nsm.export.graphs import exporter as onnx_export
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
+from nsm.export.verify import artifact as export_build
+from nsm.export.verify import isolation
+from nsm.export.verify import trial as trial_process
+from nsm.models.base import StepModel
 from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
-from nsm.models.step import StepModel
 from nsm.models.stream import StreamModel
 from nsm.spec import EntrySpec, StepSpec
+from tests.small_models import make_model, make_sequences
 
 # Tracing makes objects by the million, and looking for cycles among them took a fifth of the tests' time.
 gc.set_threshold(100_000, 50, 50)
-
-VOCABULARY = 20
-CHUNK = 8
-
-
-def make_model(seed: int = 0, **changes: Any) -> SimpleNSM:
-    """A small model over ids with random weights, in eval mode; `changes` are arguments of SimpleNSM."""
-    torch.manual_seed(seed)
-    arguments: dict[str, Any] = {
-        "vocab_size": VOCABULARY,
-        "d_model": 16,
-        "num_states": 6,
-        "num_layers": 2,
-        "num_heads": 2,
-        "chunk_size": CHUNK,
-        "routing_heads": 2,
-        "output_dim": 5,
-    }
-    return SimpleNSM(**{**arguments, **changes}).eval()
-
-
-def make_sequences(count: int, length: int, seed: int = 0) -> np.ndarray:
-    """Random ids [count, length]."""
-    return np.random.default_rng(seed).integers(0, VOCABULARY, (count, length))
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -66,7 +42,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 # The files that take longest are given out first, so that no worker is left with one when the others are done.
-LONG = ("runtimes/test_streams", "clients/test_cpp", "models/test_entries", "export/test_build", "test_examples")
+LONG = ("session/test_streams", "clients/test_cpp", "models/test_entries", "verify/test_artifact", "test_examples")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -11,10 +11,10 @@ import torch
 import nsm
 from nsm.errors import InputError, SnapshotError
 from nsm.models.simple import SimpleNSM
-from nsm.runtimes.budgets import find_budget
-from nsm.runtimes.measures import relative_error, rms_norm
+from nsm.runtimes.parity.budgets import find_budget
+from nsm.runtimes.parity.metrics import relative_error, rms_norm
 from nsm.trace import Array
-from tests.conftest import CHUNK, make_model, make_sequences
+from tests.small_models import CHUNK, make_model, make_sequences
 
 
 def errors(given: Array, wanted: Array) -> list[float]:

@@ -11,8 +11,9 @@ import pytest
 
 from nsm.bundle import PARITY, Bundle
 from nsm.errors import ParityError
-from nsm.export.pipeline import ExportOptions, export
-from nsm.runtimes.budgets import find_budget
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
+from nsm.runtimes.parity.budgets import find_budget
 from nsm.staging import FAILED_SUFFIX
 
 pytestmark = pytest.mark.slow

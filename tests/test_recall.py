@@ -20,9 +20,10 @@ import torch
 from click.testing import CliRunner
 
 import nsm
-from nsm.export.pipeline import ExportOptions, export
-from nsm.layer import NSMLayer
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
 from nsm.models.simple import SimpleNSM
+from nsm.modules.layer import NSMLayer
 from nsm.trace import Array, Arrays
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,8 +10,8 @@
 namespace nsm {
 namespace {
 
-constexpr double free_run_budget = 1e-4;  // fp32; see runtimes/budgets.py
-constexpr std::size_t split_steps = 4;    // steps that are run again in pieces; see runtimes/replay.py
+constexpr double free_run_budget = 1e-4;  // fp32; see runtimes/parity/budgets.py
+constexpr std::size_t split_steps = 4;    // steps that are run again in pieces; see runtimes/parity/replay.py
 
 double norm_of(const float* numbers, std::size_t count) {
     double sum = 0;

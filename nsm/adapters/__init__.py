@@ -1,19 +1,25 @@
-"""Any stateful torch module as a step model: `nsm.as_step`. `validate`, the examination, needs no torch."""
+"""Adapters: a stateful module of another project as a step model (`as_step`).
 
-from __future__ import annotations
+`validate` examines a step before it is believed. It needs no torch, because an ONNX file is examined too.
+"""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from nsm.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from nsm.adapters.adapted import AdaptedModel as AdaptedModel
-
-__all__ = ["AdaptedModel"]
-
-
-def __getattr__(name: str) -> Any:
-    if name != "AdaptedModel":
-        raise AttributeError(f"module 'nsm.adapters' has no attribute {name!r}")
-    # Imported when it is used: a foreign .onnx is examined without torch.
-    from nsm.adapters.adapted import AdaptedModel
-
-    return AdaptedModel
+    from nsm.adapters.conversion import as_step as as_step
+    from nsm.adapters.model import AdaptedModel as AdaptedModel
+    from nsm.adapters.state import Carried as Carried
+    from nsm.adapters.torch_step import TorchStep as TorchStep
+    from nsm.adapters.torch_step import examine_model as examine_model
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "conversion": ("as_step",),
+            "model": ("AdaptedModel",),
+            "state": ("Carried",),
+            "torch_step": ("TorchStep", "examine_model"),
+        },
+    )

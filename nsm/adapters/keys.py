@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from nsm.adapters.carried import Carried
+from nsm.adapters.state import Carried
 from nsm.errors import ConfigError
 
 Path = tuple[str, ...]

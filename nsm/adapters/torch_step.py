@@ -13,12 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from nsm.adapters.adapted import AdaptedModel
 from nsm.adapters.kept import Kept
-from nsm.adapters.validate import Advice, examine
-from nsm.adapters.validate.splits import OFFLINE_TOLERANCE
-from nsm.adapters.validate.step import Results
-from nsm.adapters.validate.subject import close
+from nsm.adapters.model import AdaptedModel
+from nsm.adapters.validate import OFFLINE_TOLERANCE, Advice, Results, close, examine
 from nsm.errors import ConfigError
 from nsm.spec import TensorSpec
 from nsm.trace import Array, Arrays

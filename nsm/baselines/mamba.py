@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsm.baselines.lm import CausalLM, RecurrentLayer, counts
-from nsm.mixing import LocalMixing
-from nsm.models.options import checked_sizes
-from nsm.models.step import State
+from nsm.baselines.base import CausalLM, RecurrentLayer, counts
+from nsm.models import State, checked_sizes
+from nsm.modules import LocalMixing
 
 
 class MambaLM(CausalLM):

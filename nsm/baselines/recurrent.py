@@ -8,10 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsm.baselines.lm import CausalLM, RecurrentLayer
+from nsm.baselines.base import CausalLM, RecurrentLayer
 from nsm.errors import ConfigError
-from nsm.models.options import checked_sizes
-from nsm.models.step import State
+from nsm.models import State, checked_sizes
 
 Kind = Literal["lstm", "gru"]
 _CELLS: dict[str, type[nn.LSTM | nn.GRU]] = {"lstm": nn.LSTM, "gru": nn.GRU}

@@ -8,12 +8,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from nsm.baselines.lm import CausalLM, RecurrentLayer, counts, shift_tokens
+from nsm.arguments import real
+from nsm.baselines.base import CausalLM, RecurrentLayer, counts, shift_tokens
 from nsm.errors import ConfigError
-from nsm.layout import join_heads, split_heads
-from nsm.models.options import checked_sizes
-from nsm.models.step import State
-from nsm.plain import real
+from nsm.models import State, checked_sizes
+from nsm.modules.ops import join_heads, split_heads
 
 BLOCK = 16
 """Tokens that are taken at once in closed form."""

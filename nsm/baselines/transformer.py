@@ -7,11 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from nsm.baselines.cached_attention import Places, TransformerLayer
-from nsm.baselines.lm import CausalLM
+from nsm.baselines.base import CausalLM
+from nsm.baselines.transformer_layer import Places, TransformerLayer
 from nsm.errors import ConfigError
-from nsm.models.options import checked_sizes
-from nsm.models.step import State
+from nsm.models import State, checked_sizes
 from nsm.spec import COUNT, StateSpec
 
 LONGEST = 2**16

@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from math import gcd
 from typing import Unpack
 
-from nsm.adaptation import Adaptation
-from nsm.layer import NSMLayer
-from nsm.manager import StateManager
-from nsm.models.options import (
+from nsm.arguments import real, whole
+from nsm.models.config import (
     LayerOptions,
     check_one_form,
     checked_options,
@@ -20,7 +18,8 @@ from nsm.models.options import (
     per_layer,
 )
 from nsm.models.stream import StreamModel
-from nsm.plain import real, whole
+from nsm.modules import NSMLayer
+from nsm.modules.bank import Adaptation, StateManager
 
 
 class AdaptiveNSM(StreamModel):

@@ -21,10 +21,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 
 from nsm.errors import CheckpointError, InputError
-from nsm.files import check_declared, check_output_file, check_stored, replacing
+from nsm.files import check_declared, check_output_file, check_stored, open_regular, open_zip, replacing
+from nsm.models.base import StepModel
 from nsm.models.checkpoint_limits import build_within, check_content
-from nsm.models.step import StepModel
-from nsm.reading import open_regular, open_zip
 
 _ZIP = b"PK\x03\x04"
 FORMAT = "nsm-checkpoint"

@@ -14,8 +14,8 @@ from torch.nn.modules.module import (
 )
 
 from nsm.errors import ConfigError
-from nsm.models.step import StepModel
-from nsm.reading import LIMITS
+from nsm.files import LIMITS
+from nsm.models.base import StepModel
 
 MOST_ITEMS = 1_000_000
 """Items of all containers in a checkpoint, those counted twice that are there twice."""

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Unpack
 
-from nsm.attention_layer import AttentionLayer
-from nsm.layer import NSMLayer
-from nsm.models.options import (
+from nsm.arguments import whole
+from nsm.models.config import (
     LayerOptions,
     checked_options,
     checked_sizes,
@@ -17,7 +16,7 @@ from nsm.models.options import (
     per_layer,
 )
 from nsm.models.stream import StreamModel
-from nsm.plain import whole
+from nsm.modules import AttentionLayer, NSMLayer
 
 
 class HybridModel(StreamModel):

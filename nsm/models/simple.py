@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from math import gcd
 from typing import Literal, Unpack, overload
 
+from nsm.arguments import real, whole
 from nsm.errors import ConfigError
-from nsm.layer import NSMLayer
-from nsm.models.options import (
+from nsm.models.config import (
     LayerOptions,
     check_one_form,
     checked_options,
@@ -19,7 +19,7 @@ from nsm.models.options import (
     per_layer,
 )
 from nsm.models.stream import StreamModel
-from nsm.plain import real, whole
+from nsm.modules import NSMLayer
 
 Form = Literal["ids", "vectors"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError, InputError, StreamError
-from nsm.models.step import State, StepModel
+from nsm.models.base import State, StepModel
+from nsm.modules import Clock, StreamLayer
 from nsm.spec import CHUNK, FILLED, OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
-from nsm.stream_layer import Clock, StreamLayer
 
 
 class StreamModel(StepModel):

@@ -6,4 +6,7 @@ Importing this needs neither torch nor matplotlib; each is imported by what uses
 from nsm.utils.monitor import PerformanceMonitor
 from nsm.utils.visualizer import AdvancedNSMVisualizer
 
-__all__ = ["AdvancedNSMVisualizer", "PerformanceMonitor"]
+__all__ = [
+    "AdvancedNSMVisualizer",
+    "PerformanceMonitor",
+]

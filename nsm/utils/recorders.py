@@ -14,7 +14,7 @@ from nsm.utils.recording import Array, LayerRecording, Recording, bank_states
 if TYPE_CHECKING:
     import torch
 
-    from nsm.models.stream import StreamModel
+    from nsm.models import StreamModel
 
 ROUTING, MASK = "routing.", "mask."
 

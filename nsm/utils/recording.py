@@ -114,6 +114,6 @@ class Recording:
 
 
 def bank_states(bank: Array) -> Array:
-    """Bank [..., G, S, f] -> states [..., S, D], as `nsm.layout.to_states` does."""
+    """Bank [..., G, S, f] -> states [..., S, D], as `nsm.modules.ops.layout.to_states` does."""
     moved = np.moveaxis(bank, -2, -3)
     return moved.reshape(*moved.shape[:-2], -1)

@@ -18,8 +18,7 @@ from nsm.utils.recording import Recording
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from nsm.models.step import StepModel
-    from nsm.models.stream import StreamModel
+    from nsm.models import StepModel, StreamModel
 
 _MARK = "nsm.utils.AdvancedNSMVisualizer"
 _MARKED = {"png": "Software", **dict.fromkeys(("svg", "pdf", "ps", "eps"), "Creator")}

@@ -20,8 +20,8 @@ from nsm.baselines import TransformerLM
 from nsm.bundle import Bundle
 from nsm.export.api import export_model
 from nsm.runtimes.targets import find_target
-from tests.conftest import CHUNK, make_model, make_sequences
 from tests.export.attentions import LAYERS, WIDTH, WINDOW, Attentions, frames
+from tests.small_models import CHUNK, make_model, make_sequences
 
 ROOT = Path(__file__).resolve().parents[2]
 OLDER = ("qemu-x86_64-static", "-cpu", "Haswell")

@@ -24,10 +24,11 @@ from nsm.errors import (
     StreamError,
     UnsupportedError,
 )
-from nsm.export import web
-from nsm.export.pipeline import ExportOptions, export
-from nsm.runtimes.web import WebRuntime, load
-from tests.conftest import CHUNK, make_sequences
+from nsm.export.builders import web
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
+from nsm.runtimes.backends.web import WebRuntime, load
+from tests.small_models import CHUNK, make_sequences
 
 NODE = shutil.which("node")
 pytestmark = pytest.mark.skipif(NODE is None, reason="needs Node.js 20 or later: apt-get install nodejs npm")

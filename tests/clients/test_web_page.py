@@ -14,11 +14,12 @@ import torch
 import nsm
 from nsm.bundle import Bundle
 from nsm.errors import MissingDependencyError
-from nsm.export.pipeline import ExportOptions, export
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
 from nsm.models.stream import StreamModel
 from nsm.trace import Array, Arrays
 from tests.clients.browser import CHROMIUM, Browser, served
-from tests.conftest import make_model
+from tests.small_models import make_model
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs a browser: apt-get install chromium"),

@@ -15,13 +15,16 @@ import torch
 
 import nsm
 from nsm.bundle import Bundle
-from nsm.export import guard, pipeline, torch_source
-from nsm.export.adding import add_target
-from nsm.export.pipeline import ExportOptions, export
+from nsm.export import pipeline
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
+from nsm.export.sources import torch as torch_source
+from nsm.export.verify import acceptance
+from nsm.export.verify.another_target import add_target
 from nsm.models.simple import SimpleNSM
-from tests.adapters.models import VoiceActivity
-from tests.conftest import make_model, make_sequences
 from tests.export.helpers import scale_weights
+from tests.nsm.adapters.models import VoiceActivity
+from tests.small_models import make_model, make_sequences
 
 
 @pytest.fixture
@@ -132,7 +135,7 @@ def wide_byte_bundle(byte_bundle: Path) -> Path:
 @pytest.fixture
 def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Low precision whose speed is measured with as few calls as can be: any will do."""
-    monkeypatch.setattr(guard, "SPEED_STEPS", 10)
+    monkeypatch.setattr(acceptance, "SPEED_STEPS", 10)
 
 
 @pytest.fixture(scope="session")
@@ -157,7 +160,7 @@ def int8_bundle(wide: Path) -> Path:
         allow_slower=True,
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "SPEED_STEPS", 10)
+        patch.setattr(acceptance, "SPEED_STEPS", 10)
         return export(wide, options).path
 
 
@@ -188,8 +191,8 @@ def built(int8_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Callab
             shutil.copytree(int8_bundle, path)
             device = "sm86" if target == "tensorrt" else None
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(guard, "SPEED_STEPS", 10)
-                add_target(path, target, device, precision=precision, limits=guard.Limits(0.7, allow_slower=True))
+                patch.setattr(acceptance, "SPEED_STEPS", 10)
+                add_target(path, target, device, precision=precision, limits=acceptance.Limits(0.7, allow_slower=True))
             made[target, precision] = path
         return Bundle(made[target, precision])
 

@@ -17,7 +17,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from nsm.bundle import Bundle
-from nsm.export.cli import main
+from nsm.export.cli.app import main
 from nsm.manifest import file_record
 from nsm.staging import write_manifest
 

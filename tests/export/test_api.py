@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 import nsm
 from nsm.errors import ConfigError, InputError
-from nsm.export.torch_source import TorchSource
-from nsm.models import step
+from nsm.export.sources.torch import TorchSource
+from nsm.models import base as step
 from nsm.models.simple import SimpleNSM
-from tests.adapters.models import Learned
+from tests.nsm.adapters.models import Learned
 
 
 class Sum(nn.Module):

@@ -18,14 +18,17 @@ import torch
 import nsm
 from nsm.bundle import PARITY, Bundle
 from nsm.errors import BuildError, CheckpointError, InputError, OutputExistsError, ParityError, UnsupportedError
-from nsm.export import guard, pipeline, torch_source
-from nsm.export.adding import add_target
-from nsm.export.build import build_target
-from nsm.export.pipeline import ExportOptions, export, plan, versions
+from nsm.export import pipeline
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export, plan, versions
+from nsm.export.sources import torch as torch_source
+from nsm.export.verify import acceptance
+from nsm.export.verify.another_target import add_target
+from nsm.export.verify.artifact import build_target
 from nsm.manifest import Artifact
 from nsm.models.checkpoint import load_checkpoint
 from nsm.models.simple import SimpleNSM
-from nsm.runtimes.parity import Progress
+from nsm.runtimes.base import Progress
 from nsm.runtimes.targets import Target
 from nsm.spec import StepSpec
 from nsm.trace import Arrays
@@ -324,7 +327,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, ready_graph: Callable[[Change], None
             scale_weights(directory / "openvino" / "weights.bin", 1.001)
         return artifact
 
-    monkeypatch.setattr(guard, "build_target", build_spoilt)
+    monkeypatch.setattr(acceptance, "build_target", build_spoilt)
 
 
 def test_one_wrong_target_fails_the_bundle_where_all_are_asked_for(
@@ -380,7 +383,7 @@ def test_the_targets_that_passed_are_kept_beside_one_that_cannot_be_built(
             raise UnsupportedError("it has no such operator")
         return build_target(directory, spec, target, device)
 
-    monkeypatch.setattr(guard, "build_target", lacking)
+    monkeypatch.setattr(acceptance, "build_target", lacking)
     with pytest.raises(
         UnsupportedError, match=r"^openvino: it has no such operator .*m\.nsm was written with .*: onnxr"
     ):
@@ -413,7 +416,7 @@ def test_several_that_failed_are_all_named_and_the_first_is_raised(
             raise BuildError("no file")
         return build_target(directory, spec, target, device)
 
-    monkeypatch.setattr(guard, "build_target", failing)
+    monkeypatch.setattr(acceptance, "build_target", failing)
     message = r"^openvino: no operator mobile failed too: no file .*: onnxruntime\."
     with pytest.raises(UnsupportedError, match=message):
         export(checkpoint, short(tmp_path / "m.nsm", "openvino", "onnxruntime", "mobile"))

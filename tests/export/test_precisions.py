@@ -12,9 +12,9 @@ import pytest
 import nsm
 from nsm.bundle import PARITY, Bundle
 from nsm.errors import InputError, OutputExistsError
-from nsm.export import guard
-from nsm.export.adding import add_target
-from nsm.runtimes.opening import chosen_artifact
+from nsm.export.verify import acceptance
+from nsm.export.verify.another_target import add_target
+from nsm.runtimes.opening.artifacts import chosen_artifact
 from nsm.runtimes.targets import TARGETS
 from tests.export.helpers import invoke, names, refused, succeeded, the_json
 
@@ -27,7 +27,7 @@ def several(int8_bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     path = tmp_path_factory.mktemp("several") / "model.nsm"
     shutil.copytree(int8_bundle, path)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(guard, "SPEED_STEPS", 10)
+        patch.setattr(acceptance, "SPEED_STEPS", 10)
         for target, precision in (("ov", "fp32"), ("ort", "fp32"), ("ov", "int8-weights")):
             text = succeeded(invoke("build", path, *OPTIONS[2:], "-t", target, "-p", precision))
             option = "" if precision == "fp32" else f" --precision {precision}"

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from nsm.bundle import GOLDEN, STATE_INIT
-from nsm.files import write_json
+from nsm.files.writing import write_json
 from nsm.manifest import MANIFEST, Artifact, EntryWork, Manifest, file_record
 from nsm.staging import write_manifest
 from tests.runtimes.fake import FINGERPRINT, fake_initial, fake_spec, fake_trace

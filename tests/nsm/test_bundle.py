@@ -15,7 +15,7 @@ from nsm.errors import (
     BundleError,
     InputError,
 )
-from nsm.files import sha256
+from nsm.files.writing import sha256
 from nsm.manifest import FORMAT_VERSION, MANIFEST, FileRecord, Manifest, file_record
 from nsm.staging import staged, write_manifest
 from tests.nsm.bundles import FILES, OWN, SHARED, contents, edit, fill

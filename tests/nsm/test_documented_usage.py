@@ -250,7 +250,7 @@ for name in {TORCH_NAMES}:
     ("name", "missing"),
     [
         ("Session", "numpy"),  # part of every installation: there is no extra to name
-        ("SimpleNSM", "nsm.layer"),  # a part of nsm itself: the installation is broken
+        ("SimpleNSM", "nsm.modules.layer"),  # a part of nsm itself: the installation is broken
     ],
 )
 def test_what_no_extra_would_install_is_left_as_python_tells_it(name: str, missing: str) -> None:

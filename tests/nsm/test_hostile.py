@@ -21,10 +21,10 @@ import torch
 import nsm
 from nsm.bundle import CALIBRATION, GOLDEN, STATE_INIT, Bundle
 from nsm.errors import BundleDamagedError, CheckpointError, SnapshotError
+from nsm.files.reading import LIMITS
 from nsm.manifest import MANIFEST
-from nsm.reading import LIMITS
-from nsm.runtimes.opening import open_artifact
-from nsm.runtimes.snapshots import Snapshot, pack, unpack
+from nsm.runtimes.opening.artifacts import open_artifact
+from nsm.runtimes.session.snapshots import Snapshot, pack, unpack
 from nsm.staging import write_manifest
 from nsm.trace import Trace, load_arrays
 
@@ -172,7 +172,7 @@ def test_states_that_are_not_those_of_the_spec_are_refused_before_a_backend_take
     def loaded(*_: object) -> None:
         raise AssertionError("the backend was loaded")
 
-    monkeypatch.setattr("nsm.runtimes.onnxruntime.load", loaded)
+    monkeypatch.setattr("nsm.runtimes.backends.onnxruntime.load", loaded)
     bundle = Bundle(bundle_copy)
     with pytest.raises(BundleDamagedError, match=message) as caught:
         open_artifact(bundle, bundle.artifact("onnxruntime"))

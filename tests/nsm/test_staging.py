@@ -23,7 +23,7 @@ from nsm.errors import (
     OutputExistsError,
     ParityError,
 )
-from nsm.files import write_json
+from nsm.files.writing import write_json
 from nsm.manifest import MANIFEST
 from nsm.staging import staged, staged_copy, write_manifest
 from tests.nsm.bundles import OWN, contents, edit, fill, names

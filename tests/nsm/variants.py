@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.testing import assert_close
 
-from nsm.layer import NSMLayer
 from nsm.models.adaptive import AdaptiveNSM
+from nsm.models.base import State
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
-from nsm.models.step import State
 from nsm.models.stream import StreamModel
+from nsm.modules.layer import NSMLayer
 from nsm.spec import OFFSET
 
 CHUNK, SLOTS, VOCABULARY = 4, 6, 20

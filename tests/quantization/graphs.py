@@ -11,8 +11,8 @@ import onnxruntime as ort
 import openvino as ov
 from onnx import TensorProto, helper, numpy_helper
 
-from nsm.quantization import forms
-from nsm.quantization.products import Product, products_of
+from nsm.quantization import rewrite
+from nsm.quantization.linear_ops import Product, products_of
 from nsm.trace import Array, Arrays
 
 LANES, TOKENS, DEPTH, WIDTH = 2, 3, 24, 8
@@ -93,20 +93,20 @@ def chosen(model: onnx.ModelProto) -> list[Product]:
 
 
 def static(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
-    return forms.static(model, products, {product.key: float(SCALES[product.weight]) for product in products})
+    return rewrite.static(model, products, {product.key: float(SCALES[product.weight]) for product in products})
 
 
 def blocked(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
-    return forms.blocked(model, products, BLOCK)
+    return rewrite.blocked(model, products, BLOCK)
 
 
 FAST: dict[str, Fast] = {
-    "weights": forms.weights_only,
+    "weights": rewrite.weights_only,
     "static": static,
-    "dynamic": forms.dynamic,
+    "dynamic": rewrite.dynamic,
     "blocked": blocked,
-    "half": forms.half,
-    "brain": lambda model, products: forms.half(model, products, TensorProto.BFLOAT16),
+    "half": rewrite.half,
+    "brain": lambda model, products: rewrite.half(model, products, TensorProto.BFLOAT16),
 }
 """Every form, on `four_products`."""
 

@@ -12,18 +12,18 @@ import pytest
 import nsm
 from nsm.bundle import Bundle
 from nsm.errors import InputError, NonFiniteError, UnsupportedError
-from nsm.export.onnx import export_onnx, initial_arrays
+from nsm.export.graphs.exporter import export_onnx, initial_arrays
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.stream import StreamModel
 from nsm.quantization.calibration import AGES, Range, Watched, calibrate, rollouts
-from nsm.quantization.checks import MAX_STEPS, MIN_CALLS
-from nsm.quantization.products import products_of, weight_key
-from nsm.runtimes.onnxruntime import load
-from nsm.runtimes.session import Session
+from nsm.quantization.linear_ops import products_of, weight_key
+from nsm.quantization.preconditions import MAX_STEPS, MIN_CALLS
+from nsm.runtimes.backends.onnxruntime import load
+from nsm.runtimes.session.session import Session
 from nsm.trace import Array, Arrays
-from tests.conftest import CHUNK, VOCABULARY, make_model, make_sequences
 from tests.quantization.graphs import make_graph, product_node
 from tests.quantization.toy import DEPTH, IN, LENGTH, OUT, SLOTS, WIDTH, Toy, make_toy
+from tests.small_models import CHUNK, VOCABULARY, make_model, make_sequences
 
 FIRST, LAST = weight_key(IN), weight_key(OUT)
 

@@ -8,10 +8,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import InferenceSession
 
-from nsm.quantization import forms
+from nsm.quantization import rewrite
 from nsm.quantization.calibration import Range
+from nsm.quantization.linear_ops import products_of
 from nsm.quantization.policy import LEVELS
-from nsm.quantization.products import products_of
 from nsm.trace import Array
 
 DEPTH, WIDTH = 32, 8
@@ -50,9 +50,9 @@ def _session(form: str, matrix: Array, scale: float) -> InferenceSession:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     products = products_of(model)
     made: onnx.ModelProto = {
-        "static": lambda: forms.static(model, products, {products[0].key: scale}, guarded=True),
-        "dynamic": lambda: forms.dynamic(model, products, guarded=True),
-        "blocked": lambda: forms.blocked(model, products),
-        "weights": lambda: forms.weights_only(model, products),
+        "static": lambda: rewrite.static(model, products, {products[0].key: scale}, guarded=True),
+        "dynamic": lambda: rewrite.dynamic(model, products, guarded=True),
+        "blocked": lambda: rewrite.blocked(model, products),
+        "weights": lambda: rewrite.weights_only(model, products),
     }[form]()
     return InferenceSession(made.SerializeToString(), providers=["CPUExecutionProvider"])

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nsm.errors import UnsupportedError
-from nsm.export.build import PRECISIONS
+from nsm.export.verify.artifact import PRECISIONS
+from nsm.quantization.linear_ops import Product
 from nsm.quantization.policy import POLICIES, SMALLEST, Form, Policy, find_policy
-from nsm.quantization.products import Product
 from nsm.runtimes.targets import TARGETS
 
 ROUTER = "layers.0.router.product/MatMul"

@@ -12,9 +12,9 @@ from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
 import nsm
-from nsm.quantization import forms
+from nsm.quantization import rewrite
+from nsm.quantization.linear_ops import Product, products_of, weight_key
 from nsm.quantization.policy import LARGEST_HALF, SMALLEST, SMALLEST_TABLE, Policy, Tables, find_policy
-from nsm.quantization.products import Product, products_of, weight_key
 from nsm.trace import Array
 from tests.quantization.graphs import compiled, constants, run
 
@@ -82,7 +82,7 @@ def slow_rows(numbers: Array) -> Array:
 @pytest.mark.parametrize("optimise", [False, True])
 def test_int8_has_a_scale_for_each_row(optimise: bool) -> None:
     model = model_of(table())
-    low = forms.looked_up(model, tables_of(model), "int8")
+    low = rewrite.looked_up(model, tables_of(model), "int8")
     onnx.checker.check_model(low, full_check=True)
     held = constants(low)
     assert {name: (value.dtype.name, value.shape) for name, value in held.items()} == {
@@ -98,12 +98,12 @@ def test_int8_has_a_scale_for_each_row(optimise: bool) -> None:
 
 def test_halves_are_the_nearest() -> None:
     model = model_of(table())
-    low = forms.looked_up(model, tables_of(model), "half")
+    low = rewrite.looked_up(model, tables_of(model), "half")
     onnx.checker.check_model(low, full_check=True)
     wanted = table().astype(np.float16).astype(np.float32)[IDS]
     np.testing.assert_array_equal(run(low, {"ids": IDS})["y"], wanted)
     np.testing.assert_array_equal(compiled(low)({"ids": IDS})["y"], wanted)
-    low = forms.looked_up(model, tables_of(model), "brain")
+    low = rewrite.looked_up(model, tables_of(model), "brain")
     onnx.checker.check_model(low, full_check=True)
     wanted = torch.from_numpy(table()).bfloat16().float().numpy()[IDS]
     (given,) = ReferenceEvaluator(low).run(["y"], {"ids": IDS})
@@ -115,11 +115,11 @@ def test_halves_are_the_nearest() -> None:
 def test_a_matrix_that_is_also_a_product_s_stays_for_it(kept: Tables) -> None:
     model = model_of(table(), product=True)
     before = model.SerializeToString(deterministic=True)
-    low = forms.looked_up(model, tables_of(model), kept)
+    low = rewrite.looked_up(model, tables_of(model), kept)
     assert model.SerializeToString(deterministic=True) == before
     np.testing.assert_array_equal(constants(low)["t"], table())
     assert [item.node for item in products_of(low)] == ["head/MatMul"]
-    both = forms.weights_only(low, products_of(low))
+    both = rewrite.weights_only(low, products_of(low))
     names = [tensor.name for tensor in both.graph.initializer]
     assert len(set(names)) == len(names)
     assert "t" not in names

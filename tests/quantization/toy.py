@@ -14,8 +14,8 @@ import numpy as np
 import onnx
 from onnx import helper
 
-from nsm.runtimes.onnxruntime import load
-from nsm.runtimes.session import Session
+from nsm.runtimes.backends.onnxruntime import load
+from nsm.runtimes.session.session import Session
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array
 from tests.quantization.graphs import make_graph, product_node

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 
 from nsm.runtimes.base import State
-from nsm.runtimes.session import Session
+from nsm.runtimes.session.session import Session
 from nsm.spec import COUNT, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays, Trace
 

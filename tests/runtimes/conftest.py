@@ -6,8 +6,8 @@ from functools import cache
 import pytest
 
 from nsm.bundle import Bundle
-from nsm.runtimes.opening import open_bundle
-from nsm.runtimes.session import Session
+from nsm.runtimes.opening.artifacts import open_bundle
+from nsm.runtimes.session.session import Session
 from tests.runtimes.fake import (
     fake_session,
 )

@@ -8,7 +8,7 @@ import numpy as np
 
 from nsm.errors import RunError
 from nsm.runtimes.base import Handles, State
-from nsm.runtimes.session import Session
+from nsm.runtimes.session.session import Session
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 

@@ -17,7 +17,7 @@ import numpy as np
 
 from nsm.errors import StreamError
 from nsm.runtimes.base import Handles, State
-from nsm.runtimes.session import Session
+from nsm.runtimes.session.session import Session
 from nsm.spec import COUNT, OFFSET, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays, Trace
 

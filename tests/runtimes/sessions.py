@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from nsm.runtimes.session import Session
+from nsm.runtimes.session.session import Session
 from nsm.trace import Array, Arrays
 
 

@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 from nsm.baselines.transformer import TransformerLM
-from nsm.export import openvino
-from nsm.export.build import Request
-from nsm.export.onnx import export_onnx, initial_arrays
-from nsm.export.record import synthetic
-from nsm.export.torch_source import TorchSource
+from nsm.export.builders import openvino
+from nsm.export.builders.base import Request
+from nsm.export.graphs.exporter import export_onnx, initial_arrays
+from nsm.export.sources.torch import TorchSource
+from nsm.export.verify.golden import synthetic
 from nsm.models import AdaptiveNSM, HybridModel, SimpleNSM, StepModel, fingerprint
-from nsm.runtimes.session import Session
+from nsm.runtimes.session.session import Session
 from nsm.runtimes.targets import find_target
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays

@@ -3,13 +3,21 @@
 A module, a .pt2 and an .onnx each stand behind the small protocol `Step`, over numpy arrays. Nothing here needs torch.
 """
 
-from nsm.adapters.validate.examine import EXPERIMENTS as EXPERIMENTS
-from nsm.adapters.validate.examine import Examination as Examination
-from nsm.adapters.validate.examine import examine as examine
-from nsm.adapters.validate.examine import summary as summary
-from nsm.adapters.validate.splits import check_offline as check_offline
-from nsm.adapters.validate.step import Advice as Advice
-from nsm.adapters.validate.step import Keeps as Keeps
-from nsm.adapters.validate.step import Step as Step
+from nsm.adapters.validate.examine import EXPERIMENTS, Examination, examine, summary
+from nsm.adapters.validate.splits import OFFLINE_TOLERANCE, check_offline
+from nsm.adapters.validate.step import Advice, Keeps, Results, Step
+from nsm.adapters.validate.subject import close
 
-__all__ = ["EXPERIMENTS", "Advice", "Examination", "Keeps", "Step", "check_offline", "examine", "summary"]
+__all__ = [
+    "EXPERIMENTS",
+    "OFFLINE_TOLERANCE",
+    "Advice",
+    "Examination",
+    "Keeps",
+    "Results",
+    "Step",
+    "check_offline",
+    "close",
+    "examine",
+    "summary",
+]

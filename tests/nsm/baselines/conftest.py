@@ -3,23 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
-from nsm.baselines import RWKVLM, MambaLM, RecurrentLM, TransformerLM
-from nsm.baselines.lm import CausalLM
-
-MAKERS: dict[str, tuple[type[CausalLM], dict[str, Any]]] = {
-    "transformer": (TransformerLM, {"num_heads": 2, "context": 6}),
-    "transformer, wide": (TransformerLM, {"num_heads": 1, "context": 64}),
-    "lstm": (RecurrentLM, {"kind": "lstm"}),
-    "gru": (RecurrentLM, {"kind": "gru"}),
-    "rwkv": (RWKVLM, {"num_heads": 2}),
-    "mamba": (MambaLM, {"state_size": 3}),
-}
+from nsm.baselines.base import CausalLM
+from tests.nsm.baselines.makers import MAKERS
 
 
 @torch.no_grad()

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import nsm
-from tests.nsm.baselines.conftest import MAKERS
+from tests.nsm.baselines.makers import MAKERS
 
 TARGETS = ["onnxruntime", "openvino"]
-# The transformer's way is tests/runtimes/test_streams.py, with all else.
+# The transformer's way is tests/runtimes/session/test_streams.py, with all else.
 NAMES = ["lstm", "gru", "rwkv", "mamba"]
 
 

@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nsm.baselines.lm import CausalLM
-from nsm.models.step import State
+from nsm.baselines.base import CausalLM
+from nsm.models.base import State
 from nsm.spec import COUNT, StepSpec
 
 TOLERANCE = 1e-5

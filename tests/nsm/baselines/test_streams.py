@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from nsm.baselines import RWKVLM, MambaLM, RecurrentLM, TransformerLM
-from nsm.baselines.lm import CausalLM
+from nsm.baselines.base import CausalLM
 from nsm.errors import ConfigError, InputError
-from nsm.models.step import State
+from nsm.models.base import State
 
 LONGEST = 40
 few = settings(max_examples=10, deadline=None)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nsm.baselines import TransformerLM
-from nsm.baselines.cached_attention import TransformerLayer
+from nsm.baselines.transformer_layer import TransformerLayer
 from nsm.spec import COUNT
 
 Stir = Callable[[nn.Module], None]

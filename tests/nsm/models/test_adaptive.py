@@ -13,7 +13,7 @@ from torch import Tensor
 
 from nsm.errors import ConfigError
 from nsm.models.adaptive import AdaptiveNSM
-from nsm.models.step import State
+from nsm.models.base import State
 from tests.nsm.variants import CHUNK, SLOTS, layers_of, make, random_tokens, run, run_token_by_token
 
 LENGTH = 40 * CHUNK

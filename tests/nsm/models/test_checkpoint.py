@@ -19,10 +19,10 @@ from torch import nn
 
 import nsm
 from nsm.errors import CheckpointError, ConfigError, InputError, OutputExistsError
-from nsm.layer import NSMLayer
-from nsm.manager import StateManager
 from nsm.models.checkpoint import MAX_GOLDEN, fingerprint, load, load_checkpoint, save
 from nsm.models.simple import SimpleNSM
+from nsm.modules.bank.manager import StateManager
+from nsm.modules.layer import NSMLayer
 from tests.nsm.variants import make, random_tokens
 
 VECTORS: dict[str, Any] = {"vocab_size": None, "input_dim": 3, "state_dim": 16, "d_model": 8}

@@ -22,11 +22,11 @@ from nsm.baselines import RWKVLM, MambaLM, RecurrentLM, TransformerLM
 from nsm.errors import CheckpointError, ConfigError
 from nsm.models import checkpoint_limits
 from nsm.models.adaptive import AdaptiveNSM
+from nsm.models.base import StepModel
 from nsm.models.checkpoint import load_checkpoint, save
 from nsm.models.checkpoint_limits import DEEPEST, check_content
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
-from nsm.models.step import StepModel
 
 KINDS: dict[str, Callable[[], StepModel]] = {
     "SimpleNSM": lambda: SimpleNSM(vocab_size=9, d_model=8, num_states=3, num_layers=2, num_heads=2, chunk_size=4),

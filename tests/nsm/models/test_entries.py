@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nsm.models.step import State
+from nsm.models.base import State
 from nsm.models.stream import StreamModel
 from nsm.spec import CHUNK as CHUNKS
 from nsm.spec import FILLED, OFFSET, EntrySpec, StepSpec

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from nsm.attention_layer import AttentionLayer
 from nsm.errors import ConfigError
-from nsm.layer import NSMLayer
 from nsm.models.hybrid import HybridModel
+from nsm.modules.attention_layer import AttentionLayer
+from nsm.modules.layer import NSMLayer
 from tests.nsm.variants import CHUNK, make, other_tokens, random_tokens, run
 
 SMALL: dict[str, Any] = {

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nsm.models.step import State
+from nsm.models.base import State
 from nsm.models.stream import StreamModel
 from nsm.spec import OFFSET
 from tests.nsm.variants import (

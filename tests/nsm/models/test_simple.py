@@ -9,8 +9,8 @@ import torch
 from torch.testing import assert_close
 
 from nsm.errors import ConfigError, InputError
-from nsm.layer import NSMLayer
 from nsm.models.simple import SimpleNSM
+from nsm.modules.layer import NSMLayer
 
 IDS: dict[str, Any] = {"vocab_size": 11, "d_model": 8, "num_states": 4, "num_heads": 2, "chunk_size": 4}
 VECTORS: dict[str, Any] = {"input_dim": 3, "state_dim": 16, "num_states": 4, "num_heads": 2, "chunk_size": 4}

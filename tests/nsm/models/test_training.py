@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from nsm.errors import InputError, StreamError
-from nsm.models.step import State, StepModel
+from nsm.models.base import State, StepModel
 from nsm.models.stream import StreamModel
 from tests.nsm.variants import CHUNK, NOT_CAUSAL, VARIANTS, layers_of, make, random_tokens, run
 

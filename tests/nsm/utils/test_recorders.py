@@ -6,18 +6,18 @@ import numpy as np
 import pytest
 import torch
 
-from nsm.attention_layer import AttentionLayer
 from nsm.errors import InputError
-from nsm.layout import to_states
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
 from nsm.models.stream import StreamModel
-from nsm.router import Routing
+from nsm.modules.attention_layer import AttentionLayer
+from nsm.modules.bank.router import Routing
+from nsm.modules.ops.layout import to_states
 from nsm.spec import TensorSpec
 from nsm.utils.recorders import read_trace, record_model
 from nsm.utils.recording import bank_states
-from tests.nsm.utils.conftest import trace_of
+from tests.nsm.utils.traces import trace_of
 
 CHUNK = 8
 

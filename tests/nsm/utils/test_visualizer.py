@@ -13,13 +13,14 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 
 from nsm.errors import InputError, OutputExistsError
-from nsm.export.pipeline import ExportOptions, export
+from nsm.export.options import ExportOptions
+from nsm.export.pipeline import export
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
 from nsm.utils import AdvancedNSMVisualizer, panels
 from nsm.utils.recorders import record_model
-from tests.nsm.utils.conftest import trace_of
+from tests.nsm.utils.traces import trace_of
 
 ROOT = Path(__file__).resolve().parents[3]
 CHUNK = 8

@@ -1,0 +1,175 @@
+"""How close an entry comes to what its arithmetic allows on this machine. Needs onnx, and no torch.
+
+The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth) (Williams et al. 2009).
+Products count with all their operands. Everything else could be fused into them, so it counts only for what it reads
+and writes of inputs, outputs and states: a lower bound that no amount of intermediate results can loosen.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper
+
+from nsm.errors import UnsupportedError
+from nsm.export.builders import Built, Request
+from nsm.export.graphs import Machine, Work
+from nsm.runtimes import Progress, Target
+from nsm.runtimes.bench import Calls
+from nsm.runtimes.opening import entry_files
+from nsm.runtimes.session import Session
+from nsm.spec import EntrySpec, StepSpec, TensorSpec
+
+# Large enough that neither fits in a cache, or is over before the threads have started.
+_PEAK_SIDE, _STREAM_BYTES = 1024, 256_000_000
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How an entry does, over rounds in which it took turns with the products that measure the machine.
+
+    Seconds and machine are medians; `share` is the median over rounds of what the roofline allowed then over what the
+    entry took then, `low` and `high` its quartiles.
+    """
+
+    machine: Machine
+    least: float
+    took: float
+    share: float
+    low: float
+    high: float
+
+
+@contextlib.contextmanager
+def products(target: Target, threads: int | None = None) -> Iterator[Callable[[], Machine]]:
+    """A large product and a large matrix-vector product on a target: what is given times both, a few calls each.
+
+    Raises:
+        UnsupportedError: the target does not run on a CPU.
+    """
+    side = _PEAK_SIDE
+    columns = _STREAM_BYTES // 4 // side
+    with _product(target, side, side, 4 * side, threads) as large, _product(target, 1, side, columns, threads) as wide:
+        yield lambda: Machine(
+            2.0 * side * side * 4 * side / measure_call(large, rounds=1, calls=3),
+            4.0 * side * columns / measure_call(wide, rounds=1, calls=5),
+        )
+
+
+def measure_reached(
+    work: Mapping[str, Work],
+    calls: Mapping[str, Callable[[], object]],
+    machine: Callable[[], Machine],
+    reset: Callable[[], object],
+    rounds: int = 9,
+    progress: Progress | None = None,
+) -> dict[str, Reached]:
+    """Let the machine's products and the entries take turns, an entry from the beginning of a stream; by entry."""
+    machines, times = [], np.zeros((len(calls), rounds))
+    for number in range(rounds):
+        machines.append(machine())
+        for index, call in enumerate(calls.values()):
+            reset()
+            times[index, number] = measure_call(call, rounds=1)
+        if progress is not None:
+            progress(number + 1, rounds)
+    typical = Machine(
+        float(np.median([item.flops_per_second for item in machines])),
+        float(np.median([item.bytes_per_second for item in machines])),
+    )
+    found = {}
+    for entry, took in zip(calls, times, strict=True):
+        shares = [work[entry].least_seconds(item) / time for item, time in zip(machines, took, strict=True)]
+        low, share, high = (float(value) for value in np.quantile(shares, (0.25, 0.5, 0.75)))
+        least = work[entry].least_seconds(typical)
+        found[entry] = Reached(typical, least, float(np.median(took)), share, low, high)
+    return found
+
+
+def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -> float:
+    """Median over rounds of the mean time of a call, in seconds."""
+    for _ in range(calls):
+        call()
+    times = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        times.append((time.perf_counter() - start) / calls)
+    return float(np.median(times))
+
+
+def calls_of(session: Session) -> dict[str, Callable[[], object]]:
+    """What to time: a call of each entry that takes tokens, on tokens of zeros; `decode` with its commits.
+
+    Streams start again before a call that would pass the model's capacity.
+    """
+    tokens = {name: np.zeros(spec.shape, spec.numpy_dtype) for name, spec in _token_inputs(session.spec).items()}
+
+    step = Calls(session, session.step, session.spec.entry("step").tokens)
+    calls: dict[str, Callable[[], object]] = {"step": lambda: step(tokens["step"])}
+    if "decode" in tokens:
+        decode = Calls(session, session.decode, 1)
+        calls["decode"] = lambda: decode(tokens["decode"])
+    return calls
+
+
+def _token_inputs(spec: StepSpec) -> dict[str, TensorSpec]:
+    return {entry.name: entry.inputs[0] for entry in spec.entries if entry.inputs}
+
+
+@contextlib.contextmanager
+def _product(
+    target: Target, rows: int, depth: int, columns: int, threads: int | None
+) -> Iterator[Callable[[], object]]:
+    """x[rows, depth] @ constant[depth, columns] on a target, to be called."""
+    if "cpu" not in target.devices:
+        raise UnsupportedError("The roofline is measured on targets that run on a CPU.")
+    weight = np.random.default_rng(0).standard_normal((depth, columns), np.float32)
+    spec = StepSpec(
+        (
+            EntrySpec(
+                "step",
+                (TensorSpec("tokens", (1, rows, depth), "float32", 1),),
+                # Only one column comes out, so that writing the product is no part of the work.
+                (TensorSpec("outputs", (1, rows, 1), "float32", 1),),
+                (),
+                (),
+            ),
+        ),
+        (),
+        rows,
+        1,
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["tokens", "weight"], ["product"], name="product"),
+            helper.make_node("ReduceMax", ["product", "axis"], ["outputs"], name="outputs", keepdims=1),
+        ],
+        "product",
+        [helper.make_tensor_value_info("tokens", TensorProto.FLOAT, [1, rows, depth])],
+        [helper.make_tensor_value_info("outputs", TensorProto.FLOAT, [1, rows, 1])],
+        [onnx.numpy_helper.from_array(weight, "weight"), onnx.numpy_helper.from_array(np.array([-1]), "axis")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    with tempfile.TemporaryDirectory() as folder:
+        directory = Path(folder)
+        (directory / "graphs").mkdir()
+        onnx.save(model, str(directory / "graphs" / "step.onnx"))
+        request = Request(directory, directory / target.folder, spec, None)
+        built: Built = target.builder_module().build(request)
+        path = directory / entry_files(target, spec, built.files, directory)["step"]
+        runtime = target.runtime_module().load({"step": path}, spec, target.devices[0], threads, "fp32")
+        session = Session(runtime, spec, {}, "", target.name)
+        tokens = np.ones((1, rows, depth), np.float32)
+        try:
+            yield lambda: session.step(tokens)
+        finally:
+            session.close()

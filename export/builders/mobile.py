@@ -1,0 +1,64 @@
+"""The target mobile: graphs in ONNX Runtime's own format, and the list of operators that a reduced build needs."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+
+import onnxruntime as ort
+
+from nsm.errors import BuildError
+from nsm.export.builders.base import Built, Request
+
+CONFIGS = {"required_operators.config": False, "required_operators_and_types.config": True}
+"""Name of a list of operators -> whether it has their types as well."""
+
+
+def build(request: Request) -> Built:
+    """Convert every entry to `.ort`, optimised as far as it holds on every processor, and list the operators.
+
+    A file of this format holds its weights, so they are there once for each entry.
+
+    Raises:
+        BuildError: ONNX Runtime refuses a graph.
+    """
+    request.folder.mkdir(exist_ok=True)
+    graphs = []
+    for entry in request.spec.entries:
+        path = request.folder / f"{entry.name}.ort"
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_EXTENDED
+        options.optimized_model_filepath = str(path)
+        options.add_session_config_entry("session.save_model_format", "ORT")
+        try:
+            ort.InferenceSession(str(request.graph(entry.name)), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # the binding's classes have no common base of their own
+            raise BuildError(f"ONNX Runtime cannot convert {entry.name}.onnx: {error}") from error
+        graphs.append(path)
+    configs = [_config(graphs, request.folder / name, types) for name, types in CONFIGS.items()]
+    notes = (
+        f"each of the {len(graphs)} graphs holds the weights; an application that only steps whole chunks needs "
+        "step.ort alone",
+    )
+    files = [*graphs, *configs]
+    return Built(
+        tuple(path.relative_to(request.directory).as_posix() for path in files), request.device or "cpu", notes
+    )
+
+
+def _config(graphs: list[Path], path: Path, types: bool) -> Path:
+    """What `--include_ops_by_config` of ONNX Runtime's own build takes."""
+    from onnxruntime.tools.ort_format_model import create_config_from_models
+
+    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it tells what it does
+    with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)  # nor does it close what it reads
+        create_config_from_models(graphs, path, types)
+    # The tool writes where the graphs lay when they were read.
+    lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,11 @@
+"""The targets onnx and onnxruntime: the portable graphs themselves, unchanged."""
+
+from __future__ import annotations
+
+from nsm.export.builders.base import Built, Request
+
+
+def build(request: Request) -> Built:
+    """Nothing is converted; the artifact is the graphs with their weights."""
+    files = sorted(path for path in request.graphs.iterdir() if path.is_file())
+    return Built(tuple(path.relative_to(request.directory).as_posix() for path in files), request.device or "cpu")

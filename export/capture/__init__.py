@@ -1,0 +1,21 @@
+"""Capture: a PyTorch module as a program of `torch.export`, in operators that every target has."""
+
+from nsm.export.capture.program import DETAILS, capture, first_line, quiet
+from nsm.export.capture.retrace import Retrace, move_modules
+from nsm.export.capture.rewrite import rewritten
+from nsm.export.capture.source_line import SourceLine, causes, line_of_error, line_of_node, module_of
+
+__all__ = [
+    "DETAILS",
+    "Retrace",
+    "SourceLine",
+    "capture",
+    "causes",
+    "first_line",
+    "line_of_error",
+    "line_of_node",
+    "module_of",
+    "move_modules",
+    "quiet",
+    "rewritten",
+]

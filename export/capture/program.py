@@ -1,0 +1,87 @@
+"""A module as a program of torch.export, or the reason why it is none, with the line of the user's code."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from nsm.errors import BuildError, NsmError, UnsupportedError
+from nsm.export.capture.causes import CAUSES, SCRIPTED
+from nsm.export.capture.source_line import causes, line_of_error, line_of_module
+
+DETAILS = "--verbose shows all that torch says; in Python it is the `__cause__` of this error."
+_LOGGERS = ("torch", "torch._dynamo", "torch.export", "torch.fx", "torch.onnx")
+
+
+def capture(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> ExportedProgram:
+    """Trace a module: by running it, or, where that fails, by reading its Python code.
+
+    Args:
+        module: in eval mode.
+        examples: its arguments, whose shapes become fixed.
+        name: what people call the module.
+
+    Raises:
+        UnsupportedError: names the line, a known cause, and what to write instead.
+        BuildError: any other failure; names the line, and says what torch says first.
+    """
+    failures: list[Exception] = []
+    for strict in (False, True):
+        try:
+            with quiet():
+                return torch.export.export(module, examples, strict=strict)
+        except Exception as error:  # whatever torch, or the module, raises
+            failures.append(error)
+    raise explained(failures, module, name) from failures[0]
+
+
+def explained(failures: Sequence[Exception], module: nn.Module, name: str) -> NsmError:
+    """What to raise for the errors of torch.export when it ran a module, and when it read it; see `capture`."""
+    line = next(filter(None, map(line_of_error, failures)), None)
+    texts, read = ([f"{type(cause).__name__}: {cause}" for cause in causes(error)] for error in failures)
+    code = line.code if line else ""
+    found = next((row for row in CAUSES for text in texts if row.matches(text, code, "\n".join(read))), None)
+    scripted = [path for path, part in module.named_modules() if isinstance(part, torch.jit.ScriptModule)]
+    if scripted:
+        path = re.sub(r"^model\.(module\.)?", "", scripted[0])
+        found = replace(SCRIPTED, cause=SCRIPTED.cause.format(path))
+    if line is None and found is not None and found.source:
+        line = line_of_module(module, found.source)
+    where = f"{name} cannot be traced by torch.export{f': {line}' if line else '. '}"
+    if found is not None:
+        return UnsupportedError(f"{where}{found.cause} {found.fix} {DETAILS}")
+    return BuildError(f"{where}It says: {first_line(texts[0])} {DETAILS}")
+
+
+def first_line(text: str) -> str:
+    """The first line of a message that says something, as a sentence."""
+    line = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return line if line.endswith((".", "!", "?")) else f"{line}."
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep torch from writing to the terminal: its warnings, logs, and pictures of half-made graphs.
+
+    They concern the exporter's own use of torch; what matters is raised.
+    """
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

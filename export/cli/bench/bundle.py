@@ -1,0 +1,334 @@
+"""`nsm bench BUNDLE`: the targets of a bundle side by side, or against another bundle or PyTorch."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from nsm.bundle import Bundle
+from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
+from nsm.export.report import Terminal, lanes_of, size
+from nsm.manifest import Artifact
+from nsm.runtimes import find_target
+from nsm.runtimes.bench import Latency, Ratio, Steppable, bench, check_steps, fresh_peak_mb, paired_ratio
+from nsm.runtimes.opening import open_artifact, refuse_failed
+from nsm.spec import VALID, TensorSpec
+from nsm.trace import Array
+
+PYTORCH = ("eager", "compile")
+"""What `--against` knows besides bundles."""
+
+COLUMNS = ("target", "precision", "p50 us", "p90 us", "p99 us", "tokens/s", "speed", "decode us", "memory", "size")
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """One that is measured, and what is known of it before.
+
+    Args:
+        name: for people, and for others' `ratio.against`.
+        target: of the artifact; "eager" or "compile" for PyTorch.
+        precision, effective_precision: of the artifact.
+        stream: a session, or the like.
+        artifact_mb: size of its files; None where it has none.
+        peak_rss_mb: of a process of its own; None where there was none.
+        threads: that it was given; None where it chose itself.
+    """
+
+    name: str
+    target: str
+    precision: str
+    effective_precision: str
+    stream: Steppable
+    artifact_mb: float | None = None
+    peak_rss_mb: float | None = None
+    threads: int | None = None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was measured: how many times as fast as `against`, for `step` and `decode`; None where it stands alone."""
+
+    entrant: Entrant
+    latency: Latency
+    against: str | None = None
+    ratio: Ratio | None = None
+    decode_ratio: Ratio | None = None
+
+    def to_json(self, steps: int) -> dict[str, Any]:
+        """The result under the keys that other tools rely on."""
+        entrant, latency, decode = self.entrant, self.latency, self.latency.decode
+        spec = entrant.stream.spec
+        return {
+            "target": entrant.target,
+            "precision": entrant.precision,
+            "effective_precision": entrant.effective_precision,
+            "steps": steps,
+            "batch": spec.batch,
+            "tokens_per_call": spec.entry("step").inputs[0].shape[1],
+            "latency_us": _percentiles(latency),
+            "tokens_per_second": latency.tokens_per_second,
+            "decode_us": None if decode is None else {**_percentiles(decode), "call": decode.call_us},
+            "ratio": self._beside(self.ratio),
+            "decode_ratio": self._beside(self.decode_ratio),
+            "state_bytes": spec.state_nbytes,
+            "threads": entrant.threads,
+            "peak_rss_mb": entrant.peak_rss_mb,
+            "artifact_mb": entrant.artifact_mb,
+        }
+
+    def _beside(self, ratio: Ratio | None) -> dict[str, Any] | None:
+        return None if ratio is None else {"against": self.against, **asdict(ratio)}
+
+
+def bench_bundle(
+    path: Path,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    steps: int,
+    threads: int | None,
+    against: str | None,
+    model: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure; see `nsm bench --help`."""
+    check_options(steps, threads)
+    _check_against(against, model)
+    terminal = Terminal(quiet=as_json)
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file; a bundle is a directory written by nsm-export. If it is a checkpoint, measure all that "
+            f"can be made of it: nsm bench --all {path}"
+        )
+    bundle = Bundle(path)
+    bundle.verify()
+    tokens = lane_tokens(bundle)
+    with ExitStack() as stack:
+        entrants = _open_targets(bundle, targets, precisions, threads, terminal, stack)
+        rivals: list[Entrant] = []
+        beside: list[int | None] = [None, *[0] * (len(entrants) - 1)]
+        if against in PYTORCH and model is not None:
+            rivals = [_open_pytorch(against, model, bundle, tokens, threads, terminal, stack)]
+            beside = [len(entrants)] * len(entrants)
+        elif against is not None:
+            rivals, chosen = _open_rivals(Path(against), bundle, entrants, threads, terminal, stack)
+            beside = [len(entrants) + index for index in chosen]
+        everyone = [*entrants, *rivals]
+        with terminal.stage("Measuring in turns") as progress:
+            latencies = bench([item.stream for item in everyone], steps, tokens, progress)
+    found = [
+        compared(entrant, latency, None if index is None else (everyone[index].name, latencies[index]))
+        for entrant, latency, index in zip(everyone, latencies, [*beside, *[None] * len(rivals)], strict=True)
+    ]
+    if as_json:
+        rows = [item.to_json(steps) for item in found]
+        other = {"against": rows[len(entrants) :]} if rivals else {}
+        click.echo(json.dumps({"threads": threads, "results": rows[: len(entrants)], **other}))
+        return
+    terminal.say()
+    terminal.table(COLUMNS, [_row(item) for item in found], heading(found, steps))
+    explain(terminal, " or ".join(dict.fromkeys(item.against for item in found if item.against)))
+
+
+def check_options(steps: int, threads: int | None) -> None:
+    """Raise `InputError` for numbers that no benchmark takes."""
+    check_steps(steps)
+    if threads is not None and threads < 1:
+        raise InputError(f"--threads is at least 1; given {threads}.")
+
+
+def lane_tokens(bundle: Bundle) -> Array:
+    """Recorded inputs for every lane: [T, B, K, ...]."""
+    inputs = dict(bundle.trace().inputs)
+    inputs.pop(VALID, None)
+    (tokens,) = inputs.values()
+    lanes = np.resize(np.arange(len(tokens)), bundle.manifest.spec.batch)
+    return np.ascontiguousarray(np.swapaxes(tokens[lanes], 0, 1))
+
+
+def open_entrant(bundle: Bundle, artifact: Artifact, name: str, threads: int | None, stack: ExitStack) -> Entrant:
+    """Open an artifact whose files have been verified, and measure its memory; the stack closes it.
+
+    Raises:
+        DeviceUnavailableError, MissingDependencyError: it does not run here.
+        RunError: the process that measures the memory failed.
+    """
+    session = stack.enter_context(open_artifact(bundle, artifact, threads=threads))
+    peak = fresh_peak_mb(bundle.path, artifact.target, artifact.precision, threads)
+    effective = session.effective_precision
+    size = artifact.nbytes / 1e6
+    return Entrant(name, artifact.target, artifact.precision, effective, session, size, peak, session.threads)
+
+
+def compared(entrant: Entrant, latency: Latency, against: tuple[str, Latency] | None) -> Measured:
+    """Put an entrant beside another of the same `bench`, given by name."""
+    if against is None:
+        return Measured(entrant, latency)
+    name, other = against
+    both = latency.decode, other.decode
+    decode = None if both[0] is None or both[1] is None else paired_ratio(both[1].rounds_us, both[0].rounds_us)
+    return Measured(entrant, latency, name, paired_ratio(other.rounds_us, latency.rounds_us), decode)
+
+
+def heading(found: Sequence[Measured], steps: int) -> str:
+    """What was measured, as the title of a table."""
+    entry = found[0].entrant.stream.spec.entry("step").inputs[0]
+    threads = {item.entrant.threads for item in found}
+    (same,) = threads if len(threads) == 1 else (None,)
+    used = "" if same is None else f", {same} thread" + "s" * (same > 1)
+    return (
+        f"{steps} calls of {entry.shape[1]} tokens on {lanes_of(entry.shape[0])}{used}, "
+        f"in {len(found[0].latency.rounds_us)} rounds of turns"
+    )
+
+
+def speed(ratio: Ratio | None) -> str:
+    """`1.31x (1.28-1.36)`, a dash where there is none."""
+    return "-" if ratio is None else f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
+
+
+def decode_us(latency: Latency) -> str:
+    """Microseconds a single token, a dash for a model without `decode`."""
+    return "-" if latency.decode is None else f"{latency.decode.call_us:.0f}"
+
+
+def explain(terminal: Terminal, against: str) -> None:
+    """Say how the table is to be read; `against` is what `speed` is measured against, if anything."""
+    lines = ["decode: microseconds a single token, commits included"]
+    if against:
+        lines.insert(
+            0, f"speed: how many times as fast as {against} in the same round, median and 95 % interval over rounds"
+        )
+    terminal.say("\n" + ";\n".join(lines) + ".")
+
+
+def _percentiles(latency: Latency) -> dict[str, float]:
+    return {"p50": latency.p50_us, "p90": latency.p90_us, "p99": latency.p99_us}
+
+
+def _row(found: Measured) -> list[str]:
+    entrant, latency = found.entrant, found.latency
+    return [
+        entrant.name,
+        entrant.precision,
+        f"{latency.p50_us:.0f}",
+        f"{latency.p90_us:.0f}",
+        f"{latency.p99_us:.0f}",
+        f"{latency.tokens_per_second:,.0f}",
+        speed(found.ratio) if found.against else "1.00x",
+        decode_us(latency),
+        "-" if entrant.peak_rss_mb is None else f"{entrant.peak_rss_mb:.0f} MB",
+        "-" if entrant.artifact_mb is None else size(entrant.artifact_mb * 1e6),
+    ]
+
+
+def _check_against(against: str | None, model: Path | None) -> None:
+    if against in PYTORCH:
+        if model is None:
+            raise InputError(
+                f"--against {against} runs the model in PyTorch, so it needs the checkpoint that the bundle was made "
+                f"from. Give it: --against {against} --model model.pt"
+            )
+        if importlib.util.find_spec("torch") is None:
+            raise MissingDependencyError(
+                f"--against {against} needs torch, which is not installed. "
+                'Install it with: pip install "nsm-toolkit[torch]"'
+            )
+    elif model is not None:
+        raise InputError(
+            f"--model is the checkpoint for --against {' or '.join(PYTORCH)}. Give one of them, or leave it out."
+        )
+
+
+def _open_targets(
+    bundle: Bundle,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    threads: int | None,
+    terminal: Terminal,
+    stack: ExitStack,
+) -> list[Entrant]:
+    """The artifacts of these targets and precisions. Without a target: all that run here."""
+    entrants: list[Entrant] = []
+    failed: ParityError | None = None
+    for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):
+        try:
+            refuse_failed(bundle.path, artifact)
+            with terminal.stage(f"Opening {artifact.label}"):
+                entrants.append(open_entrant(bundle, artifact, artifact.label, threads, stack))
+        except (DeviceUnavailableError, MissingDependencyError, ParityError) as error:
+            if targets:
+                raise
+            failed = error if isinstance(error, ParityError) else failed
+            terminal.remark(f"{artifact.label}: not measured. {error}")
+    if not entrants:
+        raise failed or DeviceUnavailableError("None of the bundle's targets runs on this machine.")
+    return entrants
+
+
+def _open_rivals(
+    path: Path, bundle: Bundle, entrants: Sequence[Entrant], threads: int | None, terminal: Terminal, stack: ExitStack
+) -> tuple[list[Entrant], list[int]]:
+    """Another bundle's artifacts, and for each entrant which of them; see `_rival_of`."""
+    other = Bundle(path)
+    other.verify()
+    mine, theirs = (item.manifest.spec.entry("step").inputs[0] for item in (bundle, other))
+    if _inputs(mine) != _inputs(theirs):
+        raise InputError(
+            f"{path} takes other inputs than {bundle.path}: {_inputs(theirs)}, not {_inputs(mine)}. Export both with "
+            "the same --batch and --chunk, of models over the same tokens."
+        )
+    wanted = [_rival_of(item, other) for item in entrants]
+    rivals = {}
+    for artifact in wanted:
+        name = f"{path.resolve().name}: {artifact.label}"
+        if artifact.label not in rivals:
+            refuse_failed(path, artifact)
+            with terminal.stage(f"Opening {name}"):
+                rivals[artifact.label] = open_entrant(other, artifact, name, threads, stack)
+    return list(rivals.values()), [list(rivals).index(artifact.label) for artifact in wanted]
+
+
+def _rival_of(entrant: Entrant, other: Bundle) -> Artifact:
+    """The artifact of another bundle that is of the same target and precision, or of the same target, or the first that
+    passed parity.
+    """
+    same = [item for item in other.manifest.artifacts if item.target == entrant.target]
+    exact = [item for item in same if item.precision == entrant.precision]
+    return exact[0] if exact else other.preferred(same) if same else other.artifact()
+
+
+def _open_pytorch(
+    kind: str,
+    model: Path,
+    bundle: Bundle,
+    tokens: Array,
+    threads: int | None,
+    terminal: Terminal,
+    stack: ExitStack,
+) -> Entrant:
+    from nsm.export.sources import compiled_session, load_matching, model_session, torch_threads
+
+    with terminal.stage("Compiling with torch" if kind == "compile" else "Loading into torch"):
+        reference = load_matching(model, bundle)
+        stack.enter_context(torch_threads(threads))
+        spec, identity = bundle.manifest.spec, bundle.manifest.fingerprint
+        stream = (
+            compiled_session(reference, spec, identity, tokens)
+            if kind == "compile"
+            else model_session(reference, spec, identity)
+        )
+    return Entrant(kind, kind, "fp32", "fp32", stream, threads=threads)
+
+
+def _inputs(item: TensorSpec) -> str:
+    bounds = "" if item.minimum is None else f" of {item.minimum} .. {item.maximum}"
+    return f"{item.dtype}{list(item.shape)}{bounds}"

@@ -1,0 +1,272 @@
+"""`nsm bench --all MODEL`: every target and precision of a model, built, measured, and in one table."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import click
+
+from nsm.bundle import Bundle
+from nsm.errors import InputError, NsmError, UnsupportedError
+from nsm.export import pipeline
+from nsm.export.analysis import examine
+from nsm.export.cli.bench.bundle import (
+    Entrant,
+    Measured,
+    check_options,
+    compared,
+    decode_us,
+    explain,
+    heading,
+    lane_tokens,
+    open_entrant,
+    speed,
+)
+from nsm.export.options import ExportOptions
+from nsm.export.report import Terminal, number, size
+from nsm.export.verify import PRECISIONS, check_precision
+from nsm.manifest import Artifact
+from nsm.runtimes import TARGETS, Progress, find_target
+from nsm.runtimes.bench import bench, not_faster
+from nsm.staging import FAILED_SUFFIX
+
+COLUMNS = (
+    "target",
+    "precision",
+    "effective",
+    "size",
+    "p50 us",
+    "speed",
+    "decode us",
+    "logit error",
+    "argmax",
+    "status",
+)
+
+# Characters of a reason that the table shows; all of it is in the JSON.
+_REASON = 90
+
+NOT_FASTER = "not faster than fp32"
+
+# What only a run can tell.
+_MEASURED = (
+    "steps",
+    "batch",
+    "tokens_per_call",
+    "latency_us",
+    "tokens_per_second",
+    "decode_us",
+    "ratio",
+    "decode_ratio",
+    "state_bytes",
+    "threads",
+    "peak_rss_mb",
+)
+
+# Exit code of what went wrong -> status.
+_STATUS: Mapping[int, str] = MappingProxyType(
+    {2: "refused", 3: "not supported", 4: "build failed", 5: "parity failed", 7: NOT_FASTER}
+)
+
+
+@dataclass(frozen=True)
+class Combination:
+    """One line of the table.
+
+    Args:
+        target, precision: what was asked for.
+        status: `ok`, `not faster than fp32` (see `nsm.runtimes.bench.rounds.not_faster`), or why it was not measured.
+        reason: the message of the error, where there was one.
+        bundle: what was built, None if nothing was.
+        artifact: the one in it, or in what a failed export kept.
+        measured: None if it was not.
+    """
+
+    target: str
+    precision: str
+    status: str
+    reason: str | None = None
+    bundle: Bundle | None = None
+    artifact: Artifact | None = None
+    measured: Measured | None = None
+
+    def to_json(self, steps: int) -> dict[str, Any]:
+        """As the results of a bundle, with status, reason and parity; what is not known is null."""
+        known: dict[str, Any] = {} if self.measured is None else self.measured.to_json(steps)
+        artifact = self.artifact
+        return {
+            **dict.fromkeys(_MEASURED),
+            **known,
+            "target": self.target,
+            "precision": self.precision,
+            "effective_precision": None if artifact is None else artifact.effective_precision,
+            "artifact_mb": None if artifact is None else artifact.nbytes / 1e6,
+            "parity": None if artifact is None else dict(artifact.parity),
+            "status": self.status,
+            "reason": self.reason,
+        }
+
+    def row(self) -> list[str]:
+        """Cells of `COLUMNS`."""
+        artifact, found = self.artifact, self.measured
+        parity: Mapping[str, Any] = {} if artifact is None else artifact.parity
+        agreement = parity.get("argmax_agreement")
+        reason = "" if self.reason is None else f": {_first_sentence(self.reason)}"
+        return [
+            self.target,
+            self.precision,
+            "-" if artifact is None else artifact.effective_precision,
+            "-" if artifact is None else size(artifact.nbytes),
+            "-" if found is None else f"{found.latency.p50_us:.0f}",
+            "-" if found is None else "1.00x" if self.precision == "fp32" else speed(found.ratio),
+            "-" if found is None else decode_us(found.latency),
+            number(parity["free_run"]["p99"] if "free_run" in parity else None),
+            "-" if agreement is None else f"{agreement:.2%}",
+            self.status + reason,
+        ]
+
+
+def bench_all(
+    model: Path,
+    targets: Sequence[str],
+    precisions: Sequence[str],
+    steps: int,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Build and measure; see `nsm bench --help`."""
+    check_options(steps, threads)
+    for precision in precisions:
+        check_precision(precision)
+    if model.is_dir():
+        raise InputError(
+            f"--all takes a checkpoint, a .pt written by nsm.save; {model} is a folder. For a bundle: nsm bench {model}"
+        )
+    terminal = Terminal(quiet=as_json)
+    if not pipeline.open_source(model, ExportOptions(())).golden:
+        terminal.remark(
+            "The model came without sequences, so errors are those on made-up tokens (synthetic). "
+            "Give real ones with nsm.save(model, path, samples=...).",
+            "yellow",
+        )
+    names = [find_target(name).name for name in targets] or _targets_here(terminal)
+    with ExitStack() as stack:  # sessions are closed before their files go
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsm-bench-")))
+        found = []
+        for target in dict.fromkeys(names):
+            for precision in [item for item in PRECISIONS if item in (precisions or PRECISIONS)]:
+                with terminal.stage(f"Building {target} {precision}") as progress:
+                    found.append(_built(model, target, precision, folder, progress))
+        found = _measured(found, steps, threads, terminal, stack)
+    if as_json:
+        rows = [item.to_json(steps) for item in found]
+        click.echo(json.dumps({"model": str(model), "threads": threads, "results": rows}))
+    else:
+        _show(terminal, model, found, steps)
+    if all(item.measured is None for item in found):
+        raise UnsupportedError("None of the combinations could be measured here; each one's status says why.")
+
+
+class _Within:
+    """The stages of an export, all shown in one bar."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+
+    def stage(self, name: str) -> AbstractContextManager[Progress]:  # noqa: ARG002
+        return nullcontext(self._progress)
+
+
+def _targets_here(terminal: Terminal) -> list[str]:
+    """The targets that this machine can run, with a remark on the others."""
+    gpu = any(item.piece == "NVIDIA GPU" and item.found for item in examine())
+    here = []
+    for target in TARGETS.values():
+        if target.asked_only:
+            continue
+        if target.installed() is None:
+            terminal.remark(
+                f'{target.name}: left out, not installed. Install it with: pip install "nsm-toolkit[{target.extra}]"'
+            )
+        elif "cpu" not in target.devices and not gpu:
+            terminal.remark(f"{target.name}: left out, there is no NVIDIA GPU in this machine.")
+        else:
+            here.append(target.name)
+    return here
+
+
+def _built(model: Path, target: str, precision: str, folder: Path, progress: Progress) -> Combination:
+    """Export one combination to a bundle of its own, or say why not."""
+    output = folder / f"{target}-{precision}.nsm"
+    options = ExportOptions([target], precision=precision, output=output, allow_slower=True)
+    try:
+        bundle = pipeline.export(model, options, _Within(progress))
+    except NsmError as error:
+        kept = output.with_name(output.name + FAILED_SUFFIX)
+        artifact = Bundle(kept).artifact(target) if kept.is_dir() else None
+        return Combination(target, precision, _STATUS.get(error.exit_code, "failed"), str(error), artifact=artifact)
+    artifact = bundle.artifact(target)
+    if artifact.parity["status"] == "not_run":
+        return Combination(target, precision, "not run", artifact.parity["reason"], artifact=artifact)
+    return Combination(target, precision, "ok", None, bundle, artifact)
+
+
+def _measured(
+    found: Sequence[Combination], steps: int, threads: int | None, terminal: Terminal, stack: ExitStack
+) -> list[Combination]:
+    """The combinations with what was measured of those that were built, all in turn."""
+    entrants: dict[tuple[str, str], Entrant] = {}
+    bundles: list[Bundle] = []
+    with terminal.stage("Opening") as progress:
+        for index, item in enumerate(found):
+            if item.bundle is not None and item.artifact is not None:
+                name = f"{item.target} {item.precision}"
+                entrants[item.target, item.precision] = open_entrant(item.bundle, item.artifact, name, threads, stack)
+                bundles.append(item.bundle)
+            progress(index + 1, len(found))
+    if not entrants:
+        return list(found)
+    streams = [entrant.stream for entrant in entrants.values()]
+    with terminal.stage("Measuring in turns") as progress:
+        latencies = dict(zip(entrants, bench(streams, steps, lane_tokens(bundles[0]), progress), strict=True))
+    results = []
+    for item in found:
+        key, base = (item.target, item.precision), (item.target, "fp32")
+        if key not in entrants:
+            results.append(item)
+            continue
+        beside = None if key == base or base not in latencies else (entrants[base].name, latencies[base])
+        measured = compared(entrants[key], latencies[key], beside)
+        short = measured.ratio is not None and bool(not_faster(measured.ratio, measured.decode_ratio))
+        results.append(replace(item, measured=measured, status=NOT_FASTER if short else item.status))
+    return results
+
+
+def _show(terminal: Terminal, model: Path, found: Sequence[Combination], steps: int) -> None:
+    measured = [item.measured for item in found if item.measured is not None]
+    terminal.say()
+    title = heading(measured, steps) if measured else str(model)
+    rows = [item.row() for item in found]
+    # As wide as it is: the last column, which may be long, is then wrapped by the terminal and not cut.
+    widths = [max(len(cell) for cell in column) for column in zip(COLUMNS, *rows, strict=True)]
+    terminal.out.width = max(terminal.out.width, sum(widths) + 2 * len(widths))
+    terminal.table(COLUMNS, rows, title)
+    explain(terminal, "the target's fp32" if measured else "")
+    good = [(item.measured.latency.p50_us, item) for item in found if item.measured is not None and item.status == "ok"]
+    if good:
+        _, best = min(good, key=lambda pair: pair[0])
+        command = f"nsm-export {model} --target {best.target} --precision {best.precision}"
+        terminal.say(f"\nThe fastest that is ok: {command}")
+
+
+def _first_sentence(text: str) -> str:
+    """Without its full stop, and cut where it is too long for a table."""
+    sentence = text.splitlines()[0].split(". ")[0].rstrip(".")
+    return sentence if len(sentence) <= _REASON else sentence[: _REASON - 3] + "..."

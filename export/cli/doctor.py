@@ -1,0 +1,21 @@
+"""`nsm doctor`: what is installed, which devices there are, and how to get the rest."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import click
+
+from nsm.export.analysis import examine, usable
+from nsm.export.report import Terminal
+
+
+def doctor(as_json: bool) -> None:
+    """Examine the installation; see `nsm doctor --help`."""
+    findings = examine()
+    if as_json:
+        click.echo(json.dumps({"findings": [asdict(item) for item in findings], "targets": usable()}))
+        return
+    rows = [[item.piece, item.found or "missing", item.purpose, "" if item.found else item.mend] for item in findings]
+    Terminal().table(("piece", "found", "for", "to get it"), rows)

@@ -1,0 +1,116 @@
+"""What a person sees: progress on stderr, tables on stdout, errors with their mend."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nsm.export.report.format import number, size, stayed_float
+from nsm.manifest import Artifact, Manifest
+from nsm.runtimes import Progress as Step
+
+_TABLE_WIDTH = 140
+_ALARMING = ("missing", "not_run", "failed")
+
+
+class Terminal:
+    """Output of one command. With `quiet` (for --json) nothing is printed but errors and what is announced.
+
+    Results go to stdout, progress and remarks to stderr, so that a pipe carries results only.
+    """
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.out = Console(quiet=quiet, soft_wrap=True, highlight=False)
+        # A table that does not fit is easier to read with its lines wrapped by the terminal than with folded cells.
+        self.out.width = max(self.out.width, _TABLE_WIDTH)
+        self.err = Console(stderr=True, quiet=quiet, highlight=False)
+        self._always = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[Step]:
+        """A line with a bar while the block runs; the bar fills as the block reports steps."""
+        columns = (
+            TextColumn("{task.description:<26}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
+        with Progress(*columns, console=self.err) as progress:
+            task = progress.add_task(name, total=None)
+
+            def step(done: int, total: int) -> None:
+                progress.update(task, completed=done, total=total)
+
+            yield step
+            total = progress.tasks[0].total or 1
+            progress.update(task, total=total, completed=total)
+
+    def say(self, text: str = "", style: str = "") -> None:
+        self.out.print(Text(text, style))
+
+    def remark(self, text: str, style: str = "") -> None:
+        self.err.print(Text(text, style))
+
+    def announce(self, text: str, style: str = "") -> None:
+        """A remark that a person has to see before the work is done, and a log beside the JSON too."""
+        self._always.print(Text(text, style))
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
+        """Text columns to the left, columns whose cells start with a digit to the right; "missing" stands out."""
+        if title is not None:
+            self.say(title, "italic")
+        table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
+        for index, column in enumerate(columns):
+            cells = [row[index] for row in rows]
+            number = bool(cells) and all(cell[:1].isdigit() or cell == "-" for cell in cells)
+            table.add_column(column, justify="right" if number else "left", no_wrap=True)
+        for row in rows:
+            table.add_row(*(Text(cell, "yellow" if cell in _ALARMING else "") for cell in row))
+        self.out.print(table)
+
+
+def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
+    """One line of the table that an export ends with."""
+    parity = artifact["parity"]
+    row = [artifact["target"], artifact["device"], artifact["precision"], size(nbytes), parity["status"]]
+    if parity["status"] == "not_run":
+        return [*row, "-", "-", "-"]
+    errors = [number(parity[name]["p99"]) if name in parity else "-" for name in ("one_step", "free_run")]
+    return [*row, *errors, f"{parity['argmax_agreement']:.2%}" if "argmax_agreement" in parity else "-"]
+
+
+PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step", "free-run", "argmax")
+
+
+def stream_lines(manifest: Manifest) -> list[str]:
+    """How many tokens a stream may have, of the model and on each target; nothing where there is no end."""
+    capacity = manifest.spec.capacity
+    lines = [] if capacity is None else [f"capacity: {capacity:,} tokens of a stream, then reset its lane"]
+    return lines + [
+        f"limit: {item.limit:,} tokens of a stream on {item.target}, then reset its lane"
+        for item in manifest.artifacts
+        if item.limit is not None
+    ]
+
+
+def low_precision_lines(artifact: Artifact) -> list[str]:
+    """What is to say of an artifact in low precision: its speed, and what stays float and why; nothing of fp32."""
+    facts = artifact.quantization
+    if not facts:
+        return []
+    lines = [""]
+    speed = facts.get("speed")
+    if speed:
+        parts = [
+            f"{entry} {ratio['median']:.2f}x as fast as in fp32 [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+            for entry, ratio in speed.items()
+        ]
+        lines.append(f"{artifact.target} {artifact.precision}: {', '.join(parts)}")
+    lines += [f"  float, because {reason}: {', '.join(names)}" for reason, names in stayed_float(facts).items()]
+    return lines

@@ -1,0 +1,90 @@
+"""Source: a model that bundles are made of, wherever it comes from. All that the main path knows of it is here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from nsm.adapters.validate import Examination
+from nsm.runtimes.session import Session
+from nsm.spec import StepSpec, TensorSpec
+from nsm.trace import Array, Arrays
+
+
+class Source(Protocol):
+    """A model in its normal form, whatever it looks like itself.
+
+    One input `tokens` [B, K, *token], and `valid` [B] where lanes may differ; outputs [B, K, ...]; every state with its
+    lanes on axis 0. A model that takes one frame at once has K = 1, and the frame is its token.
+
+    Attributes:
+        kind: the class of the model, for people and for the manifest.
+        config: what else the manifest says of it.
+        parameters: how many numbers its weights have.
+        fingerprint: a hash of what it computes; two models with the same one are the same.
+        token_spec: one lane and one token.
+        chunk_size: C; a call of `step` takes a multiple of it.
+        golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
+        remarks: what a person should know before the model is used, a sentence each.
+        lanes: the only number of lanes it can be had for; None where any will do.
+        largest_weights: numbers in the largest matrix of each kind of operator: "LSTM", "GRU", "RNN", and "" for
+            linear ops.
+        examination: what was found out about a foreign model; None of our own.
+    """
+
+    @property
+    def kind(self) -> str: ...
+    @property
+    def config(self) -> Mapping[str, Any]: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def token_spec(self) -> TensorSpec: ...
+    @property
+    def chunk_size(self) -> int: ...
+    @property
+    def golden(self) -> list[Array]: ...
+    @property
+    def calibration(self) -> list[Array]: ...
+    @property
+    def remarks(self) -> tuple[str, ...]: ...
+    @property
+    def lanes(self) -> int | None: ...
+    @property
+    def largest_weights(self) -> Mapping[str, int]: ...
+    @property
+    def examination(self) -> Examination | None: ...
+
+    def spec(self, batch: int = 1, tokens_per_call: int | None = None, debug_outputs: bool = False) -> StepSpec:
+        """The declaration of the entries, for so many lanes and tokens a call of `step`.
+
+        Raises:
+            InputError, UnsupportedError: the model cannot be had in that form.
+        """
+        ...
+
+    def check_sequence(self, sequence: Array) -> None:
+        """Raise `InputError` for a sequence [T, *token] of the right dtype that the model still does not take."""
+        ...
+
+    def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
+        """A session over the model itself, in fp32; `exact` asks for fp64, and None says there is no such thing.
+
+        Its lanes are those of `spec`.
+        """
+        ...
+
+    def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:
+        """Write one graph for each entry into a folder that is there; see `nsm.export.graphs.exporter.export_onnx`.
+
+        Raises:
+            BuildError: it cannot be done.
+        """
+        ...
+
+    def initial_arrays(self, batch: int) -> Arrays:
+        """The states' initial values, by name, lanes included."""
+        ...

@@ -1,0 +1,304 @@
+"""Building an artifact and holding it to its budget: parity over whole streams and, in low precision, speed.
+
+In low precision two more things can go wrong. The error may be over budget: then the products whose rounding does most
+to what is over it are put back to float, one after the other, as far as `max_float_share` allows. And it may not be
+faster than fp32, by the rule of `nsm.runtimes.bench.rounds.not_faster`: then there is no reason to have it, and the
+export says so.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nsm.bundle import GRAPHS, Bundle
+from nsm.errors import InputError, MissingDependencyError, SlowerError
+from nsm.export.verify.artifact import CULPRITS, build_target, check_artifact
+from nsm.manifest import Artifact
+from nsm.quantization import Calibration, Policy, check_trace, find_policy
+from nsm.runtimes import Progress, Target
+from nsm.runtimes.bench import Ratio, bench, not_faster, paired_ratio
+from nsm.runtimes.opening import CPU_DOT, int8_dot_products, open_artifact
+from nsm.runtimes.parity import ParityReport
+from nsm.spec import VALID
+from nsm.trace import Array, Trace
+
+DRIFT_STEPS = 200
+"""Calls of a stream over which low precision is judged: fewer do not tell whether its error grows with the stream."""
+SPEED_STEPS = 250
+"""Calls of each that the speed is measured with: ten rounds, for an interval."""
+SENSITIVITY_STEPS = 48
+"""Calls of a stream over which a single product's drift is measured."""
+_LOW, _BASE, _TRIAL = ".low", ".fp32", ".trial"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What low precision may cost.
+
+    Args:
+        max_float_share: largest share of the weights that may be put back to float.
+        allow_slower: whether an artifact that is not faster than fp32 is kept.
+    """
+
+    max_float_share: float = 0.3
+    allow_slower: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.max_float_share <= 1.0:
+            raise InputError(f"--max-float-share lies in 0 .. 1; given {self.max_float_share}.")
+
+
+def build_checked(
+    bundle: Bundle,
+    target: Target,
+    device: str | None,
+    precision: str,
+    calibration: Calibration | None,
+    limits: Limits,
+    trace: Trace,
+    progress: Progress | None = None,
+) -> tuple[Artifact, ParityReport | None]:
+    """Build a target in the directory of a bundle, compare it with the trace, and measure its speed.
+
+    Returns:
+        The artifact; the report of its parity, passed or not, None where it cannot run here.
+
+    Raises:
+        BuildError: the converter or builder failed.
+        UnsupportedError: there is nothing to compute in low precision, or the model's states explode.
+        MissingDependencyError: onnx is not installed.
+        SlowerError: it is not faster than the same target in fp32.
+    """
+    policy = find_policy(target.name, precision, device)
+    if policy is None:
+        return check_artifact(bundle, build_target(bundle.path, bundle.manifest.spec, target, device), trace, progress)
+    check_trace(trace)
+    maker = Maker(bundle, target, device, precision, policy, calibration)
+    try:
+        artifact, report = maker.within_budget(trace, limits, progress)
+        if report is not None and trace.steps < min(DRIFT_STEPS, _most_steps(bundle)):
+            artifact = replace(artifact, notes=(*artifact.notes, judged_briefly(trace.steps)))
+        if report is not None and report.passed:
+            speed = maker.speed(artifact, trace)
+            found = {entry: asdict(ratio) for entry, ratio in speed.items()}
+            artifact = replace(artifact, quantization={**artifact.quantization, "speed": found})
+            short = not_faster(speed["step"], speed.get("decode"))
+            if short and not limits.allow_slower:
+                raise SlowerError(maker.complaint(short), [asdict(artifact)])
+    finally:
+        maker.clean()
+    return artifact, report
+
+
+def _most_steps(bundle: Bundle) -> int:
+    """Calls that a stream of the model can have."""
+    spec = bundle.manifest.spec
+    return DRIFT_STEPS if spec.capacity is None else spec.capacity // spec.entry("step").tokens
+
+
+def judged_briefly(steps: int) -> str:
+    """The note of an artifact in low precision that was judged over fewer calls than `DRIFT_STEPS`."""
+    return (
+        f"judged over {steps} calls of a stream: fewer than {DRIFT_STEPS} do not tell whether its error grows with the "
+        f"stream. Export with --golden-steps {DRIFT_STEPS} or more where streams are longer"
+    )
+
+
+@dataclass(frozen=True)
+class Alone:
+    """What one product in low precision does, with all others in float.
+
+    Args:
+        drift: mean free-run error of the first output.
+        per_tensor: 99th percentiles, see `ParityReport`.
+    """
+
+    drift: float
+    per_tensor: Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True)
+class Over:
+    """What of a report is furthest over its budget.
+
+    Args:
+        kind: of error, "one_step", "free_run", "split" or "staggered"; "" where no tensor's error is over budget, but
+            choices or KL are.
+        tensor: whose error it is.
+    """
+
+    kind: str
+    tensor: str
+
+    @classmethod
+    def of(cls, report: ParityReport) -> Over:
+        """The tensor and kind of error with the largest share of its budget."""
+        budget = report.budget
+        limits = dict.fromkeys(("one_step", "free_run", "split", "staggered"), budget.free_run_p99)
+        limits["one_step"] = budget.one_step_p99
+        shares = {
+            (kind, name): _infinite_if_nan(errors[f"{kind}_p99"]) / limit
+            for name, errors in report.per_tensor.items()
+            for kind, limit in limits.items()
+            if f"{kind}_p99" in errors
+        }
+        kind, tensor = max(shares, key=lambda key: shares[key])
+        return cls(kind, tensor) if shares[kind, tensor] > 1.0 else cls("", "")
+
+    def share(self, alone: Alone) -> float:
+        """How much of it a product makes."""
+        made = alone.per_tensor.get(self.tensor, {}).get(f"{self.kind}_p99", np.nan) if self.kind else alone.drift
+        return _infinite_if_nan(made)
+
+    def __str__(self) -> str:
+        return f"{self.kind.replace('_', '-')} error of {self.tensor}" if self.kind else "drift"
+
+
+class Maker:
+    """Builds one target of a bundle in one low precision, with some products put back to float."""
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        target: Target,
+        device: str | None,
+        precision: str,
+        policy: Policy,
+        calibration: Calibration | None,
+    ) -> None:
+        self.bundle, self.target, self.device = bundle, target, device
+        self.precision, self.policy, self.calibration = precision, policy, calibration
+        self.lowered = None
+        if policy.form != "float":
+            if importlib.util.find_spec("onnx") is None:
+                raise MissingDependencyError(
+                    f"{precision} rewrites the bundle's graphs, which needs the package onnx; it is not installed. "
+                    'Install it with: pip install "nsm-toolkit[quantize]"'
+                )
+            from nsm.export.graphs import check_step, products_of_step
+
+            check_step(bundle, target.name, precision, policy)
+            self.lowered = products_of_step(bundle.path, policy)
+
+    def build(self, put_back: Mapping[str, str], folder: str | None = None) -> Artifact:
+        """The artifact with these products, by key with the reason, in float."""
+        directory, spec = self.bundle.path, self.bundle.manifest.spec
+        place = directory / (folder or self.target.place(self.precision))
+        if self.lowered is None:
+            artifact = build_target(directory, spec, self.target, self.device, self.precision, folder=place)
+            return replace(artifact, quantization={"form": self.policy.form, "float": {}}, notes=self._notes(artifact))
+        from nsm.export.graphs import write_graphs
+
+        low = place if self.target.folder == GRAPHS else directory / _LOW
+        write_graphs(directory, low, spec, self.policy, self.calibration, put_back)
+        artifact = build_target(directory, spec, self.target, self.device, self.precision, low, place)
+        names = {product.key: product.node for product in self.lowered.low}
+        kept = {**self.lowered.kept, **{names[key]: reason for key, reason in put_back.items()}}
+        facts: dict[str, Any] = {
+            "form": self.policy.form,
+            "low": [product.node for product in self.lowered.low if product.key not in put_back],
+            "float": kept,
+        }
+        if self.policy.form == "static" and self.calibration is not None:
+            facts["calibration"] = self.calibration.summary()
+        return replace(artifact, quantization=facts, notes=self._notes(artifact))
+
+    def within_budget(
+        self, trace: Trace, limits: Limits, progress: Progress | None
+    ) -> tuple[Artifact, ParityReport | None]:
+        """The artifact with as few products put back as its budget asks for, or with as many as is allowed."""
+        put_back: dict[str, str] = {}
+        alone: Mapping[str, Alone] = {}
+        while True:
+            artifact, report = check_artifact(self.bundle, self.build(put_back), trace, progress)
+            if report is None or report.passed or self.lowered is None:
+                return artifact, report
+            if report.effective_precision != self.precision:  # which more in float does not mend
+                return artifact, report
+            alone = alone or self._alone(trace)
+            over = Over.of(report)
+            left = [
+                key
+                for key in alone
+                if key not in put_back and self.lowered.float_share({*put_back, key}) <= limits.max_float_share
+            ]
+            if not left:
+                return replace(artifact, notes=(*artifact.notes, self._culprits(over, alone))), report
+            worst = max(left, key=lambda key: over.share(alone[key]))
+            put_back[worst] = f"alone it makes the {over} {over.share(alone[worst]):.2g}"
+
+    def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Ratio]:
+        """How many times as fast as the same target in fp32, `step` and `decode`, in the same process and in turn."""
+        directory, spec = self.bundle.path, self.bundle.manifest.spec
+        folder = directory / (GRAPHS if self.target.folder == GRAPHS else _BASE)
+        base = build_target(directory, spec, self.target, self.device, folder=folder)
+        with open_artifact(self.bundle, base) as exact, open_artifact(self.bundle, artifact) as low:
+            before, after = bench([exact, low], SPEED_STEPS, _calls(trace, spec.batch))
+        found = {"step": paired_ratio(before.rounds_us, after.rounds_us)}
+        if before.decode is not None and after.decode is not None:
+            found["decode"] = paired_ratio(before.decode.rounds_us, after.decode.rounds_us)
+        return found
+
+    def complaint(self, short: Mapping[str, Ratio]) -> str:
+        """What to say of an artifact that is not faster than fp32 in these entries."""
+        found = ", ".join(f"{entry} {ratio}" for entry, ratio in short.items())
+        in_int8 = self.policy.form in ("static", "dynamic") and "cpu" in self.target.devices
+        reason = (
+            "The likely cause is the processor: it has neither VNNI nor dotprod, which make products of int8 fast. "
+            if in_int8 and int8_dot_products() is False
+            else ""
+        )
+        return (
+            f"{self.target.name} in {self.precision} is not faster here than in fp32: {found}. {reason}Keep fp32, try "
+            "another precision, or give --allow-slower if size is what counts."
+        )
+
+    def clean(self) -> None:
+        """Remove what was only needed on the way."""
+        for name in (_LOW, _BASE, _TRIAL):
+            shutil.rmtree(self.bundle.path / name, ignore_errors=True)
+
+    def _alone(self, trace: Trace) -> dict[str, Alone]:
+        """What each product does alone, by key."""
+        assert self.lowered is not None
+        short = trace.first(min(trace.steps, SENSITIVITY_STEPS))
+        found = {}
+        for product in self.lowered.low:
+            others = {other.key: "" for other in self.lowered.low if other.key != product.key}
+            # In a folder of its own: the artifact that is over budget stays what it is.
+            _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
+            found[product.key] = Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
+        return found
+
+    def _culprits(self, over: Over, alone: Mapping[str, Alone]) -> str:
+        assert self.lowered is not None
+        names = {product.key: product.node for product in self.lowered.low}
+        ranked = sorted(alone, key=lambda key: -over.share(alone[key]))
+        worst = ", ".join(f"{names[key]} ({over.share(alone[key]):.2g})" for key in ranked[:3])
+        return f"{CULPRITS}{over} comes from {worst}"
+
+    def _notes(self, artifact: Artifact) -> tuple[str, ...]:
+        notes = [*artifact.notes, self.policy.note]
+        if self.policy.guarded and self.policy.form in ("static", "dynamic") and int8_dot_products():
+            notes.append(
+                f"for processors like this one alone, --device {CPU_DOT} is more exact, and may need fewer products in "
+                "float"
+            )
+        return tuple(note for note in notes if note)
+
+
+def _infinite_if_nan(value: float) -> float:
+    return value if np.isfinite(value) else np.inf
+
+
+def _calls(trace: Trace, batch: int) -> Array:
+    """Real inputs for the benchmark, [T, B, K, ...]."""
+    (tokens,) = (value for name, value in trace.inputs.items() if name != VALID)
+    lanes = tokens[np.resize(np.arange(len(tokens)), batch)]
+    return np.moveaxis(lanes, 0, 1)

@@ -1,0 +1,280 @@
+"""Recording the golden trace: what the reference answers, over whole streams. Nothing here needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nsm.errors import InputError, NonFiniteError, RunError
+from nsm.export.sources import Source
+from nsm.runtimes import Progress
+from nsm.runtimes.parity import decided_states, groups, relative_error, rms_norm
+from nsm.runtimes.session import Session
+from nsm.spec import StepSpec
+from nsm.trace import Array, Arrays, Origin, Trace
+
+MIN_SAMPLED, MAX_SAMPLED = 8, 16
+"""Steps that states are kept around: fewer say little of how an error ages, more take room that streams need."""
+MIN_TRACE_BYTES = 4_000_000
+"""Room of a small model's trace; that of a larger one may be as large as the model."""
+MIN_STATE_STREAMS = 2
+"""Streams whose states are kept over the room: what holds for one stream may be of its tokens."""
+MAX_EXTRA_BYTES = 64_000_000
+"""What states may take over the room at most, so that a file of a repository (100 MB on GitHub) can hold the trace."""
+
+
+def record(
+    source: Source,
+    sequences: Sequence[ArrayLike],
+    steps: int = 64,
+    tokens_per_call: int | None = None,
+    origin: Origin = "recorded",
+    progress: Progress | None = None,
+    debug_outputs: bool = False,
+) -> Trace:
+    """Run the model itself over sequences, in fp32, and keep what parity needs.
+
+    Every stream gets `steps` calls from the initial state without a reset; a sequence too short for that is
+    repeated. Full states are kept around 8 to 16 steps, log-spaced, the first and the last among them. Where outputs
+    and states would take more than max(4 MB, the model's size), outputs are kept for fewer tokens of a call, then
+    states around fewer steps, and for fewer streams.
+
+    Some are kept whatever they take, since fewer would check too little: the inputs, the outputs for one token of
+    every call, and the states of 2 streams around 8 steps. Where the latter would be over 64 MB and over the room,
+    they are of one stream, and around as many steps as the larger of the two holds, at least 2. The masks that a model
+    decides about while it runs, and what it decides by, are kept at every step of every stream.
+
+    Args:
+        source: the model.
+        sequences: one per stream, [T] ids or [T, *token] vectors.
+        steps: T of the trace, calls.
+        tokens_per_call: K, a multiple of the chunk size (default: one chunk).
+        origin: "recorded" where the sequences are real, "synthetic" where they are made up.
+        progress: called after every step.
+        debug_outputs: whether to record these too; see `Source.spec`.
+
+    Raises:
+        InputError: no sequences, or ones the model does not take.
+        NonFiniteError: the reference itself produces NaN or infinity.
+    """
+    if not len(sequences) or steps < 1:
+        raise InputError(f"A trace needs at least one sequence and one step; given {len(sequences)} and {steps}.")
+    spec = source.spec(source.lanes or len(sequences), tokens_per_call, debug_outputs)
+    entry = spec.entry("step")
+    count = entry.inputs[0].shape[1]
+    tokens = np.stack([_stretch(sequence, steps * count) for sequence in checked_sequences(source, sequences)])
+    batched = tokens.reshape(len(tokens), steps, count, *tokens.shape[2:])
+    limit = max(MIN_TRACE_BYTES, source.parameters * 4)
+    width = sum(int(np.prod(item.shape[2:])) for item in entry.outputs)
+    decided = sum(state.nbytes // spec.batch for state in spec.states_of(decided_states(spec)))
+    room = limit - len(tokens) * (steps + 1) * decided
+    positions, kept, sampled = kept_of(spec, len(tokens), steps, width, room)
+    sessions = [source.reference(spec), source.reference(spec, exact=True)]
+    advance = _counter(progress, sum(session is not None for session in sessions) * steps * len(_groups(tokens, spec)))
+    try:
+        rolled = _roll(sessions[0], batched, positions, sampled, kept, advance)
+        # The floor: what fp32 itself costs, against the same weights in fp64.
+        exact = _exact(sessions[1], batched, positions, advance)
+    except NonFiniteError as error:
+        raise NonFiniteError(
+            "The reference itself produces NaN or infinity on the golden sequences, so there is nothing to "
+            f"compare with. Check the weights and the sequences. {error}"
+        ) from error
+    first = entry.outputs[0].name
+    return Trace(
+        inputs={"tokens": batched},
+        outputs=rolled.outputs,
+        positions=positions,
+        sampled=sampled,
+        before=rolled.before,
+        after=rolled.after,
+        fingerprint=source.fingerprint,
+        source=origin,
+        floor=_floor(rolled.outputs[first], exact[first]) if exact else None,
+        decisions=rolled.decisions,
+    )
+
+
+def synthetic(source: Source, streams: int, length: int, seed: int = 0) -> list[Array]:
+    """Made-up sequences: uniform ids, or standard normal vectors."""
+    spec = source.token_spec
+    generator = np.random.default_rng(seed)
+    shape = (length, *spec.shape)
+    if spec.maximum is not None:
+        return [generator.integers(0, spec.maximum + 1, shape) for _ in range(streams)]
+    return [generator.standard_normal(shape).astype(np.float32) for _ in range(streams)]
+
+
+def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Array]:
+    """The sequences as the model takes them: [T] int64 or [T, *token] float32 each.
+
+    Raises:
+        InputError: names the first one that the model does not take, and why.
+    """
+    spec, checked = source.token_spec, []
+    for index, sequence in enumerate(sequences):
+        array = np.asarray(sequence)
+        kinds = "iu" if spec.dtype == "int64" else "f"
+        if array.dtype.kind not in kinds or array.ndim != 1 + len(spec.shape) or array.shape[1:] != spec.shape:
+            wanted = f"{spec.dtype} {['T', *spec.shape]}"
+            raise InputError(
+                f"Sequence {index}: The model takes sequences of {wanted}; given {array.dtype}{list(array.shape)}."
+            )
+        array = array.astype(spec.dtype)
+        if not np.isfinite(array).all():
+            raise InputError(f"Sequence {index} holds NaN or infinity. Take it out, or mend what wrote it.")
+        try:
+            source.check_sequence(array)
+        except InputError as error:
+            raise InputError(f"Sequence {index}: {error}") from error
+        checked.append(array)
+    return checked
+
+
+def _exact(session: Session | None, tokens: Array, positions: Array, advance: Callable[[], None]) -> Arrays:
+    """The outputs in fp64; none where a foreign module does not compute in it."""
+    try:
+        return _roll(session, tokens, positions, np.empty(0, np.int64), 0, advance).outputs
+    except NonFiniteError:
+        raise
+    except RunError:
+        return {}
+
+
+class _Rolled(NamedTuple):
+    """What a run gave: outputs [N, T, P, ...] of all steps, states [kept, n, ...] around the sampled ones, and what
+    was decided, [N, T + 1, ...], at the beginning and after every step.
+    """
+
+    outputs: Arrays
+    before: Arrays
+    after: Arrays
+    decisions: Arrays
+
+
+def _roll(
+    session: Session | None,
+    tokens: Array,
+    positions: Array,
+    sampled: Array,
+    kept: int,
+    advance: Callable[[], None],
+) -> _Rolled:
+    """Run all streams; nothing where there is no session, and no states or decisions where no step is sampled."""
+    if session is None:
+        return _Rolled({}, {}, {}, {})
+    decided = decided_states(session.spec) if len(sampled) else ()
+    parts: list[_Rolled] = []
+    with session:
+        for streams in _groups(tokens, session.spec):
+            lanes = np.resize(streams, session.batch)  # spare lanes repeat a stream, and are not kept
+            count = len(streams)
+            outputs: list[Arrays] = []
+            before: list[Arrays] = []
+            after: list[Arrays] = []
+            decisions: list[Arrays] = []
+            session.reset()
+            if decided:
+                decisions.append(_named(session.read_state(), decided))
+            for step in range(tokens.shape[1]):
+                if step in sampled:
+                    before.append(session.read_state())
+                given = session.step(tokens[lanes, step])
+                outputs.append({name: value[:count, positions] for name, value in given.items()})
+                if step in sampled:
+                    after.append(session.read_state())
+                if decided:
+                    decisions.append(_named(session.read_state(), decided))
+                advance()
+            parts.append(
+                _Rolled(_stack(outputs), _stack(before, count), _stack(after, count), _stack(decisions, count))
+            )
+    outputs_of, before_of, after_of, decisions_of = zip(*parts, strict=True)
+    return _Rolled(_joined(outputs_of), _joined(before_of, kept), _joined(after_of, kept), _joined(decisions_of))
+
+
+def _named(arrays: Arrays, names: Sequence[str]) -> Arrays:
+    return {name: arrays[name] for name in names}
+
+
+def _groups(tokens: Array, spec: StepSpec) -> list[Array]:
+    return groups(len(tokens), spec.batch)
+
+
+def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
+
+    return advance
+
+
+def _stack(steps: list[Arrays], count: int | None = None) -> Arrays:
+    """[lanes, steps, ...] by name, of the first `count` lanes."""
+    return {name: np.stack([step[name][:count] for step in steps], 1) for name in steps[0]} if steps else {}
+
+
+def _joined(parts: Sequence[Arrays], count: int | None = None) -> Arrays:
+    """The first `count` streams of all groups, by name."""
+    return {name: np.concatenate([group[name] for group in parts])[:count] for name in parts[0]}
+
+
+def _stretch(sequence: Array, length: int) -> Array:
+    return sequence[np.arange(length) % len(sequence)]
+
+
+def _floor(outputs: Array, exact: Array) -> float:
+    """The largest error of a stream's step, fp32 against fp64."""
+    scale = 0.01 * rms_norm(exact)
+    pairs = zip(outputs.reshape(-1, *outputs.shape[2:]), exact.reshape(-1, *exact.shape[2:]), strict=True)
+    return max(relative_error(given, wanted, scale) for given, wanted in pairs)
+
+
+def kept_of(spec: StepSpec, streams: int, steps: int, width: int, limit: int) -> tuple[Array, int, Array]:
+    """What of a trace is kept: token positions of the outputs, how many streams' states, and the steps of these.
+
+    Outputs take half the room at most, and leave what the states of `MIN_STATE_STREAMS` need, or of one where these
+    do not fit. States take what is left, half the room at least, and over it what those streams need.
+
+    Args:
+        spec: of the model.
+        streams: N, how many are recorded.
+        steps: T, calls of each.
+        width: numbers that the outputs have for a token.
+        limit: the room, in bytes.
+
+    Returns:
+        [P] positions in a call, M <= N, and [n] steps.
+    """
+    count = spec.entry("step").inputs[0].shape[1]
+    per_position = streams * steps * width * 4
+    per_sample = 2 * spec.state_nbytes // spec.batch
+    fewest, most = min(MIN_SAMPLED, steps), min(MAX_SAMPLED, steps)
+    wanted = min(MIN_STATE_STREAMS, streams) * fewest * per_sample
+    left = wanted if wanted < limit else fewest * per_sample
+    positions = int(np.clip(min(limit // 2, limit - left) // per_position, 1, count))
+    room = max(limit - positions * per_position, limit // 2, min(wanted, MAX_EXTRA_BYTES))
+    # First as many streams as can have the fewest steps, then as many steps as these streams can have.
+    kept_streams = int(np.clip(room // (fewest * per_sample), 1, streams))
+    samples = int(np.clip(room // (kept_streams * per_sample), min(2, steps), most))
+    chosen = np.linspace(count - 1, 0, positions).round().astype(np.int64)
+    return np.unique(chosen), kept_streams, log_spaced(steps, samples)
+
+
+def log_spaced(steps: int, count: int) -> Array:
+    """[count] of the steps 0 .. `steps` - 1, the first and the last among them, and closer together at the beginning.
+
+    Args:
+        steps: how many there are.
+        count: how many of them, at most `steps`.
+    """
+    spaced = np.geomspace(1, steps, count).round().astype(np.int64)
+    # Rounded, the first ones fall together: there every step is taken until the spacing is wider than one.
+    return np.maximum(spaced, np.arange(1, count + 1)) - 1

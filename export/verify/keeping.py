@@ -1,0 +1,125 @@
+"""Several targets in one export: those that passed are kept, and the manifest says which failed and why."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+
+from nsm.bundle import GRAPHS
+from nsm.errors import NsmError, ParityError
+from nsm.export.verify.artifact import require_all, write_parity
+from nsm.manifest import Artifact, FailedTarget, Manifest
+from nsm.runtimes.parity import ParityReport
+from nsm.staging import FAILED_SUFFIX, staged, write_manifest
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one target.
+
+    Args:
+        target: its name.
+        artifact: None where it was not built.
+        report: None where it was not compared.
+        error: why it is not kept; None where it is.
+    """
+
+    target: str
+    artifact: Artifact | None = None
+    report: ParityReport | None = None
+    error: NsmError | None = None
+
+    def judged(self, require_parity: bool) -> Outcome:
+        """With the error of a comparison that failed, or was not made although it was required."""
+        if self.artifact is None:
+            return self
+        try:
+            require_all([self.artifact], [] if self.report is None else [self.report], require_parity)
+        except ParityError as error:
+            return replace(self, error=error)
+        return self
+
+
+def settle(stage: Path, output: Path, manifest: Manifest, outcomes: Sequence[Outcome], strict: bool) -> NsmError | None:
+    """Write the manifest and the reports of the targets that are kept.
+
+    Where others failed the comparison, everything is kept beside the bundle as `{output}.failed` as well.
+
+    Args:
+        stage: where the bundle is being written.
+        output: its final place.
+        manifest: without artifacts.
+        outcomes: of all targets; where none is kept, all of them are written, for the caller to put aside.
+        strict: whether one that failed leaves none.
+
+    Returns:
+        The error to end with: that of the first target that failed, None where none did.
+
+    Raises:
+        NsmError: none is kept; of several errors the first that has evidence, else the first.
+    """
+    good = [item for item in outcomes if item.error is None]
+    bad = [item for item in outcomes if item.error is not None]
+    if not good or (strict and bad):
+        _write(stage, manifest, outcomes)
+        raise next((item.error for item in bad if isinstance(item.error, ParityError)), None) or _first(bad)
+    if not bad:
+        _write(stage, manifest, good)
+        return None
+    error = _first(bad)
+    kept_as = ""
+    if any(item.artifact is not None for item in bad):
+        aside = output.with_name(output.name + FAILED_SUFFIX)
+        with staged(aside, force=True) as evidence:
+            shutil.copytree(stage, evidence, copy_function=_link, dirs_exist_ok=True)
+            _write(evidence, manifest, outcomes)
+        kept_as = f" What failed the comparison is kept as {aside}."
+    _remove_unused(stage, [item.artifact for item in good if item.artifact is not None])
+    failed = tuple(FailedTarget(item.target, str(item.error), _code(item)) for item in bad)
+    _write(stage, replace(manifest, failed=failed), good)
+    others = "".join(f" {item.target} failed too: {item.error}" for item in bad[1:])
+    error.args = (
+        f"{bad[0].target}: {error}{others}{kept_as} {output} was written with the targets that passed: "
+        f"{', '.join(item.target for item in good)}. With --strict nothing would have been.",
+    )
+    return error
+
+
+def _first(bad: Sequence[Outcome]) -> NsmError:
+    error = bad[0].error
+    assert error is not None
+    return error
+
+
+def _code(item: Outcome) -> int:
+    assert item.error is not None
+    return item.error.exit_code
+
+
+def _write(directory: Path, manifest: Manifest, outcomes: Sequence[Outcome]) -> None:
+    write_parity(directory, [item.report for item in outcomes if item.report is not None])
+    artifacts = tuple(item.artifact for item in outcomes if item.artifact is not None)
+    write_manifest(directory, replace(manifest, artifacts=artifacts))
+
+
+def _remove_unused(stage: Path, artifacts: Sequence[Artifact]) -> None:
+    """Remove what targets that are not kept left in their folders; the portable graphs stay."""
+    used = {record.path for artifact in artifacts for record in artifact.files}
+    for folder, _, names in os.walk(stage, topdown=False):
+        inside = PurePosixPath(Path(folder).relative_to(stage))
+        if inside.parts and inside.parts[0] != GRAPHS:
+            for name in names:
+                if (inside / name).as_posix() not in used:
+                    Path(folder, name).unlink()
+            if not os.listdir(folder):
+                Path(folder).rmdir()
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,339 @@
+"""BufferedRuntime: the Runtime of every backend that works on memory of the host."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from sys import getrefcount
+from typing import NamedTuple
+
+import numpy as np
+
+from nsm.errors import RunError, StreamError
+from nsm.runtimes.base import NotCopyable, Sides, State, all_finite
+from nsm.spec import COUNT, VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
+from nsm.trace import Array, Arrays
+
+Run = Callable[[], object]
+Point = Callable[[str, Array], None]
+"""From now on, an output of this name is written into that array."""
+
+
+class BoundGraph(NamedTuple):
+    """A graph bound to memory.
+
+    Args:
+        run: runs it, as fast as the backend can.
+        point: lets it write an output elsewhere.
+        documented: runs it by the call that the backend's users know, which `BufferedRuntime.bare` is measured by;
+            None where `run` is that call.
+    """
+
+    run: Run
+    point: Point
+    documented: Run | None = None
+
+
+Bind = Callable[[Arrays, Arrays], BoundGraph]
+"""(arrays to read by input name, arrays to write by output name) -> the graph on them."""
+Opener = Callable[[], Bind]
+"""Opens a graph; called when it is first used, because an open graph holds a copy of the weights."""
+
+_LINE = 16
+"""Numbers of float32 in a cache line."""
+
+
+class BufferedRuntime(NotCopyable):
+    """Every state in two buffers, written in turn; a state that is appended to in one.
+
+    One buffer bound as both input and output of a state may be overwritten before it is read (ONNX Runtime did so,
+    silently, in one of two valid orders of the nodes). So an entry is bound once for each way in which the states it
+    touches can lie in their two buffers, when that first happens; a call then is a copy of the inputs and a run. A
+    state that an entry does not touch stays where it is.
+
+    Outputs are not copied: a caller is given the memory that the graph wrote into, and it is written again only when
+    nothing refers to it any more. Until then the graph is given other memory.
+
+    Args:
+        spec: of the model.
+        entries: for each entry, how its graph is opened.
+        effective_precision: as the backend says.
+    """
+
+    def __init__(self, spec: StepSpec, entries: Mapping[str, Opener], effective_precision: str) -> None:
+        self.effective_precision = effective_precision
+        self._spec = spec
+        self._banks = Banks(spec)
+        self._sides = Sides(spec)
+        self._openers = dict(entries)
+        self._entries: dict[str, _Entry] = {}
+        self._written: Sequence[Array] = ()
+
+    def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._check_open()
+        self._sides.consume()
+        for name, buffers in self._banks.buffers.items():
+            buffers[0][...] = arrays[name]
+        handle = self._sides.reset()
+        names = self._spec.state_names
+        self._written = self._banks.flat(names, dict.fromkeys(names, 0))
+        return handle
+
+    def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
+        self._sides.check(state)
+        found = self._entries.get(entry) or self._open(entry)
+        try:
+            bound = found.run(inputs, self._sides)
+        except Exception as error:  # the backends' errors have no common base
+            raise RunError(f"The backend failed while it ran {entry}: {error}") from error
+        # How many tokens the lanes had before this call; the count is turned over with the other states.
+        count = self._banks.buffers[COUNT][self._sides[COUNT]] if found.rings else None
+        handle = self._sides.flip(entry, state)
+        if count is not None:
+            for ring in found.rings:
+                ring.append(count, inputs.get(VALID))
+        self._written = bound.written
+        return bound.answers(), handle
+
+    def read_state(self, state: State) -> Arrays:
+        self._check_open()
+        self._sides.check(state)
+        return {name: buffers[self._sides[name]].copy() for name, buffers in self._banks.buffers.items()}
+
+    def finite(self, state: State) -> bool:
+        self._check_open()
+        self._sides.check(state)
+        return all_finite(self._written)
+
+    def bare(self, entry: str) -> Run:
+        """What a loop written for one stream would do for each call: run the graph, on its memory in turn.
+
+        By the call that the backend documents, with nothing of this around it. It leaves the streams in disorder: reset
+        them afterwards.
+        """
+        found = self._entries.get(entry) or self._open(entry)
+        runs = []
+        for _ in range(2):
+            bound = found.bound(self._sides)
+            bound.let_go()
+            runs.append(bound.documented)
+            self._sides.turn(entry)
+        turns = itertools.cycle(runs)
+
+        def run() -> object:
+            return next(turns)()
+
+        return run
+
+    def close(self) -> None:
+        self._openers.clear()
+        self._entries.clear()
+        self._banks.free()
+        self._written = ()
+
+    def _check_open(self) -> None:
+        if not self._openers:
+            raise StreamError("The session is closed. Open the bundle again.")
+
+    def _open(self, entry: str) -> _Entry:
+        self._check_open()  # here, and not in `call`: a runtime that is closed has no entries
+        bind = self._openers[entry]()
+        self._entries[entry] = _Entry(self._spec.entry(entry), bind, self._spec, self._banks, self._sides)
+        return self._entries[entry]
+
+
+class Banks:
+    """The buffers of all states: `buffers[name]` are the two of a state, the same one twice where it is appended to.
+
+    States of float32 lie one behind the other in one array for each side, those together that the same entries write,
+    so that a look at what a call wrote is a look at one array.
+    """
+
+    def __init__(self, spec: StepSpec) -> None:
+        self._places: dict[str, tuple[int, int]] = {}
+        end = 0
+        for state in sorted(spec.states, key=lambda state: [state.name not in entry.writes for entry in spec.entries]):
+            if state.append_axis is None and state.dtype == "float32":
+                size = int(np.prod(state.shape))
+                self._places[state.name] = end, size
+                end += -(-size // _LINE) * _LINE
+        self._arenas = _aligned_zeros(end), _aligned_zeros(end)
+        self.buffers: dict[str, tuple[Array, Array]] = {}
+        for state in spec.states:
+            if state.name in self._places:
+                start, size = self._places[state.name]
+                first, second = (arena[start : start + size].reshape(state.shape) for arena in self._arenas)
+            else:
+                first = _zeros(state)
+                second = first if state.append_axis is not None else _zeros(state)
+            self.buffers[state.name] = first, second
+
+    def flat(self, names: Iterable[str], sides: Mapping[str, int]) -> list[Array]:
+        """Where these states lie, as few flat arrays of floating point numbers as will do.
+
+        `sides` says of every state in which of its buffers it is. What lies between two of them on the same side
+        comes with them.
+        """
+        spans: list[tuple[int, int, int]] = []
+        others = []
+        for name in names:
+            if name in self._places:
+                start, size = self._places[name]
+                spans.append((sides[name], start, start + size))
+            elif self.buffers[name][0].dtype.kind == "f":
+                others.append(self.buffers[name][sides[name]].reshape(-1))
+        joined: list[tuple[int, int, int]] = []
+        for side, start, end in sorted(spans):
+            if joined and joined[-1][0] == side and self._same_side(sides, side, joined[-1][2], start):
+                joined[-1] = side, joined[-1][1], end
+            else:
+                joined.append((side, start, end))
+        return [*(self._arenas[side][start:end] for side, start, end in joined), *others]
+
+    def free(self) -> None:
+        """Let go of all memory."""
+        self.buffers.clear()
+        self._arenas = _aligned_zeros(0), _aligned_zeros(0)
+
+    def _same_side(self, sides: Mapping[str, int], side: int, start: int, end: int) -> bool:
+        between = (name for name, (place, _) in self._places.items() if start <= place < end)
+        return all(sides[name] == side for name in between)
+
+
+class _Bound:
+    """A bound graph, and what it writes.
+
+    Args:
+        graph: bound to this memory.
+        outputs: what it writes into for the caller, by name.
+        states: what else it writes, as flat arrays.
+    """
+
+    def __init__(self, graph: BoundGraph, outputs: Arrays, states: Sequence[Array]) -> None:
+        self.run, self._point, documented = graph
+        self.documented = documented or self.run
+        self._outputs, self._states = outputs, states
+        self._pointed = True  # whether the graph writes into these outputs
+        self.written = self._all()
+        # How many references come from here and from asking: the expression is that of `let_go`.
+        self._unheld = {name: getrefcount(self._outputs[name]) for name in outputs}
+
+    def let_go(self) -> None:
+        """Leave the outputs that somebody still refers to as they are, and write into other memory from now on."""
+        if not self._pointed:  # the last call was interrupted on the way
+            for name in self._outputs:
+                self._renew(name)
+        for name, unheld in self._unheld.items():
+            if getrefcount(self._outputs[name]) > unheld:
+                self._renew(name)
+
+    def answers(self) -> Arrays:
+        """The outputs as they are. A view refers to what it is a view of, and so does every view of a view."""
+        return {name: array[...] for name, array in self._outputs.items()}
+
+    def _renew(self, name: str) -> None:
+        self._pointed = False
+        self._outputs[name] = np.zeros_like(self._outputs[name])
+        self._point(name, self._outputs[name])
+        self.written = self._all()
+        self._pointed = True
+
+    def _all(self) -> Sequence[Array]:
+        flat = (array.reshape(-1) for array in self._outputs.values() if array.dtype.kind == "f")
+        return [*self._states, *flat]
+
+
+class _Entry:
+    """One graph, bound to the buffers as they lie when it is called."""
+
+    def __init__(self, spec: EntrySpec, bind: Bind, model: StepSpec, banks: Banks, sides: Sides) -> None:
+        tokens = spec.inputs[0].shape[1] if spec.inputs else 0
+        self._inputs = {item.name: _zeros(item) for item in spec.inputs}
+        self._outputs = spec.outputs
+        self._bind, self._banks = bind, banks
+        self._reads, self._writes = model.states_of(spec.reads), model.states_of(spec.writes)
+        self._rings = {
+            state.name: _Ring(
+                state, np.zeros(state.present_shape(tokens), state.numpy_dtype), banks.buffers[state.name][0]
+            )
+            for state in self._writes
+            if state.append_axis is not None
+        }
+        self.rings = tuple(self._rings.values())
+        self._touched = sides.mask({*spec.reads, *spec.writes})
+        self._all: dict[int, _Bound] = {}
+
+    def run(self, inputs: Mapping[str, Array], sides: Sides) -> _Bound:
+        for name, buffer in self._inputs.items():
+            buffer[...] = inputs[name]
+        bound = self.bound(sides)
+        bound.let_go()
+        bound.run()
+        return bound
+
+    def bound(self, sides: Sides) -> _Bound:
+        key = sides.bits & self._touched
+        found = self._all.get(key)
+        if found is None:
+            found = self._all[key] = self._make(sides)
+        return found
+
+    def _make(self, sides: Sides) -> _Bound:
+        buffers = self._banks.buffers
+        read = {state.past: buffers[state.name][sides[state.name]] for state in self._reads}
+        written = {
+            state.present: self._rings[state.name].rows
+            if state.name in self._rings
+            else buffers[state.name][1 - sides[state.name]]
+            for state in self._writes
+        }
+        outputs = {item.name: _zeros(item) for item in self._outputs}
+        graph = self._bind({**self._inputs, **read}, {**outputs, **written})
+        rows = [ring.rows.reshape(-1) for ring in self._rings.values() if ring.rows.dtype.kind == "f"]
+        turned = [state.name for state in self._writes if state.name not in self._rings]
+        after = {name: sides[name] ^ (name in turned) for name in buffers}
+        return _Bound(graph, outputs, [*self._banks.flat(turned, after), *rows])
+
+
+class _Ring:
+    """A state that is appended to: its buffer, and the rows that a call of one entry gives.
+
+    Args:
+        state: with `append_axis`.
+        rows: what the graph writes into, like the buffer with K on the append axis.
+        buffer: the state.
+    """
+
+    def __init__(self, state: StateSpec, rows: Array, buffer: Array) -> None:
+        assert state.append_axis is not None
+        self.rows = rows
+        axes = (state.batch_axis, state.append_axis)
+        self._rows, self._buffer = (np.moveaxis(array, axes, (0, 1)) for array in (rows, buffer))
+
+    def append(self, count: Array, valid: Array | None) -> None:
+        """Put the rows into the buffer, as a ring.
+
+        Args:
+            count: [B], tokens each lane had before the call.
+            valid: [B], how many of the rows count (default: all).
+        """
+        size, length = self._buffer.shape[1], self._rows.shape[1]
+        for lane in range(len(count)):
+            new = length if valid is None else int(valid[lane])
+            rows = self._rows[lane, max(0, new - size) : new]  # of more rows than there is room for, the last stay
+            first = (int(count[lane]) + new - len(rows)) % size
+            head = min(len(rows), size - first)
+            self._buffer[lane, first : first + head] = rows[:head]
+            if len(rows) > head:
+                self._buffer[lane, : len(rows) - head] = rows[head:]
+
+
+def _aligned_zeros(count: int) -> Array:
+    """`count` zeros of float32 that begin with a cache line."""
+    room = np.zeros(count + _LINE, np.float32)
+    first = -(room.ctypes.data // 4) % _LINE
+    return room[first : first + count]
+
+
+def _zeros(spec: TensorSpec | StateSpec) -> Array:
+    return np.zeros(spec.shape, spec.numpy_dtype)

@@ -1,0 +1,250 @@
+"""Latency measured side by side: sessions take turns in rounds; percentiles of a call, and ratios of the same rounds.
+
+Whatever else a machine does (other jobs, a clock that steps down) reaches all sessions of a round alike. So a ratio is
+taken within each round, and how far it can be trusted is read from how it varies between rounds.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nsm.errors import InputError
+from nsm.runtimes.base import Progress
+from nsm.spec import StepSpec
+from nsm.trace import Array
+
+BLOCK = 25
+"""At most so many timed calls of one session before the next one's turn."""
+
+ROUNDS = 5
+"""At least so many rounds, whatever the number of calls."""
+
+SETTLE = 2
+"""Calls at the beginning of a turn that are not timed: they find the caches full of another session's numbers."""
+
+_RESAMPLES = 2000
+
+
+class Steppable(Protocol):
+    """What can be measured: a `Session`, or anything else that takes a stream call by call.
+
+    `spec` says which tokens a call takes, and how many a stream; `decode` is called only where the spec has an entry of
+    that name.
+    """
+
+    @property
+    def spec(self) -> StepSpec: ...
+    def reset(self) -> object: ...
+    def step(self, tokens: Array) -> object: ...
+    def decode(self, tokens: Array) -> object: ...
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one session, in microseconds.
+
+    Args:
+        p50_us, p90_us, p99_us: percentiles over all timed calls.
+        call_us: what a call takes in the long run: for `step` the median, for `decode` the median over chunks of a
+            token's mean, so that the commits have their share.
+        tokens_per_second: over all lanes, at `call_us`.
+        rounds_us: the same as `call_us` of each round, for `paired_ratio`.
+        decode: the same of single tokens; None where the model has no `decode`.
+    """
+
+    p50_us: float
+    p90_us: float
+    p99_us: float
+    call_us: float
+    tokens_per_second: float
+    rounds_us: tuple[float, ...]
+    decode: Latency | None = None
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """Median over rounds of one time over another, and its 95 % interval."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f}x as fast [{self.low:.2f}, {self.high:.2f}]"
+
+
+def bench(sessions: Sequence[Steppable], steps: int, tokens: Array, progress: Progress | None = None) -> list[Latency]:
+    """Time `steps` calls of every session, in rounds in which each has its turn, after a round of warm-up.
+
+    Every turn starts a fresh stream, and another session is the first of every round. Where a model has `decode`, a
+    turn goes on with whole chunks of single tokens, about as many as it had calls of `step`.
+
+    Args:
+        sessions: all of models with the same inputs.
+        steps: calls of `step` per session that are timed, at least 10.
+        tokens: [T, B, K, ...], real inputs for T calls, taken round and round.
+        progress: called after every round with (rounds done, rounds in all).
+
+    Raises:
+        InputError: too few steps for a percentile, or no inputs.
+    """
+    check_steps(steps)
+    if not sessions or not len(tokens):
+        raise InputError(
+            "A benchmark needs something to measure and inputs for at least one step; given "
+            f"{len(sessions)} sessions and inputs for {len(tokens)} steps."
+        )
+    rounds = max(ROUNDS, -(-steps // BLOCK))
+    turns = [_Turn(session, tokens, steps // rounds) for session in sessions]
+    for turn in turns:
+        turn.take(steps // rounds)
+        turn.forget()
+    for number in range(rounds):
+        first = number % len(turns)
+        for turn in (*turns[first:], *turns[:first]):
+            turn.take(steps // rounds + (number < steps % rounds))
+        if progress is not None:
+            progress(number + 1, rounds)
+    return [turn.latency() for turn in turns]
+
+
+def check_steps(steps: int) -> None:
+    """Raise `InputError` where `bench` would."""
+    if steps < 10:
+        raise InputError(f"A benchmark needs at least 10 steps; given {steps}.")
+
+
+def paired_ratio(times_a: ArrayLike, times_b: ArrayLike) -> Ratio:
+    """How many times as long A takes as B: the median over rounds of A's time over B's in the same round.
+
+    The interval is a percentile bootstrap over rounds (Efron 1979) with a fixed seed; with fewer than ten rounds it
+    is hardly more than their range. Where it holds 1, no difference was found. For how many times as *fast* A is as
+    B, exchange them.
+
+    Args:
+        times_a, times_b: [rounds], a time of each round, as in `Latency.rounds_us`.
+
+    Raises:
+        InputError: not the same two or more rounds of both, or a time that is not positive.
+    """
+    a, b = np.asarray(times_a, float), np.asarray(times_b, float)
+    if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
+        raise InputError(
+            f"A paired ratio needs times of the same rounds of both, at least 2; given shapes {list(a.shape)} and "
+            f"{list(b.shape)}. Measure both in one call of bench."
+        )
+    if not (np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)).all():
+        raise InputError(f"A paired ratio needs times above 0; given {a.tolist()} and {b.tolist()}.")
+    ratios = a / b
+    drawn = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(ratios[drawn], 1), (0.025, 0.975))
+    return Ratio(float(np.median(ratios)), float(low), float(high))
+
+
+def not_faster(step: Ratio, decode: Ratio | None) -> dict[str, Ratio]:
+    """The entries in which low precision is not worth its errors beside the same target's fp32; none where it is.
+
+    `step` has to gain: the median of its speed is above 1. `decode` must not pay for that: not worth it is a speed
+    whose whole interval lies below 1, since a chunk of single tokens a round says less than the calls of `step`.
+
+    Args:
+        step, decode: how many times as fast as fp32, by `paired_ratio`; None for a model without `decode`.
+    """
+    found = {} if step.median > 1.0 else {"step": step}
+    return found if decode is None or decode.high >= 1.0 else {**found, "decode": decode}
+
+
+class _Turn:
+    """One session's turns, and what was timed in them.
+
+    Args:
+        session: to measure.
+        tokens: [T, B, K, ...].
+        count: calls of `step` in a turn, about.
+    """
+
+    def __init__(self, session: Steppable, tokens: Array, count: int) -> None:
+        self._session = session
+        self._tokens = tokens
+        self._lanes, self._length = tokens.shape[1:3]
+        self._chunk = session.spec.chunk_size
+        self._singles: list[Array] = []
+        if session.spec.has("decode"):
+            stream = np.moveaxis(tokens, 0, 1).reshape(self._lanes, -1, *tokens.shape[3:])
+            needed = max(1, count // self._chunk) * self._chunk
+            self._singles = [np.ascontiguousarray(stream[:, [i % stream.shape[1]]]) for i in range(needed)]
+        self.forget()
+
+    def forget(self) -> None:
+        """Start with no times."""
+        self._steps: list[Array] = []
+        self._decodes: list[Array] = []
+
+    def take(self, count: int) -> None:
+        """Time `count` calls of `step` from the beginning of a stream, then the single tokens of another."""
+        self._session.reset()
+        steps = Calls(self._session, self._session.step, self._length)
+        steps.times(self._tokens, SETTLE)
+        self._steps.append(steps.times(self._tokens, count))
+        if self._singles:
+            self._session.reset()
+            Calls(self._session, self._session.decode, 1).times(self._singles, SETTLE)
+            self._session.reset()
+            singles = Calls(self._session, self._session.decode, 1)
+            self._decodes.append(singles.times(self._singles, len(self._singles)))
+
+    def latency(self) -> Latency:
+        decode = _latency(self._decodes, self._chunk, self._lanes, None) if self._singles else None
+        return _latency(self._steps, 1, self._lanes * self._length, decode)
+
+
+class Calls:
+    """Calls of one entry on a fresh session, whose stream starts again before a call that would pass its capacity.
+
+    Args:
+        session: fresh.
+        call: its `step` or `decode`.
+        length: tokens of a call.
+    """
+
+    def __init__(self, session: Steppable, call: Callable[[Array], object], length: int) -> None:
+        self._session, self._call = session, call
+        capacity = session.spec.capacity
+        self._most = None if capacity is None else capacity // length
+        self._made = 0
+
+    def __call__(self, tokens: Array) -> object:
+        self.make_room()
+        return self._call(tokens)
+
+    def make_room(self) -> None:
+        """Start the stream again where it has no room for another call."""
+        if self._most is not None and self._made >= self._most:
+            self._session.reset()
+            self._made = 0
+        self._made += 1
+
+    def times(self, tokens: Sequence[Array] | Array, count: int) -> Array:
+        """Microseconds of `count` calls, [count]; starting again takes no part in them."""
+        times = []
+        for index in range(count):
+            given = tokens[index % len(tokens)]
+            self.make_room()
+            start = time.perf_counter()
+            self._call(given)
+            times.append(time.perf_counter() - start)
+        return np.array(times) * 1e6
+
+
+def _latency(rounds: list[Array], together: int, tokens: int, decode: Latency | None) -> Latency:
+    """Of the times of each round; so many calls in a row count together, of so many tokens each."""
+    p50, p90, p99 = (float(value) for value in np.quantile(np.concatenate(rounds), (0.5, 0.9, 0.99)))
+    means = [times.reshape(-1, together).mean(1) for times in rounds]
+    call = float(np.median(np.concatenate(means)))
+    return Latency(p50, p90, p99, call, tokens / call * 1e6, tuple(float(np.median(mean)) for mean in means), decode)

@@ -1,0 +1,13 @@
+"""Limits: the position of a stream up to which a target computes what the reference does."""
+
+from nsm.runtimes.limits.counters import Counters, observe, reach
+from nsm.runtimes.limits.search import Limit, assumed_limit, find_limit
+
+__all__ = [
+    "Counters",
+    "Limit",
+    "assumed_limit",
+    "find_limit",
+    "observe",
+    "reach",
+]

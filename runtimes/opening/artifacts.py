@@ -1,0 +1,204 @@
+"""nsm.open: from a bundle on disk to a session."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path, PurePosixPath
+
+from nsm.bundle import Bundle
+from nsm.errors import (
+    BundleDamagedError,
+    DeviceUnavailableError,
+    InputError,
+    MissingDependencyError,
+    RunError,
+    UncheckedWarning,
+    UnsupportedError,
+)
+from nsm.manifest import Artifact
+from nsm.runtimes.base import Loader
+from nsm.runtimes.opening.cpu_features import require_device
+from nsm.runtimes.opening.status import refuse_failed, warn_unchecked
+from nsm.runtimes.opening.threads import chosen_threads
+from nsm.runtimes.session import Session
+from nsm.runtimes.targets import TARGETS, Target, find_target
+from nsm.spec import StepSpec
+
+
+def open_bundle(
+    bundle: str | os.PathLike[str] | Bundle,
+    target: str | None = None,
+    device: str | None = None,
+    threads: int | None = None,
+    *,
+    precision: str | None = None,
+    allow_failed: bool = False,
+) -> Session:
+    """Open a bundle and start its streams.
+
+    Args:
+        bundle: the directory written by nsm-export.
+        target: one of those that `nsm doctor` lists, or an alias (default: the first in the bundle that passed
+            its parity check and can be opened in this machine).
+        device: for targets that run on several (default: the one the artifact was built for).
+        threads: threads of the backend (default: one for a small model, for which a second one does not pay; its own
+            choice for others).
+        precision: of the artifact: fp32, fp16, bf16, int8 or int8-weights (default: fp32 where the bundle has the
+            target in it, or else the only one).
+        allow_failed: whether an artifact that failed its parity check is opened.
+
+    Returns:
+        A `Session`; use it in a `with` block or close it.
+
+    Warns:
+        UncheckedWarning: the artifact was never compared with its reference, for want of its hardware for instance.
+
+    Raises:
+        InputError: no such bundle; it has no artifact for the target in that precision; or it has the target in
+            several precisions and not in fp32, and none was named.
+        ParityError: the artifact failed its parity check.
+        BundleError: damaged, or of another format version.
+        MissingDependencyError: the backend is not installed; names the extra that installs it.
+        DeviceUnavailableError: the hardware is not in this machine.
+        Where no target is named and none can be opened, what the first of them raised.
+    """
+    if threads is not None and threads < 1:
+        raise InputError(f"threads is at least 1; given {threads}.")
+    opened = bundle if isinstance(bundle, Bundle) else Bundle(bundle)
+    unavailable: UnsupportedError | None = None
+    for artifact in _candidates(opened, target, precision):
+        if not allow_failed:
+            refuse_failed(opened.path, artifact)
+        opened.verify(artifact.files)
+        try:
+            session = open_artifact(opened, artifact, device, threads)
+        except (DeviceUnavailableError, MissingDependencyError) as error:
+            unavailable = unavailable or error
+            continue
+        try:
+            warn_unchecked(opened.path, artifact, stacklevel=2)
+        except UncheckedWarning:  # where warnings are errors
+            session.close()
+            raise
+        return session
+    assert unavailable is not None
+    raise unavailable
+
+
+def chosen_artifact(bundle: Bundle, target: str | None, precision: str | None = None) -> Artifact:
+    """The artifact of a target by name or alias, in a precision; see `open_bundle` for what is not named. Of the
+    targets it is the first that passed and can be run here. One that is only built when asked for comes last.
+
+    Raises:
+        InputError: the bundle has none; or several precisions of the target, none of them fp32, and none was named.
+        BundleDamagedError: one that is to be opened to see that is damaged.
+    """
+    first: Artifact | None = None
+    for artifact in _candidates(bundle, target, precision):
+        if target is not None or _fits_here(bundle, artifact):
+            return artifact
+        first = first or artifact
+    assert first is not None
+    return first
+
+
+def _candidates(bundle: Bundle, target: str | None, precision: str | None) -> Iterator[Artifact]:
+    """Those that may be opened, one of each target, the preferred first; at least one."""
+    if target is not None:
+        yield bundle.artifact(find_target(target).name, precision)
+        return
+    held = bundle.artifacts((), () if precision is None else (precision,))
+    known = [item for item in held if item.parity["status"] == "passed" and item.target in TARGETS]
+    if not known:
+        unchecked = (item for item in held if item.parity["status"] == "not_run" and item.target in TARGETS)
+        yield next(unchecked, None) or bundle.artifact(None, precision)
+    for name in sorted(dict.fromkeys(item.target for item in known), key=lambda name: TARGETS[name].asked_only):
+        yield bundle.preferred([item for item in known if item.target == name])
+
+
+def _fits_here(bundle: Bundle, artifact: Artifact) -> bool:
+    """Whether its backend is installed and its processor is here; whether its GPU is, opening it shows."""
+    try:
+        find_target(artifact.target).require()
+        require_device(artifact.device, artifact.precision)
+        if not artifact.device.lower().startswith("cpu"):
+            bundle.verify(artifact.files)
+            open_artifact(bundle, artifact).close()
+    except (DeviceUnavailableError, MissingDependencyError):
+        return False
+    return True
+
+
+def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None) -> Session:
+    """The session of one artifact, whose files have been verified."""
+    target = find_target(artifact.target)
+    if device is not None and device.lower() not in target.devices:
+        raise InputError(
+            f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
+        )
+    require_device(artifact.device, artifact.precision)  # its own, whatever is asked for: that is how it was built
+    load = loader(target, artifact.options)
+    spec = limited(target.served(bundle.manifest.spec), artifact.limit)
+    recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
+    files = {entry: bundle.locate(path) for entry, path in recorded.items()}
+    initial = bundle.state_init()  # before the runtime takes memory for states of the manifest's shapes
+    threads = chosen_threads(threads, bundle.manifest.work)
+    runtime = load(files, spec, (device or artifact.device).lower(), threads, artifact.precision)
+    try:
+        return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name, threads)
+    except BaseException:
+        with contextlib.suppress(RunError):  # what went wrong first is of use
+            runtime.close()
+        raise
+
+
+def loader(target: Target, options: Mapping[str, str]) -> Loader:
+    """The target's function `load`, with these compile options.
+
+    Raises:
+        BundleDamagedError: they are none of those in the target's row. A bundle may come from anybody, and some options
+            of a compiler name files.
+    """
+    load: Loader = target.runtime_module().load
+    if not options:
+        return load
+    if dict(options) not in [dict(item) for item in target.remedies]:
+        raise BundleDamagedError(
+            f"The manifest gives the artifact of {target.name} the compile options {dict(options)}; expected are "
+            f"{' or '.join(str(dict(item)) for item in ({}, *target.remedies))}. Was it edited by hand? Export the "
+            "bundle again."
+        )
+    return partial(target.runtime_module().load, options=options)
+
+
+def limited(spec: StepSpec, limit: int | None) -> StepSpec:
+    """A spec whose capacity is what the model and this limit allow, whichever is less."""
+    return spec if limit is None else replace(spec, capacity=min(limit, spec.capacity or limit))
+
+
+def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:
+    """Which of an artifact's files a target opens for each entry.
+
+    Args:
+        target: whose artifact it is.
+        spec: as the target serves it.
+        written: its files, relative to the bundle.
+        where: the bundle, for the message.
+
+    Raises:
+        BundleDamagedError: one is missing.
+    """
+    files = {}
+    for entry in spec.entries:
+        name = target.file(entry.name)
+        path = next((path for path in written if PurePosixPath(path).name == name), None)
+        if path is None:
+            raise BundleDamagedError(
+                f"{where}: the manifest lists no {name} for {target.name}. Export the bundle again."
+            )
+        files[entry.name] = path
+    return files

@@ -1,0 +1,29 @@
+"""Parity: replay a golden trace on an artifact and compare it with the reference.
+
+`compare` returns a `ParityReport`; `BUDGETS` decides whether it passes. `bisection` finds the operation or the state
+at fault.
+"""
+
+from nsm.runtimes.parity.argmax import MAX_FLIPS
+from nsm.runtimes.parity.budgets import BUDGETS, Budget, find_budget
+from nsm.runtimes.parity.comparison import compare
+from nsm.runtimes.parity.mask_decisions import decided_states, thresholds_of
+from nsm.runtimes.parity.metrics import relative_error, rms_norm
+from nsm.runtimes.parity.replay import groups
+from nsm.runtimes.parity.report import BRANCHES_PER_1000, Bisection, ParityReport
+
+__all__ = [
+    "BRANCHES_PER_1000",
+    "BUDGETS",
+    "MAX_FLIPS",
+    "Bisection",
+    "Budget",
+    "ParityReport",
+    "compare",
+    "decided_states",
+    "find_budget",
+    "groups",
+    "relative_error",
+    "rms_norm",
+    "thresholds_of",
+]

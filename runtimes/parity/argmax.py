@@ -1,0 +1,117 @@
+"""Answers: the decisions of a model's first output, whether the target makes the same, and how clear they were.
+
+A decision is an argmax over the last axis: one a token, or more where a token has several. A flip, a decision that the
+target makes another way, is excused where the reference's margin, its lead of the first answer over the second, is at
+most
+
+    2 * (budget of the free-run p99) * rms of the reference's output:
+
+a bound from the budget, never from the measured error, which would excuse every flip.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+
+from nsm.runtimes.parity.metrics import kl_divergence
+from nsm.runtimes.parity.report import Flip
+from nsm.trace import Array
+
+MAX_FLIPS = 100
+"""Flips that a report lists; those without excuse come first."""
+
+
+class _Answer(NamedTuple):
+    """Of one stream's step, by decision, [decisions] each; `places` [flips, 6] are those of the flips.
+
+    A row of `places`: stream, step, token, decision, and what the reference and the target chose; see `Flip`.
+    """
+
+    stream: int
+    step: int
+    kl: Array
+    flips: Array
+    margins: Array
+    places: Array
+
+
+class Agreement(NamedTuple):
+    """All decisions that were compared; [decisions] each. At least one: where there is none, a flip.
+
+    `margins` and `bound`, up to which a flip is excused, are in units of the rms of the reference's output.
+    """
+
+    kl: Array
+    flips: Array
+    margins: Array
+    bound: float
+    listed: tuple[Flip, ...]
+
+    @property
+    def excused(self) -> Array:
+        """[decisions] bool, the flips that are excused."""
+        found: Array = self.flips & (self.margins <= self.bound)
+        return found
+
+
+class Answers:
+    """Decisions of one output, as they come.
+
+    Args:
+        recorded: the reference's output, [N, T, P, ...].
+        free_run_p99: of the budget.
+    """
+
+    def __init__(self, recorded: Array, free_run_p99: float) -> None:
+        self._scale = float(np.sqrt(np.mean(np.square(recorded, dtype=np.float64)))) or 1.0
+        self._bound = 2 * free_run_p99
+        self._answers: list[_Answer] = []
+
+    def add(self, stream: int, step: int, tokens: Array, wanted: Array, given: Array) -> None:
+        """Compare what a stream's step answered.
+
+        Args:
+            stream, step: where.
+            tokens: [n], which tokens of the call these are.
+            wanted, given: [n, ...], of the reference and of the target.
+        """
+        wanted, given = _by_decision(wanted), _by_decision(given)
+        ordered = np.sort(wanted, -1)
+        margins = ordered[:, -1] - ordered[:, -2:-1].max(-1, initial=-np.inf)
+        right, chosen = wanted.argmax(-1), given.argmax(-1)
+        flips = right != chosen
+        at, each = np.flatnonzero(flips), len(wanted) // len(tokens)
+        where = (np.full(len(at), stream), np.full(len(at), step), tokens[at // each], at % each)
+        places = np.stack([*where, right[at], chosen[at]], 1)
+        kl = kl_divergence(wanted, given)
+        self._answers.append(_Answer(stream, step, kl, flips, margins / self._scale, places))
+
+    def agreement(self, dropped: Array) -> Agreement:
+        """Of all steps but those that `dropped` [N, T] marks."""
+        kept = [item for item in self._answers if not dropped[item.stream, item.step]]
+        if not kept:
+            return Agreement(np.full(1, np.nan), np.ones(1, bool), np.zeros(1), self._bound, ())
+        kl, flips, margins = (
+            np.concatenate(part) for part in zip(*((i.kl, i.flips, i.margins) for i in kept), strict=True)
+        )
+        return Agreement(kl, flips, margins, self._bound, self._listed(kept))
+
+    def _listed(self, kept: list[_Answer]) -> tuple[Flip, ...]:
+        places = np.concatenate([item.places for item in kept])
+        margins = np.concatenate([item.margins[item.flips] for item in kept])
+        excused = margins <= self._bound
+        stream, step, token, decision = places.T[:4]
+        listed = np.lexsort((decision, token, stream, step, excused))[:MAX_FLIPS]
+        return tuple(_flip(places[row], float(margins[row]), bool(excused[row])) for row in listed)
+
+
+def _flip(place: Array, margin: float, excused: bool) -> Flip:
+    stream, step, token, decision, reference, target = place.tolist()
+    return Flip(stream, step, token, decision, reference, target, margin, excused)
+
+
+def _by_decision(values: Array) -> Array:
+    """[decisions, V] of an output [tokens, ..., V]; one number a token, [tokens], is a decision among one."""
+    return values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)

@@ -1,0 +1,138 @@
+"""Parity: whether the artifact is the model that was recorded, over whole streams.
+
+Two errors are measured against a golden trace. *One-step*: the target is stepped from the reference's state, so
+the error is that of one call. *Free-run*: the target lives on its own state from the first step to the last, as it
+will in the field, so the error is what rounding has become by then. Both are relative,
+
+    ||target - reference|| / max(||reference||, 0.01 * rms over the trace of ||reference||),
+
+per stream, step and tensor, for every output and every state. A comparison of nothing is a failure.
+
+Where the artifact has more entries than `step`, the first steps are run a third time, *split*: token by token through
+`decode` and `commit`, in turn with `step`; outputs and states must be those of the trace within the free-run budget.
+Where it has several lanes, they are run again *staggered*: lanes that start later, and so are of different age.
+
+The runs are in `nsm.runtimes.parity.replay`, the measures in `findings`, the decisions of adaptive banks in `branches`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+
+from nsm.errors import InputError, NonFiniteError
+from nsm.runtimes.base import Progress
+from nsm.runtimes.parity.budgets import Budget
+from nsm.runtimes.parity.collector import Findings
+from nsm.runtimes.parity.mask_decisions import decided_states
+from nsm.runtimes.parity.replay import (
+    SPLIT_STEPS,
+    free_run,
+    groups,
+    one_step,
+    split_run,
+    staggered_calls,
+    staggered_run,
+)
+from nsm.runtimes.parity.report import ParityReport
+from nsm.runtimes.session import Session
+from nsm.spec import VALID, StepSpec
+from nsm.trace import Array, Trace
+
+_Run = Callable[[Trace, Session, Array, Findings], Iterator[None]]
+
+
+def compare(
+    trace: Trace,
+    session: Session,
+    budget: Budget,
+    progress: Progress | None = None,
+    thresholds: Sequence[float] = (),
+) -> ParityReport:
+    """Replay a trace on a session and report; the session's streams are reset before and after.
+
+    Args:
+        trace: recorded from the reference.
+        session: over the artifact, with any number of lanes.
+        budget: of the artifact's precision.
+        progress: called after every step.
+        thresholds: of the model's decisions, as `nsm.runtimes.parity.mask_decisions.thresholds_of` finds them in its
+        config.
+            Without any, every mask that differs fails.
+
+    Raises:
+        InputError: the trace is of another model or of another shape than the session takes, or is empty.
+    """
+    check_comparable(trace, session)
+    found = Findings(trace, session.spec, budget, thresholds)
+    free, stepped = groups(trace.streams, session.batch), groups(trace.state_streams, session.batch)
+    # One group of streams is enough in pieces: the lanes of a graph do the same.
+    split = free[:1] if session.spec.has("decode") else []
+    staggered = free[:1] if session.batch > 1 else []
+    runs: list[tuple[_Run, Array]] = [(free_run, part) for part in free]
+    runs += [(one_step, part) for part in stepped]
+    runs += [(split_run, part) for part in split]
+    runs += [(staggered_run, part) for part in staggered]
+    total = len(free) * trace.steps + len(stepped) * len(trace.sampled) + len(split) * min(trace.steps, SPLIT_STEPS)
+    total += staggered_calls(trace, session.batch)
+    done = 0
+    try:
+        for run, streams in runs:
+            for _ in run(trace, session, streams, found):
+                done += 1
+                if progress is not None:
+                    progress(done, total)
+    except NonFiniteError as error:
+        found.failures.append(f"the target produced NaN or infinity ({error})")
+    finally:
+        session.reset()
+    if not session.is_fresh():
+        found.failures.append("a reset does not return to the initial state")
+    return found.report(session)
+
+
+def check_comparable(trace: Trace, session: Session) -> None:
+    """Raise `InputError` unless the trace is of the session's model, and holds something to compare."""
+    if trace.fingerprint != session.fingerprint:
+        raise InputError("The golden trace was recorded from another model than the session runs.")
+    states = set(session.spec.state_names)
+    if set(trace.before) != states or set(trace.after) != states:
+        raise InputError(f"The trace holds other states than the model: {sorted(states ^ set(trace.after))}.")
+    decided = decided_states(session.spec)
+    if set(trace.decisions) != set(decided):
+        raise InputError(
+            f"The trace holds the decisions {sorted(trace.decisions)} of every step; the model decides about "
+            f"{', '.join(decided) or 'none'}. A bundle of an older nsm has none: export it again."
+        )
+    outputs = {item.name for item in session.spec.entry("step").outputs}
+    if set(trace.outputs) != outputs:
+        raise InputError(f"The trace holds other outputs than the model: {sorted(outputs ^ set(trace.outputs))}.")
+    entry = session.spec.entry("step")
+    different = {item.name for item in entry.inputs} ^ set(trace.inputs)
+    # Without `valid` every token of the trace counts.
+    if different - {VALID} or (VALID in trace.inputs and entry.input(VALID) is None):
+        raise InputError(f"The trace holds other inputs than the model: {sorted(different)}.")
+    if not trace.streams or not trace.steps or not len(trace.sampled) or not len(trace.positions):
+        raise InputError("The trace is empty: there is nothing to compare. Record at least one step of one stream.")
+    if trace.positions.max() >= entry.inputs[0].shape[1] or trace.sampled.max() >= trace.steps:
+        raise InputError("The trace keeps positions or steps outside its own calls; it is damaged. Record it again.")
+    for name, shape, wanted in _shapes(trace, session.spec):
+        if shape != wanted:
+            raise InputError(f"The trace holds {name} of shape {list(shape)}; the model gives {list(wanted)}.")
+
+
+def _shapes(trace: Trace, spec: StepSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
+    """Name, shape in the trace, and shape of the model for every tensor; the lane axis is gone from both."""
+    entry = spec.entry("step")
+    calls = (trace.streams, trace.steps)
+    for item in entry.inputs:
+        if item.name not in trace.inputs:
+            continue
+        yield item.name, trace.inputs[item.name].shape, (*calls, *item.shape[1:])
+    for item in entry.outputs:
+        yield item.name, trace.outputs[item.name].shape, (*calls, len(trace.positions), *item.shape[2:])
+    for state in spec.states:
+        shape = state.shape[: state.batch_axis] + state.shape[state.batch_axis + 1 :]
+        for part in (trace.before, trace.after):
+            yield state.name, part[state.name].shape, (trace.state_streams, len(trace.sampled), *shape)
+        if state.name in trace.decisions:
+            yield state.name, trace.decisions[state.name].shape, (trace.streams, trace.steps + 1, *shape)

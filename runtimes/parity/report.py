@@ -1,0 +1,353 @@
+"""ParityReport: what a comparison found, and whether that is within budget."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from nsm.errors import ParityError
+from nsm.manifest import artifact_label
+from nsm.runtimes.parity.budgets import Budget
+from nsm.runtimes.parity.drift import Drift
+from nsm.trace import Array
+
+BRANCHES_PER_1000 = 1.0
+"""More excused decisions than this fail a model in fp32."""
+
+
+@dataclass(frozen=True)
+class Quantiles:
+    """Of the worst tensor: the one with the largest 99th percentile."""
+
+    p50: float
+    p99: float
+    max: float
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, 99th percentile and largest of some errors."""
+
+    p50: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class AgeError:
+    """Free-run error of the active slots that are `start` to `end` steps old, both inclusive."""
+
+    start: int
+    end: int
+    p50: float
+    p99: float
+
+
+@dataclass(frozen=True)
+class Curves:
+    """What a page draws; too large for the JSON of a report. NaN stands where nothing was compared.
+
+    Args:
+        free_run_p50, free_run_p99: [T], of the first output over the streams, by step.
+        sampled: [n], the steps at which single steps and states were compared.
+        one_step_p50: [n], of the first output over the streams whose states were kept.
+        states: by state name, [n]: the largest free-run error over the streams.
+        one_step: by state name, [n]: the same of the one-step error.
+        margins: [decisions], the reference's margin of the argmax, in units of the rms of its first output.
+        flips: [decisions] bool, where the target has another argmax.
+        excused_margin: a flip at a margin up to this is excused; same unit.
+    """
+
+    free_run_p50: Array
+    free_run_p99: Array
+    sampled: Array
+    one_step_p50: Array
+    states: Mapping[str, Array]
+    one_step: Mapping[str, Array]
+    margins: Array
+    flips: Array
+    excused_margin: float
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where the error first exceeds the budget."""
+
+    stream: int
+    step: int
+    tensor: str
+    error: float
+
+
+@dataclass(frozen=True)
+class Gain:
+    """Median free-run error over median one-step error, on the same samples, of the tensor where it is largest."""
+
+    ratio: float
+    tensor: str
+
+
+@dataclass(frozen=True)
+class Flip:
+    """A decision that the target makes another way; see `nsm.runtimes.parity.argmax`.
+
+    Args:
+        stream, step: where, counted from 0.
+        token: which of the call's tokens.
+        decision: which of the token's decisions: 0 where it has one.
+        reference, target: what they chose.
+        margin: the reference's, in units of the rms of its output.
+        excused: whether the margin is within the bound that follows from the budget.
+    """
+
+    stream: int
+    step: int
+    token: int
+    decision: int
+    reference: int
+    target: int
+    margin: float
+    excused: bool
+
+    def __str__(self) -> str:
+        which = f", decision {self.decision}" if self.decision else ""
+        return (
+            f"stream {self.stream}, step {self.step}, token {self.token}{which}: {self.target} instead of "
+            f"{self.reference} (margin {self.margin:.2e})"
+        )
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """What a comparison found; `failures` is empty where it passed.
+
+    Outputs of the free run are compared for all `streams` at all `steps`; one-step errors, and errors of states, for
+    the first `state_streams` of them at the `sampled_steps`, counted from 0.
+    Errors are relative. `split` is that of calls in pieces, None where the artifact has one entry only. `staggered` is
+    that of lanes of different age, None where it has one lane. `state_error` is per active slot of the banks (per
+    tensor in models without one), over the free run; KL is in nats.
+    `free_run_mean` is the mean over streams and steps of the free-run error of the first output.
+    `state_error_by_layer` and `state_error_by_age` split the error of the banks' active slots; see
+    `nsm.runtimes.parity.slot_age`. `per_tensor` holds by name the 99th percentiles and the gain of every output and
+    state, `gain` the largest of these; None where single steps have no error.
+    A decision is an argmax over the last axis of the first output: one a token, or more where a token has several.
+    `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin; `flips` are the first
+    of them, without excuse before excused. `mask_mismatches` counts entries of masks and counters that differ without
+    excuse, at every step they are looked at; `branches` the decisions of the free run that went the other way and were
+    excused, `branches_per_1000_steps` how many these are in 1000 of its calls; see
+    `nsm.runtimes.parity.mask_decisions`.
+    """
+
+    target: str
+    precision: str
+    effective_precision: str
+    source: str
+    streams: int
+    steps: int
+    state_streams: int
+    sampled_steps: tuple[int, ...]
+    one_step: Quantiles
+    free_run: Quantiles
+    split: Quantiles | None
+    staggered: Quantiles | None
+    per_tensor: Mapping[str, Mapping[str, float]]
+    free_run_mean: float
+    gain: Gain | None
+    drift: Drift | None
+    state_error_p99: float
+    state_error_max: float
+    state_error_by_layer: Mapping[str, Spread]
+    state_error_by_age: tuple[AgeError, ...]
+    argmax_agreement: float
+    excused_flips: int
+    unexcused_flips: int
+    flips: tuple[Flip, ...]
+    kl_mean: float
+    kl_p999: float
+    mask_mismatches: int
+    branches: int
+    branches_per_1000_steps: float
+    first_divergence: Divergence | None
+    reference_floor: float | None
+    budget: Budget
+    curves: Curves = field(repr=False, compare=False)
+    failures: tuple[str, ...] = field(default=())
+
+    @property
+    def passed(self) -> bool:
+        return not self.failures
+
+    @property
+    def coverage(self) -> str:
+        """What was compared, for people."""
+        return (
+            f"{_counted(self.streams, 'stream')} of {_counted(self.steps, 'step')} ({self.source}), states of "
+            f"{self.state_streams} at {len(self.sampled_steps)} of the steps"
+        )
+
+    @property
+    def flips_left_off(self) -> int:
+        """How many flips there are besides those that are listed."""
+        return max(0, self.unexcused_flips + self.excused_flips - len(self.flips))
+
+    def require(self) -> None:
+        """Raise `ParityError` unless the comparison passed."""
+        if not self.passed:
+            raise ParityError(self.verdict())
+
+    @property
+    def label(self) -> str:
+        """What the artifact is called in its bundle."""
+        return artifact_label(self.target, self.precision)
+
+    def verdict(self) -> str:
+        """One sentence; another one where the fault is not the artifact's but the model's."""
+        if self.passed:
+            return f"Parity passed on {self.target} {self.precision}."
+        found = f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + "."
+        floor = self.reference_floor
+        if floor is None or floor <= self.free_run.p99 or not any("free-run" in failure for failure in self.failures):
+            return found
+        return (
+            f"{found} The model itself amplifies rounding over these streams: its own fp32 is {floor:.2g} off its "
+            "fp64, more than the artifact is off its fp32. Compare over as many tokens as it was trained on "
+            "(--golden-steps), or train it on longer streams."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """The report under the keys that other tools rely on; numbers that are not finite become null."""
+        drift = self.drift
+        data: dict[str, Any] = _finite(
+            {
+                "target": self.target,
+                "precision": self.precision,
+                "effective_precision": self.effective_precision,
+                "status": "passed" if self.passed else "failed",
+                "failures": list(self.failures),
+                "source": self.source,
+                "streams": self.streams,
+                "steps": self.steps,
+                "state_streams": self.state_streams,
+                "sampled_steps": list(self.sampled_steps),
+                "one_step": asdict(self.one_step),
+                "free_run": asdict(self.free_run),
+                "split": None if self.split is None else asdict(self.split),
+                "staggered": None if self.staggered is None else asdict(self.staggered),
+                "free_run_mean": self.free_run_mean,
+                "gain": None if self.gain is None else asdict(self.gain),
+                "drift_exponent": None if drift is None else drift.exponent,
+                "drift_interval": None if drift is None else [drift.low, drift.high],
+                "state_error": {"p99": self.state_error_p99, "max": self.state_error_max},
+                "state_error_by_layer": {name: asdict(item) for name, item in self.state_error_by_layer.items()},
+                "state_error_by_age": [
+                    {"from": item.start, "to": item.end, "p50": item.p50, "p99": item.p99}
+                    for item in self.state_error_by_age
+                ],
+                "argmax_agreement": self.argmax_agreement,
+                "excused_flips": self.excused_flips,
+                "unexcused_flips": self.unexcused_flips,
+                "flips": [asdict(flip) for flip in self.flips],
+                "flips_left_off": self.flips_left_off,
+                "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
+                "mask_mismatches": self.mask_mismatches,
+                "branches": self.branches,
+                "branches_per_1000_steps": self.branches_per_1000_steps,
+                "first_divergence": None if self.first_divergence is None else asdict(self.first_divergence),
+                "reference_floor": self.reference_floor,
+                "per_tensor": {name: dict(values) for name, values in self.per_tensor.items()},
+                "budget": asdict(self.budget),
+            }
+        )
+        return data
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What is at fault.
+
+    Args:
+        kind: "operation", "state", or "none" where nothing is over budget.
+        name: the tensor: of the portable graph for an operation, else an output or a state.
+        error: its one-step error (p99), for a state the free-run error (p99) of the worst tensor.
+        budget: the limit of that error.
+        explanation: a sentence or two for people.
+        op, node: type and name of the operation that gives the tensor, None where none can be named.
+        replaced: by state name, the free-run error (p99 of the worst tensor) with that state replaced.
+        all_replaced: the same with all of them replaced: what accumulates between two samples remains.
+    """
+
+    kind: Literal["operation", "state", "none"]
+    name: str
+    error: float
+    budget: float
+    explanation: str
+    op: str | None = None
+    node: str | None = None
+    replaced: Mapping[str, float] = field(default_factory=dict)
+    all_replaced: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As a JSON object; numbers that are not finite become null."""
+        data: dict[str, Any] = _finite({**self.__dict__, "replaced": dict(self.replaced)})
+        return data
+
+
+def over_budget(report: ParityReport, decisions: int) -> list[str]:
+    """What of a report is over its budget, a sentence each; `decisions` is how many argmaxes were compared."""
+    budget = report.budget
+    allowed_agreement = 1.0 - report.unexcused_flips / decisions
+    checks = [
+        (f"one-step error p99 of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
+        (f"free-run error p99 of {report.free_run.tensor}", report.free_run.p99, budget.free_run_p99),
+        *(
+            [(f"error p99 of {report.split.tensor} in split calls", report.split.p99, budget.free_run_p99)]
+            if report.split is not None
+            else []
+        ),
+        *(
+            [
+                (
+                    f"error p99 of {report.staggered.tensor} in lanes of different age",
+                    report.staggered.p99,
+                    budget.free_run_p99,
+                )
+            ]
+            if report.staggered is not None
+            else []
+        ),
+        ("KL mean", report.kl_mean, budget.kl_mean),
+        ("KL p99.9", report.kl_p999, budget.kl_p999),
+    ]
+    # `not <=` instead of `>`: NaN is over every budget.
+    failures = [f"{name} is {value:.3g}, the budget {limit:.3g}" for name, value, limit in checks if not value <= limit]
+    if not allowed_agreement >= budget.agreement:
+        failures.append(
+            f"{report.unexcused_flips} of {decisions} decisions have another argmax without excuse "
+            f"(agreement {allowed_agreement:.4%}, the budget {budget.agreement:.2%})"
+        )
+    if report.mask_mismatches:
+        failures.append(f"{report.mask_mismatches} entries of masks or counters differ")
+    if budget.precision == "fp32" and not report.branches_per_1000_steps <= BRANCHES_PER_1000:
+        failures.append(
+            f"{_counted(report.branches, 'decision')} went the other way, {report.branches_per_1000_steps:.3g} in 1000 "
+            f"steps, of which {BRANCHES_PER_1000:g} is allowed (it takes a trace of 1000 steps in all to allow one)"
+        )
+    if report.effective_precision != report.precision:
+        failures.append(f"the backend computes in {report.effective_precision} instead of {report.precision}")
+    return failures
+
+
+def _counted(count: int, what: str) -> str:
+    return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not np.isfinite(value) else value

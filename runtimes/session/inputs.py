@@ -1,0 +1,90 @@
+"""What callers give a session, checked before anything happens, and whether what comes out is finite."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from nsm.errors import InputError
+from nsm.runtimes.base import all_finite
+from nsm.spec import OFFSET, StateSpec, TensorSpec
+from nsm.trace import Array
+
+
+def checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
+    """An input of whole numbers, as `valid`, in the dtype and range of its spec."""
+    array = as_array(spec.name, value)
+    check_shape(spec, array)
+    check_kind(spec, array)
+    if spec.minimum is not None and spec.maximum is not None:
+        low, high = int(array.min()), int(array.max())
+        if not spec.minimum <= low <= high <= spec.maximum:
+            raise InputError(f"{spec.name} must lie in {spec.minimum} .. {spec.maximum}; given {low} .. {high}.")
+    return cast(array, spec.numpy_dtype)
+
+
+def check_shape(spec: TensorSpec, array: Array) -> None:
+    """Raise `InputError` for another shape than that of the spec."""
+    if array.shape != spec.shape:
+        raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
+
+
+def check_kind(spec: TensorSpec, array: Array) -> None:
+    """Raise `InputError` for another kind of numbers than that of the spec, whatever their shape."""
+    kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
+    if array.dtype.kind not in kinds:
+        raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
+
+
+def as_array(name: str, value: ArrayLike) -> Array:
+    """An array of what was given."""
+    try:
+        return np.asarray(value)
+    except ValueError as error:  # rows of different lengths
+        raise InputError(f"{name} is not an array: {error}") from error
+
+
+def checked_state(
+    arrays: Mapping[str, ArrayLike], spec: StateSpec, chunk: int, shape: tuple[int, ...] | None = None
+) -> Array:
+    """A state out of those that were given by name, in its dtype.
+
+    Args:
+        arrays: by state name.
+        spec: of the state.
+        chunk: C, the tokens of a chunk.
+        shape: that it must have (default: that of the spec).
+
+    Raises:
+        InputError: it is missing, of another shape or kind of numbers, not finite, or out of range.
+    """
+    name = spec.name
+    if name not in arrays:
+        raise InputError(f"The state {name} is missing; given are {sorted(arrays)}.")
+    given = as_array(f"The state {name}", arrays[name])
+    shape = spec.shape if shape is None else shape
+    if given.shape != shape:
+        raise InputError(f"The state {name} has the shape {list(shape)}; given {list(given.shape)}.")
+    if not np.can_cast(given.dtype, spec.numpy_dtype, "same_kind"):
+        raise InputError(f"The state {name} has the dtype {spec.dtype}; given {given.dtype}.")
+    array = cast(given, spec.numpy_dtype)
+    if array.dtype.kind == "f" and not all_finite((array,)):
+        raise InputError(f"The state {name} takes numbers that are finite in {spec.dtype}; given NaN or infinity.")
+    if array.dtype.kind in "iu" and not np.array_equal(array, given):
+        raise InputError(f"The state {name} takes numbers of {spec.dtype}; given {given.min()} .. {given.max()}.")
+    if name == OFFSET and array.size and not 0 <= array.min() <= array.max() <= chunk:
+        raise InputError(
+            f"The state {name} counts the tokens in an open chunk, 0 .. {chunk}; given {array.min()} .. {array.max()}."
+        )
+    return spec.wrapped(array)
+
+
+def cast(array: Array, dtype: np.dtype[Any]) -> Array:
+    """The array in another dtype; what is too large for it becomes infinite, without a warning."""
+    if array.dtype == dtype or array.dtype.kind != "f":
+        return array.astype(dtype, copy=False)
+    with np.errstate(over="ignore"):
+        return array.astype(dtype)

@@ -1,0 +1,247 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from nsm.runtimes.base import State
+from nsm.runtimes.parity.budgets import find_budget
+from nsm.runtimes.parity.comparison import compare
+from nsm.runtimes.session.session import Session
+from nsm.trace import Array, Arrays
+from tests.runtimes.fake import (
+    CHUNK,
+    After,
+    FakeRuntime,
+    fake_initial,
+    fake_session,
+    fake_spec,
+    fake_trace,
+)
+from tests.runtimes.spoilers import (
+    bank_of_a_slot_that_is_off,
+    half_state,
+    infinite_state,
+    late,
+    nan_output,
+    swapped_lanes,
+)
+
+FP32 = find_budget("fp32")
+
+
+# -- the report ---------------------------------------------------------------------------------------------------
+
+KEYS = {
+    "target": (),
+    "precision": (),
+    "status": (),
+    "streams": (),
+    "steps": (),
+    "state_streams": (),
+    "sampled_steps": (),
+    "one_step": ("p50", "p99", "max"),
+    "free_run": ("p50", "p99", "max"),
+    "split": ("p50", "p99", "max"),
+    "drift_exponent": (),
+    "state_error": ("p99", "max"),
+    "argmax_agreement": (),
+    "unexcused_flips": (),
+    "kl": ("mean", "p999"),
+    "mask_mismatches": (),
+    "first_divergence": (),
+    "budget": (),
+}
+
+
+@pytest.mark.parametrize("after", [None, nan_output, infinite_state, late], ids=["honest", "NaN", "inf", "late"])
+def test_the_json_has_every_key_and_no_number_that_json_does_not_know(after: After | None) -> None:
+    report = compare(fake_trace(streams=8), fake_session(after=after), FP32)
+    data: dict[str, Any] = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert set(KEYS) <= set(data)
+    for name, parts in KEYS.items():
+        if parts:
+            assert set(parts) <= set(data[name])
+    assert data["status"] == ("passed" if after is None else "failed")
+    assert bool(data["failures"]) == (after is not None)
+    assert data["budget"]["free_run_p99"] == FP32.free_run_p99
+
+
+def test_the_report_says_how_much_rests_on_how_few_states() -> None:
+    whole = fake_trace()
+    fewer = replace(
+        whole,
+        before={name: value[:1] for name, value in whole.before.items()},
+        after={name: value[:1] for name, value in whole.after.items()},
+    )
+    report = compare(fewer, fake_session(), FP32)
+    data = report.to_json()
+    assert (data["streams"], data["steps"], data["state_streams"]) == (4, 64, 1)
+    assert data["sampled_steps"] == whole.sampled.tolist()
+    assert report.coverage == "4 streams of 64 steps (synthetic), states of 1 at 6 of the steps"
+
+
+def test_the_json_says_where_the_first_divergence_is() -> None:
+    data = compare(fake_trace(), fake_session(after=late), FP32).to_json()
+    assert {"stream": 0, "step": 30, "tensor": "outputs"}.items() <= data["first_divergence"].items()
+
+
+def test_the_json_holds_the_drift_and_its_interval() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        outputs["outputs"] *= 1 + 1e-7 * calls
+
+    data = compare(fake_trace(streams=8), fake_session(after=after), FP32).to_json()
+    low, high = data["drift_interval"]
+    assert low <= data["drift_exponent"] <= high
+    assert data["drift_exponent"] == pytest.approx(1.0, abs=0.3)
+
+
+def test_the_state_error_is_that_of_the_active_slots() -> None:
+    report = compare(fake_trace(), fake_session(after=bank_of_a_slot_that_is_off), FP32)
+    assert report.state_error_max == 0.0
+    assert not report.passed
+
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls == 64:
+            state["0.bank"][0, 1] *= 1 + 1e-2
+
+    report = compare(fake_trace(streams=2), fake_session(after=after), FP32)
+    assert report.state_error_max == pytest.approx(1e-2, rel=1e-3)
+
+
+def test_a_model_without_banks_has_a_state_error_too() -> None:
+    spec, trace = fake_spec(entries=("step",)), fake_trace(streams=2, steps=4)
+    names = {"0.bank": "0.memory", "0.mask": "0.gate"}
+    states = tuple(replace(s, name=names.get(s.name, s.name)) for s in spec.states)
+    reads = tuple(state.name for state in states)
+    renamed = replace(spec, states=states, entries=(replace(spec.entry("step"), reads=reads, writes=reads),))
+
+    class Renamed(FakeRuntime):
+        def load_state(self, arrays: Mapping[str, Array]) -> State:
+            return super().load_state({s.name: arrays[names.get(s.name, s.name)] for s in spec.states})
+
+        def read_state(self, state: State) -> Arrays:
+            return {names.get(name, name): value for name, value in super().read_state(state).items()}
+
+    def rename(arrays: Mapping[str, Array]) -> Arrays:
+        return {names.get(name, name): value for name, value in arrays.items()}
+
+    session = Session(Renamed(spec, half_state), renamed, rename(fake_initial(spec)), "f" * 64, "fake")
+    report = compare(replace(trace, before=rename(trace.before), after=rename(trace.after)), session, FP32)
+    assert report.state_error_max == pytest.approx(report.per_tensor["0.memory"]["free_run_p99"])
+    assert report.state_error_max > 0
+    assert report.state_error_by_layer == {}
+    assert report.state_error_by_age == ()
+
+
+def test_the_gain_is_that_of_one_tensor_on_the_same_samples() -> None:
+    """The worst tensor of single steps is not that of the free run; their ratio would be no gain of either."""
+
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        outputs["outputs"] *= 1 + 1e-3  # the same at every step
+        state["0.written"] *= 1 + 1e-4 * calls  # nothing reads it; errors of 64 steps add up
+
+    trace = fake_trace()
+    report = compare(trace, fake_session(after=after), FP32)
+    assert (report.one_step.tensor, report.free_run.tensor) == ("outputs", "0.written")
+    assert report.per_tensor["outputs"]["gain"] == pytest.approx(1.0, rel=1e-3)
+    assert np.isnan(report.per_tensor["0.bank"]["gain"]), "single steps have no error"
+    factors = np.cumprod(1 + 1e-4 * np.arange(1, 65))  # written adds CHUNK, and is scaled, at every step
+    written = np.array([np.sum(factors[step] / np.concatenate([[1], factors[:step]])) for step in range(64)])
+    errors = (written / np.arange(1, 65) - 1)[trace.sampled]
+    assert report.gain is not None
+    assert report.gain.tensor == "0.written"
+    assert report.gain.ratio == pytest.approx(np.sort(errors)[3] / 1e-4, rel=0.02)
+    data = report.to_json()
+    assert data["gain"] == {"ratio": report.gain.ratio, "tensor": "0.written"}
+    assert data["per_tensor"]["0.bank"]["gain"] is None
+    assert compare(trace, fake_session(), FP32).to_json()["gain"] is None
+
+
+# -- the mean, layers and ages ------------------------------------------------------------------------------------
+
+
+def test_the_mean_is_over_streams_and_steps_of_the_outputs() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls > 32:
+            outputs["outputs"] *= 1 + 1e-3
+
+    report = compare(fake_trace(), fake_session(after=after), FP32)
+    assert report.free_run_mean == pytest.approx(0.5e-3, rel=0.01)
+    assert report.to_json()["free_run_mean"] == report.free_run_mean
+    assert report.free_run.p99 == pytest.approx(1e-3, rel=0.01)
+
+
+def test_a_mean_that_is_not_finite_is_null() -> None:
+    report = compare(fake_trace(), fake_session(after=nan_output), FP32)
+    assert np.isfinite(report.free_run_mean)
+    trace = fake_trace()
+    nothing = replace(trace, inputs={**trace.inputs, "valid": np.zeros((4, 64), np.int64)})
+    assert compare(nothing, fake_session(), FP32).to_json()["free_run_mean"] is None
+
+
+def test_the_state_error_is_split_by_layer_and_by_age() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls == 64:
+            state["0.bank"][:, 1] *= 1 + 1e-2
+
+    trace = fake_trace(streams=2)
+    report = compare(trace, fake_session(after=after), FP32)
+    assert list(report.state_error_by_layer) == ["0.bank"]
+    assert report.state_error_by_layer["0.bank"].max == pytest.approx(1e-2, rel=1e-3)
+    assert report.state_error_by_layer["0.bank"].p50 == 0.0
+    data = report.to_json()
+    assert set(data["state_error_by_layer"]["0.bank"]) == {"p50", "p99", "max"}
+    by_age = {(item["from"], item["to"]): item for item in data["state_error_by_age"]}
+    assert [start for start, _ in by_age] == [2 ** int(np.log2(step + 1)) for step in trace.sampled]
+    assert by_age[64, 127]["p99"] == pytest.approx(1e-2, rel=1e-3)
+    assert all(item["p99"] == 0.0 for (start, _), item in by_age.items() if start < 64)
+
+
+# -- the curves ---------------------------------------------------------------------------------------------------
+
+
+def test_the_curves_follow_the_streams_and_stay_out_of_the_json() -> None:
+    trace = fake_trace()
+    report = compare(trace, fake_session(after=late), FP32)
+    curves = report.curves
+    assert curves.free_run_p50.shape == curves.free_run_p99.shape == (64,)
+    assert curves.free_run_p99[:30].max() == 0.0
+    assert curves.free_run_p50[30:].min() == pytest.approx(1e-3, rel=0.01)
+    assert curves.sampled.tolist() == trace.sampled.tolist()
+    assert set(curves.states) == set(curves.one_step) == {"0.bank", "0.tail", "0.written"}
+    assert all(values.shape == trace.sampled.shape for values in curves.states.values())
+    assert "curves" not in report.to_json()
+
+
+def test_the_curves_of_a_state_are_those_of_the_worst_stream() -> None:
+    def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+        if calls == 64:
+            state["0.tail"][0] *= 1 + 1e-2
+
+    curves = compare(fake_trace(streams=2), fake_session(after=after), FP32).curves
+    assert curves.states["0.tail"][-1] == pytest.approx(1e-2, rel=1e-3)
+    assert curves.states["0.tail"][:-1].max() == 0.0
+    assert curves.one_step["0.tail"].max() == 0.0
+
+
+def test_the_curves_hold_the_margins_and_the_flips() -> None:
+    report = compare(fake_trace(), fake_session(after=swapped_lanes), FP32)
+    curves = report.curves
+    assert curves.margins.shape == curves.flips.shape == (4 * 64 * CHUNK,)
+    assert curves.flips.sum() == report.excused_flips + report.unexcused_flips > 0
+    assert curves.excused_margin == pytest.approx(2 * FP32.free_run_p99)
+
+
+@pytest.mark.parametrize(("floor", "blamed"), [(None, False), (1e-7, False), (10.0, True)])
+def test_a_model_that_amplifies_rounding_is_told_from_a_faulty_artifact(floor: float | None, blamed: bool) -> None:
+    """Where its own fp32 is further off than the artifact, a smaller error cannot be asked of anyone."""
+    trace = replace(fake_trace(), floor=floor)
+    report = compare(trace, fake_session(after=late), FP32)
+    assert any("free-run" in failure for failure in report.failures)
+    assert ("The model itself amplifies rounding" in report.verdict()) == blamed
+    assert "amplifies" not in compare(trace, fake_session(), FP32).verdict()
