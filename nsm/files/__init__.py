@@ -1,6 +1,6 @@
 """Files: written whole or not at all, read within limits."""
 
-from nsm.files.exchange import exchange
+from nsm.files.atomic_exchange import exchange
 from nsm.files.partials import abandoned, locked, partial, replaced_name
 from nsm.files.reading import (
     LIMITS,

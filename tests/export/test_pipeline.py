@@ -475,11 +475,11 @@ def _interrupt(*_args: Any, **_options: Any) -> None:
     "place",
     [
         "pipeline.record",
-        "guard.build_target",
-        "keeping.write_parity",
+        "verify.acceptance.build_target",
+        "verify.keeping.write_parity",
         "pipeline.write_manifest",
         "pipeline.np.savez",
-        "keeping.require_all",
+        "verify.keeping.require_all",
     ],
 )
 @pytest.mark.parametrize(("fail", "error"), [(_crash, RuntimeError), (_full, OSError), (_interrupt, KeyboardInterrupt)])

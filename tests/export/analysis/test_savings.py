@@ -102,7 +102,7 @@ def test_people_get_a_table(
     compacted: Compacted, masked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = Savings("onnxruntime", (48, 6), (20_000, 15_000), (4000, 1000), (5e6, 4e6), (250.0, 200.0))
-    monkeypatch.setattr(pipeline, "run", lambda *_: compacted[0])
+    monkeypatch.setattr(pipeline, "run", lambda *_: (compacted[0], None))
     monkeypatch.setattr(export_command, "_measure_savings", lambda *_: saved)
     shown = succeeded(invoke("export", masked, "-t", "ort", "-o", tmp_path / "new.nsm", "--compact"))
     lines = [line.split() for line in shown.splitlines()]

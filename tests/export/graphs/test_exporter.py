@@ -445,7 +445,7 @@ def test_a_step_that_depends_on_the_data_is_unsupported(
         return call(entry, {"tokens": tokens if bool(tokens.sum() > 3) else tokens + 1}, state)
 
     monkeypatch.setattr(model, "call", call_by_data)
-    with pytest.raises(UnsupportedError, match=r"traced by torch\.export: .*test_onnx\.py:\d+, in call_by_data:\n"):
+    with pytest.raises(UnsupportedError, match=r"traced by torch\.export: .*test_exporter\.py:\d+, in call_by_data:\n"):
         export_onnx(model, model.spec(), tmp_path)
     assert list(tmp_path.iterdir()) == []
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from nsm.files import exchange as module
-from nsm.files.exchange import exchange
+from nsm.files import atomic_exchange as module
+from nsm.files.atomic_exchange import exchange
 
 
 def _pair(tmp_path: Path) -> tuple[Path, Path]:
