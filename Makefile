@@ -7,7 +7,7 @@ SOURCES := $(shell find nsm export runtimes quantization -name '*.py' -o -name '
 CODE := nsm export quantization runtimes tests examples
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check format test-long gpu recall compare design cpp cpp-check arm64 clean
+.PHONY: help setup demo test check format test-long gpu recall compare design docs cpp cpp-check arm64 clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,7 +20,7 @@ MODULES := $(VENV)/modules-$(shell echo $(SOURCES) | cksum | cut -d' ' -f1)
 $(STAMP): pyproject.toml constraints.txt $(MODULES)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
-		--editable '.[export,onnxruntime,openvino,tensorrt,viz,examples,dev]'
+		--editable '.[export,onnxruntime,openvino,tensorrt,viz,examples,docs,dev]'
 	@touch $@
 
 $(MODULES): $(BIN)/python
@@ -66,6 +66,9 @@ format: setup  ## format the code and mend what lint can
 clean:  ## remove everything that was made
 	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis digits.pt *.nsm *.nsm.failed
 	find $(CODE) -name __pycache__ -type d -exec rm -rf {} +
+
+docs: setup  ## build the documentation into build/site; a broken link or an unknown name is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 cpp: setup  ## build the C++ client into build/cpp (needs cmake and a C++ compiler)
 	cmake -S examples/cpp -B build/cpp -DCMAKE_BUILD_TYPE=Release \

@@ -64,7 +64,7 @@ def open_bundle(
         BundleError: damaged, or of another format version.
         MissingDependencyError: the backend is not installed; names the extra that installs it.
         DeviceUnavailableError: the hardware is not in this machine.
-        Where no target is named and none can be opened, what the first of them raised.
+        NsmError: no target was named, and none can be opened; the error of the first is raised.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is at least 1; given {threads}.")

@@ -55,9 +55,8 @@ def compare(
         session: over the artifact, with any number of lanes.
         budget: of the artifact's precision.
         progress: called after every step.
-        thresholds: of the model's decisions, as `nsm.runtimes.parity.mask_decisions.thresholds_of` finds them in its
-        config.
-            Without any, every mask that differs fails.
+        thresholds: of the model's mask decisions, read from its config by
+            `nsm.runtimes.parity.mask_decisions.thresholds_of`. Without any, every mask that differs fails.
 
     Raises:
         InputError: the trace is of another model or of another shape than the session takes, or is empty.
