@@ -1,8 +1,8 @@
 """Writing a bundle: beside its final place, and renamed at the end, so that a crash never leaves half of one.
 
 A bundle is changed in a copy, which then takes its place. Two bundles exchange their names in one step where the system
-supports it (`nsm.files.atomic_exchange`). Elsewhere a process may be killed between two renames; the next command restores
-the older bundle (`nsm.bundle.put_back`). The next export removes other leftovers of dead processes
+supports it (`nsm.files.atomic_exchange`). Elsewhere a process may be killed between two renames; the next command then
+restores the older bundle (`nsm.bundle.put_back`). The next export removes other leftovers of dead processes
 (`nsm.files.partials`).
 """
 
