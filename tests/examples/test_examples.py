@@ -81,9 +81,9 @@ def test_the_recall_example_trains_and_saves(tmp_path: Path) -> None:
     assert re.search(r"recall\.pt: [\d,]+ parameters, recall [\d.]+% of 4000 questions", shown)
 
 
-def test_the_readme_shows_the_plain_example_as_it_is() -> None:
+def test_the_documentation_shows_the_plain_example_as_it_is() -> None:
     body = (EXAMPLES / "plain_onnxruntime.py").read_text().split('"""', 2)[2].strip()
-    assert f"```python\n{body}\n```" in (ROOT / "README.md").read_text()
+    assert f"```python\n{body}\n```" in (ROOT / "docs/plain-onnxruntime.md").read_text()
 
 
 @pytest.mark.slow
