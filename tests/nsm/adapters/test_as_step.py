@@ -17,16 +17,9 @@ from tests.nsm.adapters.models import (
     Logarithm,
     OneStream,
 )
-from tests.nsm.adapters.wrapped import MODELS, decay, language, recurrent, tokens, voice
+from tests.nsm.adapters.wrapped import MODELS, decay, language, tokens, voice
 
 H = torch.zeros(1, 3)
-
-
-MODELS |= {
-    "lstm": lambda: recurrent(nn.LSTM, num_layers=3),
-    "gru": lambda: recurrent(nn.GRU, batch_first=True),
-    "rnn": lambda: recurrent(nn.RNN, num_layers=2, nonlinearity="relu"),
-}
 
 
 # -- the normal form ---------------------------------------------------------------------------------------------------

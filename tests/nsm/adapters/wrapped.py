@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -41,7 +42,15 @@ def recurrent(kind: type[nn.LSTM | nn.GRU | nn.RNN], **options: Any) -> AdaptedM
     return nsm.as_step(kind(5, 7, **options), chunk_size=4)
 
 
-MODELS = {"voice": voice, "language": language, "window": window, "decay": decay}
+MODELS: dict[str, Callable[[], AdaptedModel]] = {
+    "voice": voice,
+    "language": language,
+    "window": window,
+    "decay": decay,
+    "lstm": lambda: recurrent(nn.LSTM, num_layers=3),
+    "gru": lambda: recurrent(nn.GRU, batch_first=True),
+    "rnn": lambda: recurrent(nn.RNN, num_layers=2, nonlinearity="relu"),
+}
 
 
 def tokens(model: AdaptedModel, batch: int, length: int, seed: int = 0) -> np.ndarray:
