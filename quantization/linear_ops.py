@@ -1,4 +1,4 @@
-"""Quantizable nodes: MatMul with constant weights, and embedding tables."""
+"""What low precision is about in a graph: products with constant matrices, and the tables that ids are looked up in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preconditions for quantization: of the model and of its sequences."""
+"""What is asked of a model and of its sequences before it is built in low precision."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Terminal output: progress on stderr, tables on stdout, errors with a suggested fix."""
+"""What a person sees: progress on stderr, tables on stdout, errors with their mend."""
 
 from __future__ import annotations
 

@@ -17,9 +17,8 @@ from nsm.files.reading import read_regular
 
 
 def settled(path: Path) -> Path:
-    """Resolve `.` and `..` so that the path survives the rename.
-
-    A path in or above the current directory is resolved as well: it would be lost with that directory.
+    """`path`, made absolute where it would mean nothing once what lies there is replaced: `.` and `..` are no names
+    that anything could take, and what is relative to a folder is lost with it.
     """
     try:
         real = Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Reference runtime: the original graph, unoptimized, step by step."""
+"""A foreign ONNX graph as it was given, run step by step: what everything that is made of it is compared with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`--offline`: the step of a file is compared with a program of the model over whole sequences."""
+"""`--offline`: a program of the model over whole sequences, which the step of a file is held against."""
 
 from __future__ import annotations
 
