@@ -37,7 +37,7 @@ class ExportOptions:
         vocab_size: of a foreign model over ids that does not say how many there are.
         capacity: tokens that a lane of a foreign file takes from one reset to the next (default: found by experiment).
         strict: of several targets, all or none; otherwise those that pass are kept.
-        offline: a .pt2 or .onnx of a foreign model over whole sequences, which its step is held against.
+        offline: a .pt2 or .onnx of a foreign model over whole sequences; its step is compared with it.
 
     Raises:
         InputError: a size or share that is no number.

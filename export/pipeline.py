@@ -46,7 +46,7 @@ from nsm.trace import Array, Origin
 _PACKAGES = tuple(
     dict.fromkeys(("torch", "onnx", "onnxscript", *(name for target in TARGETS.values() for name in target.packages)))
 )
-"""Whose versions a bundle tells."""
+"""Packages whose versions are recorded in a bundle."""
 
 _PAST_FILLING = 16
 """Tokens of a golden trace, at least, after the states of a foreign model are full."""

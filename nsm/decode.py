@@ -63,7 +63,7 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
     try:
         return kind(**values)
     except InputError as error:
-        raise BundleError(f"{where} makes no sense: {error} Was it edited by hand? Export the bundle again.") from error
+        raise BundleError(f"{where} is invalid: {error} Was it edited by hand? Export the bundle again.") from error
 
 
 def _decode_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:

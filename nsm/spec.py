@@ -229,7 +229,7 @@ class StepSpec:
         for entry in self.entries:
             unknown = sorted({*entry.reads, *entry.writes} - set(self.state_names))
             if unknown:
-                raise ConfigError(f"The entry {entry.name} names states that there are not: {unknown}.")
+                raise ConfigError(f"The entry {entry.name} refers to undefined states: {unknown}.")
         _check_unique("entries", (entry.name for entry in self.entries))
         self._check_states()
         if not self.has("step") or not self.entry("step").inputs:
@@ -360,7 +360,7 @@ class StepSpec:
         """Inverse of `to_json`.
 
         Raises:
-            BundleError: a key is missing or unknown, a value is of the wrong kind or makes no sense.
+            BundleError: a key is missing or unknown, a value has the wrong type or is invalid.
         """
         return decode(cls, data, "spec")
 

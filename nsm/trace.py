@@ -137,7 +137,7 @@ def load_arrays(path: Path) -> Arrays:
 def read_arrays(file: IO[bytes], unpacked: int = 0) -> Arrays:
     """All arrays of an open .npz, as `numpy.savez` writes it, never unpickling.
 
-    What the archive and each array in it declare is held against the bytes that are there; see `check_stored`.
+    The sizes that the archive and its arrays declare are checked against the file; see `check_stored`.
 
     Raises:
         ValueError: it is compressed, or declares more than it holds.

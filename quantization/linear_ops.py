@@ -1,4 +1,4 @@
-"""What low precision is about in a graph: products with constant matrices, and the tables that ids are looked up in."""
+"""Quantizable nodes: MatMul with constant weights, and embedding tables."""
 
 from __future__ import annotations
 

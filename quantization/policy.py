@@ -49,7 +49,7 @@ LARGEST_HALF = 65_504.0
 
 # Scores decide which slot is written and read: a rounded one changes what a stream remembers. They are products of
 # their own, small ones, so that keeping them costs next to nothing.
-_DECIDES = "it decides about slots"
+_DECIDES = "router layer: always fp32"
 _ALWAYS_FLOAT = (
     ("*.router.product/*", _DECIDES),
     ("*.lift.*", _DECIDES),

@@ -1,4 +1,4 @@
-"""What is asked of a model and of its sequences before it is built in low precision."""
+"""Preconditions for quantization: of the model and of its sequences."""
 
 from __future__ import annotations
 

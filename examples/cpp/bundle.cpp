@@ -103,7 +103,7 @@ const Entry* Spec::find(const std::string& name) const {
     return found == entries.end() ? nullptr : &*found;
 }
 
-Bundle::Bundle(const fs::path& path, const std::string& precision) : path_(path) {
+Bundle::Bundle(const fs::path& path, const std::string& precision, bool allow_failed) : path_(path) {
     if (!fs::is_directory(path)) {
         throw Error(Code::input, "There is no bundle " + path.string() + ": expected is a directory written by nsm-export.");
     }
@@ -139,6 +139,9 @@ Bundle::Bundle(const fs::path& path, const std::string& precision) : path_(path)
         }
         if (const json* chosen = openvino_of(artifacts, precision)) {
             precision_ = chosen->at("precision");
+            if (chosen->at("parity").at("status") == "failed" && !allow_failed) {
+                throw Error(Code::parity, "The artifact openvino " + precision_ + " failed its parity check: its outputs are not those of the model. Export the model again. To look for the fault: --allow-failed");
+            }
             device_ = chosen->at("device");
             compile_options_ = chosen->at("options").get<std::map<std::string, std::string>>();
             if (const auto limit = maybe_tokens(chosen->at("limit"))) spec_.capacity = std::min(*limit, spec_.capacity.value_or(*limit));

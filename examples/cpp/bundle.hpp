@@ -50,7 +50,7 @@ struct Spec {
 class Bundle {
 public:
     // `precision`: of the OpenVINO artifact that is opened; without one, that in fp32, or the only one.
-    explicit Bundle(const std::filesystem::path& path, const std::string& precision = "");
+    explicit Bundle(const std::filesystem::path& path, const std::string& precision = "", bool allow_failed = false);
     const Spec& spec() const { return spec_; }
     const std::string& fingerprint() const { return fingerprint_; }
     // Of the OpenVINO artifact: fp32, int8, ...; empty where there is none.

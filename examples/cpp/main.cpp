@@ -18,7 +18,7 @@ using namespace nsm;
 
 struct Options {
     std::string bundle, input, output, precision;
-    bool check = false;
+    bool check = false, allow_failed = false;
     int threads = 0, bench = 0;
 };
 
@@ -69,6 +69,7 @@ Options parse(const std::vector<std::string>& arguments) {
         const auto& argument = arguments[i];
         const bool more = i + 1 < arguments.size();
         if (argument == "--check") options.check = true;
+        else if (argument == "--allow-failed") options.allow_failed = true;
         else if (argument == "--threads" && more) options.threads = number(argument, arguments[++i]);
         else if (argument == "--precision" && more) options.precision = arguments[++i];
         else if (argument == "--bench" && more) options.bench = number(argument, arguments[++i]);
@@ -77,7 +78,7 @@ Options parse(const std::vector<std::string>& arguments) {
     }
     const bool streams = places.size() == 3;
     if (!streams && (places.size() != 1 || (!options.check && options.bench == 0))) {
-        throw Error(Code::input, "Usage: nsm_client BUNDLE [INPUT OUTPUT.npy] [--check] [--bench N] [--threads N] [--precision P]");
+        throw Error(Code::input, "Usage: nsm_client BUNDLE [INPUT OUTPUT.npy] [--check] [--bench N] [--threads N] [--precision P] [--allow-failed]");
     }
     options.bundle = places[0];
     if (streams) options.input = places[1], options.output = places[2];
@@ -89,7 +90,7 @@ int run(const std::vector<std::string>& arguments) {
     if (std::filesystem::is_regular_file(options.output)) {  // the input, perhaps
         throw Error(Code::input, options.output + " exists, and is not replaced. Take another name.");
     }
-    const Bundle bundle(options.bundle, options.precision);
+    const Bundle bundle(options.bundle, options.precision, options.allow_failed);
     Session session(bundle, options.threads);
     if (!options.input.empty()) {
         const Array tokens = read_tokens(options.input, bundle.spec().find("step")->inputs.front().dtype);

@@ -92,7 +92,7 @@ Arrays answers(Session& session, const Array& tokens, bool split) {
     return {{name, stacked(lanes)}};
 }
 
-// Streams side by side on the lanes; spare lanes repeat the last one, and are not looked at.
+// Streams side by side on the lanes; unused lanes repeat the last one; their results are ignored.
 void replay(const Golden& golden, const Spec& spec, Session& session, std::size_t first, bool split, Findings& found) {
     const std::size_t used = std::min(session.batch(), golden.streams() - first);
     session.reset();

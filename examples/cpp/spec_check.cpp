@@ -10,7 +10,7 @@ namespace {
 constexpr std::size_t most_numbers = std::size_t{1} << 40;  // of one tensor; also keeps products of sizes from wrapping
 
 void expect(bool holds, const std::string& what) {
-    if (!holds) throw Error(Code::bundle, "The manifest makes no sense: " + what + ". Export the bundle again.");
+    if (!holds) throw Error(Code::bundle, "The manifest is invalid: " + what + ". Export the bundle again.");
 }
 
 void check_sizes(const std::string& name, const Shape& shape) {

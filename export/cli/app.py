@@ -87,7 +87,7 @@ def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
         default=0.3,
         show_default=True,
         metavar="X",
-        help="Largest share of the weights that may be put back to float to stay within budget.",
+        help="Largest share of the weights that may stay in fp32 to meet the error budget.",
     )
     slower = click.option("--allow-slower", is_flag=True, help="Keep low precision that is not faster than fp32 here.")
     return share(slower(command))
@@ -210,7 +210,7 @@ def main() -> None:
     "--offline",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Of a foreign model: its .pt2 or .onnx over whole sequences [1, T, ...], which the step is held against.",
+    help="Of a foreign model: its .pt2 or .onnx over whole sequences [1, T, ...]; the step is compared with it.",
 )
 @click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
 @click.option(

@@ -1,4 +1,4 @@
-"""What a person sees: progress on stderr, tables on stdout, errors with their mend."""
+"""Terminal output: progress on stderr, tables on stdout, errors with a suggested fix."""
 
 from __future__ import annotations
 

@@ -27,7 +27,7 @@ class Source(Protocol):
         chunk_size: C; a call of `step` takes a multiple of it.
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
         remarks: what a person should know before the model is used, a sentence each.
-        lanes: the only number of lanes it can be had for; None where any will do.
+        lanes: fixed batch size, or None if it is dynamic.
         largest_weights: numbers in the largest matrix of each kind of operator: "LSTM", "GRU", "RNN", and "" for
             linear ops.
         examination: what was found out about a foreign model; None of our own.

@@ -21,6 +21,7 @@ from nsm.adapters.validate import Advice
 from nsm.errors import CheckpointError, InputError, UnsupportedError
 from nsm.export.capture import Retrace, move_modules
 from nsm.export.sources.program_archive import check_archive
+from nsm.export.sources.program_keys import check_keys, output_names
 from nsm.export.sources.program_training import check_eval_mode
 from nsm.export.sources.state_names import state_name
 from nsm.export.sources.state_options import StateOption
@@ -47,8 +48,7 @@ def load_program(
 
     Args:
         path: of a `.pt2` written by `torch.export.save`.
-        states: all of them. Nothing tells them by itself: torch.export calls outputs after the operators that they
-            come from.
+        states: all of them. An output is named by its key if forward returns it in a mapping, else by its operator.
         vocab_size: of a program over ids, which does not say it itself.
         capacity: tokens that a stream takes from one reset to the next.
 
@@ -63,10 +63,11 @@ def load_program(
     """
     program = _load(path)
     check_eval_mode(program, str(path))
-    inputs, outputs = _inputs(program), list(program.graph_signature.user_outputs)
+    inputs, outputs = _inputs(program), output_names(program)
     _check_sizes(path, inputs)
     constants = {spec.arg.name: spec.arg.value for spec in _given(program) if isinstance(spec.arg, ConstantArgument)}
     places = [_place(option, inputs, constants, outputs) for option in states]
+    check_keys(program, dict(zip([option.past for option in states], places, strict=True)))
     left = [name for name in inputs if name not in [option.past for option in states]]
     written = _written(program)
     if written and not states:
@@ -76,12 +77,11 @@ def load_program(
             "again, and name it: --state INPUT=OUTPUT"
         )
     if len(left) != 1 or not states:
-        what = f"{left} are" if states else "no state is named"
         raise InputError(
-            f"{path} has the inputs {_shown(inputs)} and the outputs {outputs}; one input is to be left when the "
-            "states "
-            f"are taken away, but {what}. Name the states with --state INPUT=OUTPUT, where an output is also its "
-            f"place, 0 .. {len(outputs) - 1}."
+            f"{path} has the inputs {_shown(inputs)} and the outputs {outputs}. Besides the states "
+            f"({', '.join(option.past for option in states) or 'none is named'}), expected exactly one input, found "
+            f"{len(left)}: {', '.join(left) or 'none'}. Name the states with --state INPUT=OUTPUT, where an "
+            f"output is also its place, 0 .. {len(outputs) - 1}."
         )
     twice = next((place for place in places if places.count(place) > 1), None)
     if twice is not None:
@@ -291,7 +291,7 @@ def _read(program: ExportedProgram, name: str) -> bool:
 
 
 def _place(
-    option: StateOption, inputs: dict[str, Tensor], constants: Mapping[str, object], outputs: Sequence[object]
+    option: StateOption, inputs: dict[str, Tensor], constants: Mapping[str, object], names: Sequence[str]
 ) -> int:
     """Which output belongs to a state."""
     if option.past in constants:
@@ -305,7 +305,6 @@ def _place(
             f"The program has no input {option.past!r}; it has {_shown(inputs)}."
             + (f" Did you mean {close[0]}?" if close else "")
         )
-    names = [str(name) for name in outputs]
     if option.present in names:
         return names.index(option.present)
     if option.present.isdigit() and int(option.present) < len(names):

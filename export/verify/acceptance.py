@@ -1,9 +1,8 @@
 """Building an artifact and holding it to its budget: parity over whole streams and, in low precision, speed.
 
-In low precision two more things can go wrong. The error may be over budget: then the products whose rounding does most
-to what is over it are put back to float, one after the other, as far as `max_float_share` allows. And it may not be
-faster than fp32, by the rule of `nsm.runtimes.bench.rounds.not_faster`: then there is no reason to have it, and the
-export says so.
+In low precision two more things can go wrong. The error may be over budget: then the linear ops
+that contribute most to the error are kept in fp32, one after the other, as far as `max_float_share` allows. And it may
+not be faster than fp32, by the rule of `nsm.runtimes.bench.rounds.not_faster`: then the export refuses it.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Limits:
     """What low precision may cost.
 
     Args:
-        max_float_share: largest share of the weights that may be put back to float.
+        max_float_share: largest share of the weights that may stay in fp32.
         allow_slower: whether an artifact that is not faster than fp32 is kept.
     """
 
@@ -161,7 +160,7 @@ class Over:
 
 
 class Maker:
-    """Builds one target of a bundle in one low precision, with some products put back to float."""
+    """Builds one target in one low precision, with some linear ops kept in fp32."""
 
     def __init__(
         self,

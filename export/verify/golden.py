@@ -170,7 +170,7 @@ def _roll(
     parts: list[_Rolled] = []
     with session:
         for streams in _groups(tokens, session.spec):
-            lanes = np.resize(streams, session.batch)  # spare lanes repeat a stream, and are not kept
+            lanes = np.resize(streams, session.batch)  # unused lanes are padded; their results are ignored
             count = len(streams)
             outputs: list[Arrays] = []
             before: list[Arrays] = []

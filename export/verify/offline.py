@@ -1,4 +1,4 @@
-"""`--offline FILE`: a foreign step is held against a program of the same model over whole sequences."""
+"""`--offline FILE`: compare a foreign step with a program of the same model over whole sequences."""
 
 from __future__ import annotations
 

@@ -17,8 +17,9 @@ from nsm.files.reading import read_regular
 
 
 def settled(path: Path) -> Path:
-    """`path`, made absolute where it would mean nothing once what lies there is replaced: `.` and `..` are no names
-    that anything could take, and what is relative to a folder is lost with it.
+    """Resolve `.` and `..` so that the path survives the rename.
+
+    A path in or above the current directory is resolved as well: it would be lost with that directory.
     """
     try:
         real = Path(os.path.realpath(path))

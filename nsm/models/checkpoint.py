@@ -185,7 +185,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def load_plain(file: IO[bytes]) -> Any:
     """What `torch.save` wrote to an open file, if that is tensors and plain data: nothing in it is executed.
 
-    torch stores what it writes and inflates what it reads, so an archive is held against its own size first.
+    torch stores what it writes and inflates what it reads, so the declared sizes are checked against the archive first.
 
     Raises:
         ValueError: something in it is compressed, or declares more than there is.

@@ -1,4 +1,4 @@
-"""What a checkpoint may ask for: its contents and config are held against its own size before memory is taken."""
+"""Limits of a checkpoint: its contents and config are checked against its size before memory is allocated."""
 
 from __future__ import annotations
 

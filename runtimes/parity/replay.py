@@ -37,7 +37,7 @@ def free_run(
         found: where the errors go.
         replaced: states that are replaced by the reference's after each sampled step, when they have been compared.
     """
-    lanes = np.resize(streams, session.batch)  # spare lanes repeat a stream, and are not looked at
+    lanes = np.resize(streams, session.batch)  # unused lanes are padded; their results are ignored
     sampled = {int(step): index for index, step in enumerate(trace.sampled)}
     session.reset()
     for step in range(trace.steps):

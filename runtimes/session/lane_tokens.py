@@ -1,4 +1,4 @@
-"""How many tokens each lane has had since its reset, held against the capacity of the model."""
+"""Tokens of each lane since its reset, compared with the capacity of the model."""
 
 from __future__ import annotations
 

@@ -214,6 +214,17 @@ def test_a_stream_that_is_not_finite_is_refused(client: Path, single: Path, tmp_
     assert "inf" in checked.stdout
 
 
+def test_an_artifact_that_failed_is_opened_only_if_allowed(client: Path, single: Path, tmp_path: Path) -> None:
+    shutil.copytree(single, tmp_path / "m.nsm")
+    manifest = json.loads((single / "manifest.json").read_text())
+    manifest["artifacts"][0]["parity"] = {"status": "failed"}
+    (tmp_path / "m.nsm" / "manifest.json").write_text(json.dumps(manifest))
+    refused = run(client, tmp_path / "m.nsm", "--check")
+    assert refused.returncode == 5
+    assert "openvino fp32 failed its parity check" in refused.stderr
+    assert run(client, tmp_path / "m.nsm", "--check", "--allow-failed").returncode == 0
+
+
 @pytest.mark.slow
 def test_low_precision_is_not_measured_with_the_budget_of_fp32(client: Path, single: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(single, tmp_path / "copy.nsm"))

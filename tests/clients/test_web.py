@@ -372,6 +372,18 @@ def _counting(folder: Path) -> Bundle:
     return nsm.export_model(model, ["web", "onnxruntime"], folder / "table.nsm", batch=2)
 
 
+def test_an_artifact_that_failed_is_opened_only_if_allowed(copy: Path) -> None:
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (artifact,) = (item for item in manifest["artifacts"] if item["target"] == "web")
+    artifact["parity"] = {"status": "failed"}
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    found = javascript(copy, "await open(reader, await loadOrt()); say(0);")
+    assert found["error"] == "BundleError"
+    assert "web failed its parity check" in found["message"]
+    allowed = "const s = await open(reader, await loadOrt(), { allowFailed: true }); say((await s.check()).passed);"
+    assert javascript(copy, allowed) is True
+
+
 @pytest.mark.parametrize("most", [0, -1, 1.5, "many", True])
 def test_a_capacity_that_is_none_is_refused(most: object, copy: Path) -> None:
     manifest = json.loads((copy / "manifest.json").read_text())

@@ -52,7 +52,7 @@ def test_what_was_written_comes_back() -> None:
     [
         ("parts", {"name": "x"}, r"whole\.parts is .*; expected is a list"),
         ("parts", [{"name": "x"}], r"whole\.parts\[0\] is .*; expected is an object with the keys \['name', 'size'\]"),
-        ("parts", [{"name": "x", "size": -1}], r"whole\.parts\[0\] makes no sense: A size is not negative"),
+        ("parts", [{"name": "x", "size": -1}], r"whole\.parts\[0\] is invalid: A size is not negative"),
         ("parts", [{"name": "x", "size": True}], r"whole\.parts\[0\]\.size is True; expected is int"),
         ("kind", "c", r"whole\.kind is 'c'; expected is one of \['a', 'b'\]"),
         ("ratio", "half", r"whole\.ratio is 'half'; expected is float"),

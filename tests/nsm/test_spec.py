@@ -161,9 +161,7 @@ def test_an_entry_names_states_that_there_are(which: str) -> None:
     names = ("0.bank", "0.pending", "0.advance")
     entry = spec.entries[0]
     entry = replace(entry, reads=names) if which == "reads" else replace(entry, writes=names)
-    with pytest.raises(
-        ConfigError, match=r"The entry step names states that there are not: \['0.advance', '0.pending'\]"
-    ):
+    with pytest.raises(ConfigError, match=r"The entry step refers to undefined states: \['0.advance', '0.pending'\]"):
         replace(spec, entries=(entry,))
 
 

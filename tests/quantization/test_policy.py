@@ -94,10 +94,10 @@ def test_routers_and_lifts_and_small_matrices_stay_with_the_reason() -> None:
     assert chosen == [products[0], products[5]]
     assert products[0].size == SMALLEST
     assert kept == {
-        ROUTER: "it decides about slots",
+        ROUTER: "router layer: always fp32",
         "layers.0.memory.out/MatMul": "its 128 x 127 numbers are too few to gain",
-        LIFT: "it decides about slots",
-        f"layers.1.{ROUTER}": "it decides about slots",
+        LIFT: "router layer: always fp32",
+        f"layers.1.{ROUTER}": "router layer: always fp32",
     }
 
 

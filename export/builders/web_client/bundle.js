@@ -86,7 +86,7 @@ export class Bundle {
   /** The states' initial values, which the spec has to fit: what lies in a file bounds what is asked for. */
   async initial() {
     const { arrays } = await this.arrays("state_init.npz");
-    const broken = (/** @type {string} */ what) => new BundleError(`The manifest makes no sense: ${what}. Was it edited by hand? Export the bundle again.`);
+    const broken = (/** @type {string} */ what) => new BundleError(`The manifest is invalid: ${what}. Was it edited by hand? Export the bundle again.`);
     const { batch, states, entries } = this.spec;
     if (!Array.isArray(states)) throw broken("it has no states");
     for (const { name, shape, dtype, batch_axis: axis } of states) {

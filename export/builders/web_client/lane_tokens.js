@@ -1,4 +1,4 @@
-// How many tokens each lane has had since its reset, held against what it may have; as runtimes/session/lane_tokens.py.
+// Tokens of each lane since its reset, compared with the capacity; as runtimes/session/lane_tokens.py.
 
 import { InputError, SnapshotError, StreamError } from "./errors.js";
 import { takeAt } from "./arrays.js";

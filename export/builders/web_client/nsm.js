@@ -7,7 +7,7 @@
 
 import { copyOf, isFloat, putAt, record, sameBytes, sizeOf, takeAt, typeOf, zeros } from "./arrays.js";
 import { Bundle, fromUrl, sha256 } from "./bundle.js";
-import { InputError, NonFiniteError, SnapshotError, StreamError } from "./errors.js";
+import { BundleError, InputError, NonFiniteError, SnapshotError, StreamError } from "./errors.js";
 import { LaneTokens } from "./lane_tokens.js";
 import { join, readNpz, writeNpz } from "./npz.js";
 import { Runtime } from "./runtime.js";
@@ -26,9 +26,20 @@ const MAGIC = new TextEncoder().encode(`nsm-snapshot ${SNAPSHOT_VERSION}\n`);
 const DECODES_PER_STEP = 4; // a call of step takes about as long as so many of decode, as a share of the chunk: 1 / 4
 const FREE_RUN_BUDGET = 1e-4; // of fp32, see runtimes/parity/budgets.py
 
-/** Open a bundle. @param {import("./bundle.js").Reader} read @param {any} ort onnxruntime-web @returns {Promise<Session>} */
-export async function open(read, ort) {
+/**
+ * Open a bundle. One whose artifact failed its parity check is refused, unless `allowFailed` is true.
+ * @param {import("./bundle.js").Reader} read @param {any} ort onnxruntime-web @param {{allowFailed?: boolean}} options
+ * @returns {Promise<Session>}
+ */
+export async function open(read, ort, { allowFailed = false } = {}) {
   const bundle = await Bundle.open(read);
+  const failed = bundle.manifest.artifacts.some((/** @type {any} */ item) => item.target === "web" && item.parity?.status === "failed");
+  if (failed && !allowFailed) {
+    throw new BundleError(
+      "The artifact web failed its parity check: its outputs are not those of the model. Export the model again. " +
+        "To look for the fault, open it with {allowFailed: true}.",
+    );
+  }
   return new Session(new Runtime(ort, bundle), bundle, await bundle.initial());
 }
 

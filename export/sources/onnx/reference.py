@@ -1,4 +1,4 @@
-"""A foreign ONNX graph as it was given, run step by step: what everything that is made of it is compared with."""
+"""Reference runtime: the original graph, unoptimized, step by step."""
 
 from __future__ import annotations
 

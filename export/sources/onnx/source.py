@@ -191,8 +191,8 @@ def load_onnx(
     left = [port for port in inputs.values() if port.name not in pasts]
     if len(left) != 1:
         raise InputError(
-            f"{path} has the inputs {', '.join(f'{p.name} {p.dtype}{list(p.shape)}' for p in inputs.values())}; when "
-            f"the states ({', '.join(pasts)}) are taken away, one is to be left, but {len(left)} are: "
+            f"{path} has the inputs {', '.join(f'{p.name} {p.dtype}{list(p.shape)}' for p in inputs.values())}. "
+            f"Besides the states ({', '.join(pasts)}), expected exactly one input, found {len(left)}: "
             f"{', '.join(port.name for port in left) or 'none'}. Make one that never changes a constant (--constant "
             "sr=16000), name all states (--state INPUT=OUTPUT, once for each), or join several data inputs into one."
         )

@@ -149,7 +149,7 @@ def _state(
         + f" the budget of {limit:.2g}."
     )
     if not cured:
-        explanation += f" With all states replaced it is {together:.2e}: that much comes together between two samples."
+        explanation += f" With all states replaced it is {together:.2e}: residual error accumulated between samples."
     return Bisection("state", best, before, limit, explanation, None, None, replaced, together)
 
 

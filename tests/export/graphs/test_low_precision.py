@@ -112,7 +112,7 @@ def test_the_manifest_says_what_became_of_the_products(built: Built, target: str
     if FORMS[target, precision] == "float":
         assert facts["float"] == {}
         return
-    assert facts["float"][ROUTER] == "it decides about slots"
+    assert facts["float"][ROUTER] == "router layer: always fp32"
     assert facts["float"]["head.1/MatMul"] == "its 64 x 5 numbers are too few to gain"
     assert facts["low"]
     assert set(facts["low"]) <= LARGE

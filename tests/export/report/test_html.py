@@ -135,11 +135,12 @@ def test_flips_are_listed_and_those_without_excuse_are_in_sight() -> None:
 
 
 def test_what_stayed_float_is_told_with_its_reason() -> None:
-    facts = {"form": "dynamic", "float": {"route <0>": "it decides about slots", "route 1": "it decides about slots"}}
+    reason = "router layer: always fp32"
+    facts = {"form": "dynamic", "float": {"route <0>": reason, "route 1": reason}}
     text = page("model.nsm", [report_of()], {}, {}, {"fake": facts})
     assert "What stayed float" in text
     assert "Form of the others: dynamic." in text
-    assert "<td>it decides about slots</td><td class='number'>2</td><td><code>route &lt;0&gt;, route 1</code>" in text
+    assert f"<td>{reason}</td><td class='number'>2</td><td><code>route &lt;0&gt;, route 1</code>" in text
     assert "Nothing. Form: half." in page("model.nsm", [report_of()], {}, {}, {"fake": {"form": "half", "float": {}}})
     assert "stayed float" not in drawn(report_of())
 

@@ -129,13 +129,13 @@ def test_a_program_becomes_a_verified_bundle(program: Path, tmp_path: Path) -> N
     [
         (
             [],
-            r"no state is named\. Name the states with --state INPUT=OUTPUT, where an output is also its place, 0 ",
+            r"none is named\).* Name the states with --state INPUT=OUTPUT, where an output is also its place, 0 ",
         ),
         (["hiden=1"], "has no input 'hiden'.*Did you mean hidden"),
         (["hidden=5"], "has no output '5'"),
         (["hidden=0"], r"answers|shape"),
-        (["hidden=1", "frame=0"], "one input is to be left .* \\[\\] are"),
-        (["hidden=1", "frame=gru_cell"], r"one input is to be left"),
+        (["hidden=1", "frame=0"], "exactly one input, found 0: none"),
+        (["hidden=1", "frame=gru_cell"], r"exactly one input, found 0"),
     ],
 )
 def test_states_that_do_not_fit_a_program_are_refused(program: Path, states: list[str], message: str) -> None:

@@ -1,4 +1,4 @@
-"""What keeps low precision honest: products put back to float, the speed against fp32, and nothing left behind."""
+"""Low precision: linear ops kept in fp32, the speed against fp32, and nothing left behind."""
 
 from __future__ import annotations
 

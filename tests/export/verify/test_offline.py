@@ -1,4 +1,4 @@
-"""`--offline`: a program of the model over whole sequences, which the step of a file is held against."""
+"""`--offline`: the step of a file is compared with a program of the model over whole sequences."""
 
 from __future__ import annotations
 

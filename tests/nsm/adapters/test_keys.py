@@ -1,4 +1,4 @@
-"""States are matched by the keys that they are returned under, and parameter names are held against the declaration."""
+"""States are matched by the keys of the result, and parameter names are compared with the declaration."""
 
 from __future__ import annotations
 

@@ -126,7 +126,7 @@ def test_our_own_graphs_are_foreign_graphs_too(model_factory: Callable[..., Simp
 
 
 def test_a_graph_with_two_inputs_of_ours_says_what_is_left(exported: Path) -> None:
-    with pytest.raises(InputError, match="one is to be left, but 2 are: tokens, valid"):
+    with pytest.raises(InputError, match="expected exactly one input, found 2: tokens, valid"):
         load_onnx(exported / "graphs" / "step.onnx")
 
 
@@ -173,7 +173,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None] | None, dict[str, Any
         "The output stateN is to become the states state and input",
     ),
     "mis-paired": (None, {"states": ["state=output"]}, UnsupportedError, "Are they paired rightly"),
-    "only states": (None, {"states": ["state=stateN", "input=output"]}, InputError, "one is to be left, but 0"),
+    "only states": (None, {"states": ["state=stateN", "input=output"]}, InputError, "exactly one input, found 0"),
     "grows": (
         edit(state=port("state", FLOAT, [2, "batch", "past"])),
         {},
@@ -428,7 +428,7 @@ def test_slots_are_removed_from_our_models_only(tmp_path: Path) -> None:
 
 
 def test_a_rewriting_that_answers_differently_does_not_pass(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts are held against the file as it was given, so a fault of the form that nsm gives it shows."""
+    """Artifacts are compared with the original file, so a fault of the rewritten graph shows."""
     honest = normalize.normal_graph
 
     def spoiled(*arguments: Any) -> onnx.ModelProto:

@@ -78,7 +78,7 @@ def test_a_microphone_is_no_state_whatever_it_is_called(tmp_path: Path) -> None:
 
 def test_with_a_state_named_nothing_is_guessed_beside_it(tmp_path: Path) -> None:
     path = canceller(tmp_path / "m.onnx")
-    with pytest.raises(InputError, match=r"when the states \(state_in\) are taken away, .* 2 are: mic_in, ref"):
+    with pytest.raises(InputError, match=r"Besides the states \(state_in\), .* found 2: mic_in, ref"):
         load_onnx(path, parse_states(["state_in=state_out"]))
     source = load_onnx(path, parse_states(["state_in=state_out", "ref=mic_out"]))
     assert source.config["states"] == {"state_in": ["state_in", "state_out"], "ref": ["ref", "mic_out"]}
