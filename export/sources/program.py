@@ -95,11 +95,10 @@ def load_program(
         )
     tensors = _tensors(program)
     answers = [index for index in tensors if index not in places]
-    if not answers or not set(places) <= set(tensors):
-        raise InputError(
-            f"Of the outputs of {path}, {outputs}, {[outputs[place] for place in places]} are to be states; a state is "
-            "a tensor, and so is what is left, the answer of a step. Do the places in --state fit?"
-        )
+    if others := [outputs[place] for place in places if place not in tensors]:
+        raise InputError(f"A state is a tensor; --state names the output {others[0]} of {path}, which has {outputs}.")
+    if not answers:
+        raise InputError(f"Every tensor among the outputs of {path} is a state: {outputs}. A step needs one more output.")
     model = _adapted(program, left[0], states, places, answers, vocab_size, capacity)
     remarks = [
         f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "

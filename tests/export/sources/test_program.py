@@ -94,7 +94,7 @@ def test_an_output_that_is_no_tensor_is_no_answer(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt2", Weightless(), (X, H))
     model = load_program(path, parse_states(["h=2"]))[0].model
     torch.testing.assert_close(model(torch.ones(1, 2, 3)), torch.tensor([2.0, 3.0]).reshape(1, 2, 1).expand(1, 2, 3))
-    with pytest.raises(InputError, match=r"\[None\] are to be states; a state is a tensor"):
+    with pytest.raises(InputError, match="A state is a tensor; --state names the output None"):
         load_program(path, parse_states(["h=1"]))
 
 

@@ -226,7 +226,7 @@ def test_who_names_a_state_names_all(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", nodes, inputs, {**PLAIN[1], "later": ["batch", 3]}, HALF)
     with pytest.raises(InputError, match=r"(?s)memory -> later: a state or data.*--state h=hn --state memory=later"):
         load_onnx(path)
-    with pytest.raises(InputError, match=r"2 are: x, h\. .*name all states"):
+    with pytest.raises(InputError, match=r"expected exactly one input, found 2: x, h\. .*name all states"):
         load_onnx(path, parse_states(["memory=later"]))
     assert list(load_onnx(path, parse_states(["memory=later", "h=hn"])).config["states"]) == ["memory", "h"]
 

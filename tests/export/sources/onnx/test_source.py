@@ -160,7 +160,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None] | None, dict[str, Any
         None,
         {"constants": {}},
         InputError,
-        r"but 2 are: input, sr.*--constant sr=16000",
+        r"expected exactly one input, found 2: input, sr.*--constant sr=16000",
     ),
     "no such constant": (None, {"constants": {"rate": "1"}}, InputError, "there is no input 'rate'"),
     "no number": (None, {"constants": {"sr": "fast"}}, InputError, "takes int64.*expected are a number"),
