@@ -98,7 +98,7 @@ def load_program(
     if others := [outputs[place] for place in places if place not in tensors]:
         raise InputError(f"A state is a tensor; --state names the output {others[0]} of {path}, which has {outputs}.")
     if not answers:
-        raise InputError(f"Every tensor among the outputs of {path} is a state: {outputs}. A step needs one more output.")
+        raise InputError(f"Every tensor among the outputs of {path} is a state: {outputs}. A step needs another one.")
     model = _adapted(program, left[0], states, places, answers, vocab_size, capacity)
     remarks = [
         f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
