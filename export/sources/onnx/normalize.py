@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export.graphs import STATES_KEY, graphs_of, optimise, state_table
 from nsm.export.sources.onnx.file import Port, Shape, opset_of, real_inputs
+from nsm.export.sources.onnx.fourier import transforms_as_matmuls
 from nsm.export.sources.onnx.model import Foreign
 from nsm.export.sources.onnx.reference import Given
 from nsm.export.sources.onnx.states import GraphState
@@ -238,6 +239,8 @@ def tidied(model: onnx.ModelProto) -> onnx.ModelProto:
     try:
         made = onnx_ir.from_proto(model)
         optimise(made)
+        if transforms_as_matmuls(made):
+            optimise(made)
         result: onnx.ModelProto = onnx_ir.to_proto(made)
     except Exception as error:  # the passes' errors have no common base
         raise BuildError(f"The graph cannot be simplified: {error}") from error
