@@ -1,7 +1,8 @@
 """The parts of a Neural State Machine, each a `torch.nn.Module`.
 
-A layer (`NSMLayer`) mixes its tokens, attends to a short window, reads its bank, and writes to it. The parts of a bank
-are in `bank`; functions on tensors that several parts share are in `ops`.
+Start with `reference`: the whole model as equations and as a plain loop. `layer` (`NSMLayer`) computes the same fast,
+with `mixing`, `attention`, `memory`, and the parts of a bank in `bank`. `ops` has the functions on tensors that they
+share. Comments that begin with "backend:" explain code whose form a runtime demands.
 """
 
 from nsm.modules.attention import HybridAttention

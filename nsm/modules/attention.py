@@ -1,4 +1,7 @@
-"""LocalAttention, exact over a short window; HybridAttention, which adds reading from the bank and fuses the two."""
+"""LocalAttention over a short window, and HybridAttention, which adds attention to the bank and fuses the two.
+
+Equations (2), (3) and (5) of the reference.
+"""
 
 from __future__ import annotations
 
@@ -39,17 +42,15 @@ class LocalAttention(nn.Module):
     Letters: B lanes, T tokens, C = `chunk_size`, W = `window`, H heads, d = `token_dim`, e = d / H, and
     P = `rows`, those of the earlier chunks that a window can reach, a multiple of C.
 
-    Keys and values of the last P tokens before the open chunk are carried as state, and those of
-    the open chunk apart from them, so nothing has to be shifted inside a chunk. Places count within the window: what
-    a score gets from the distance of two tokens is learned, one number per head and distance (Shaw et al. 2018;
-    Raffel et al. 2020). Nothing depends on how old the stream is. `filled` says how many of the P rows are there, so
-    an empty window is nothing and not zeros.
+    The state holds the keys and values of the last P tokens before the open chunk, and separately those of the open
+    chunk, so that rows are shifted once per chunk only. Positions are relative: each head learns one bias per distance
+    (Shaw et al. 2018; Raffel et al. 2020), so the result does not depend on the age of the stream. `filled` counts the
+    valid rows among the P; rows before the start of the stream are masked.
 
-    Rotary positions (Su et al. 2021) would do the same and cost more here: as places count within the window, the
-    carried keys would have to be turned anew in every call, beside the new queries and keys. What a distance adds comes
-    from the weights alone, so it is one constant table in an exported step, and one addition; in a decode, a row of it.
+    Rotary positions (Su et al. 2021) would cost more: the carried keys would be rotated again in each call. The biases
+    are one constant table in an exported step, and one addition; a decode reads one row of the table.
 
-    With `causal=False` tokens also see the later ones of their own chunk.
+    With `causal=False`, tokens also see the later tokens of their own chunk.
 
     State by role: key, value [B, H, P, e]; open_key, open_value [B, H, C, e], zero from the offset on.
 
@@ -78,8 +79,8 @@ class LocalAttention(nn.Module):
         self.qkv = nn.Linear(token_dim, 3 * token_dim, bias=False)
         ahead = 0 if causal else chunk_size - 1
         self.ahead = ahead
-        # By distance, from `ahead` tokens later to window - 1 tokens earlier. At first heads differ in how fast
-        # they lose sight of what is far (Press et al. 2022).
+        # By distance, from `ahead` tokens later to window - 1 tokens earlier. The initial slopes differ by head (Press
+        # et al. 2022).
         slopes = 2.0 ** (-8.0 * torch.arange(1, num_heads + 1) / num_heads)
         self.bias = nn.Parameter(-slopes[:, None] * torch.arange(-ahead, window).abs())
         place = torch.arange(self.rows + chunk_size)
@@ -87,11 +88,11 @@ class LocalAttention(nn.Module):
         self.register_buffer("distance", turn - place, persistent=False)
 
     def heads(self, projected: Tensor) -> Heads:
-        """What `qkv` made of N runs of tokens, [N, T, 3 d] -> heads [N, H, T, e] each."""
+        """Split the output of `qkv`, [N, T, 3 d], into heads [N, H, T, e] each."""
         return Heads(*split_heads(projected, 3 * self.num_heads).split(self.num_heads, 1))
 
     def tables(self) -> tuple[Tensor, Tensor]:
-        """What distance adds to a score, [H, C, P + C], and the rows by place, -1 outside the window, [C, P + C]."""
+        """The bias by distance, [H, C, P + C], and the index of each row, -1 outside the window, [C, P + C]."""
         inside = (self.distance >= -self.ahead) & (self.distance < self.window)
         index = (self.distance + self.ahead).clamp(0, self.bias.shape[1] - 1)
         place = torch.arange(self.rows + self.chunk_size, device=self.distance.device)
@@ -102,7 +103,7 @@ class LocalAttention(nn.Module):
 
         Args:
             bias: [.., H, T, P + C], from `tables`.
-            visible: [N, 1, T, P + C] bool, which rows are there and inside the window.
+            visible: [N, 1, T, P + C] bool, the valid rows inside the window.
         """
         scores = heads.query @ keys.transpose(-1, -2) * heads.query.shape[-1] ** -0.5
         scores = torch.where(visible, scores + bias, MASKED_SCORE)
@@ -123,11 +124,11 @@ class LocalAttention(nn.Module):
         Args:
             heads: [B * n, H, C, e] each.
             state: by role.
-            filled: [B], how many of the carried rows are there.
-            counted: which tokens count (default: all).
+            filled: [B], the number of valid carried rows.
+            counted: the valid tokens (default: all).
 
         Returns:
-            Heads [B * n, H, C, e], and the state left, by role; without `counted` the open chunk is not part of it.
+            Heads [B * n, H, C, e], and the new state by role, without the open chunk if `counted` is None.
         """
         count = heads.key.shape[0] // filled.shape[0]
         seen, left = {}, {}
@@ -166,14 +167,14 @@ class LocalAttention(nn.Module):
         }
         keys = torch.cat([state["key"], opened["open_key"]], 2)
         values = torch.cat([state["value"], opened["open_value"]], 2)
-        # A full chunk has no place for a token; any row will do for a lane that is idle there.
+        # The offset of a full chunk has no row in the table; its lane is idle, so any row serves.
         bias, table = self.tables()
         row = offset.clamp(max=self.chunk_size - 1)
         visible = table[row][:, None, None] >= self._first(filled)
         return self.attend(heads, keys, values, bias[:, row].transpose(0, 1).unsqueeze(2), visible), opened
 
     def commit(self, state: dict[str, Tensor], full: Tensor) -> dict[str, Tensor]:
-        """The state when the chunk has ended on the lanes where it is full, [B] bool."""
+        """End the chunk on the lanes [B] bool where it is full."""
         result = {}
         for role in ("key", "value"):
             opened = state[f"open_{role}"]
@@ -183,7 +184,7 @@ class LocalAttention(nn.Module):
         return result
 
     def _windows(self, carried: Tensor, rows: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """What each of n chunks, `rows` [B, H, C, e], sees, [B * n, H, P + C, e], and the windows left behind."""
+        """The rows that each of n chunks [B, H, C, e] sees, [B * n, H, P + C, e], and the window after each chunk."""
         joined = torch.cat([carried, *rows], 2)
         size = self.chunk_size
         starts = range(0, len(rows) * size, size)
@@ -193,11 +194,11 @@ class LocalAttention(nn.Module):
         return merge_chunks(seen), [joined[:, :, start + size : start + size + self.rows] for start in starts]
 
     def _first(self, filled: Tensor) -> Tensor:
-        """The place of the first row that is there, [B, 1, 1, 1], from how many of the carried ones are, [B]."""
+        """The index of the first valid row, [B, 1, 1, 1], from the number of valid carried rows, [B]."""
         return (self.rows - filled).clamp(min=0)[:, None, None, None]
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Attend from the beginning of a stream: [B, T, d] -> [B, T, d]. The slow and obvious way."""
+        """Attend over a whole sequence, [B, T, d] -> [B, T, d], slow and simple: the reference for `scan`, `decode`."""
         length = tokens.shape[1]
         heads = self.heads(self.qkv(tokens))
         place = torch.arange(length, device=tokens.device)
@@ -216,11 +217,10 @@ class HybridAttention(nn.Module):
 
     *Local*: see `LocalAttention`.
 
-    *Read*: the first half of a slot is its address, the other its content, so the bank needs no projection. Every
-    bank head has a query for its part of the address and gets its part of the content. `importance` is a prior on
-    the scores. A masked slot's score is replaced, not added to, so its weight is exactly 0 and whatever finite
-    numbers it holds change nothing. The read uses the largest divisor of `bank_heads` (default: of `num_heads`) that
-    splits the halves.
+    *Read*: the first half of a slot is its address, the second its content, so the bank needs no projection. Each
+    bank head compares its query with its part of the address and returns its part of the content. The log-sigmoid of
+    `importance` is added to the scores. The score of an inactive slot is replaced, so its weight is exactly 0 and its
+    values have no effect. R is the largest divisor of `bank_heads` (default: of `num_heads`) that splits the halves.
 
     Block-recurrent transformers (Hutchins et al. 2022) pair the same two kinds of attention.
 
@@ -280,20 +280,20 @@ class HybridAttention(nn.Module):
         address, content = bank.chunk(2, 1)
         scores = query @ address.transpose(-1, -2) * query.shape[-1] ** -0.5
         scores = torch.where(mask[:, None, None, :], scores, MASKED_SCORE)
-        # Only now: OpenVINO's fused attention in bf16 is wrong where a vector is added before the selection.
+        # backend: the prior is added after the selection; OpenVINO's fused attention in bf16 is wrong otherwise.
         scores = nn.functional.logsigmoid(importance) + scores
         found: Tensor = scores.softmax(-1) @ content
         return found
 
     def heads(self, made: Tensor) -> tuple[Heads, Tensor, Tensor]:
-        """One product for the window and the bank, [N, T, 3 d + 3 D / 2], by heads.
+        """Split the joined projection [N, T, 3 d + 3 D / 2] into heads.
 
         Returns:
-            queries, keys and values of the window [N, H, T, e] each; queries [N, R, T, f] and what is written
-            [N, 2 R, T, f] of the bank.
+            queries, keys and values of the window [N, H, T, e] each; queries of the bank [N, R, T, f]; values to
+            write [N, 2 R, T, f].
         """
         local, bank = self.local.num_heads, self.bank_heads
-        if self.one_width:  # then all heads are moved at once
+        if self.one_width:  # backend: one transpose for all heads
             *parts, query, values = split_heads(made, 3 * (local + bank)).split([*[local] * 3, bank, 2 * bank], 1)
             return Heads(*parts), query, values
         window, rest = made.split([3 * self.local.qkv.in_features, 3 * self.half_dim], -1)
@@ -301,7 +301,7 @@ class HybridAttention(nn.Module):
         return self.local.heads(window), query, values
 
     def combine(self, local: Tensor, read: Tensor) -> Tensor:
-        """The learned fusion: one linear map of what the window and what the bank gave.
+        """Fuse the results of the window and of the bank with one linear map.
 
         Args:
             local: heads [N, H, T, e].

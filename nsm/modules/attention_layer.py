@@ -1,4 +1,4 @@
-"""AttentionLayer: a transformer layer with a bounded window, as a layer of a stream."""
+"""AttentionLayer: a transformer layer with a bounded window, for streams."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class AttentionLayer(nn.Module):
 
     @property
     def routing_shape(self) -> None:
-        """It routes nothing."""
+        """None: the layer has no slots."""
         return None
 
     @property
     def adapts(self) -> bool:
-        """It has no slots that could come and go."""
+        """False: the layer has no slots."""
         return False
 
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
@@ -91,7 +91,7 @@ class AttentionLayer(nn.Module):
     def scan(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
     ) -> tuple[Tensor, LayerState, None]:
-        """Take whole chunks; see `NSMLayer.scan`."""
+        """Process whole chunks; see `NSMLayer.scan`."""
         count = tokens.shape[1] // self.chunk_size
         projected = self.attention.qkv(self.norm(tokens)).reshape(-1, self.chunk_size, 3 * tokens.shape[-1])
         counted = None if valid is None else count_tokens(valid, count, self.chunk_size)
@@ -101,7 +101,7 @@ class AttentionLayer(nn.Module):
     def decode(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
     ) -> tuple[Tensor, LayerState, None]:
-        """Take one token a lane; see `NSMLayer.decode`."""
+        """Process one token per lane; see `NSMLayer.decode`."""
         heads = self.attention.heads(self.attention.qkv(self.norm(tokens)))
         attended, state = self.attention.decode(heads, state, clock.filled, clock.offset, valid)
         return self._rest(tokens, join_heads(attended)), state, None

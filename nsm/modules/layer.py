@@ -1,4 +1,7 @@
-"""NSMLayer: mix, attend, read, feed forward, route, write; and consolidate when a chunk is full."""
+"""NSMLayer: mix, attend, read, feed forward, route and write tokens; consolidate at the end of a chunk.
+
+Equations (1) - (15) of the reference, which computes the same token by token.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ _MEMORY = ("memory_key", "memory_value", "memory_filled", "memory_next")
 
 
 class _Projected(NamedTuple):
-    """What a layer makes of a run of T tokens in N runs before it touches a bank."""
+    """Projections of N runs of T tokens."""
 
     mixed: Tensor  # [N, T, d]
     heads: Heads  # [N, H, T, e]
@@ -49,28 +52,28 @@ class NSMLayer(nn.Module):
     Letters: B lanes, T tokens, C = `chunk_size`, n chunks, W = `window`, S = `num_states`, D = `state_dim`,
     d = `token_dim`, H heads of e = d / H, R bank heads of f = D / (2 R), G = 2 R, P the carried rows of the window.
 
-    Tokens read the *committed* bank, the bank as it was when the last chunk ended. What they write waits, exactly as
-    it was computed, until the chunk is full: then it is applied to the bank, the bank is consolidated, and the result
-    is the committed bank. So the state is the same however the calls were split. `scan` takes whole chunks,
-    `decode` one token, `commit` ends a chunk that was decoded. No token sees a later one, unless `causal=False`: then
-    a chunk is read and attended to as a whole, after it was written, and there is no `decode`.
+    Tokens read the *committed* bank, the bank at the end of the previous chunk. Their writes are stored in the open
+    chunk until it is full; then they are applied, the bank is consolidated, and the result is the committed bank. So
+    the state does not depend on how a stream is split into calls. `scan` processes whole chunks, `decode` one token,
+    `commit` ends a chunk after its decodes. The layer is causal by default. With `causal=False`, tokens see their
+    whole chunk and the bank after its writes, and there is no `decode`.
 
     State by role, B lanes on axis 0 each:
         bank [B, G, S, f]; mask [B, S] bool; key, value [B, H, P, e]; tail [B, conv_width - 1, d];
-        the open chunk, zero from its offset on: open_key, open_value [B, H, C, e], open_write [B, G, C, f] what
-        its tokens write, open_weight [B, R, C, S] how strongly;
+        the open chunk, zero from its offset on: open_key, open_value [B, H, C, e]; open_write [B, G, C, f], the
+        values to write; open_weight [B, R, C, S], the write weights;
         cell like bank for gate_type="lstm"; importance [B, S] with `adaptation`; memory_* with `memory_rows`,
         and open_mixed [B, C, d] then.
 
     Args:
-        routing_heads: R, heads of the bank: of routing, writing and reading alike.
-        routing, top_k: how scores become weights; see `TokenToStateRouter`.
-        consolidate_every: the propagator runs every so many chunks; 0 means never.
-        communication: whether active slots attend to each other when they are consolidated.
+        routing_heads: R, bank heads, for routing, writing and reading.
+        routing, top_k: the map from scores to weights; see `TokenToStateRouter`.
+        consolidate_every: chunks between two runs of the propagator; 0 disables it.
+        communication: whether active slots attend to each other in consolidation.
         feed_forward: width of the feed-forward part as a multiple of d.
-        hierarchy: periods in chunks of slower banks. Tokens write to the slots of the fastest time scale and read all
-            of them; see `Consolidation`.
-        adaptation: prune and allocate slots while running.
+        hierarchy: periods, in chunks, of slower time scales. Tokens write to the slots of the fastest time scale and
+            read all slots; see `Consolidation`.
+        adaptation: thresholds for pruning and allocating slots at run time (default: the mask is fixed).
         memory_rows: rows of an external memory, 0 for none.
 
     Raises:
@@ -135,7 +138,6 @@ class NSMLayer(nn.Module):
             gate_type=gate_type,
             communication=communication,
         )
-        # Tokens write to the slots of the fastest time scale.
         self.written_slots = self.consolidation.level_size
         self.router = TokenToStateRouter(
             token_dim, state_dim, self.written_slots, self.heads, routing=routing, top_k=top_k
@@ -153,17 +155,17 @@ class NSMLayer(nn.Module):
 
     @property
     def periods(self) -> tuple[int, ...]:
-        """The periods, in chunks, of everything that does not happen at every commit."""
+        """The periods, in chunks, that are longer than one chunk."""
         return self.consolidation.periods
 
     @property
     def routing_shape(self) -> tuple[int, int]:
-        """R and S1: bank heads, and the slots that tokens write to, those of the fastest time scale."""
+        """R and S1: bank heads, and the slots of the fastest time scale, which tokens write to."""
         return self.heads, self.written_slots
 
     @property
     def adapts(self) -> bool:
-        """Whether the mask changes while a stream runs."""
+        """Whether the mask changes at run time."""
         return self.adaptation is not None
 
     def state_specs(self, prefix: str, batch: int) -> list[StateSpec]:
@@ -234,17 +236,17 @@ class NSMLayer(nn.Module):
     def scan(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
     ) -> tuple[Tensor, LayerState, Routed]:
-        """Take whole chunks, on lanes that stand at a chunk's beginning.
+        """Process whole chunks, from the beginning of a chunk.
 
         Args:
             tokens: [B, n * C, d].
             state: by role.
-            clock: where the lanes stand.
-            valid: [B], how many of the tokens count (default: all). A lane that ends inside a chunk leaves that chunk
-                open; a lane with 0 keeps its state as it was.
+            clock: positions of the lanes.
+            valid: [B], the number of valid tokens of each lane (default: all). A lane that ends inside a chunk leaves
+                the chunk open; a lane with 0 keeps its state.
 
         Returns:
-            The layer's output [B, n * C, d], the state, and how it routed.
+            The output [B, n * C, d], the new state, and the routing.
         """
         batch, length, dim = tokens.shape
         size = self.chunk_size
@@ -254,7 +256,7 @@ class NSMLayer(nn.Module):
         made = self._project(mixed.reshape(batch * count, size, dim))
         local, window = self.attention.local.scan(made.heads, state, clock.filled, counted)
 
-        # Chunk by chunk from here: what a chunk reads depends on what the one before it left.
+        # From here, one chunk after the other: a chunk reads the bank that the previous one left.
         settled = {role: value for role, value in state.items() if not role.startswith("open_")}
         mixed_chunks, *chunked = (chunks(part, count) for part in (made.mixed, made.values, made.scores, made.gate))
         routed = None
@@ -303,15 +305,15 @@ class NSMLayer(nn.Module):
     def decode(
         self, tokens: Tensor, state: LayerState, clock: Clock, valid: Tensor | None = None
     ) -> tuple[Tensor, LayerState, Tensor]:
-        """Take one token a lane, anywhere inside a chunk that is not full.
+        """Process one token per lane, in a chunk that is not full.
 
         Args:
             tokens: [B, 1, d].
             state, clock: as for `scan`.
-            valid: [B], 1 where the lane has a token and 0 where it has none (default: all have).
+            valid: [B], 1 for a lane with a token, 0 for a lane without (default: 1).
 
         Returns:
-            The layer's output [B, 1, d], the state, and the routing weights [B, R, 1, S1].
+            The output [B, 1, d], the new state, and the routing weights [B, R, 1, S1].
         """
         mixed, tail = self.mixing(self.norm(tokens), state["tail"], valid)
         made = self._project(mixed)
@@ -331,7 +333,7 @@ class NSMLayer(nn.Module):
         return self._feed_forward(tokens + output), {**state, **opened, "tail": tail}, routing
 
     def commit(self, state: LayerState, full: Tensor, clock: Clock) -> LayerState:
-        """End the chunk on the lanes where it is full, [B] bool; the others keep their state as it was."""
+        """End the chunk on the lanes [B] bool where it is full; the other lanes keep their state."""
         settled = {role: value for role, value in state.items() if not role.startswith("open_")}
         settled = self._settle(
             settled,
@@ -349,18 +351,18 @@ class NSMLayer(nn.Module):
     def forward(
         self, tokens: Tensor, states: Tensor | None = None, mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run a whole sequence from the beginning of a stream.
+        """Process a whole sequence from the beginning of a stream.
 
         Args:
             tokens: [B, T, d].
-            states: [B, S, D], the bank to start from (default: the learned one).
+            states: [B, S, D], the initial bank (default: the learned one).
             mask: [B, S] bool, the active slots (default: the manager's).
 
         Returns:
             output [B, T, d]; states [B, S, D], the bank after the last token.
 
         Raises:
-            InputError: tokens, states or a mask of another shape, or a mask that is not bool.
+            InputError: wrong shape of tokens, states or mask, or a mask that is not bool.
         """
         self._check_forward(tokens, states, mask)
         batch, length, dim = tokens.shape
@@ -383,37 +385,36 @@ class NSMLayer(nn.Module):
         (slots, state_dim), (dim,) = self.manager.bank.shape, self.norm.normalized_shape
         if tokens.dim() != 3 or tokens.shape[-1] != dim or 0 in tokens.shape:
             raise InputError(
-                f"The layer takes tokens [B, T, {dim}], at least one; given {list(tokens.shape)}. Make the layer with "
-                "the token_dim of your tokens."
+                f"Expected tokens [B, T, token_dim] = [B, T, {dim}] with B, T >= 1; given {list(tokens.shape)}."
             )
         batch = tokens.shape[0]
         if states is not None and states.shape != (batch, slots, state_dim):
             raise InputError(
-                f"The layer starts from states [B, S, D] = [{batch}, {slots}, {state_dim}], its num_states by its "
-                f"state_dim; given {list(states.shape)}."
+                f"Expected states [B, num_states, state_dim] = [{batch}, {slots}, {state_dim}]; given "
+                f"{list(states.shape)}."
             )
         if mask is not None and (mask.shape != (batch, slots) or mask.dtype != torch.bool):
             raise InputError(
-                f"The layer takes a mask [B, S] = [{batch}, {slots}] of bool, True for an active slot; given "
+                f"Expected a bool mask [B, num_states] = [{batch}, {slots}], True for an active slot; given "
                 f"{list(mask.shape)} of {mask.dtype}."
             )
 
     # -- parts ---------------------------------------------------------------------------------------------------
 
     def _project(self, mixed: Tensor) -> _Projected:
-        """One product for queries, keys, values and what is written: [N, T, d] -> the parts."""
+        """Project tokens [N, T, d] to queries, keys, values and write values with one MatMul."""
         attention, router = self.attention, self.router
         made = self.projection(mixed, attention.local.qkv.weight, attention.read_query.weight, router.value.weight)
         return _Projected(mixed, *attention.heads(made), *router.scores(mixed))
 
     def _routed_mask(self, state: LayerState) -> Tensor:
-        """The slots that tokens write to: all, or those of the fastest time scale; [B, S1]."""
+        """The active slots that tokens write to, [B, S1]: all, or those of the fastest time scale."""
         return state["mask"][:, : self.written_slots] if self.consolidation.hierarchy else state["mask"]
 
     def _written(self, state: LayerState, weights: Tensor, values: Tensor) -> LayerState:
-        """The state with what a chunk writes in the bank, and nothing more."""
+        """The state after the writes of a chunk, before consolidation."""
         keep, update = self.router.transition(weights, values)
-        # What lies in a masked slot, finite however large, goes no further than this.
+        # The values of inactive slots, however large, are dropped here.
         keep = torch.where(slots_of(self._routed_mask(state)), keep, 0.0)
         bank = state["bank"]
         if self.consolidation.hierarchy:
@@ -435,13 +436,13 @@ class NSMLayer(nn.Module):
         mixed: Tensor | None,
         counts: Tensor | None,
     ) -> LayerState:
-        """The state after a full chunk: write, consolidate, lift to slower banks, adapt, write the memory.
+        """The state after a full chunk: write, consolidate, lift to slower time scales, adapt, write the memory.
 
         Args:
-            weights, values: what the chunk writes, [B, R, C, S1] and [B, G, C, f].
-            turn: [B], the number of the chunk, from 1, within the cycle of the model's periods.
-            full: [B] bool, the lanes on which this happens (default: all).
-            mixed, counts: the chunk's mixed tokens [B, C, d] and which count [B, C], for the memory.
+            weights, values: the write weights [B, R, C, S1] and values [B, G, C, f] of the chunk.
+            turn: [B], the index of the chunk, from 1, within the cycle of the model's periods.
+            full: [B] bool, the lanes with a full chunk (default: all).
+            mixed, counts: the mixed tokens of the chunk [B, C, d] and the valid ones [B, C], for the memory.
         """
         result = self._written(state, weights, values)
         mask = state["mask"]
@@ -464,7 +465,7 @@ class NSMLayer(nn.Module):
         }
 
     def _feed_forward(self, tokens: Tensor) -> Tensor:
-        # As rows [B * T, d]: ONNX Runtime adds a bias in the same kernel only there.
+        # backend: ONNX Runtime fuses the bias of a MatMul with two dimensions only, so tokens are rows [B * T, d].
         fed: Tensor = self.feed_forward(self.forward_norm(tokens).flatten(0, 1))
         return tokens + fed.reshape(tokens.shape)
 

@@ -9,9 +9,9 @@ from nsm.errors import ConfigError
 from nsm.modules.ops import join_heads, split_heads
 
 Memory = tuple[Tensor, Tensor, Tensor, Tensor]
-"""keys [B, M, k]; values [B, M, d]; filled [B, M], how much of a row was ever written; next [B] int64, the oldest."""
+"""keys [B, M, k]; values [B, M, d]; filled [B, M], the written share of each row; next [B] int64, the oldest row."""
 
-# Sharpness of the comparison of a new key with the rows'.
+# Scale of the cosine similarity between a new key and the keys of the rows.
 _SHARPNESS = 8.0
 
 
@@ -20,13 +20,13 @@ class ExternalMemory(nn.Module):
 
     Letters: B lanes, T tokens, M rows, d = `token_dim`, k = `key_dim`, H heads.
 
-    *Read*: tokens attend to the rows by content, H heads over the parts of the keys and values. The score of a row is
-    lowered by the logarithm of how much of it was ever written, so an empty one is nothing and not zeros.
+    *Read*, equation (4) of the reference: tokens attend to the rows by content, with H heads. The logarithm of the
+    written share is added to the score of a row, so that an empty row has no weight.
 
-    *Write*, once a chunk: the tokens of the chunk are pooled by a learned score into one key and one value. They go
-    to the rows whose keys are like the new one, or to the oldest row, in turn; a learned gate says which, and another
-    how strongly (Graves et al. 2014). Taking turns needs no comparison of usages, which could come out differently in
-    another precision.
+    *Write*, equation (15), once per chunk: a learned score pools the tokens of the chunk into one key and one value.
+    They are written to the rows with similar keys, or to the oldest row; one learned gate chooses between the two,
+    another sets the strength (Graves et al. 2014). The oldest row is found by a counter: a comparison of usages could
+    differ between precisions.
 
     Args:
         token_dim: d; `num_heads` must divide it.
@@ -54,7 +54,7 @@ class ExternalMemory(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def read(self, tokens: Tensor, memory: Memory) -> Tensor:
-        """What tokens [B, T, d] find, [B, T, d]; zero while nothing was written."""
+        """Attend from tokens [B, T, d] to the rows: [B, T, d], zero for an empty memory."""
         keys, values, filled, _ = memory
         query = split_heads(self.query(tokens), self.num_heads)
         scores = query @ split_heads(keys, self.num_heads).transpose(-1, -2) * query.shape[-1] ** -0.5
@@ -63,7 +63,7 @@ class ExternalMemory(nn.Module):
         return found
 
     def write(self, tokens: Tensor, counts: Tensor | None, memory: Memory) -> Memory:
-        """The memory after a chunk of tokens [B, C, d]; `counts` [B, C] bool says which of them count."""
+        """The memory after a chunk of tokens [B, C, d], of which `counts` [B, C] bool marks the valid ones."""
         keys, values, filled, oldest = memory
         score, strength, novelty = self.pool(tokens).unbind(-1)
         if counts is not None:

@@ -1,4 +1,4 @@
-"""LocalMixing: a short causal depthwise convolution, the first thing a layer does with its tokens."""
+"""LocalMixing: a short causal depthwise convolution, the first operation of a layer."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from torch.nn import functional
 
 
 class LocalMixing(nn.Module):
-    """SiLU(depthwise causal convolution) over the tokens; its tail, the last `width` - 1 inputs, is state.
+    """SiLU of a depthwise causal convolution over the tokens; the state is its tail, the last `width` - 1 inputs.
 
-    It lets a token see its immediate neighbours before it decides what to read and to write, which binding a
-    key to the value that follows it depends on.
+    Equation (1) of the reference. A token sees its immediate predecessors before it is read and written. Recall
+    needs this: it binds a key to the value that follows the key.
     """
 
     def __init__(self, dim: int, width: int = 4) -> None:
@@ -35,7 +35,7 @@ class LocalMixing(nn.Module):
             mixed [B, T, d], and the tail after the valid tokens.
         """
         joined = torch.cat([tail, tokens], 1)
-        # With a height of one: ONNX Runtime has a fast kernel for a depthwise convolution in two dimensions only.
+        # backend: ONNX Runtime has a fast depthwise kernel for two dimensions only, so the height is one.
         rows = joined.transpose(1, 2).unsqueeze(2)
         mixed = functional.conv2d(rows, self.kernel.unsqueeze(2), self.bias, groups=tokens.shape[-1])
         mixed = functional.silu(mixed.squeeze(2).transpose(1, 2))

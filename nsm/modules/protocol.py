@@ -1,4 +1,4 @@
-"""StreamLayer: what a stream and its layers tell each other."""
+"""StreamLayer: the interface between a `StreamModel` and its layers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ LayerState = dict[str, Tensor]
 
 
 class Clock(NamedTuple):
-    """Where the lanes stand when a run of tokens begins. Every member is [B] int64.
+    """The position of each lane at the beginning of a call. Every member is [B] int64.
 
-    filled: rows that are there in the windows; offset: tokens in the open chunk; chunk: chunks since the start,
-    modulo the common cycle of the model's periods (None where every period is one chunk).
+    Attributes:
+        filled: valid rows of the attention window.
+        offset: tokens in the open chunk.
+        chunk: chunks since the start of the stream, modulo the common cycle of the model's periods; None if every
+            period is one chunk.
     """
 
     filled: Tensor
@@ -26,14 +29,14 @@ class Clock(NamedTuple):
 
 
 class Routed(NamedTuple):
-    """How the tokens of n chunks chose slots, [B, n, R, C, S1], and which slots were active, [B, n, S] bool."""
+    """Routing weights of the tokens of n chunks, [B, n, R, C, S1], and the active slots, [B, n, S] bool."""
 
     weights: Tensor
     mask: Tensor
 
 
 class StreamLayer(Protocol):
-    """What a layer of a `StreamModel` offers; `NSMLayer` says what each of these means."""
+    """A layer of a `StreamModel`; `NSMLayer` documents the members."""
 
     chunk_size: int
     causal: bool

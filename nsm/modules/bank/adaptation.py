@@ -1,6 +1,6 @@
-"""Adaptation: a bank that prunes and allocates its own slots while it runs, inside the exported graph.
+"""Adaptation: a bank prunes and allocates its slots while it runs, inside the exported graph.
 
-All decisions are made when a chunk is committed, with comparisons and selections of static shape.
+It decides when a chunk is committed, with comparisons and selections of static shape. Equation (14) of the reference.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ from torch import Tensor
 
 from nsm.errors import ConfigError
 
-# The importance trace moves this share of the way at a commit in which every token wrote with full strength.
+# Step of the importance trace per commit if every token is written with full strength.
 TRACE_RATE = 0.1
-# A free slot's importance returns to that of a fresh one this much a commit: until it is above `RESTED`, the slot
-# is not allocated again, so none flickers between pruned and allocated.
+# Step per commit with which the importance of a free slot returns to `FRESH`. The slot is not allocated again before
+# it exceeds `RESTED`, so that no slot alternates between pruned and allocated.
 REST_RATE = 0.02
 FRESH, RESTED = 0.5, 0.4
-# A chunk whose tokens write less than this in all says nothing about the slots.
+# Written mass of a chunk below which the chunk is not novel.
 SILENCE = 1e-3
 
 
 @dataclass(frozen=True)
 class Adaptation:
-    """When slots come and go.
+    """Thresholds at which slots are pruned and allocated.
 
-    Importance is a running trace in (0, 1) of the share of written mass: 0.5 is the usual share among the active
-    slots, 0.3 is 43 % and 0.1 is 11 % of it.
+    The importance of a slot is a moving average in (0, 1) of its share of the written mass. 0.5 is the mean share of
+    the active slots; 0.3 is 43 % and 0.1 is 11 % of the mean.
 
     Args:
-        prune_threshold: an active slot whose importance falls below is pruned; one at least always stays.
-        allocate_threshold: where even the least important active slot is above, all are busy, and the first free
-            slot is allocated, one a commit. It must be above the prune threshold: the gap is the hysteresis.
-        novelty_threshold: a slot is also allocated for tokens that fit no slot: where the highest routing weight of
-            the tokens written, averaged by how strongly they are written, is below 1 - novelty_threshold. A chunk
-            that writes next to nothing is not novel.
+        prune_threshold: an active slot with a lower importance is pruned; at least one slot stays active.
+        allocate_threshold: if the least important active slot is above this, all slots are busy, and one commit
+            allocates the first free slot. It must be above `prune_threshold`; the gap is the hysteresis.
+        novelty_threshold: a slot is also allocated if the tokens fit no slot: if their highest routing weight,
+            averaged by write strength, is below 1 - novelty_threshold. A chunk that writes almost nothing is not
+            novel.
 
     Raises:
         ConfigError: thresholds out of order.
@@ -58,15 +58,15 @@ class Adaptation:
             )
 
     def decide(self, mask: Tensor, importance: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The mask after a chunk.
+        """Update the mask and the importance at the end of a chunk.
 
         Args:
-            mask: [B, S] bool, the slots active in the chunk.
-            importance: [B, S], the trace before it.
-            weights: [B, R, C, S], what the chunk wrote, w = gate * routing weight.
+            mask: [B, S] bool, the active slots during the chunk.
+            importance: [B, S], before the chunk.
+            weights: [B, R, C, S], the write weights of the chunk, w = gate * routing weight.
 
         Returns:
-            mask [B, S], importance [B, S], and allocated [B, S] bool, the slot that is new.
+            mask [B, S], importance [B, S], and allocated [B, S] bool, the new slot.
         """
         written = weights.mean(1).sum(1)
         active = mask.to(written.dtype)
@@ -89,7 +89,7 @@ class Adaptation:
 
 
 def _first(condition: Tensor, among: Tensor) -> Tensor:
-    """The first slot of each lane that is `among` and meets the condition: [B, S] bool, at most one a lane."""
+    """The first slot of each lane that is in `among` and meets the condition: [B, S] bool, at most one per lane."""
     found = condition & among
     before = torch.cumsum(found.to(torch.int32), -1) - found.to(torch.int32)
     return found & (before == 0)

@@ -1,4 +1,4 @@
-"""Consolidation: what becomes of a bank after a chunk was written into it."""
+"""Consolidation: the update of a bank at the end of a chunk; equations (10) - (13) of the reference."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsm.modules.ops import slots_of, to_bank, to_states
 
 
 class Consolidation(nn.Module):
-    """Gates between a bank and what it was, communication between slots, and writes into slower banks.
+    """Gated transition of the slots, communication between slots, and writes to slower time scales.
 
     Letters: B lanes, S slots in all, S1 of one time scale, D = `state_dim`, R bank heads of f = D / (2 R), G = 2 R.
 
@@ -23,12 +23,12 @@ class Consolidation(nn.Module):
         state_dim: D.
         num_states: S, split evenly into one group of S1 per time scale.
         heads: R.
-        every: the gates run every so many chunks; 0 means never.
-        hierarchy: periods in chunks of slower banks, ascending. The bank of a time scale is consolidated, and written
-            from the next faster one, when its own period is over (Koutnik et al. 2014 run parts of a recurrent
-            network at such periods).
+        every: chunks between two runs of the gates; 0 disables them.
+        hierarchy: periods, in chunks, of the slower time scales, ascending. The slots of a time scale are consolidated,
+            and written from the next faster one, at the end of each period (Koutnik et al. 2014 run parts of a
+            recurrent network at such periods).
         gate_type: see `StatePropagator`.
-        communication: whether active slots attend to each other when they are consolidated.
+        communication: whether active slots attend to each other after the gates.
 
     Raises:
         ConfigError: sizes that do not fit together.
@@ -76,19 +76,19 @@ class Consolidation(nn.Module):
 
     @property
     def periods(self) -> tuple[int, ...]:
-        """The periods, in chunks, of everything that does not happen after every one."""
+        """The periods, in chunks, that are longer than one chunk."""
         return tuple(period for period in (self.every, *self.hierarchy) if period > 1)
 
     def forward(
         self, bank: Tensor, cell: Tensor | None, mask: Tensor, turn: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """The bank, and the cell of an LSTM, after a chunk.
+        """Update the bank, and the cell of an LSTM, at the end of a chunk.
 
         Args:
-            bank: [B, G, S, f], with what the chunk wrote; empty slots are zero and stay so.
+            bank: [B, G, S, f], after the writes of the chunk; inactive slots are zero and stay zero.
             cell: like the bank; None unless `has_cell`.
             mask: [B, S] bool, the active slots.
-            turn: [B], the number of the chunk, from 1, within the cycle of the periods; None without periods.
+            turn: [B], the index of the chunk, from 1, within the cycle of the periods; None without periods.
         """
         if self.every:
             bank, cell = self._gated(bank, cell, mask, turn)
@@ -100,14 +100,14 @@ class Consolidation(nn.Module):
     def _gated(
         self, bank: Tensor, cell: Tensor | None, mask: Tensor, turn: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        # By heads, `bank_norm` is done to the gates' matrices. ONNX Runtime has one kernel for this norm (Zhang and
-        # Sennrich 2019), where it ends in a product with a vector.
+        # backend: ONNX Runtime fuses an RMS norm (Zhang and Sennrich 2019) that ends in a Mul with a vector, so `unit`
+        # stands there; the scale per head, `bank_norm`, is folded into the matrices of the gates.
         new = bank / torch.sqrt(torch.square(bank).mean(-1, keepdim=True) + 1e-6) * self.unit
         kept = None if cell is None else torch.where(slots_of(mask), cell, 0.0)
         next_bank, next_cell = self.propagator.transition(bank, new, kept, self.bank_norm)
         if self.propagator.enable_communication:
             next_bank = to_bank(self.propagator.communicate(to_states(next_bank), mask), self.heads)
-        # Gates have biases: an empty slot stays empty.
+        # The gates have biases, so inactive slots are set to zero again.
         changes = mask
         due = _due(turn, self.every)
         if next_cell is None and due is None and not self.hierarchy:
@@ -123,7 +123,7 @@ class Consolidation(nn.Module):
         return torch.where(changed, next_bank, bank), cell
 
     def _lifted(self, bank: Tensor, mask: Tensor, level: int, router: TokenToStateRouter, due: Tensor | None) -> Tensor:
-        """The bank after the slots of one time scale were written, like tokens, into those of the next slower one."""
+        """Write the slots of one time scale, like tokens, to those of the next slower one."""
         size = self.level_size
         low, high = level * size, (level + 1) * size
         faster, slower = bank[..., low:high, :], bank[..., high : high + size, :]
@@ -139,7 +139,7 @@ class Consolidation(nn.Module):
 
 
 def _due(turn: Tensor | None, period: int) -> Tensor | None:
-    """The lanes [B] on which something of this period happens in this turn; None for all."""
+    """The lanes [B] at the end of this period; None for all."""
     if period == 1 or turn is None:
         return None
     return turn % period == 0

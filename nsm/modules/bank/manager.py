@@ -1,4 +1,4 @@
-"""StateManager: a layer's initial bank, which of its slots are active, and how important each is."""
+"""StateManager: the initial bank of a layer, its active slots, and their importance."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nsm.errors import ConfigError
 class StateManager(nn.Module):
     """The initial bank of S slots with its mask; S = `max_states`, D = `state_dim`.
 
-    The bank never changes its shape. Pruning and allocation change the mask, and only through the methods
-    below: `forward` returns values and changes nothing. Importance is learned: its logarithm is a prior on the
-    scores with which tokens read the slots, so a slot that does not help is read less and can be pruned.
+    The shape of the bank is fixed. The methods below change the mask; `forward` changes nothing. Importance is learned:
+    its logarithm is added to the scores with which tokens read the slots, so a slot that does not help is read less
+    and can be pruned.
 
     Args:
-        state_dim: D, numbers per slot. The first D // 2 are the address by which a slot is read, the others its
-            content.
+        state_dim: D, numbers per slot. The first D // 2 are the address, which reads compare; the others are the
+            content, which reads return.
         max_states: S, slots in the bank.
-        initial_states: how many of them are active at first (default: all).
+        initial_states: active slots at the start (default: all).
         prune_threshold: importance in (0, 1) below which `prune_low_importance_states` masks a slot.
 
     Raises:
@@ -81,14 +81,14 @@ class StateManager(nn.Module):
         return self.initial_importance().detach()
 
     def initial_importance(self) -> Tensor:
-        """The importance scores with their gradient: where the trace of a bank that adapts begins, [max_states]."""
+        """The importance scores with gradient, [max_states]: the initial importance trace of an adaptive bank."""
         scores = torch.sigmoid(self.importance)
-        # Far out sigmoid rounds to its limits.
+        # Sigmoid rounds to 0 or 1 for large inputs.
         limits = torch.finfo(scores.dtype)
         return scores.clamp(limits.tiny, 1.0 - limits.eps / 2)
 
     def get_state_info(self) -> dict[str, Any]:
-        """A summary for people and logs."""
+        """A summary: counts, sizes and the range of the importance."""
         scores = self.get_importance_scores()[self.mask]
         return {
             "num_active_states": self.num_active_states,
@@ -106,7 +106,7 @@ class StateManager(nn.Module):
         """Mask the active slots whose importance is below the threshold; the most important one always stays.
 
         Returns:
-            How many slots were masked.
+            The number of masked slots.
         """
         scores = self.get_importance_scores()
         low = self.mask & (scores < self.prune_threshold)
@@ -120,10 +120,10 @@ class StateManager(nn.Module):
         """Activate the first `count` free slots, each with its own initial value and a fresh importance of 0.5.
 
         Returns:
-            How many slots were activated: fewer than `count` where the bank is full.
+            The number of activated slots, fewer than `count` if the bank is full.
         """
         if count < 0:
-            raise ConfigError(f"allocate_states takes how many slots to activate, 0 or more; given {count}.")
+            raise ConfigError(f"count must be >= 0; given {count}.")
         free = torch.nonzero(~self.mask).flatten()[:count]
         self.mask = self.mask.index_fill(0, free, True)
         self.importance[free] = 0.0

@@ -1,4 +1,4 @@
-"""StatePropagator: the gated transition of a bank when a chunk is committed."""
+"""StatePropagator: the gated transition of a bank at the end of a chunk; equations (11) and (12) of the reference."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from nsm.modules.bank.router import MASKED_SCORE
 
 GateType = Literal["gru", "lstm", "mingru"]
 GATE_TYPES: tuple[str, ...] = get_args(GateType)
-# Projections of a gate that looks at both prev and new; the last of them lets anything change.
+# Projections of the gates that see both prev and new; the last of them is the update gate.
 _PROJECTIONS = {"gru": 3, "lstm": 4}
 
-# sigmoid(-3) = 0.047: an untrained gate keeps 95 % of what was there.
+# sigmoid(-3) = 0.047: an untrained gate keeps 95 % of the state.
 _KEEP_BIAS = -3.0
 
 
 class BlockLinear(nn.Module):
-    """A linear map with a block-diagonal matrix: G blocks of (in / G) x (out / G), so a G-th of the work."""
+    """A linear map with a block-diagonal matrix of G blocks, (in / G) x (out / G) each: 1 / G of the work."""
 
     def __init__(self, in_features: int, out_features: int, num_blocks: int, bias: float = 0.0) -> None:
         super().__init__()
@@ -31,7 +31,8 @@ class BlockLinear(nn.Module):
         nn.init.uniform_(self.weight, -(width**-0.5), width**-0.5)
 
     def forward(self, x: Tensor, scale: Tensor | None = None) -> Tensor:
-        """x[B, G, N, in / G] -> [B, G, N, out / G]; `scale` [G, 1, in / G] is of x, and done to the matrix instead."""
+        """x[B, G, N, in / G] -> [B, G, N, out / G]; `scale` [G, 1, in / G] multiplies x."""
+        # backend: the scale is folded into the constant matrix, which removes a Mul.
         weight = self.weight if scale is None else scale.transpose(1, 2) * self.weight
         return torch.matmul(x, weight) + self.bias
 
@@ -44,12 +45,11 @@ class StatePropagator(nn.Module):
             (Hochreiter and Schmidhuber 1997, with an output gate that interpolates, so that it can start at "keep")
     mingru: z = sigmoid(V new);  next = (1 - z) * prev + z * W new, a quarter of a GRU's work     (Feng et al. 2024)
 
-    All start near "keep": an untrained propagator hands on 95 % of `prev`.
+    All start near "keep": an untrained propagator keeps 95 % of `prev`.
 
-    Communication lets the active slots of a bank attend to each other (multi-head, pre-norm, residual). What a slot
-    hears is measured by what it holds, and goes through a gate that starts nearly closed. Every slot then has the norm
-    it had before, so that communication turns states and never grows them. A single state [B, D] has nobody to talk
-    to, and is left as it is.
+    With communication, the active slots of a bank attend to each other (multi-head, pre-norm, residual). The result is
+    scaled by the norm of the slot and by a gate that starts almost closed; then each slot is rescaled to its previous
+    norm, so that communication changes directions only. A single state [B, D] is returned unchanged.
 
     Args:
         state_dim: D.
@@ -160,7 +160,7 @@ class StatePropagator(nn.Module):
             candidate = torch.tanh(c1 + torch.sigmoid(r1 + r2) * c2)
             return prev + torch.sigmoid(z1 + z2) * (candidate - prev), None
         g, i, f, o = (a + b).chunk(4, -1)
-        # The forget gate mirrors the output gate's start: keep the cell.
+        # The forget gate starts like the output gate: the cell is kept.
         cell = torch.sigmoid(f - _KEEP_BIAS) * (prev if cell is None else cell) + torch.sigmoid(i) * torch.tanh(g)
         return prev + torch.sigmoid(o) * (torch.tanh(cell) - prev), cell
 

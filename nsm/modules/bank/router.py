@@ -1,4 +1,7 @@
-"""TokenToStateRouter: which slots a token writes to, how strongly, and the exact write of a whole chunk."""
+"""TokenToStateRouter: routing weights, write strength, and the exact write of a whole chunk.
+
+Equations (7) - (9) of the reference.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,10 @@ from torch import Tensor, nn
 from nsm.errors import ConfigError
 from nsm.modules.ops import JoinedProduct, entmax15, sparsemax, to_bank, to_states, top_k
 
-# Full strength would make log(1 - w) infinite; 2^-10 is exact in fp16 and bf16 as well.
+# The highest write weight. At 1, log(1 - w) would be infinite; 2^-10 is exact in fp16 and bf16 too.
 MAX_WRITE = 1.0 - 2.0**-10
-# A score that softmax turns into an exact 0. It replaces scores and is never added to one, nor compared with one: a
-# product with what a masked slot holds may be infinite, or not a number. A prior on slots may be added to it.
+# A score whose softmax is exactly 0. It replaces the score of an inactive slot and is never added to it, because the
+# values of an inactive slot may make that score infinite or NaN. A prior on slots may be added to it.
 MASKED_SCORE = -1.0e9
 
 Routing = Literal["softmax", "topk", "sparsemax", "entmax"]
@@ -22,13 +25,12 @@ ROUTINGS: tuple[str, ...] = get_args(Routing)
 
 
 def log_of_rest(weights: Tensor) -> Tensor:
-    """log(1 - w) of weights in [0, 1 - 2^-10], to the last bits however small w is.
+    """log(1 - w) of weights in [0, 1 - 2^-10], accurate for small w.
 
-    The difference rounds w away, all of it where w is small. What is lost, w - (1 - (1 - w)), is itself computed
-    without an error (Sterbenz 1974), and is nothing but where w < 1/2; there log(1 - w - lost) is log(1 - w) - lost to
-    the last bits. A logarithm is an operation that every backend computes fast; atanh, which gives the same, took a
-    third of a commit on OpenVINO.
+    1 - w rounds a small w away. The rounding error, w - (1 - (1 - w)), is computed exactly (Sterbenz 1974). It is zero
+    for w >= 1/2; for smaller w it is subtracted from the logarithm, which is exact to the last bits.
     """
+    # backend: every runtime has a fast Log. atanh gives the same values, but took a third of a commit on OpenVINO.
     rest = 1.0 - weights
     lost = weights - (1.0 - rest)
     return torch.log(rest) - lost
@@ -39,24 +41,24 @@ class TokenToStateRouter(nn.Module):
 
     Letters: B lanes, T tokens, S slots, D = `state_dim`, d = `token_dim`, R bank heads of f = D / (2 R) numbers.
 
-    For every token and bank head the scores over the *active* slots become weights that sum to 1, so slots compete
-    for the token, and a token gate g in [0, 1 - 2^-10] says how strongly the token is written at all. With the
-    write weight w = g * weight the slot becomes `(1 - w) * slot + w * value`, token after token: a leaky linear
-    recurrence, non-expansive, so an error decays as fast as its slot is written. `write` evaluates all tokens of
-    a chunk at once, exactly, with suffix products in log space.
+    For every token and bank head, the scores over the *active* slots become weights that sum to 1: slots compete
+    for the token. A token gate g in [0, 1 - 2^-10] sets the strength of the write. With the write weight
+    w = g * weight, a slot becomes `(1 - w) * slot + w * value`, token after token. This linear recurrence is
+    non-expansive: an error decays as fast as its slot is written. `transition` evaluates all tokens of a chunk at
+    once, exactly, with suffix products in log space.
 
-    The number of heads used is the largest divisor of `num_heads` for which the halves of D split evenly.
+    R is the largest divisor of `num_heads` that splits D / 2 evenly.
 
     Scores become weights by `routing`:
         softmax: dense, the default.
-        topk: softmax over the `top_k` highest scores. It jumps where two scores change places.
+        topk: softmax over the `top_k` highest scores; not continuous.
         sparsemax, entmax: continuous, with exact zeros (Martins and Astudillo 2016; Peters et al. 2019, alpha 1.5).
 
     The token gate follows the write gates of bounded-memory attention (Peng et al. 2022, "ABC") and gated slot
     attention (Zhang et al. 2024); competition over slots follows slot attention (Locatello et al. 2020).
 
     Raises:
-        ConfigError: sizes that make no router.
+        ConfigError: invalid sizes or routing.
     """
 
     def __init__(
@@ -92,8 +94,8 @@ class TokenToStateRouter(nn.Module):
         self.gate = nn.Linear(token_dim, self.num_heads)
         self.product = JoinedProduct()
         self.value = nn.Linear(token_dim, state_dim, bias=False)
-        # Slots must differ from the first update on, or every token is smeared over all of them and recall is
-        # learned late or never: torch's own initial weights are a quarter of these.
+        # Four times torch's default. Otherwise each token is spread over all slots at first, and recall is learned
+        # late or never.
         nn.init.normal_(self.score.weight, std=2.0 * token_dim**-0.5)
 
     def scores(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,7 +125,7 @@ class TokenToStateRouter(nn.Module):
 
     @staticmethod
     def transition(weights: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """What a chunk of tokens does to a bank: bank' = keep * bank + update, as if written one after the other.
+        """The write of a chunk of tokens, one after the other, as a linear map: bank' = keep * bank + update.
 
         keep = prod_t (1 - w_t);  update = sum_t w_t * prod_{t' > t} (1 - w_t') * value_t
 
@@ -135,7 +137,7 @@ class TokenToStateRouter(nn.Module):
             keep [B, G, S, 1] and update [B, G, S, f].
         """
         length = weights.shape[2]
-        # Column t sums what comes after token t; the last column sums everything.
+        # Column t sums over the tokens after t; the last column sums over all.
         later = torch.ones(length, length, dtype=weights.dtype, device=weights.device).tril(-1)
         later = torch.cat([later, torch.ones_like(later[:, :1])], 1)
         written = weights.transpose(-1, -2)

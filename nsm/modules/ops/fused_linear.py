@@ -1,4 +1,4 @@
-"""One product in place of several."""
+"""Several linear maps of one input as one MatMul."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from torch import Tensor, nn
 
 
 class JoinedProduct(nn.Module):
-    """x [..., d] times several matrices [n_i, d] at once: [..., sum of n_i].
+    """x [..., d] times several matrices [n_i, d] in one MatMul: [..., sum of n_i].
 
-    It has no weights of its own. Being a module, it has a place in the model, by which the product can be found in an
-    exported graph.
+    It has no parameters. It is a module so that its MatMul has a name in an exported graph.
     """
 
     def forward(self, x: Tensor, *weights: Tensor) -> Tensor:

@@ -1,9 +1,8 @@
-"""How tokens are laid out by heads, slots and chunks, and lanes chosen among.
+"""Layouts of heads, slots and chunks, and selection of lanes.
 
-A slot's D numbers are an address half and a content half, each shared out among R bank heads of f = D / (2 R)
-numbers. A bank is carried by these G = 2 R parts, first the R of the addresses and then the R of the contents, as
-[B, G, S, f], which is what reading, writing and consolidating work on without moving anything; people see it as
-states [B, S, D].
+The D numbers of a slot are an address and a content, each split among R bank heads of f = D / (2 R) numbers. A bank
+is stored as G = 2 R parts, first R of the addresses, then R of the contents: [B, G, S, f]. Reads, writes and
+consolidation use this layout without a transpose. The public layout of a bank is states [B, S, D].
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def merge_chunks(parts: Sequence[Tensor]) -> Tensor:
 def select_lanes(lanes: Tensor, new: Tensor, old: Tensor) -> Tensor:
     """`new` on the lanes [B] that are set, `old` on the others."""
     lanes = lanes.reshape(-1, *([1] * (new.dim() - 1)))
-    if new.dtype == torch.bool:  # ONNX Runtime selects among numbers only
+    if new.dtype == torch.bool:  # backend: `Where` of ONNX Runtime has no bool kernel
         return (lanes & new) | (~lanes & old)
     return torch.where(lanes, new, old)
 
@@ -65,7 +64,7 @@ def clear_lanes(lanes: Tensor, part: Tensor) -> Tensor:
 
 
 class Counted(NamedTuple):
-    """Which tokens of n chunks count, [B, n, C] bool, and which chunks are full, [B, n] bool."""
+    """The valid tokens of n chunks, [B, n, C] bool, and the full chunks, [B, n] bool."""
 
     tokens: Tensor
     full: Tensor
@@ -77,13 +76,13 @@ class Counted(NamedTuple):
 
 
 def count_tokens(valid: Tensor, count: int, size: int) -> Counted:
-    """From how many tokens count on each lane, [B], for `count` chunks of `size` tokens."""
+    """Expand `valid` [B], the number of valid tokens of each lane, to `count` chunks of `size` tokens."""
     counts = (valid[:, None] - size * torch.arange(count, device=valid.device)).clamp(0, size)
     return Counted(torch.arange(size, device=valid.device) < counts.unsqueeze(-1), counts == size)
 
 
 def keep_open(rows: Tensor, part: Tensor, old: Tensor) -> Tensor:
-    """What the open chunk holds after n chunks.
+    """The rows of the open chunk after n chunks.
 
     Args:
         rows: [B, n, C] bool, the tokens of chunks that stay open.

@@ -1,8 +1,8 @@
-"""Maps from scores to weights that are exactly zero for most slots, with static shapes and standard operators.
+"""Sparse alternatives to softmax over the last axis, with static shapes and standard ONNX operators.
 
-All work on the last axis. `sparsemax` and `entmax15` are continuous: scores that change a little change the weights
-a little, so rounding does not make them jump. Choosing the `top_k` is not: where two scores change places, a weight
-jumps from one slot to another, and two precisions of one model go separate ways.
+`sparsemax` and `entmax15` are continuous: a small change of the scores changes the weights little, so rounding is
+harmless. `top_k` is not continuous: when two scores change places, a weight jumps from one slot to another, and two
+precisions of one model diverge.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 def sparsemax(scores: Tensor) -> Tensor:
     """Euclidean projection of the scores onto the simplex (Martins and Astudillo 2016)."""
-    # Nothing further than 1 below the highest has weight; clamping keeps a masked score out of the sums.
+    # A score more than 1 below the highest gets weight 0; the clamp keeps masked scores out of the sums.
     scores = torch.clamp(scores - scores.amax(-1, keepdim=True), min=-2.0)
     ordered = _descending(scores)
     rank = _ranks(scores)
@@ -31,7 +31,7 @@ def entmax15(scores: Tensor) -> Tensor:
     rank = _ranks(scores)
     mean = torch.cumsum(ordered, -1) / rank
     spread = torch.cumsum(ordered * ordered, -1) - rank * mean * mean
-    # Where there is no such tau any will do; the root of 0 has no gradient.
+    # Where no tau exists, any value works; the clamp avoids the square root of 0, which has no gradient.
     tau = mean - torch.sqrt(torch.clamp((1.0 - spread) / rank, min=1e-12))
     count = (tau <= ordered).to(torch.int64).sum(-1, keepdim=True)
     chosen = torch.where(rank.to(torch.int64) == count, tau, 0.0).sum(-1, keepdim=True)
@@ -39,7 +39,7 @@ def entmax15(scores: Tensor) -> Tensor:
 
 
 def top_k(scores: Tensor, count: int) -> Tensor:
-    """Which scores are among the `count` highest, as a mask; equal scores at the border are all in."""
+    """A mask of the `count` highest scores; scores that equal the lowest of these are included."""
     border = torch.topk(scores, count, -1).values[..., -1:]
     return scores >= border
 

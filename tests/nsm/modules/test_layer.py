@@ -1,4 +1,4 @@
-"""One layer against a loop that takes one token at a time, with plain lists and slots written one by one."""
+"""The layer against the reference, which takes one token of one stream at a time: outputs and state."""
 
 from __future__ import annotations
 
@@ -10,16 +10,15 @@ from torch.testing import assert_close
 from nsm.modules.layer import NSMLayer
 from nsm.modules.ops.layout import to_states
 from nsm.modules.protocol import LayerState
+from nsm.modules.reference import ReferenceLayer, route
 from tests.nsm.modules.layers import (
     CHUNK,
     LENGTH,
     VARIANTS,
-    Stream,
     causal_only,
     clock,
     make_layer,
     random_tokens,
-    routed,
     scan,
 )
 
@@ -30,26 +29,26 @@ def layer(request: pytest.FixtureRequest) -> NSMLayer:
 
 
 def check(layer: NSMLayer, tokens: Tensor, outputs: Tensor, state: LayerState) -> None:
-    """Against the loop, lane by lane: outputs and every state."""
+    """Against the reference, lane by lane: outputs and every state."""
     for lane in range(tokens.shape[0]):
-        stream = Stream.start(layer)
+        stream = ReferenceLayer(layer)
         assert_close(outputs[lane], stream.run(tokens[lane]), rtol=1e-6, atol=1e-7)
         found = {role: value[lane] for role, value in state.items()}
-        assert_close(to_states(state["bank"])[lane], stream.bank, rtol=1e-6, atol=1e-7)
-        assert found["mask"].tolist() == stream.mask
+        assert_close(found["bank"], stream.bank, rtol=1e-6, atol=1e-7)
+        assert torch.equal(found["mask"], stream.mask)
         if layer.consolidation.has_cell:
-            assert_close(to_states(state["cell"])[lane], stream.cell, rtol=1e-6, atol=1e-7)
+            assert_close(found["cell"], stream.cell, rtol=1e-6, atol=1e-7)
         if layer.adaptation is not None:
-            assert found["importance"].tolist() == pytest.approx(stream.importance, abs=1e-7)
+            assert_close(found["importance"], stream.importance, rtol=0, atol=1e-7)
         if stream.memory is not None:
             for role, part in zip(("key", "value", "filled", "next"), stream.memory, strict=True):
                 assert_close(found[f"memory_{role}"], part[0], rtol=1e-6, atol=1e-7)
-        assert_close(found["tail"], torch.stack(stream.inputs[1 - layer.mixing.width :]), rtol=1e-9, atol=1e-12)
+        assert_close(found["tail"], torch.stack(stream.normed[1 - layer.mixing.width :]), rtol=1e-9, atol=1e-12)
         opened = stream.mixed[len(stream.mixed) // CHUNK * CHUNK :]
         values = [to_states(found["open_write"].unsqueeze(0))[0, place] for place in range(CHUNK)]
         for place, mixed in enumerate(opened):
             assert_close(values[place], layer.router.value.weight @ mixed, rtol=1e-9, atol=1e-12)
-            weight = routed(layer.router, mixed, stream.mask[: layer.written_slots])
+            weight = route(layer.router, mixed, stream.mask[: layer.written_slots])
             assert_close(found["open_weight"][:, place], weight, rtol=1e-6, atol=1e-9)
         assert not any(bool(value.any()) for value in values[len(opened) :])
 

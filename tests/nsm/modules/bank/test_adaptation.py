@@ -11,7 +11,7 @@ from torch.testing import assert_close
 
 from nsm.modules.bank.adaptation import FRESH, REST_RATE, TRACE_RATE, Adaptation
 from nsm.modules.bank.router import MAX_WRITE
-from tests.nsm.modules.bank.by_loop import decide_by_loop
+from nsm.modules.reference import adapt
 
 CHUNK = 4
 
@@ -122,7 +122,7 @@ def test_a_chunk_that_writes_nothing_is_not_novel(strength: float) -> None:
     seed=st.integers(0, 10_000),
     thresholds=st.sampled_from([(0.1, 0.35, 0.9), (0.3, 0.35, 0.5), (0.0, 0.5, 0.2), (0.35, 0.36, 1.0)]),
 )
-def test_decisions_are_those_of_the_loop(
+def test_decisions_are_those_of_the_reference(
     slots: int, heads: int, seed: int, thresholds: tuple[float, float, float]
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -133,10 +133,10 @@ def test_decisions_are_those_of_the_loop(
     weights = routing * torch.rand(heads, CHUNK, 1, generator=generator) * MAX_WRITE
     adaptation = Adaptation(*thresholds)
     got = decide(adaptation, mask.tolist(), importance.tolist(), weights.unsqueeze(0))
-    expected = decide_by_loop(adaptation, mask.tolist(), importance.tolist(), weights)
-    assert got[0] == expected[0]
-    assert got[1] == pytest.approx(expected[1], abs=1e-6)
-    assert got[2] == expected[2]
+    active, trace, allocated = adapt(adaptation, mask, importance, weights)
+    assert got[0] == active.tolist()
+    assert got[1] == pytest.approx(trace.tolist(), abs=1e-6)
+    assert got[2] == allocated.tolist()
     assert any(got[0])
 
 

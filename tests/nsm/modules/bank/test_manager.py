@@ -181,5 +181,5 @@ def test_what_makes_no_bank_is_refused(arguments: dict[str, Any], message: str) 
 
 
 def test_allocating_a_negative_number_is_refused() -> None:
-    with pytest.raises(ConfigError, match="allocate_states takes how many slots to activate, 0 or more; given -1"):
+    with pytest.raises(ConfigError, match="count must be >= 0; given -1"):
         make_manager([0.5]).allocate_states(-1)
