@@ -68,13 +68,13 @@ class GatedLayer(RecurrentLayer):
         return tokens + outputs, dict(zip(self.roles, after, strict=True))
 
     def _whole(self, inputs: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All tokens count: the operator of torch, which exports as the operator of ONNX."""
+        """All tokens are valid: torch's operator, which becomes ONNX's LSTM or GRU."""
         start = tuple(value.unsqueeze(0) for value in state)
         outputs, after = self.rnn(inputs, start if len(start) > 1 else start[0])
         return outputs, tuple(value.squeeze(0) for value in (after if len(start) > 1 else (after,)))
 
     def _partial(self, inputs: Tensor, state: tuple[Tensor, ...], valid: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Lanes stop at different tokens, where the operator would have to tell the cell in the middle of its run."""
+        """Lanes stop at different tokens: a loop, because the operator returns the last cell only."""
         input_weight, weight, input_bias, bias = self.rnn.all_weights[0]
         given = functional.linear(inputs, input_weight, input_bias)
         outputs = []
@@ -87,17 +87,17 @@ class GatedLayer(RecurrentLayer):
 
 
 def _lstm_step(given: Tensor, carried: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(hidden, cell) after one token, from what the token and the hidden state give to the gates [B, 4 d]."""
-    enter, keep, new, show = (given + carried).chunk(4, -1)
-    cell = torch.sigmoid(keep) * state[1] + torch.sigmoid(enter) * torch.tanh(new)
-    return torch.sigmoid(show) * torch.tanh(cell), cell
+    """(hidden, cell) after one token, from the token's and the hidden state's part of the gates, [B, 4 d] each."""
+    i, f, g, o = (given + carried).chunk(4, -1)
+    cell = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
+    return torch.sigmoid(o) * torch.tanh(cell), cell
 
 
 def _gru_step(given: Tensor, carried: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """(hidden,) after one token, from what the token and the hidden state give to the gates [B, 3 d]."""
-    (reset, keep, new), (reset_h, keep_h, new_h) = given.chunk(3, -1), carried.chunk(3, -1)
-    new = torch.tanh(new + torch.sigmoid(reset + reset_h) * new_h)
-    return (new + torch.sigmoid(keep + keep_h) * (state[0] - new),)
+    """(hidden,) after one token, from the token's and the hidden state's part of the gates, [B, 3 d] each."""
+    (r_x, z_x, n_x), (r_h, z_h, n_h) = given.chunk(3, -1), carried.chunk(3, -1)
+    n = torch.tanh(n_x + torch.sigmoid(r_x + r_h) * n_h)
+    return (n + torch.sigmoid(z_x + z_h) * (state[0] - n),)
 
 
 _CELL_STEPS = {_ROLES["lstm"]: _lstm_step, _ROLES["gru"]: _gru_step}

@@ -15,20 +15,19 @@ from nsm.models import State, checked_sizes
 from nsm.modules.ops import join_heads, split_heads
 
 BLOCK = 16
-"""Tokens that are taken at once in closed form."""
+"""Tokens per block that the closed form processes at once."""
 
 FASTEST = 4.0
-"""The fastest decay is exp(-FASTEST) a token: exp(BLOCK * FASTEST) is the largest factor of the closed form."""
+"""The fastest decay is exp(-FASTEST) per token; exp(BLOCK * FASTEST) is the largest factor in the closed form."""
 
 
 class RWKVLM(CausalLM):
     """RWKV-5 (Peng et al. 2024, "Eagle and Finch"): time mix and channel mix, H heads of e = d / H channels.
 
-    Of its versions the one with the most memory per microsecond of a step: the recurrence of a block of tokens is a
-    few matrix products (Yang et al. 2024, "Gated linear attention", chunk by chunk), where version 4 needs every
-    token's exponents.
+    Version 5 has the largest state for its time per step: the recurrence over a block of tokens is a few MatMuls
+    (Yang et al. 2024, "Gated linear attention", chunk-wise form). Version 4 needs exponents for each token.
 
-    State: `{i}.time` and `{i}.channel` [B, d], the last token that the two mixes saw; `{i}.memory` [B, H, e, e].
+    State: `{i}.time` and `{i}.channel` [B, d], the last input of the two mixes; `{i}.memory` [B, H, e, e].
 
     Args:
         vocab_size: V.
@@ -79,13 +78,15 @@ class RWKVLayer(RecurrentLayer):
         self.heads = heads
         ramp = torch.arange(dim) / max(1, dim - 1)
         self.time_norm = nn.LayerNorm(dim)
-        self.time_ratio = nn.Parameter(1.0 - ramp.repeat(4, 1)[:, None, None])  # of r, k, v, g
-        self.receptance, self.key, self.value, self.gate, self.out = (nn.Linear(dim, dim, bias=False) for _ in range(5))
-        self.log_rate = nn.Parameter((-6.0 + 5.0 * ramp**0.85).reshape(heads, 1, -1))
-        self.bonus = nn.Parameter(0.5 * (1.0 - ramp).reshape(heads, 1, -1))
+        self.time_mix = nn.Parameter(1.0 - ramp.repeat(4, 1)[:, None, None])  # of r, k, v, g
+        self.receptance, self.key, self.value, self.gate, self.output = (
+            nn.Linear(dim, dim, bias=False) for _ in range(5)
+        )
+        self.time_decay = nn.Parameter((-6.0 + 5.0 * ramp**0.85).reshape(heads, 1, -1))
+        self.time_first = nn.Parameter(0.5 * (1.0 - ramp).reshape(heads, 1, -1))
         self.scale, self.shift = nn.Parameter(torch.ones(dim)), nn.Parameter(torch.zeros(dim))
         self.channel_norm = nn.LayerNorm(dim)
-        self.channel_ratio = nn.Parameter(1.0 - ramp.repeat(2, 1)[:, None, None])  # of r, k
+        self.channel_mix = nn.Parameter(1.0 - ramp.repeat(2, 1)[:, None, None])  # of r, k
         self.channel_receptance = nn.Linear(dim, dim, bias=False)
         self.channel_key = nn.Linear(dim, hidden, bias=False)
         self.channel_value = nn.Linear(hidden, dim, bias=False)
@@ -98,15 +99,15 @@ class RWKVLayer(RecurrentLayer):
     def forward(self, tokens: Tensor, state: State, valid: Tensor | None) -> tuple[Tensor, State]:
         normed = self.time_norm(tokens)
         before, time = shift_tokens(normed, state["time"], valid)
-        r, k, v, g = (normed + (before - normed) * self.time_ratio).unbind(0)
+        r, k, v, g = (normed + (before - normed) * self.time_mix).unbind(0)
         r, k, v = (split_heads(part, self.heads) for part in (self.receptance(r), self.key(k), self.value(v)))
         recalled, memory = self.recur(r, k, v, state["memory"], valid)
         recalled = join_heads(functional.layer_norm(recalled, recalled.shape[-1:])) * self.scale + self.shift
-        tokens = tokens + self.out(recalled * functional.silu(self.gate(g)))
+        tokens = tokens + self.output(recalled * functional.silu(self.gate(g)))
 
         normed = self.channel_norm(tokens)
         before, channel = shift_tokens(normed, state["channel"], valid)
-        r, k = (normed + (before - normed) * self.channel_ratio).unbind(0)
+        r, k = (normed + (before - normed) * self.channel_mix).unbind(0)
         made = self.channel_value(functional.relu(self.channel_key(k)).square())
         tokens = tokens + torch.sigmoid(self.channel_receptance(r)) * made
         return tokens, {"time": time, "channel": channel, "memory": memory}
@@ -114,10 +115,10 @@ class RWKVLayer(RecurrentLayer):
     def recur(self, r: Tensor, k: Tensor, v: Tensor, memory: Tensor, valid: Tensor | None) -> tuple[Tensor, Tensor]:
         """out_t = r_t (S_t + diag(u) k_t v_t), S_t+1 = diag(w) S_t + k_t v_t, for r, k, v [B, H, T, e]; S_0 = memory.
 
-        Within a block the decays are put on both sides, w^(t-1-i) = w^t w^(-1-i), so that all pairs of its tokens
-        are one matrix product. Returns out [B, H, T, e] and S_T (S_valid) [B, H, e, e].
+        Within a block, the decay is split into two factors, w^(t-1-i) = w^t w^(-1-i), so that all pairs of tokens are
+        one MatMul. Returns out [B, H, T, e] and S_T (S_valid) [B, H, e, e].
         """
-        rate = self.log_rate.exp().clamp(max=FASTEST)  # -log w
+        rate = self.time_decay.exp().clamp(max=FASTEST)  # -log w
         outputs = []
         for start in range(0, r.shape[2], BLOCK):
             query, key, value = (part[:, :, start : start + BLOCK] for part in (r, k, v))
@@ -126,7 +127,7 @@ class RWKVLayer(RecurrentLayer):
             earlier = torch.ones(length, length, dtype=torch.bool, device=rate.device).tril(-1)
             faded, raised = query * torch.exp(-rate * time), key * torch.exp(rate * (time + 1.0))
             pairs = torch.where(earlier, faded @ raised.transpose(-1, -2), 0.0)
-            own = (query * key * self.bonus).sum(-1, keepdim=True)
+            own = (query * key * self.time_first).sum(-1, keepdim=True)
             outputs.append(pairs @ value + faded @ memory + own * value)
             if valid is None:
                 passed: Tensor | int = length

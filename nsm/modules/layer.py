@@ -32,8 +32,6 @@ from nsm.modules.ops import (
 from nsm.modules.protocol import Clock, LayerState, Routed
 from nsm.spec import StateSpec
 
-_MEMORY = ("memory_key", "memory_value", "memory_filled", "memory_next")
-
 
 class _Projected(NamedTuple):
     """Projections of N runs of T tokens."""
@@ -456,7 +454,8 @@ class NSMLayer(nn.Module):
                 kept = torch.where(slots_of(result["mask"]), result[role], 0.0)
                 result[role] = torch.where(slots_of(allocated), fresh, kept)
         if self.memory is not None and mixed is not None:
-            result |= dict(zip(_MEMORY, self.memory.write(mixed, counts, _memory_of(state)), strict=True))
+            memory = self.memory.write(mixed, counts, _memory_of(state))
+            result |= {f"memory_{name}": part for name, part in memory._asdict().items()}
         if full is None:
             return result
         return {
@@ -471,5 +470,4 @@ class NSMLayer(nn.Module):
 
 
 def _memory_of(state: LayerState) -> Memory:
-    key, value, filled, oldest = (state[role] for role in _MEMORY)
-    return key, value, filled, oldest
+    return Memory(*(state[f"memory_{name}"] for name in Memory._fields))

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError
 from nsm.modules.ops import join_heads, split_heads
 
-Memory = tuple[Tensor, Tensor, Tensor, Tensor]
-"""keys [B, M, k]; values [B, M, d]; filled [B, M], the written share of each row; next [B] int64, the oldest row."""
+
+class Memory(NamedTuple):
+    """key [B, M, k]; value [B, M, d]; filled [B, M], the written share of each row; next [B] int64, the oldest row."""
+
+    key: Tensor
+    value: Tensor
+    filled: Tensor
+    next: Tensor
+
 
 # Scale of the cosine similarity between a new key and the keys of the rows.
 _SHARPNESS = 8.0
@@ -77,7 +86,7 @@ class ExternalMemory(nn.Module):
         in_turn = (torch.arange(self.rows, device=tokens.device) == oldest.unsqueeze(-1)).to(keys.dtype)
         weight = gate * (fresh * in_turn + (1.0 - fresh) * by_content)
         column = weight.unsqueeze(-1)
-        return (
+        return Memory(
             keys + column * (key - keys),
             values + column * (value - values),
             filled + weight * (1.0 - filled),

@@ -54,9 +54,8 @@ from torch.nn.functional import logsigmoid, silu
 
 from nsm.modules.bank import Adaptation, Consolidation, StatePropagator, TokenToStateRouter
 from nsm.modules.layer import NSMLayer
+from nsm.modules.memory import Memory
 from nsm.modules.ops import entmax15, sparsemax
-
-_MEMORY = ("key", "value", "filled", "next")
 
 
 class ReferenceLayer:
@@ -71,7 +70,7 @@ class ReferenceLayer:
         self.cell = self._split(learned)  # [G, S, f], of an LSTM
         self.importance = torch.sigmoid(manager.importance)  # [S]
         initial = layer.initial_state(1)
-        self.memory = None if layer.memory is None else tuple(initial[f"memory_{name}"] for name in _MEMORY)
+        self.memory = None if layer.memory is None else Memory(*(initial[f"memory_{name}"] for name in Memory._fields))
         self.normed: list[Tensor] = []  # n_t [d], from the start of the stream
         self.mixed: list[Tensor] = []  # m_t [d]
         self.weights: list[Tensor] = []  # w_t [R, S1] of the open chunk
@@ -175,7 +174,7 @@ class ReferenceLayer:
 
     def _split(self, states: Tensor) -> Tensor:
         """[S, D] -> [G, S, f]."""
-        return states.unflatten(-1, (2 * self.layer.heads, -1)).transpose(0, 1)
+        return states.view(len(states), 2 * self.layer.heads, -1).transpose(0, 1)
 
 
 def route(router: TokenToStateRouter, m: Tensor, mask: Tensor) -> Tensor:
@@ -220,9 +219,9 @@ def communicate(gates: StatePropagator, slots: Tensor) -> Tensor:
     q, k, v = gates.qkv(n).unflatten(-1, (3, gates.num_heads, -1)).unbind(1)  # [N, heads, D / heads]
     scores = torch.einsum("qhe,khe->hqk", q, k) / q.shape[-1] ** 0.5
     heard = torch.einsum("hqk,khe->qhe", scores.softmax(-1), v).flatten(1)  # [N, D]
-    norm = slots.norm(dim=-1, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(slots, dim=-1, keepdim=True)
     turned = slots + torch.sigmoid(gates.listen(n)) * norm / slots.shape[-1] ** 0.5 * gates.out(heard)
-    return turned * norm / (turned.norm(dim=-1, keepdim=True) + 1e-6)
+    return cast("Tensor", norm * turned / (torch.linalg.vector_norm(turned, dim=-1, keepdim=True) + 1e-6))
 
 
 def adapt(rule: Adaptation, mask: Tensor, importance: Tensor, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -55,14 +55,14 @@ def test_the_blocks_of_rwkv_are_its_recurrence(stir: Stir, shift: float) -> None
     layer = RWKVLayer(8, 2, 12)
     stir(layer)
     with torch.no_grad():
-        layer.log_rate.add_(shift)
+        layer.time_decay.add_(shift)
     r, k, v = torch.randn(3, 2, 2, 37, 4, dtype=torch.float64).unbind(0)
     memory = start = torch.randn(2, 2, 4, 4, dtype=torch.float64)
-    decay = torch.exp(-layer.log_rate.exp().clamp(max=FASTEST)).transpose(-1, -2)
+    decay = torch.exp(-layer.time_decay.exp().clamp(max=FASTEST)).transpose(-1, -2)
     outputs, states = [], [start]
     for now in range(37):
         written = k[:, :, now, :, None] * v[:, :, now, None, :]
-        seen = memory + layer.bonus.transpose(-1, -2) * written
+        seen = memory + layer.time_first.transpose(-1, -2) * written
         outputs.append((r[:, :, now, None] @ seen).squeeze(2))
         memory = decay * memory + written
         states.append(memory)
@@ -72,8 +72,8 @@ def test_the_blocks_of_rwkv_are_its_recurrence(stir: Stir, shift: float) -> None
     _, partly = layer.recur(r, k, v, start, torch.tensor([0, 18]))
     close(partly, torch.stack([states[0][0], states[18][1]]))
     layer.float().recur(r.float(), k.float(), v.float(), start.float(), None)[0].sum().backward()
-    assert layer.log_rate.grad is not None
-    assert bool(layer.log_rate.grad.isfinite().all())
+    assert layer.time_decay.grad is not None
+    assert bool(layer.time_decay.grad.isfinite().all())
 
 
 @torch.no_grad()
@@ -85,19 +85,19 @@ def test_rwkv_is_its_formulas_token_by_token(stir: Stir) -> None:
     hidden, outputs = model.embed(TOKENS), []
     last = last_channel = torch.zeros(2, 8, dtype=torch.float64)
     memory = torch.zeros(2, 2, 4, 4, dtype=torch.float64)
-    decay = torch.exp(-layer.log_rate.exp().clamp(max=FASTEST)).transpose(-1, -2)
+    decay = torch.exp(-layer.time_decay.exp().clamp(max=FASTEST)).transpose(-1, -2)
     for token in hidden.unbind(1):
         x = layer.time_norm(token)
-        mixed = [x * (1 - ratio) + last * ratio for ratio in layer.time_ratio[:, 0, 0]]
+        mixed = [x * (1 - ratio) + last * ratio for ratio in layer.time_mix[:, 0, 0]]
         maps = (layer.receptance, layer.key, layer.value, layer.gate)
         r, k, v, g = (linear(one) for linear, one in zip(maps, mixed, strict=True))
         r, k, v = r.view(2, 2, 1, 4), k.view(2, 2, 4, 1), v.view(2, 2, 1, 4)
-        recalled = (r @ (memory + layer.bonus.transpose(-1, -2) * (k @ v))).reshape(2, 8)
+        recalled = (r @ (memory + layer.time_first.transpose(-1, -2) * (k @ v))).reshape(2, 8)
         memory, last = decay * memory + k @ v, x
         recalled = functional.group_norm(recalled, 2, layer.scale, layer.shift)
-        token = token + layer.out(recalled * g * torch.sigmoid(g))
+        token = token + layer.output(recalled * g * torch.sigmoid(g))
         x = layer.channel_norm(token)
-        r, k = (x * (1 - ratio) + last_channel * ratio for ratio in layer.channel_ratio[:, 0, 0])
+        r, k = (x * (1 - ratio) + last_channel * ratio for ratio in layer.channel_mix[:, 0, 0])
         made = layer.channel_value(torch.relu(layer.channel_key(k)) ** 2)
         last_channel = x
         outputs.append(token + torch.sigmoid(layer.channel_receptance(r)) * made)
@@ -115,15 +115,15 @@ def test_mamba_is_its_formulas_token_by_token(stir: Stir) -> None:
     assert isinstance(layer, MambaLayer)
     hidden, outputs = model.embed(TOKENS), []
     past = [torch.zeros(2, 16, dtype=torch.float64)] * 3
-    memory = torch.zeros(2, 16, 3, dtype=torch.float64)
-    rate = -torch.exp(layer.log_rate).T
+    h = torch.zeros(2, 16, 3, dtype=torch.float64)
+    A = -torch.exp(layer.A_log).T
     for token in hidden.unbind(1):
-        given, gate = layer.project(layer.norm(token)).chunk(2, -1)
+        given, z = layer.in_proj(layer.norm(token)).chunk(2, -1)
         past = [*past[-3:], given]
-        x = functional.silu(sum(layer.mixing.kernel[:, 0, i] * past[i] for i in range(4)) + layer.mixing.bias)
-        low, enter, leave = layer.select(x).split([1, 3, 3], -1)
-        step = functional.softplus(layer.time_step(low))
-        memory = torch.exp(step[..., None] * rate) * memory + step[..., None] * enter[:, None] * x[..., None]
-        y = (memory * leave[:, None]).sum(-1) + layer.through * x
-        outputs.append(token + layer.out(y * functional.silu(gate)))
+        x = functional.silu(sum(layer.conv1d.kernel[:, 0, i] * past[i] for i in range(4)) + layer.conv1d.bias)
+        dt, B, C = layer.x_proj(x).split([1, 3, 3], -1)
+        dt = functional.softplus(layer.dt_proj(dt))
+        h = torch.exp(dt[..., None] * A) * h + dt[..., None] * B[:, None] * x[..., None]
+        y = (h * C[:, None]).sum(-1) + layer.D * x
+        outputs.append(token + layer.out_proj(y * functional.silu(z)))
     close(model(TOKENS), model.head(torch.stack(outputs, 1)))

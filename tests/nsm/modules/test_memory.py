@@ -24,7 +24,7 @@ def make_memory(rows: int = ROWS, num_heads: int = 2, token_dim: int = DIM, key_
 
 def empty(memory: ExternalMemory, lanes: int = 1) -> Memory:
     zeros = torch.zeros(lanes, memory.rows, dtype=torch.float64)
-    return (
+    return Memory(
         zeros.unsqueeze(-1).expand(-1, -1, memory.key_dim),
         zeros.unsqueeze(-1).expand(-1, -1, memory.value.out_features),
         zeros,
@@ -37,7 +37,7 @@ def random_memory(memory: ExternalMemory, lanes: int, seed: int = 0) -> Memory:
     shapes = ((memory.rows, memory.key_dim), (memory.rows, memory.value.out_features))
     keys, values = (torch.randn(lanes, *shape, generator=generator, dtype=torch.float64) for shape in shapes)
     filled = torch.rand(lanes, memory.rows, generator=generator, dtype=torch.float64)
-    return keys, values, filled, torch.arange(lanes) % memory.rows
+    return Memory(keys, values, filled, torch.arange(lanes) % memory.rows)
 
 
 def random_tokens(lanes: int, length: int, seed: int = 1) -> Tensor:
@@ -130,7 +130,7 @@ def test_an_empty_row_is_nothing_and_not_zeros() -> None:
     memory = make_memory()
     keys, values, filled, oldest = (part.clone() for part in empty(memory))
     keys[0, 1], values[0, 1], filled[0, 1] = 0.1, torch.arange(1.0, 1.0 + DIM), 1.0
-    found = memory.read(random_tokens(1, 5), (keys, values, filled, oldest))
+    found = memory.read(random_tokens(1, 5), Memory(keys, values, filled, oldest))
     assert_close(found, memory.out(values[:, 1]).expand(1, 5, DIM), rtol=1e-4, atol=1e-4)
 
 

@@ -47,7 +47,8 @@ def dft(x: Array, opset: int, axis: int, length: int | None, **attributes: int) 
     else:
         constants["axis"] = np.array(axis)
         inputs += [""] * (2 - len(inputs)) + ["axis"]
-    return graph(helper.make_node("DFT", inputs, ["y"], "spectrum", **attributes)  # type: ignore[arg-type], x, opset, constants)
+    node = helper.make_node("DFT", inputs, ["y"], "spectrum", **attributes)  # type: ignore[arg-type]
+    return graph(node, x, opset, constants)
 
 
 def operators(model: onnx_ir.Model) -> set[str]:
