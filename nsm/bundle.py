@@ -38,7 +38,7 @@ class Bundle:
         if not self.path.is_dir():
             put_back(followed(self.path))
         if not self.path.is_dir():
-            raise InputError(f"There is no bundle {self.path}: expected is a directory written by nsm-export.")
+            raise InputError(f"There is no bundle {self.path}: expected a directory written by nsm-export.")
         try:
             self.written = json_bytes(self.locate(MANIFEST))
             text = self.written.decode()

@@ -78,6 +78,6 @@ def _decode_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
 def _refuse(expected: str, data: Any, where: str) -> Any:
     shown = repr(data)
     raise BundleError(
-        f"{where} is {shown if len(shown) < 80 else shown[:77] + '...'}; expected is {expected}. "
+        f"{where} is {shown if len(shown) < 80 else shown[:77] + '...'}; expected {expected}. "
         "Was it edited by hand? Export the bundle again."
     )

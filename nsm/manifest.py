@@ -78,10 +78,10 @@ def _check_parity(target: str, parity: Mapping[str, Any]) -> None:
         error = parity.get(name, {"p99": None})
         if not isinstance(error, Mapping) or not _is_number(error.get("p99", ""), none=True):
             raise ConfigError(
-                f"The parity of {target} has as {name} {error!r}; expected is an object with the number p99."
+                f"The parity of {target} has as {name} {error!r}; expected an object with the number p99."
             )
     if not _is_number(parity.get("argmax_agreement", 1.0)):
-        raise ConfigError(f"The argmax_agreement of {target} is {parity['argmax_agreement']!r}; expected is a number.")
+        raise ConfigError(f"The argmax_agreement of {target} is {parity['argmax_agreement']!r}; expected a number.")
 
 
 def _check_quantization(target: str, facts: Mapping[str, Any]) -> None:
@@ -91,11 +91,11 @@ def _check_quantization(target: str, facts: Mapping[str, Any]) -> None:
     if not isinstance(facts.get("form"), str) or not isinstance(kept, Mapping):
         raise ConfigError(f"The quantization of {target} lacks its form, or what stays float.")
     if not all(isinstance(reason, str) for reason in kept.values()):
-        raise ConfigError(f"What stays float of {target} is {dict(kept)!r}; expected is a reason for each name.")
+        raise ConfigError(f"What stays float of {target} is {dict(kept)!r}; expected a reason for each name.")
     ratios = list(speed.values()) if isinstance(speed, Mapping) else [None]
     names = ("median", "low", "high")
     if not all(isinstance(ratio, Mapping) and all(_is_number(ratio.get(name)) for name in names) for ratio in ratios):
-        raise ConfigError(f"The speed of {target} is {speed!r}; expected is median, low and high for each entry.")
+        raise ConfigError(f"The speed of {target} is {speed!r}; expected median, low and high for each entry.")
 
 
 def _is_number(value: object, none: bool = False) -> bool:
@@ -157,20 +157,18 @@ class Manifest:
         wrong = [name for name, kind in _MODEL.items() if not isinstance(self.model.get(name), kind)]
         if wrong:
             raise ConfigError(
-                f"The model's {wrong[0]} is {self.model.get(wrong[0])!r}; expected is {_MODEL[wrong[0]].__name__}."
+                f"The model's {wrong[0]} is {self.model.get(wrong[0])!r}; expected {_MODEL[wrong[0]].__name__}."
             )
         labels = [item.label for item in self.artifacts]
         twice = sorted({label for label in labels if labels.count(label) > 1})
         if twice:
-            raise ConfigError(
-                f"There are two artifacts of {', '.join(twice)}; expected is one of a target and precision."
-            )
+            raise ConfigError(f"There are two artifacts of {', '.join(twice)}; expected one of a target and precision.")
         length = self.spec.entry("step").tokens
         for artifact in self.artifacts:
             if artifact.limit is not None and artifact.limit < length:
                 raise ConfigError(
                     f"The limit of {artifact.target} is {artifact.limit} tokens, and a call of step takes {length}; "
-                    "expected is room for one call at least."
+                    "expected room for one call at least."
                 )
 
     def to_json(self) -> dict[str, Any]:

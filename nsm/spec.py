@@ -116,18 +116,18 @@ class StateSpec:
         _check(self.name, self.shape, self.dtype)
         if self.per_token is not None and (self.per_token < 1 or self.numpy_dtype.kind not in "iu"):
             raise ConfigError(
-                f"{self.name} of {self.dtype} grows by {self.per_token} with each token; expected is an integer state "
+                f"{self.name} of {self.dtype} grows by {self.per_token} with each token; expected an integer state "
                 "and a growth of at least 1, or none."
             )
         if self.wrap and (len(self.wrap) != 2 or self.numpy_dtype.kind not in "iu" or not self._fits(*self.wrap)):
             raise ConfigError(
-                f"{self.name} of {self.dtype} is wrapped by {list(self.wrap)}; expected is an integer state, and a "
+                f"{self.name} of {self.dtype} is wrapped by {list(self.wrap)}; expected an integer state, and a "
                 "base of at least 0 and a period of at least 1 that it holds together."
             )
         if 0 in self.shape:
             raise ConfigError(f"The state {self.name} of shape {list(self.shape)} holds nothing. Leave it out.")
         if not self.name.strip("."):
-            raise ConfigError(f"A state is called {self.name!r}; expected is a name that a file could have.")
+            raise ConfigError(f"A state is called {self.name!r}; expected a name that a file could have.")
         if self.shape and not 0 <= self.batch_axis < len(self.shape):
             raise ConfigError(f"{self.name} of shape {list(self.shape)} has no axis {self.batch_axis} for the lanes.")
         if self.append_axis is not None and not 0 <= self.append_axis < len(self.shape):
@@ -184,7 +184,7 @@ class EntrySpec:
     def __post_init__(self) -> None:
         if not _ENTRY_NAME.fullmatch(self.name):
             raise ConfigError(
-                f"An entry is called {self.name[:80]!r}; expected are at most 64 letters, digits and underscores, as "
+                f"An entry is called {self.name[:80]!r}; expected at most 64 letters, digits and underscores, as "
                 "files are named after it."
             )
         if not self.inputs and not self.reads:
@@ -234,14 +234,14 @@ class StepSpec:
         self._check_states()
         if not self.has("step") or not self.entry("step").inputs:
             given = ", ".join(entry.name for entry in self.entries)
-            raise ConfigError(f"A step model has an entry step that takes tokens; given are the entries {given}.")
+            raise ConfigError(f"A step model has an entry step that takes tokens; given the entries {given}.")
         for entry in self.entries:
             self._check_entry(entry)
         self._check_chunks()
         length = self.entry("step").tokens
         if self.capacity is not None and self.capacity < length:
             raise ConfigError(
-                f"The capacity is {self.capacity} tokens, and a call of step takes {length}; expected is room for one "
+                f"The capacity is {self.capacity} tokens, and a call of step takes {length}; expected room for one "
                 "call at least. Give a larger capacity, or fewer tokens a call."
             )
 
@@ -252,12 +252,12 @@ class StepSpec:
         for state in self.states:
             if not state.shape or state.shape[state.batch_axis] != self.batch:
                 raise ConfigError(
-                    f"{state.name} has the shape {list(state.shape)}; expected is the size {self.batch}, the lanes, on "
+                    f"{state.name} has the shape {list(state.shape)}; expected the size {self.batch}, the lanes, on "
                     f"axis {state.batch_axis}."
                 )
             if state.name in (OFFSET, COUNT) and (state.shape, state.dtype) != ((self.batch,), "int64"):
                 raise ConfigError(
-                    f"{state.name} is {list(state.shape)} of {state.dtype}; expected is a count for each lane, "
+                    f"{state.name} is {list(state.shape)} of {state.dtype}; expected a count for each lane, "
                     f"[{self.batch}] of int64."
                 )
             if state.append_axis is not None and COUNT not in self.state_names:
@@ -274,30 +274,30 @@ class StepSpec:
                 or (*tokens.shape[2:], tokens.dtype) != (*main.shape[2:], main.dtype)
             ):
                 raise ConfigError(
-                    f"{tokens.name} of {entry.name} is {list(tokens.shape)} of {tokens.dtype}; expected is "
+                    f"{tokens.name} of {entry.name} is {list(tokens.shape)} of {tokens.dtype}; expected "
                     f"[{', '.join(map(str, (self.batch, 'K', *main.shape[2:])))}] of {main.dtype}."
                 )
             if tokens.numpy_dtype.kind in "iu" and tokens.maximum is None:
                 raise ConfigError(
-                    f"{tokens.name} of {entry.name} holds ids without bounds; expected are a minimum and a maximum, as "
+                    f"{tokens.name} of {entry.name} holds ids without bounds; expected a minimum and a maximum, as "
                     "a backend may read outside its table for an id that is not in it."
                 )
             if entry.tokens < 1 or {"step": entry.tokens % self.chunk_size, "decode": entry.tokens - 1}.get(entry.name):
                 raise ConfigError(
-                    f"{entry.name} takes {entry.tokens} tokens; expected is one for decode, and for step a multiple of "
+                    f"{entry.name} takes {entry.tokens} tokens; expected one for decode, and for step a multiple of "
                     f"the chunk of {self.chunk_size}."
                 )
         counts = entry.input(VALID)
         if counts is not None and counts.shape != (self.batch,):
             raise ConfigError(
-                f"{VALID} of {entry.name} has the shape {list(counts.shape)}; expected is [{self.batch}], a number for "
+                f"{VALID} of {entry.name} has the shape {list(counts.shape)}; expected [{self.batch}], a number for "
                 "each lane."
             )
         known = {item.name: (*item.shape[2:], item.dtype) for item in self.entry("step").outputs}
         for item in entry.outputs:
             if item.shape[:2] != (self.batch, entry.tokens) or known.get(item.name) != (*item.shape[2:], item.dtype):
                 raise ConfigError(
-                    f"The output {item.name} of {entry.name} is {list(item.shape)} of {item.dtype}; expected is one of "
+                    f"The output {item.name} of {entry.name} is {list(item.shape)} of {item.dtype}; expected one of "
                     f"step's, for {self.batch} lanes and {entry.tokens} tokens: [{self.batch}, {entry.tokens}, ...]."
                 )
         rings = [state for state in self.states_of(entry.writes) if state.append_axis is not None]
@@ -313,15 +313,15 @@ class StepSpec:
     def _check_chunks(self) -> None:
         """Raise `ConfigError` where chunks could be filled token by token and not ended."""
         if self.has("commit") and self.entry("commit").inputs:
-            raise ConfigError("The entry commit takes inputs; expected are states alone.")
+            raise ConfigError("The entry commit takes inputs; expected states alone.")
         if OFFSET not in self.state_names or not self.has("decode"):
             return
         for name in ("decode", "commit"):
             if not self.has(name) or OFFSET not in self.entry(name).writes:
                 given = "one that does not" if self.has(name) else "none"
                 raise ConfigError(
-                    f"The model has the state {OFFSET} and the entry decode; expected is an entry {name} that writes "
-                    f"{OFFSET}, given is {given}."
+                    f"The model has the state {OFFSET} and the entry decode; expected an entry {name} that writes "
+                    f"{OFFSET}, given {given}."
                 )
 
     def has(self, name: str) -> bool:
@@ -373,7 +373,7 @@ def _check(what: str, shape: tuple[int, ...], dtype: str) -> None:
     except (TypeError, ValueError, SyntaxError) as error:
         raise ConfigError(f"{what} has the dtype {dtype!r}, which numpy does not know.") from error
     if found.kind not in "biufc":
-        raise ConfigError(f"{what} has the dtype {dtype!r}; expected is one of numbers, float32 for instance.")
+        raise ConfigError(f"{what} has the dtype {dtype!r}; expected one of numbers, float32 for instance.")
 
 
 def _check_unique(what: str, names: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ def check_enough(sequences: Sequence[Array], length: int) -> None:
     if sum(calls) < MIN_CALLS or longest < 2:
         raise InputError(
             f"Calibration needs at least {MIN_CALLS} calls of {length} tokens in all, and a sequence of two calls or "
-            f"more, so that states are seen that are older than a reset. Given are sequences: {len(calls)}, calls: "
+            f"more, so that states are seen that are older than a reset. Given sequences: {len(calls)}, calls: "
             f"{sum(calls)}, in the longest: {longest}. Give more or longer ones, or take --precision int8-weights, "
             "which needs none."
         )
@@ -57,7 +57,7 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
     reason = f"The large weights of this model are all inside of {kinds} operators, and {precision} on {target} "
     if dynamic:
         raise UnsupportedError(
-            f"{reason}reaches these in calls of at most {LONGEST} tokens; given are {length}. Take --chunk {LONGEST}, "
+            f"{reason}reaches these in calls of at most {LONGEST} tokens; given {length}. Take --chunk {LONGEST}, "
             "or keep fp32."
         )
     whole = [name for (where, name), other in POLICIES.items() if where == target and other.form == "float"]

@@ -28,7 +28,7 @@ std::optional<std::size_t> maybe_tokens(const json& value) {
     if (value.is_null()) return std::nullopt;
     // A cast would make something of -1 and of 0.5.
     if (!value.is_number_unsigned() || value.get<std::size_t>() == 0) {
-        throw Error(Code::bundle, "The manifest limits a stream to " + value.dump() + " tokens; expected is a number above 0, or null. Export the bundle again.");
+        throw Error(Code::bundle, "The manifest limits a stream to " + value.dump() + " tokens; expected a number above 0, or null. Export the bundle again.");
     }
     return value.get<std::size_t>();
 }
@@ -105,7 +105,7 @@ const Entry* Spec::find(const std::string& name) const {
 
 Bundle::Bundle(const fs::path& path, const std::string& precision, bool allow_failed) : path_(path) {
     if (!fs::is_directory(path)) {
-        throw Error(Code::input, "There is no bundle " + path.string() + ": expected is a directory written by nsm-export.");
+        throw Error(Code::input, "There is no bundle " + path.string() + ": expected a directory written by nsm-export.");
     }
     const auto place = inside(path, "manifest.json");
     if (!fs::is_regular_file(place)) {

@@ -22,7 +22,7 @@ const Array& named(const Arrays& arrays, const std::string& name) {
 
 void check(const Array& array, const std::string& name, const std::string& dtype, const Shape& shape) {
     expect(array.dtype == dtype && array.shape == shape,
-           name + " is " + array.dtype + shown(array.shape) + "; expected is " + dtype + shown(shape));
+           name + " is " + array.dtype + shown(array.shape) + "; expected " + dtype + shown(shape));
 }
 
 // Whole numbers below a limit.
@@ -42,7 +42,7 @@ Arrays group(const Arrays& arrays, const std::string& prefix, std::size_t count)
     for (const auto& [name, array] : arrays) {
         if (name.rfind(prefix, 0) == 0) found.emplace(name.substr(prefix.size()), array);
     }
-    expect(found.size() == count, "it holds " + std::to_string(found.size()) + " of " + prefix + "; expected are " + std::to_string(count));
+    expect(found.size() == count, "it holds " + std::to_string(found.size()) + " of " + prefix + "; expected " + std::to_string(count));
     return found;
 }
 

@@ -31,7 +31,7 @@ Array read_tokens(const std::string& path, const std::string& dtype) {
     for (std::size_t i = 0; i < size_of(tokens.shape); ++i) {
         if (tokens.dtype == "uint8") wide.as<std::int64_t>()[i] = tokens.bytes[i];
         else if (tokens.dtype == "int32") wide.as<std::int64_t>()[i] = tokens.as<std::int32_t>()[i];
-        else throw Error(Code::input, path + " holds " + tokens.dtype + "; expected are ids.");
+        else throw Error(Code::input, path + " holds " + tokens.dtype + "; expected ids.");
     }
     return wide;
 }

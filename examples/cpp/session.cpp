@@ -79,9 +79,9 @@ void Session::check_tokens(const Array& tokens) const {
     const Shape wanted(input.shape.begin() + 2, input.shape.end());
     if (tokens.shape.empty() || Shape(tokens.shape.begin() + 1, tokens.shape.end()) != wanted || tokens.dtype != input.dtype) {
         throw Error(Code::input, "The model takes a stream of " + input.dtype + ", each token of shape " + shown(wanted) +
-                                     "; given is " + tokens.dtype + shown(tokens.shape) + ".");
+                                     "; given " + tokens.dtype + shown(tokens.shape) + ".");
     }
-    if (size_of(tokens.shape) == 0) throw Error(Code::input, "A stream has at least one token; given is none.");
+    if (size_of(tokens.shape) == 0) throw Error(Code::input, "A stream has at least one token; given none.");
     if (!input.takes(tokens)) {
         throw Error(Code::input, "Token ids must lie in " + std::to_string(*input.minimum) + " .. " +
                                      std::to_string(*input.maximum) + "; the stream holds others.");

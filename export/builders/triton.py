@@ -86,7 +86,7 @@ def check_states(states: Iterable[StateSpec]) -> None:
     odd = [f"{s.name} ({s.dtype} {list(s.shape)})" for s in states if s.dtype not in KINDS]
     if odd:
         raise UnsupportedError(
-            f"Triton carries states of the types {', '.join(KINDS)}; given are {', '.join(odd)}. {way_out}"
+            f"Triton carries states of the types {', '.join(KINDS)}; given {', '.join(odd)}. {way_out}"
         )
     pairs = [(state.past, state.present) for state in states]
     wrong = [pair for pair in as_paired(pairs) if pair not in pairs]

@@ -122,7 +122,7 @@ def whole_program(path: Path) -> tuple[Callable[[Array], Array], int | None]:
     program = _load(path)
     inputs = _inputs(program)
     if len(inputs) != 1 or len(next(iter(inputs.values())).shape) < 2:
-        raise InputError(f"{path} has the inputs {_shown(inputs)}; expected is one, a whole sequence [1, T, *token].")
+        raise InputError(f"{path} has the inputs {_shown(inputs)}; expected one, a whole sequence [1, T, *token].")
     ((name, value),) = inputs.items()
     sizes: list[Any] = list(value.shape)
     module, length = Program(program, [name]), sizes[1]
@@ -194,7 +194,7 @@ def _adapted(
     value = inputs[main]
     if value.dtype not in (torch.float32, torch.int64, torch.int32):
         raise UnsupportedError(
-            f"The input {main} is {value.dtype}; expected are numbers in float32, or ids in int64 or int32. Convert "
+            f"The input {main} is {value.dtype}; expected numbers in float32, or ids in int64 or int32. Convert "
             "the module with .float() before torch.export.export; a lower precision is asked for with --precision."
         )
     sizes: list[Any] = list(value.shape)

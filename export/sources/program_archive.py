@@ -67,7 +67,7 @@ def check_archive(path: Path) -> None:
         raise CheckpointError(f"There is no file {path}.") from error
     except (OSError, zipfile.BadZipFile, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as a program ({type(error).__name__}: {error}). Expected is a .pt2 written by "
+            f"{path} cannot be read as a program ({type(error).__name__}: {error}). Expected a .pt2 written by "
             "torch.export.save of torch 2.9 or later."
         ) from error
 
@@ -78,7 +78,7 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
     names = [info.orig_filename.partition("/") for info in archive.infolist()]
     if not any(inner.startswith("models/") for _, _, inner in names):
         raise CheckpointError(
-            f"{path} is no program of torch.export: it holds no models/*.json. Expected is a .pt2 written by "
+            f"{path} is no program of torch.export: it holds no models/*.json. Expected a .pt2 written by "
             "torch.export.save of torch 2.9 or later; a model in nsm's own form is a .pt written by nsm.save."
         )
     for root, slash, inner in names:
@@ -164,7 +164,7 @@ def _plain(tree: Any) -> bool:
 
 def _refusal(path: Path, found: str, expected: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} was refused: {found}, and loading that could run code from the file. Expected are {expected}. Where "
+        f"{path} was refused: {found}, and loading that could run code from the file. Expected {expected}. Where "
         "you trust it, load it yourself and wrap the module with nsm.as_step."
     )
 

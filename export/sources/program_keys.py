@@ -37,7 +37,7 @@ def check_keys(program: ExportedProgram, places: Mapping[str, int]) -> None:
         key = inputs.get(past) or past
         if key in names and names[place] != key:
             raise InputError(
-                f"The state {past} is {key!r} in forward, which returns an output {key!r} too; given is --state "
+                f"The state {past} is {key!r} in forward, which returns an output {key!r} too; given --state "
                 f"{past}={names[place]}. Give --state {past}={key}."
             )
 

@@ -51,13 +51,13 @@ def read_sequences(path: Path, count: int | None = None, axes: int = 1) -> list[
                 arrays = list(read_arrays(file, LIMITS["arrays"]).values())
     except Exception as error:  # on damaged files zipfile and numpy raise whatever they stumble over
         raise InputError(
-            f"{path} cannot be read as sequences: {error}. Expected is what numpy.save or numpy.savez writes, or text."
+            f"{path} cannot be read as sequences: {error}. Expected what numpy.save or numpy.savez writes, or text."
         ) from error
     sequences: list[Array] = []
     for array in arrays:
         if array.ndim < 1 or array.dtype.kind not in "iuf":
             raise InputError(
-                f"{path} holds an array of shape {list(array.shape)} and dtype {array.dtype}; expected are ids [N, T] "
+                f"{path} holds an array of shape {list(array.shape)} and dtype {array.dtype}; expected ids [N, T] "
                 "or vectors [N, T, input_dim]."
             )
         if array.size == 0:

@@ -54,7 +54,7 @@ class StateOption:
                     array = _first_lane(read_arrays(file)[self.key], shape)
         except Exception as error:  # on damaged files numpy and zipfile raise whatever they stumble over
             raise InputError(
-                f"The initial value of the state {self.past} cannot be read from {self.init}: {error}. Expected is a "
+                f"The initial value of the state {self.past} cannot be read from {self.init}: {error}. Expected a "
                 ".npy file written by numpy.save, or the word zeros: --state PAST=PRESENT:FILE.npy"
             ) from error
         return _fitting(array, shape, dtype, f"the initial value of the state {self.past} in {self.init}")
@@ -63,7 +63,7 @@ class StateOption:
 def _fitting(array: Array, shape: tuple[int, ...], dtype: str, what: str) -> Array:
     if array.shape != shape or array.dtype.kind != np.dtype(dtype).kind or not np.isfinite(array).all():
         raise InputError(
-            f"{what[0].upper()}{what[1:]} is {array.dtype}{list(array.shape)}; expected are finite numbers, "
+            f"{what[0].upper()}{what[1:]} is {array.dtype}{list(array.shape)}; expected finite numbers, "
             f"{dtype}{list(shape)}: those of one stream."
         )
     return array.astype(dtype)
@@ -91,7 +91,7 @@ def parse_states(texts: Iterable[str]) -> list[StateOption]:
         present, init = match.groups() if match else (rest, ZEROS)
         if not past or not equals or not present:
             raise InputError(
-                f"--state {text}: expected is PAST=PRESENT or PAST=PRESENT:INIT, an input's name, the name or place of "
+                f"--state {text}: expected PAST=PRESENT or PAST=PRESENT:INIT, an input's name, the name or place of "
                 "the output that the next step gets for it, and a .npy file or zeros. For instance: --state "
                 "state=stateN"
             )
@@ -126,6 +126,6 @@ def _pairs(texts: Iterable[str], option: str, expected: str, example: str) -> di
     for text in texts:
         name, equals, value = text.partition("=")
         if not name or not equals or not value or name in found:
-            raise InputError(f"{option} {text}: expected is {expected}. For instance: {option} {example}")
+            raise InputError(f"{option} {text}: expected {expected}. For instance: {option} {example}")
         found[name] = value
     return found

@@ -42,7 +42,7 @@ def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> 
         tokens = sequence[: length or MOST]
         if length is not None and len(tokens) < length:
             raise InputError(
-                f"{path} takes sequences of {length} tokens; given is one of {len(tokens)}. Give longer ones with "
+                f"{path} takes sequences of {length} tokens; given one of {len(tokens)}. Give longer ones with "
                 "--data, or export it with a dynamic axis 1."
             )
         session = source.reference(spec)
@@ -56,7 +56,7 @@ def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> 
         except Exception as error:  # whatever a framework raises
             raise InputError(
                 f"{path} does not take a sequence {tokens.dtype}{[1, *tokens.shape]}: {type(error).__name__}: {error}. "
-                "Expected is one input, [1, T, *token], in the dtype of the step's."
+                "Expected one input, [1, T, *token], in the dtype of the step's."
             ) from error
         check_offline(source.kind, name, given, wanted)
     shown = f"the same as {path.name} over {len(sequences)} whole sequences"
@@ -76,4 +76,4 @@ def _open(path: Path) -> tuple[Whole, int | None]:
         from nsm.export.sources import whole_program
 
         return whole_program(path)
-    raise InputError(f"--offline {path}: expected is a .pt2 or .onnx of the model over whole sequences.")
+    raise InputError(f"--offline {path}: expected a .pt2 or .onnx of the model over whole sequences.")

@@ -175,7 +175,7 @@ def _protocol(
     start = initial(1)
     if not isinstance(start, Mapping) or not all(isinstance(value, Tensor) for value in start.values()):
         raise ConfigError(
-            f"{type(module).__name__}.initial_state(1) gave a {type(start).__name__}; expected is a dictionary of "
+            f"{type(module).__name__}.initial_state(1) gave a {type(start).__name__}; expected a dictionary of "
             "tensors with one stream on axis 0."
         )
     names = list(start)

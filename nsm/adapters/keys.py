@@ -61,7 +61,7 @@ def taken_apart(kind: str, states: Any, outputs: Sequence[str]) -> Callable[[Any
         missing = [state for state in range(len(names)) if state not in found]
         if len(others) != len(outputs) + len(missing):
             raise ConfigError(
-                f"{kind} took {len(names)} states and gave {len(leaves)} tensors; expected are {len(outputs)} outputs "
+                f"{kind} took {len(names)} states and gave {len(leaves)} tensors; expected {len(outputs)} outputs "
                 f"and then the states, {len(outputs) + len(names)} in all. Name further outputs with outputs=[...], "
                 "and return every state."
             )

@@ -263,7 +263,7 @@ class AdaptedModel(StepModel):
 
 def _check_tensor(what: str, value: Any) -> None:
     if not isinstance(value, Tensor):
-        raise ConfigError(f"The {what} is a {type(value).__name__}; expected is a tensor. Do outputs and states fit?")
+        raise ConfigError(f"The {what} is a {type(value).__name__}; expected a tensor. Do outputs and states fit?")
 
 
 def _digest(value: Tensor) -> str:

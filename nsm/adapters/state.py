@@ -45,7 +45,7 @@ class Carried:
         given: Any = self.initial
         if not isinstance(given, Tensor):
             raise ConfigError(
-                f"The initial value of the state {self.name} is of type {type(given).__name__}; expected is a tensor. "
+                f"The initial value of the state {self.name} is of type {type(given).__name__}; expected a tensor. "
                 "Of an array torch.from_numpy makes one."
             )
         # A result of other tensors could not be copied with the model. The memory is that of the given tensor, by which

@@ -119,7 +119,7 @@ class TorchStep:
             given: Any = self._offline(tokens)
         if not isinstance(given, Tensor):
             raise ConfigError(
-                f"offline gave a {type(given).__name__} for sequences {list(tokens.shape)}; expected is a tensor, the "
+                f"offline gave a {type(given).__name__} for sequences {list(tokens.shape)}; expected a tensor, the "
                 f"main output {self.outputs[0]} [1, T, ...]: offline=lambda ids: model(ids).logits"
             )
         return {self.outputs[0]: given.numpy()}
@@ -240,7 +240,7 @@ def _array(what: str, value: Tensor) -> Array:
     try:
         return value.detach().numpy().copy()
     except TypeError as error:  # bfloat16 and the like
-        raise ConfigError(f"The {what} is {value.dtype}; expected is float32. Convert it: .float()") from error
+        raise ConfigError(f"The {what} is {value.dtype}; expected float32. Convert it: .float()") from error
 
 
 def _generators() -> bytes:

@@ -90,7 +90,7 @@ def check_npy(file: IO[bytes], size: int, name: str) -> None:
     elif version == (2, 0):
         shape, _, dtype = np.lib.format.read_array_header_2_0(file)
     else:
-        raise ValueError(f"{name} has the format {version}; expected is 1.0 or 2.0")
+        raise ValueError(f"{name} has the format {version}; expected 1.0 or 2.0")
     needed = file.tell() + math.prod(shape) * dtype.itemsize
     if needed != size and not dtype.hasobject:
         raise ValueError(f"{name} declares {list(shape)} of {dtype}, {needed:,} bytes, and has {size:,}")

@@ -61,7 +61,7 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         InputError: the folder is not there, or may not be written to; or `path` is a folder itself.
     """
     if path.is_dir():
-        raise InputError(f"{path} is a folder; expected is the name of a file. Give one in it, or another.")
+        raise InputError(f"{path} is a folder; expected the name of a file. Give one in it, or another.")
     with contextlib.ExitStack() as stack:
         try:
             place = followed(path)
@@ -181,7 +181,7 @@ def check_stored(archive: zipfile.ZipFile, size: int, unpacked: int = 0) -> None
     packed = [member.filename for member in members if member.compress_type != zipfile.ZIP_STORED]
     if packed and not unpacked:
         raise ValueError(
-            f"{packed[0]} in it is compressed; expected are members that are stored as they are, as numpy.savez and "
+            f"{packed[0]} in it is compressed; expected members that are stored as they are, as numpy.savez and "
             "torch.save write them"
         )
     check_declared(sum(member.file_size for member in members), max(size, unpacked))
@@ -190,4 +190,4 @@ def check_stored(archive: zipfile.ZipFile, size: int, unpacked: int = 0) -> None
 def check_declared(declared: int, most: int) -> None:
     """Raise `ValueError` where an archive declares more bytes than it may."""
     if declared > most:
-        raise ValueError(f"what is in it declares {declared:,} bytes; expected are at most {most:,}")
+        raise ValueError(f"what is in it declares {declared:,} bytes; expected at most {most:,}")

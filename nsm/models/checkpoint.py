@@ -134,7 +134,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         check_content(content, Path(path).stat().st_size)
     except ValueError as error:
-        raise CheckpointError(f"{path} was refused: {error}. Expected is a .pt written by nsm.save.") from error
+        raise CheckpointError(f"{path} was refused: {error}. Expected a .pt written by nsm.save.") from error
     if not isinstance(content, dict) or not _is_text(content.get("format"), FORMAT):
         what = f"a {type(content).__name__}" if not isinstance(content, dict) else "a dictionary without our format tag"
         raise CheckpointError(
@@ -261,14 +261,14 @@ def _read(path: Path) -> Any:
     except FileNotFoundError as error:
         raise CheckpointError(f"There is no file {path}.") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}. Expected is a .pt written by nsm.save.") from error
+        raise CheckpointError(f"{path} cannot be read: {error}. Expected a .pt written by nsm.save.") from error
     try:
         with file:
             return load_plain(file)
     except ValueError as error:
         raise CheckpointError(
             f"{path} was refused: {error}. If a program for archives packed it anew, take the file from before; "
-            "expected is a .pt written by nsm.save."
+            "expected a .pt written by nsm.save."
         ) from error
     except pickle.UnpicklingError as error:
         raise CheckpointError(
@@ -279,7 +279,7 @@ def _read(path: Path) -> Any:
     except Exception as error:  # on damaged files torch raises whatever its parser stumbles over
         raise CheckpointError(
             f"{path} cannot be read as a PyTorch file ({type(error).__name__}). It is damaged, or something else; "
-            "expected is a .pt written by nsm.save."
+            "expected a .pt written by nsm.save."
         ) from error
 
 

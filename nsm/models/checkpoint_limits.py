@@ -54,7 +54,7 @@ def _count(item: object, known: dict[int, int], depth: int) -> int:
         _check_tensor(item)
         return 1
     if isinstance(item, int) and abs(item) >= 1 << 63:
-        raise ValueError(f"a number in it has {item.bit_length():,} bits; expected are at most 63")
+        raise ValueError(f"a number in it has {item.bit_length():,} bits; expected at most 63")
     if not isinstance(item, (dict, list, tuple, set, frozenset)):
         return 1
     if id(item) not in known:
@@ -70,7 +70,7 @@ def _count(item: object, known: dict[int, int], depth: int) -> int:
 
 def _check_tensor(tensor: Tensor) -> None:
     if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
-        raise ValueError(f"a tensor in it is {tensor.layout} on {tensor.device}; expected are plain ones on the CPU")
+        raise ValueError(f"a tensor in it is {tensor.layout} on {tensor.device}; expected plain ones on the CPU")
     held = tensor.untyped_storage().nbytes()
     if tensor.nbytes > held:
         raise ValueError(

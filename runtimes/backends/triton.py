@@ -98,7 +98,7 @@ def load(
     ort: Any = importlib.import_module("onnxruntime")
     path = files["step"]
     if not path.parent.name.isdigit():
-        raise BundleDamagedError(f"{path} lies in no version of a model; expected is nsm/1/{path.name}. {_AGAIN}")
+        raise BundleDamagedError(f"{path} lies in no version of a model; expected nsm/1/{path.name}. {_AGAIN}")
     served = read_model(path.parent.parent)
     options = ort.SessionOptions()
     options.log_severity_level = 3

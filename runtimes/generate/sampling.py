@@ -72,12 +72,12 @@ def _checked(logits: ArrayLike) -> Array:
     array = as_array("What a sampler was given", logits)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "fiu":
         raise InputError(
-            f"A sampler takes the logits of one token, [V] numbers; given are {array.dtype} of shape "
+            f"A sampler takes the logits of one token, [V] numbers; given {array.dtype} of shape "
             f"{list(array.shape)}. Give it one row of the outputs."
         )
     if not np.isfinite(array.max()):  # NaN is the largest
         raise InputError(
-            f"A sampler takes logits that are finite, or -inf for tokens that are never to be drawn; given are "
+            f"A sampler takes logits that are finite, or -inf for tokens that are never to be drawn; given "
             f"{int(np.isnan(array).sum())} NaN, {int((array == np.inf).sum())} inf and "
             f"{int((array == -np.inf).sum())} -inf of {array.size}. Check what they come from."
         )

@@ -168,7 +168,7 @@ def loader(target: Target, options: Mapping[str, str]) -> Loader:
         return load
     if dict(options) not in [dict(item) for item in target.remedies]:
         raise BundleDamagedError(
-            f"The manifest gives the artifact of {target.name} the compile options {dict(options)}; expected are "
+            f"The manifest gives the artifact of {target.name} the compile options {dict(options)}; expected "
             f"{' or '.join(str(dict(item)) for item in ({}, *target.remedies))}. Was it edited by hand? Export the "
             "bundle again."
         )

@@ -124,6 +124,6 @@ def checked_lanes(spec: StepSpec, counts: Array, length: int) -> None:
     """
     if spec.entry("step").input(VALID) is None and np.any(counts != length):
         raise InputError(
-            f"This model takes whole calls on all lanes at once; given are {counts.tolist()} tokens for its "
+            f"This model takes whole calls on all lanes at once; given {counts.tolist()} tokens for its "
             "lanes. Give all lanes as many."
         )

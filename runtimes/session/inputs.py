@@ -63,7 +63,7 @@ def checked_state(
     """
     name = spec.name
     if name not in arrays:
-        raise InputError(f"The state {name} is missing; given are {sorted(arrays)}.")
+        raise InputError(f"The state {name} is missing; given {sorted(arrays)}.")
     given = as_array(f"The state {name}", arrays[name])
     shape = spec.shape if shape is None else shape
     if given.shape != shape:

@@ -101,7 +101,7 @@ def _as_bytes(data: object) -> bytes:
         return bytes(memoryview(data))  # type: ignore[arg-type]
     except (TypeError, ValueError) as error:  # a ValueError where the memory was released
         raise SnapshotError(
-            f"A snapshot is bytes; given is a {type(data).__name__}: {error}. Expected is what Session.snapshot() "
+            f"A snapshot is bytes; given a {type(data).__name__}: {error}. Expected what Session.snapshot() "
             "returned, of a file what Path.read_bytes() returns."
         ) from error
 
@@ -117,7 +117,7 @@ def _parse(data: bytes) -> Snapshot:
     if not data.startswith(_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
         raise SnapshotError(
             "These bytes are not a snapshot, or they are damaged: the hash does not fit. "
-            "Expected is what Session.snapshot() returned."
+            "Expected what Session.snapshot() returned."
         )
     # The hash is no secret: whoever makes up a snapshot makes up a hash that fits.
     try:
@@ -131,7 +131,7 @@ def _parse(data: bytes) -> Snapshot:
     except Exception as error:  # on what is no archive zipfile and numpy raise whatever they stumble over
         raise SnapshotError(
             f"These bytes are not a snapshot, although their hash fits: {error}. "
-            "Expected is what Session.snapshot() returned."
+            "Expected what Session.snapshot() returned."
         ) from error
 
 

@@ -391,7 +391,7 @@ def test_a_capacity_that_is_none_is_refused(most: object, copy: Path) -> None:
     (copy / "manifest.json").write_text(json.dumps(manifest))
     found = javascript(copy, "await Bundle.open(reader); say(0);")
     assert found["error"] == "BundleError"
-    assert "expected is a number above 0, or null" in found["message"]
+    assert "expected a number above 0, or null" in found["message"]
 
 
 def test_a_counter_is_kept_small_in_javascript_too(tmp_path: Path) -> None:

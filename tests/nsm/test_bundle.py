@@ -329,7 +329,7 @@ def test_what_is_not_held_is_named_with_what_is(
 
 
 def test_two_artifacts_of_one_target_and_precision_are_damage(made: Path) -> None:
-    with pytest.raises(BundleError, match="two artifacts of openvino int8; expected is one of a target and precision"):
+    with pytest.raises(BundleError, match="two artifacts of openvino int8; expected one of a target and precision"):
         _holding(made, "openvino int8", "openvino int8")
 
 

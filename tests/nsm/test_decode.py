@@ -50,16 +50,16 @@ def test_what_was_written_comes_back() -> None:
 @pytest.mark.parametrize(
     ("key", "value", "message"),
     [
-        ("parts", {"name": "x"}, r"whole\.parts is .*; expected is a list"),
-        ("parts", [{"name": "x"}], r"whole\.parts\[0\] is .*; expected is an object with the keys \['name', 'size'\]"),
+        ("parts", {"name": "x"}, r"whole\.parts is .*; expected a list"),
+        ("parts", [{"name": "x"}], r"whole\.parts\[0\] is .*; expected an object with the keys \['name', 'size'\]"),
         ("parts", [{"name": "x", "size": -1}], r"whole\.parts\[0\] is invalid: A size is not negative"),
-        ("parts", [{"name": "x", "size": True}], r"whole\.parts\[0\]\.size is True; expected is int"),
-        ("kind", "c", r"whole\.kind is 'c'; expected is one of \['a', 'b'\]"),
-        ("ratio", "half", r"whole\.ratio is 'half'; expected is float"),
-        ("on", 1, r"whole\.on is 1; expected is bool"),
-        ("limit", "none", r"whole\.limit is 'none'; expected is int or NoneType"),
-        ("notes", [], r"whole\.notes is \[\]; expected is an object"),
-        ("notes", {"k": 3}, r"whole\.notes\.k is 3; expected is str"),
+        ("parts", [{"name": "x", "size": True}], r"whole\.parts\[0\]\.size is True; expected int"),
+        ("kind", "c", r"whole\.kind is 'c'; expected one of \['a', 'b'\]"),
+        ("ratio", "half", r"whole\.ratio is 'half'; expected float"),
+        ("on", 1, r"whole\.on is 1; expected bool"),
+        ("limit", "none", r"whole\.limit is 'none'; expected int or NoneType"),
+        ("notes", [], r"whole\.notes is \[\]; expected an object"),
+        ("notes", {"k": 3}, r"whole\.notes\.k is 3; expected str"),
         ("kind", "c" * 200, r"'c{70,80}\.\.\.; expected"),
     ],
 )
@@ -71,5 +71,5 @@ def test_what_does_not_fit_is_named(key: str, value: object, message: str) -> No
 def test_a_missing_and_an_unknown_key_are_refused_even_where_there_is_a_default() -> None:
     refused: list[object] = [{"name": "x"}, {"name": "x", "size": 1, "colour": "red"}, [], None, "part"]
     for data in refused:
-        with pytest.raises(BundleError, match=r"expected is an object with the keys \['name', 'size'\]"):
+        with pytest.raises(BundleError, match=r"expected an object with the keys \['name', 'size'\]"):
             decode(Part, data, "part")

@@ -81,7 +81,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
         r"a\.npy in it is compressed",
     ),
     "one member by a thousand names": (many_names_for_one_member, "declares 1,0"),
-    "a directory that lies": (lying_directory, r"declares 3,221,225,472 bytes; expected are at most \d+"),
+    "a directory that lies": (lying_directory, r"declares 3,221,225,472 bytes; expected at most \d+"),
     "a very long header": (lambda: archive({"a.npy": header((1,) * 200_000, version=(2, 0))}), "cannot be read"),
     "no array": (lambda: archive({"a.txt": b"text" * 100}), "cannot be read"),
 }
@@ -281,7 +281,7 @@ def test_a_checkpoint_is_held_against_the_table_that_torch_reads(bomb: bytes, tm
     with zipfile.ZipFile(path) as seen:
         assert all(member.file_size < 1 << 20 for member in seen.infolist())
     with pytest.raises(
-        CheckpointError, match=r"was refused: what is in it declares 134,\d+,\d+ bytes; expected are at most"
+        CheckpointError, match=r"was refused: what is in it declares 134,\d+,\d+ bytes; expected at most"
     ):
         nsm.load(path)
 

@@ -84,7 +84,7 @@ def test_a_manifest_that_is_no_regular_file_is_not_read(made: Path, kind: str) -
 
 def test_no_directory_is_no_bundle(tmp_path: Path, made: Path) -> None:
     for path in (tmp_path / "no.nsm", made / MANIFEST):
-        with pytest.raises(InputError, match=r"There is no bundle .*: expected is a directory written by nsm-export"):
+        with pytest.raises(InputError, match=r"There is no bundle .*: expected a directory written by nsm-export"):
             Bundle(path)
 
 

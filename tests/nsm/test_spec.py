@@ -134,16 +134,16 @@ def _chunked(change: str) -> StepSpec:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no commit", r"expected is an entry commit that writes lane\.offset, given is none"),
+        ("no commit", r"expected an entry commit that writes lane\.offset, given none"),
         (
             "commit without the offset",
-            r"expected is an entry commit that writes lane\.offset, given is one that does not",
+            r"expected an entry commit that writes lane\.offset, given one that does not",
         ),
         (
             "decode without the offset",
-            r"expected is an entry decode that writes lane\.offset, given is one that does not",
+            r"expected an entry decode that writes lane\.offset, given one that does not",
         ),
-        ("commit with inputs", "The entry commit takes inputs; expected are states alone"),
+        ("commit with inputs", "The entry commit takes inputs; expected states alone"),
     ],
 )
 def test_a_chunk_that_could_not_be_ended_is_refused(change: str, message: str) -> None:
@@ -311,10 +311,10 @@ def test_a_spec_that_was_edited_by_hand_is_refused(path: tuple[str | int, ...], 
     ("path", "value", "message"),
     [
         ((*OUTPUT, "shape"), [2, 8, 10**30], r"outputs of step is .* gives at most 1,073,741,824 bytes"),
-        (("batch",), 5, r"lane\.offset has the shape \[2\]; expected is the size 5, the lanes, on axis 0"),
-        (("entries", 1, "name"), "../../evil", r"An entry is called '\.\./\.\./evil'; expected are at most 64 letters"),
-        (("states", 5, "name"), "..", r"A state is called '\.\.'; expected is a name that a file could have"),
-        (("entries", 0, "name"), "begin", "has an entry step that takes tokens; given are the entries begin, decode"),
+        (("batch",), 5, r"lane\.offset has the shape \[2\]; expected the size 5, the lanes, on axis 0"),
+        (("entries", 1, "name"), "../../evil", r"An entry is called '\.\./\.\./evil'; expected at most 64 letters"),
+        (("states", 5, "name"), "..", r"A state is called '\.\.'; expected a name that a file could have"),
+        (("entries", 0, "name"), "begin", "has an entry step that takes tokens; given the entries begin, decode"),
         ((*INPUT, "minimum"), None, r"tokens of int64 has the bounds None \.\. 19; integers have both"),
     ],
 )
@@ -336,5 +336,5 @@ def test_the_rows_of_a_ring_are_counted_too() -> None:
 
 @pytest.mark.parametrize("data", [[], "spec", 3, None, {}])
 def test_what_is_no_spec_is_refused(data: Any) -> None:
-    with pytest.raises(BundleError, match=r"spec is .*; expected is an object with the keys"):
+    with pytest.raises(BundleError, match=r"spec is .*; expected an object with the keys"):
         StepSpec.from_json(data)

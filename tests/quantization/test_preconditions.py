@@ -48,7 +48,7 @@ def test_too_little_is_refused_with_what_was_given_and_what_is_needed(
     calls: list[int], given: tuple[int, int, int]
 ) -> None:
     message = f"at least {MIN_CALLS} calls of {LENGTH} tokens in all, and a sequence of two calls or more, .*"
-    found = "Given are sequences: {}, calls: {}, in the longest: {}\\. Give more or longer".format(*given)
+    found = "Given sequences: {}, calls: {}, in the longest: {}\\. Give more or longer".format(*given)
     with pytest.raises(InputError, match=message + found):
         check_enough(of_calls(*calls), LENGTH)
 
@@ -112,7 +112,7 @@ def test_the_largest_state_is_the_size_and_counters_are_none() -> None:
         ("openvino", "int8-weights", {"GRU": SMALLEST, "": SMALLEST - 1}, 1, "Take --precision fp16"),
         ("onnxruntime", "int8-weights", {"RNN": SMALLEST}, 16, "Take --target onnxruntime --precision int8, or keep"),
         ("tensorrt", "fp16", {"GRU": SMALLEST, "LSTM": SMALLEST}, 16, "inside of GRU and LSTM operators"),
-        ("onnxruntime", "int8", {"GRU": SMALLEST}, LONGEST + 1, f"{LONGEST} tokens; given are 17. Take --chunk 16"),
+        ("onnxruntime", "int8", {"GRU": SMALLEST}, LONGEST + 1, f"{LONGEST} tokens; given 17. Take --chunk 16"),
     ],
 )
 def test_low_precision_that_reaches_no_weight_is_refused(

@@ -40,7 +40,7 @@ export class Bundle {
     for (const most of [manifest.spec.capacity, ...artifacts.filter((item) => item.target === "web").map((item) => item.limit)]) {
       if (most === null) continue;
       if (!Number.isSafeInteger(most) || most < 1) {
-        throw new BundleError(`The manifest limits a stream to ${JSON.stringify(most)} tokens; expected is a number above 0, or null. Export it again.`);
+        throw new BundleError(`The manifest limits a stream to ${JSON.stringify(most)} tokens; expected a number above 0, or null. Export it again.`);
       }
       this.capacity = Math.min(most, this.capacity ?? most);
     }

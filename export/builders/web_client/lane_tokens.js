@@ -56,7 +56,7 @@ export class LaneTokens {
     }
     const wanted = lane === undefined ? this.used.length : 1;
     if (!Array.isArray(found) || found.length !== wanted || !found.every((count) => Number.isSafeInteger(count) && count >= 0)) {
-      throw new SnapshotError(`The snapshot holds the tokens ${JSON.stringify(held)}; expected is a count for each lane.`);
+      throw new SnapshotError(`The snapshot holds the tokens ${JSON.stringify(held)}; expected a count for each lane.`);
     }
     return this.used.map((used, index) => (lane === undefined ? found[index] : index === lane ? found[0] : used));
   }

@@ -182,7 +182,7 @@ export class Session {
 
   /** Go on from a snapshot, of one lane or of all. @param {Uint8Array} bytes @param {number} [lane] */
   async restore(bytes, lane) {
-    if (!(bytes instanceof Uint8Array)) throw new SnapshotError("A snapshot is a Uint8Array; given is something else.");
+    if (!(bytes instanceof Uint8Array)) throw new SnapshotError("A snapshot is a Uint8Array; given something else.");
     const version = /^nsm-snapshot (\d{1,9})\n/.exec(new TextDecoder("latin1").decode(bytes.subarray(0, 24)));
     if (version && Number(version[1]) !== SNAPSHOT_VERSION) {
       throw new SnapshotError(`The snapshot has the format version ${version[1]}, and this client reads version ${SNAPSHOT_VERSION}.`);

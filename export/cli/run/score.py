@@ -110,7 +110,7 @@ def score_folder(
 
 def _files(folder: Path, output: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}. Expected is one with {', '.join(SUFFIXES)} files.")
+        raise InputError(f"There is no folder {folder}. Expected one with {', '.join(SUFFIXES)} files.")
     found = sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.resolve() != output.resolve()
     )

@@ -71,12 +71,12 @@ def _answer(foreign: Foreign, port: Port, batch: int, count: int) -> tuple[int, 
     lead = [batch, count] if foreign.timed else [batch]
     if port.dtype != "float32" or (shape[: len(lead)] != lead and math.prod(shape) % batch):
         raise UnsupportedError(
-            f"The output {port.name} is {port.dtype}{shape}; expected is float32 of shape {[*lead, '...']}. Remove "
+            f"The output {port.name} is {port.dtype}{shape}; expected float32 of shape {[*lead, '...']}. Remove "
             "other outputs from the graph, or export with this one cast."
         )
     if foreign.timed and shape[:2] != lead:
         raise UnsupportedError(
-            f"The output {port.name} has the shape {shape} for {count} tokens of {batch} streams; expected is "
+            f"The output {port.name} has the shape {shape} for {count} tokens of {batch} streams; expected "
             f"{[*lead, '...']}: an answer for every token."
         )
     rest = shape[len(lead) :] if shape[: len(lead)] == lead else [math.prod(shape) // batch]

@@ -208,7 +208,7 @@ def load_onnx(
             "output another name."
         )
     if not main.shape:
-        raise InputError(f"The input {main.name} is a single number; expected is [streams, ...].")
+        raise InputError(f"The input {main.name} is a single number; expected [streams, ...].")
     check_main(path, main.name, main.shape)
     timed = len(main.shape) > 1 and isinstance(main.shape[1], str)
     _check_closed(main, timed)

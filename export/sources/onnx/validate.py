@@ -143,7 +143,7 @@ def whole_graph(path: Path) -> tuple[Callable[[Array], Array], int | None]:
     inputs = list(real_inputs(model).values())
     if len(inputs) != 1 or len(inputs[0].shape) < 2:
         raise InputError(
-            f"{path} has the inputs {', '.join(f'{p.name} {list(p.shape)}' for p in inputs)}; expected is one, a whole "
+            f"{path} has the inputs {', '.join(f'{p.name} {list(p.shape)}' for p in inputs)}; expected one, a whole "
             "sequence [1, T, *token]."
         )
     session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])

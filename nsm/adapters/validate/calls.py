@@ -60,7 +60,7 @@ def shapes(subject: Subject) -> None:
         for name, value in longer.items():
             if value.shape != (1, count, *subject.shapes[name]):
                 raise UnsupportedError(
-                    f"{step.kind} answers {count} tokens in one call with {name} {list(value.shape)}; expected is "
+                    f"{step.kind} answers {count} tokens in one call with {name} {list(value.shape)}; expected "
                     f"{[1, count, *subject.shapes[name]]}: a length is built into it. {step.advice.length}"
                 )
 
@@ -71,7 +71,7 @@ def _check_outputs(subject: Subject, outputs: Arrays, count: int) -> None:
             wanted = "[B, T, ...]" if subject.step.timed else "[B, ...]"
             found = value.shape if subject.step.timed else (*value.shape[:1], *value.shape[2:])
             raise ConfigError(
-                f"The output {name} is {value.dtype}{list(found)} for one token of one stream; expected is float32 of "
+                f"The output {name} is {value.dtype}{list(found)} for one token of one stream; expected float32 of "
                 f"shape {wanted}. timed={subject.step.timed} says whether there is a time axis."
             )
 

@@ -307,7 +307,7 @@ def _not_finite(path: Path, model: SimpleNSM) -> None:
     [
         (_text, ["was refused", "no PyTorch file"]),
         (_empty, ["cannot be read as a PyTorch file"]),
-        (_folder, ["cannot be read", "Expected is a .pt written by nsm.save"]),
+        (_folder, ["cannot be read", "Expected a .pt written by nsm.save"]),
         (_module, ["was refused", "whole module", "run code from the file", "nsm.save"]),
         (_state_dict, ["not a checkpoint written by nsm.save", "bare state_dict has no config"]),
         (_truncated, ["cannot be read as a PyTorch file"]),

@@ -228,7 +228,7 @@ def test_states_are_parsed() -> None:
         StateOption("g", "h", "start.npy"),
     ]
     for text in ("a", "=b", "a="):
-        with pytest.raises(InputError, match="expected is PAST=PRESENT"):
+        with pytest.raises(InputError, match="expected PAST=PRESENT"):
             parse_states([text])
     with pytest.raises(InputError, match="names the input a twice"):
         parse_states(["a=b", "a=c"])
@@ -236,7 +236,7 @@ def test_states_are_parsed() -> None:
         parse_states(["a=b", "c=b"])
     assert parse_constants(["sr=16000"]) == {"sr": "16000"}
     for texts in (["sr"], ["=1"], ["sr="], ["sr=1", "sr=2"]):
-        with pytest.raises(InputError, match="expected is NAME=VALUE"):
+        with pytest.raises(InputError, match="expected NAME=VALUE"):
             parse_constants(texts)
 
 
@@ -266,7 +266,7 @@ def test_an_initial_value_is_read_or_refused(tmp_path: Path) -> None:
     option = StateOption("h", "hn", str(tmp_path / "start.npy"))
     np.testing.assert_array_equal(option.initial((1, 3), "float32"), [[0, 1, 2]])
     for shape, dtype in (((1, 4), "float32"), ((1, 3), "int64")):
-        with pytest.raises(InputError, match="expected are finite numbers"):
+        with pytest.raises(InputError, match="expected finite numbers"):
             option.initial(shape, dtype)
     with pytest.raises(InputError, match=r"cannot be read from .*absent.npy"):
         StateOption("h", "hn", str(tmp_path / "absent.npy")).initial((1,), "float32")

@@ -153,7 +153,7 @@ def test_a_compressed_file_is_read_and_one_that_would_fill_the_memory_is_refused
     assert (tmp_path / "ids.npz").stat().st_size < ids.nbytes / 100
     np.testing.assert_array_equal(np.stack(read_sequences(tmp_path / "ids.npz")), ids)
     monkeypatch.setattr(sequences, "LIMITS", {**LIMITS, "arrays": ids.nbytes // 2})
-    with pytest.raises(InputError, match=r"declares 800,\d+ bytes; expected are at most 400,000"):
+    with pytest.raises(InputError, match=r"declares 800,\d+ bytes; expected at most 400,000"):
         read_sequences(tmp_path / "ids.npz")
 
 
@@ -162,7 +162,7 @@ def test_a_compressed_file_is_read_and_one_that_would_fill_the_memory_is_refused
 )
 def test_arrays_that_are_no_tokens_are_refused(tmp_path: Path, array: np.ndarray[Any, Any]) -> None:
     np.save(tmp_path / "x.npy", array)
-    with pytest.raises(InputError, match=r"x\.npy holds an array of shape .* and dtype .*expected are ids \[N, T\]"):
+    with pytest.raises(InputError, match=r"x\.npy holds an array of shape .* and dtype .*expected ids \[N, T\]"):
         read_sequences(tmp_path / "x.npy")
 
 

@@ -119,7 +119,7 @@ def test_too_few_sequences_are_refused_before_any_work(checkpoint: Path, tmp_pat
     """One call has seen nothing but the state after a reset."""
     data = written(tmp_path / "ids.npz", *make_sequences(2, 40), np.zeros(CHUNK, int))
     options = ("-t", "ov", "-p", "int8", "--data", data, "--num-samples", "2", "-o", tmp_path / "m.nsm")
-    needed, given = "at least 16 calls of 8 tokens in all", "Given are sequences: 1, calls: 1, in the longest: 1."
+    needed, given = "at least 16 calls of 8 tokens in all", "Given sequences: 1, calls: 1, in the longest: 1."
     refused(invoke("export", checkpoint, *options), 2, needed, given, "--precision int8-weights")
     assert names(tmp_path) == ["ids.npz"]
 

@@ -210,7 +210,7 @@ def test_options_that_no_export_writes_are_refused(fragile: Target, bundle_copy:
     item = next(item for item in data["artifacts"] if item["target"] == "onnxruntime")
     item.update(target=fragile.name, options=options)
     (bundle_copy / MANIFEST).write_text(json.dumps(data))
-    with pytest.raises(BundleDamagedError, match=r"compile options \{.*\}; expected are \{\} or \{'SAFE': 'YES'\} or"):
+    with pytest.raises(BundleDamagedError, match=r"compile options \{.*\}; expected \{\} or \{'SAFE': 'YES'\} or"):
         nsm.open(bundle_copy, target=fragile.name)
 
 

@@ -96,9 +96,9 @@ def test_a_step_that_is_another_model_is_refused(suffix: str, tmp_path: Path) ->
     with pytest.raises(UnsupportedError, match=r"is not the model: from token 0 on, \w+ departs from the offline run"):
         plan(step, options(suffix, offline=whole))
     long = write(tmp_path / f"long{suffix}", Whole(), (torch.zeros(1, 30, WIDTH),))
-    with pytest.raises(InputError, match="takes sequences of 30 tokens; given is one of 24"):
+    with pytest.raises(InputError, match="takes sequences of 30 tokens; given one of 24"):
         plan(step, options(suffix, offline=long))
-    with pytest.raises(InputError, match=r"has the inputs .*; expected is one, a whole sequence"):
+    with pytest.raises(InputError, match=r"has the inputs .*; expected one, a whole sequence"):
         plan(step, options(suffix, offline=step))
     wide = write(tmp_path / f"wide{suffix}", nn.Linear(5, 2), (torch.zeros(1, 20, 5),))
     with pytest.raises(InputError, match=r"does not take a sequence float32\[1, 20, 4\]"):
@@ -122,7 +122,7 @@ def test_it_belongs_to_foreign_files(tmp_path: Path, checkpoint: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_without_it_the_report_says_so_and_inspect_lists_the_experiments(tmp_path: Path) -> None:
     step = write(tmp_path / "step.onnx", Step(), (torch.zeros(1, WIDTH), torch.zeros(1, 6)))
-    with pytest.raises(InputError, match=r"expected is a \.pt2 or \.onnx of the model over whole sequences"):
+    with pytest.raises(InputError, match=r"expected a \.pt2 or \.onnx of the model over whole sequences"):
         plan(step, options(".onnx", offline=tmp_path / "w.txt"))
     made = invoke("export", step, "-t", "ort", "-o", tmp_path / "m.nsm", "--golden-steps", "8")
     succeeded(made)

@@ -135,7 +135,7 @@ def test_lanes_that_all_have_to_go_are_not_waited_for_for_ever() -> None:
 
     initial = {name: value.numpy() for name, value in model.initial_state(2).items()}
     session = Session(TorchRuntime(model, whole), whole, initial, "", "pytorch")
-    with pytest.raises(InputError, match=r"whole calls on all lanes at once; given are \[4, 0\]"):
+    with pytest.raises(InputError, match=r"whole calls on all lanes at once; given \[4, 0\]"):
         session.feed(tokens(model, 2, 4), [4, 0])
 
 
@@ -154,7 +154,7 @@ FAULTS: dict[str, tuple[type[NsmError], str]] = {
     "casts": (ConfigError, r"state_0 .* float64\[1, 3\] after it"),
     "half": (ConfigError, r"The output outputs is float16\[1, 1, 3\]"),
     "pooled": (ConfigError, r"The output outputs is float32\[\] for one token"),
-    "forgets": (ConfigError, "took 1 states and gave 1 tensors; expected are 1 outputs and then the states, 2"),
+    "forgets": (ConfigError, "took 1 states and gave 1 tensors; expected 1 outputs and then the states, 2"),
     "raises": (ConfigError, r"fails on tokens of shape \[1, 1, 3\] .*ValueError: no such luck"),
     "frozen": (UnsupportedError, "a length is built into it, or something is not carried"),
     "drops": (UnsupportedError, "a length is built into it, or something is not carried"),
@@ -215,7 +215,7 @@ def test_what_does_not_fit_is_refused(
         (("h", H, 2), "lanes on axis 2"),
         (("h", H, "first"), "lane_axis of the state h is a whole number; given 'first'"),
         (("h", H.half()), r"float16; a state may be float32, int64, int32, bool. Convert it, .* with .float\(\)"),
-        (("h", H.numpy()), "is of type ndarray; expected is a tensor. .*torch.from_numpy"),
+        (("h", H.numpy()), "is of type ndarray; expected a tensor. .*torch.from_numpy"),
         (("h", H * float("nan")), "holds NaN or infinity"),
     ],
 )
@@ -276,7 +276,7 @@ def test_a_protocol_that_is_not_kept_is_refused() -> None:
         def step(self, x: Tensor, state: dict[str, Tensor]) -> Any:
             return x, {"mean": state["mean"]}
 
-    with pytest.raises(ConfigError, match="gave a Tensor; expected is a dictionary"):
+    with pytest.raises(ConfigError, match="gave a Tensor; expected a dictionary"):
         nsm.as_step(NoDictionary(), token_shape=(3,))
     with pytest.raises(ConfigError, match=r"took the states \['mean', 'seen'\] and gave \['mean'\]"):
         nsm.as_step(OtherStates(), token_shape=(3,))
@@ -329,7 +329,7 @@ def test_outputs_without_names_and_types_that_numpy_lacks_are_refused() -> None:
 
     with pytest.raises(ConfigError, match=r"gave 2 outputs; named are \['outputs'\]. Name them all"):
         nsm.as_step(Two(), token_shape=(3,))
-    with pytest.raises(ConfigError, match=r"The output outputs is torch.bfloat16; expected is float32"):
+    with pytest.raises(ConfigError, match=r"The output outputs is torch.bfloat16; expected float32"):
         nsm.as_step(Half(), token_shape=(3,))
 
 

@@ -132,7 +132,7 @@ def test_outputs_are_found_by_their_names() -> None:
         (
             {"h": H1, "c": C1},
             lambda y, h, c: (y, {"h": h, "c": None}),
-            "The state c is a NoneType; expected is a tensor",
+            "The state c is a NoneType; expected a tensor",
         ),
         ({"h": H1, "c": C1}, lambda y, h, c: ("y", {"h": h, "c": c}), "The output outputs is a str; expected is"),
     ],

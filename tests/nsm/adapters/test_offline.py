@@ -100,7 +100,7 @@ def test_a_window_that_is_always_that_of_the_first_token_is_not_the_model() -> N
 @pytest.mark.parametrize(
     ("offline", "message"),
     [
-        (lambda ids: (ids,), r"offline gave a tuple for sequences \[1, 83\]; expected is a tensor"),
+        (lambda ids: (ids,), r"offline gave a tuple for sequences \[1, 83\]; expected a tensor"),
         (lambda ids: torch.zeros(1, ids.shape[1]), r"step by step, and the offline run .* \[1, 83\]"),
     ],
 )

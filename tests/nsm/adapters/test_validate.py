@@ -17,7 +17,7 @@ FAULTS: dict[str, tuple[str, type[NsmError], str]] = {
     "NotFinite": ("finite", ConfigError, r"NaN or infinity in \['y'\] for made-up tokens, .* and positive.*SAMPLES"),
     "Grows": ("shapes", ConfigError, r"ring is float32\[1, 5, 3\] before a step and float32\[1, 6, 3\] after it"),
     "Double": ("shapes", ConfigError, r"output y is float64\[1, 1, 3\] for one token.*shape \[B, T, ...\]"),
-    "Pooled": ("shapes", UnsupportedError, r"answers 8 tokens in one call with y \[1, 1, 3\]; expected is \[1, 8, 3\]"),
+    "Pooled": ("shapes", UnsupportedError, r"answers 8 tokens in one call with y \[1, 1, 3\]; expected \[1, 8, 3\]"),
     "Writes": ("arguments", UnsupportedError, r"writes into \['ring'\], which it was given"),
     "Counts": ("repeat", UnsupportedError, r"gives another output y at call \d+ when the same stream is run again"),
     "Unread": ("read", ConfigError, r"never reads its states \['h'\]"),

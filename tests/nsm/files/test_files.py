@@ -126,7 +126,7 @@ def test_a_folder_that_is_not_there_is_an_error_that_names_the_file(tmp_path: Pa
 
 
 def test_a_folder_is_no_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is a folder; expected is the name of a file"), replacing(tmp_path):
+    with pytest.raises(InputError, match="is a folder; expected the name of a file"), replacing(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
 

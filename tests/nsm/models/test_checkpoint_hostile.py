@@ -153,14 +153,14 @@ ASKED: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     ),
     "a weight on no device": (
         lambda c: {**c, "weights": {**c["weights"], "embed.weight": torch.zeros(1 << 40, device="meta")}},
-        "on meta; expected are plain ones on the CPU",
+        "on meta; expected plain ones on the CPU",
     ),
     "a sparse weight": (
         lambda c: {
             **c,
             "golden": [torch.sparse_coo_tensor(torch.zeros(1, 1), torch.ones(1), (1 << 40,), check_invariants=True)],
         },
-        "torch.sparse_coo on cpu; expected are plain ones",
+        "torch.sparse_coo on cpu; expected plain ones",
     ),
 }
 

@@ -164,15 +164,15 @@ def test_numbers_outside_their_range_are_refused(arguments: dict[str, Any], mess
 @pytest.mark.parametrize(
     ("logits", "message"),
     [
-        ([0.0, np.nan, 1.0], "logits that are finite, .*given are 1 NaN, 0 inf and 0 -inf of 3"),
-        ([np.nan, -np.inf], "given are 1 NaN, 0 inf and 1 -inf of 2"),
-        ([np.inf, 1.0, np.inf], "given are 0 NaN, 2 inf and 0 -inf of 3"),
-        ([-np.inf, -np.inf], "given are 0 NaN, 0 inf and 2 -inf of 2"),
-        ([], r"the logits of one token, \[V\] numbers; given are float64 of shape \[0\]"),
-        ([[0.0, 1.0]], r"given are float64 of shape \[1, 2\]"),
-        (1.0, r"given are float64 of shape \[\]"),
-        (["a", "b"], r"given are <U1 of shape \[2\]"),
-        ([[0.0], [1.0, 2.0]], "What a sampler was given is not an array"),
+        ([0.0, np.nan, 1.0], "logits that are finite, .*given 1 NaN, 0 inf and 0 -inf of 3"),
+        ([np.nan, -np.inf], "given 1 NaN, 0 inf and 1 -inf of 2"),
+        ([np.inf, 1.0, np.inf], "given 0 NaN, 2 inf and 0 -inf of 3"),
+        ([-np.inf, -np.inf], "given 0 NaN, 0 inf and 2 -inf of 2"),
+        ([], r"the logits of one token, \[V\] numbers; given float64 of shape \[0\]"),
+        ([[0.0, 1.0]], r"given float64 of shape \[1, 2\]"),
+        (1.0, r"given float64 of shape \[\]"),
+        (["a", "b"], r"given <U1 of shape \[2\]"),
+        ([[0.0], [1.0, 2.0]], "What a sampler was given not an array"),
     ],
 )
 def test_logits_that_nothing_can_be_drawn_from_are_refused(logits: Any, message: str, temperature: float) -> None:

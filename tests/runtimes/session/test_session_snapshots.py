@@ -125,12 +125,12 @@ def test_what_is_no_bytes_is_no_snapshot(given: Any) -> None:
     for lane in (None, 0):
         with pytest.raises(
             SnapshotError,
-            match=rf"A snapshot is bytes; given is a {type(given).__name__}.*Session\.snapshot\(\) returned",
+            match=rf"A snapshot is bytes; given a {type(given).__name__}.*Session\.snapshot\(\) returned",
         ):
             session.restore(given, lane)
     released = memoryview(session.snapshot())
     released.release()
-    with pytest.raises(SnapshotError, match=r"given is a memoryview.*released"):
+    with pytest.raises(SnapshotError, match=r"given a memoryview.*released"):
         session.restore(released)
 
 

@@ -161,7 +161,7 @@ def fix_shapes(model: onnx.ModelProto, shapes: Mapping[str, str]) -> None:
         )
         if not fits or 0 in wanted:
             raise InputError(
-                f"--shape {name}={text}: the input {name} has the shape {list(shape)}; expected is a size, or a name "
+                f"--shape {name}={text}: the input {name} has the shape {list(shape)}; expected a size, or a name "
                 "to leave it open, for each of its axes, and where the graph has a size, that one."
             )
         known |= {size: part for part, size in zip(wanted, shape, strict=True) if isinstance(size, str)}
@@ -194,7 +194,7 @@ def fix_inputs(model: onnx.ModelProto, constants: Mapping[str, str]) -> None:
             array = np.broadcast_to(given.reshape(()), sizes) if given.size == 1 else given.reshape(sizes)
         except (ValueError, OverflowError) as error:
             raise InputError(
-                f"--constant {name}={text}: the input {name} takes {port.dtype}{list(port.shape)}; expected are a "
+                f"--constant {name}={text}: the input {name} takes {port.dtype}{list(port.shape)}; expected a "
                 f"number that this dtype holds, or as many as it takes, between commas ({error})."
             ) from error
         model.graph.initializer.append(numpy_helper.from_array(np.array(array), name))

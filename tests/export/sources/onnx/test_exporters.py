@@ -93,10 +93,10 @@ def test_axes_without_a_name_can_be_given_one(size: int | None, tmp_path: Path) 
     ("text", "message"),
     [
         ("z=1,3", "there is no input 'z'; there are x, h"),
-        ("x=1", r"the shape \['batch', 3\]; expected is a size"),
+        ("x=1", r"the shape \['batch', 3\]; expected a size"),
         ("x=1,4", "where the graph has a size, that one"),
-        ("x=0,3", "expected is a size"),
-        ("x=,3", "expected is a size"),
+        ("x=0,3", "expected a size"),
+        ("x=,3", "expected a size"),
     ],
 )
 def test_shapes_that_do_not_fit_are_refused(text: str, message: str, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_shapes_that_do_not_fit_are_refused(text: str, message: str, tmp_path: P
 @pytest.mark.parametrize("arguments", [("--shape", "x"), ("--shape", "x=1,3", "--shape", "x=1,3")])
 def test_shapes_are_pairs_and_belong_to_onnx(arguments: tuple[str, ...], checkpoint: Path, tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", leaky(), *PLAIN, HALF)
-    assert "expected is NAME=SIZES" in refused(invoke("export", path, "-t", "ort", *arguments), 2)
+    assert "expected NAME=SIZES" in refused(invoke("export", path, "-t", "ort", *arguments), 2)
     assert "--shape belongs to a foreign .onnx" in refused(
         invoke("export", checkpoint, "-t", "ort", "--shape", "x=1"), 2
     )

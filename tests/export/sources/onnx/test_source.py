@@ -163,7 +163,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None] | None, dict[str, Any
         r"expected exactly one input, found 2: input, sr.*--constant sr=16000",
     ),
     "no such constant": (None, {"constants": {"rate": "1"}}, InputError, "there is no input 'rate'"),
-    "no number": (None, {"constants": {"sr": "fast"}}, InputError, "takes int64.*expected are a number"),
+    "no number": (None, {"constants": {"sr": "fast"}}, InputError, "takes int64.*expected a number"),
     "no such input": (None, {"states": ["stat=stateN"]}, InputError, "no input 'stat'.*Did you mean state"),
     "no such output": (None, {"states": ["state=statN"]}, InputError, "no output 'statN'.*Did you mean stateN"),
     "one output twice": (
@@ -188,7 +188,7 @@ REFUSED: dict[str, tuple[Callable[[onnx.ModelProto], None] | None, dict[str, Any
     ),
     "half": (edit(state=port("state", TensorProto.FLOAT16, [2, "batch", 12])), {}, InputError, "keeps its dtype"),
     "foreign operator": (contrib, {}, UnsupportedError, r"com.microsoft::QuickGelu.*not in the ONNX standard"),
-    "output in double": (double_head, {}, UnsupportedError, r"The output wide is float64\[1, 1\]; expected is float32"),
+    "output in double": (double_head, {}, UnsupportedError, r"The output wide is float64\[1, 1\]; expected float32"),
     "many lanes": (
         edit(input=port("input", FLOAT, [3, 64]), state=port("state", FLOAT, [2, 3, 12])),
         {"batch": 1},
