@@ -69,7 +69,7 @@ class Sampler:
 
 
 def _checked(logits: ArrayLike) -> Array:
-    array = as_array("What a sampler was given", logits)
+    array = as_array("logits", logits)
     if array.ndim != 1 or not array.size or array.dtype.kind not in "fiu":
         raise InputError(
             f"A sampler takes the logits of one token, [V] numbers; given {array.dtype} of shape "

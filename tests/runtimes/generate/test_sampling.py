@@ -172,7 +172,7 @@ def test_numbers_outside_their_range_are_refused(arguments: dict[str, Any], mess
         ([[0.0, 1.0]], r"given float64 of shape \[1, 2\]"),
         (1.0, r"given float64 of shape \[\]"),
         (["a", "b"], r"given <U1 of shape \[2\]"),
-        ([[0.0], [1.0, 2.0]], "What a sampler was given not an array"),
+        ([[0.0], [1.0, 2.0]], "logits is not an array"),
     ],
 )
 def test_logits_that_nothing_can_be_drawn_from_are_refused(logits: Any, message: str, temperature: float) -> None:
