@@ -1,4 +1,4 @@
-"""Exporting from Python what is in memory: a model that no file can hold without its code."""
+"""Export a model that is in memory, such as a module with its own code."""
 
 from __future__ import annotations
 
@@ -25,15 +25,14 @@ def export_model(
     data: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Bundle:
-    """Build a verified bundle from a model in memory, as `nsm-export` does from a file.
+    """Build a verified bundle from a model in memory; `nsm-export` does the same from a file.
 
     Args:
-        model: one of ours, or what `nsm.as_step` made of a module; in float32. Of a model on another device a copy is
-            exported, on the CPU.
+        model: a model of nsm, or the result of `nsm.as_step`; float32. A model on another device is copied to the CPU.
         targets: "onnx", "onnxruntime", "openvino", "tensorrt", or several of them.
         output: the bundle to write.
-        samples: real sequences, [T] ids or [T, *token] numbers each; some judge the export, the others calibrate int8.
-            Without them it is checked on made-up ones.
+        samples: real sequences, [T] ids or [T, *token] numbers each. Some are used for the parity check, the others
+            for int8 calibration. Without samples, the parity check uses random sequences.
         data: a file of sequences (.npy, .npz, .txt), instead of samples.
         options: further `nsm.export.options.ExportOptions`: precision="int8", batch=4, force=True, ...
 
@@ -50,8 +49,8 @@ def export_model(
     given: Any = model
     if not isinstance(given, StepModel):
         raise InputError(
-            f"export_model takes one of nsm's models, or what nsm.as_step made of a module; given "
-            f"{type(given).__name__}. Make a step model of it first: nsm.as_step(module, ...)."
+            f"export_model expects a model of nsm, or the result of nsm.as_step; given {type(given).__name__}. "
+            "Wrap a module first: nsm.as_step(module, ...)."
         )
     model.check_float32()
     golden, calibration = split_samples(model, samples)

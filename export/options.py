@@ -16,7 +16,7 @@ _GOLDEN_STEPS = 64
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What an export is asked for; the names are those of the command line.
+    """Options of an export; the names are those of the command line.
 
     Args:
         targets: names or aliases.
@@ -26,7 +26,7 @@ class ExportOptions:
         num_samples: streams of the golden trace.
         golden_steps: its steps (default: 64, and 200 in low precision, which may drift; of a foreign model as many more
             as it takes until no state is filling any more); fewer where the model's capacity ends before.
-        debug_outputs: whether the graph of `step` also gives what `StepModel.spec` calls debug outputs.
+        debug_outputs: add the debug outputs of `StepModel.spec` to the graph of `step`.
         max_float_share, allow_slower: see `nsm.export.verify.acceptance.Limits`.
         compact: whether slots that are never used are removed first; see `nsm.models.compaction`.
         states: of a foreign model, `past=present[:init]` each; see `nsm.export.sources.state_options`.

@@ -67,9 +67,9 @@ class _Silent:
 class Plan:
     """An export with everything checked that can be checked without work.
 
-    `sequences` judge; `calibration` are others, for int8 that needs them. `origin` says whether the former are real.
-    `steps` are those of the golden trace, `examination` the experiments with a foreign model. `larger` is what `source`
-    was before `--compact`.
+    `sequences` are for the parity check, `calibration` for int8; `origin` says whether the former are real. `steps` is
+    the length of the golden trace, `examination` the experiments on a foreign model. `larger` is the `source` before
+    `--compact`.
     """
 
     options: ExportOptions
@@ -89,7 +89,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
     Raises:
         CheckpointError: it is none that can be used.
         InputError, UnsupportedError: its states cannot be found, or it is no step.
-        MissingDependencyError: what reading it needs is not installed.
+        MissingDependencyError: a package needed to read it is not installed.
     """
     suffix = model.suffix.lower()
     states = parse_states(options.states)
@@ -141,14 +141,14 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
         model: a file, or a source; the latter needs `options.output`.
 
     Raises:
-        InputError and its kin: whatever is wrong with the request, the checkpoint, or the data.
-        UnsupportedError, MissingDependencyError: what this installation cannot do.
+        InputError and subclasses: invalid request, checkpoint or data.
+        UnsupportedError, MissingDependencyError: not possible in this installation.
     """
     targets = [find_target(name) for name in dict.fromkeys(find_target(name).name for name in options.targets)]
     check_request(targets, options.precision, options.device)
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
-    Limits(options.max_float_share)  # refuses what is no share
+    Limits(options.max_float_share)  # checks the range
     source = open_source(model, options) if isinstance(model, Path) else model
     source.spec(options.batch, options.chunk, options.debug_outputs)
     policies = [find_policy(target.name, options.precision) for target in targets]
@@ -276,7 +276,7 @@ def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> Step
 
 
 def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | None:
-    """Calibrate on the fp32 graph of a bundle, and keep what was found in it; None where nothing needs it."""
+    """Calibrate on the fp32 graph of a bundle, and write the scales to it; None if no artifact needs them."""
     if not planned.calibration:
         return None
     from nsm.quantization import calibrate
@@ -292,7 +292,7 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
 
 
 def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
-    """What is known before anything is built."""
+    """The manifest before the build."""
     from nsm.export.graphs import entry_work
 
     source = planned.source

@@ -82,7 +82,7 @@ class Bundle:
         return sorted(found, key=lambda item: order.index(item.target)) if order else found
 
     def _lacking(self, targets: Sequence[str], precisions: Collection[str]) -> str:
-        """What to say where there is no artifact of the first of these targets, in one of these precisions."""
+        """The message for a missing artifact of the first of these targets, in one of these precisions."""
         held = self.manifest.artifacts
         target = targets[0] if targets else held[0].target if held else "openvino"
         wanted = f" for {target!r}" if targets else ""
@@ -115,7 +115,7 @@ class Bundle:
         """Check that files (default: all) are there with their recorded size and hash.
 
         Raises:
-            BundleDamagedError: names the first file that is not, and what is wrong with it.
+            BundleDamagedError: names the first damaged file, and the damage.
         """
         for record in self._records() if records is None else records:
             path = self.file(record.path)
@@ -136,7 +136,7 @@ class Bundle:
         return tuple(dict.fromkeys(PurePosixPath(record.path).as_posix() for record in self._records()))
 
     def others(self) -> list[PurePosixPath]:
-        """What lies in the directory and is not of the bundle: files and links that the manifest does not list.
+        """Files and links in the directory that the manifest does not list.
 
         Relative to the bundle; of a folder with nothing else in it, the folder. Empty folders do not count.
         """

@@ -13,16 +13,16 @@ T = TypeVar("T")
 
 
 def decode(kind: type[T], data: object, where: str) -> T:
-    """The dataclass `kind` from what `json.loads` gave for `dataclasses.asdict` of one.
+    """Rebuild the dataclass `kind` from the JSON of its `dataclasses.asdict`.
 
     Args:
         kind: a dataclass of str, int, float, bool, None, Literal, tuple[X, ...], Mapping[str, X], Any, unions of
             these, and other such dataclasses.
         data: the parsed JSON.
-        where: what the data is, for the message.
+        where: name of the data, for the message.
 
     Raises:
-        BundleError: names the place, what stands there, and what was expected.
+        BundleError: names the place, the value, and the expectation.
     """
     result: T = _decode(kind, data, where)
     return result

@@ -10,7 +10,7 @@ that the command line ends with when the error reaches it.
 | 6    | a bundle is damaged or from another version        |
 | 7    | the low precision is not faster than fp32 there    |
 
-A message says what was given, what was expected, and what to do.
+A message names the given value, the expectation and the remedy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NsmError(Exception):
 
 
 class InputError(NsmError):
-    """An argument or an input tensor is not what the call accepts.
+    """An invalid argument or input tensor.
 
     `lanes` are those whose tokens a session refuses; empty where the call as a whole is wrong.
     """
@@ -64,7 +64,7 @@ class OutputExistsError(InputError):
 
 
 class UnsupportedError(NsmError):
-    """What was asked for exists in general but cannot be done with this model, target, or version."""
+    """The operation exists, but not for this model, target or version."""
 
     exit_code = 3
 
@@ -110,7 +110,7 @@ class ParityError(NsmError):
 class SlowerError(NsmError):
     """The artifact in low precision is not faster than the same target's in fp32.
 
-    `artifacts` are what was built and measured, as the manifest would have had them; they are not kept.
+    `artifacts` are the built and measured ones, as for the manifest; they are not kept.
     """
 
     exit_code = 7

@@ -1,4 +1,4 @@
-"""The manifest: what a bundle says of itself, its files, and what each target runs."""
+"""The manifest of a bundle: its model, its files, and the artifact of each target."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What one target runs.
+    """The artifact of one target.
 
     `limit` is how many tokens a lane takes there from one reset to the next, None where the target adds no limit to the
     model's capacity: a counter that the target computes with exactly only so far.
@@ -58,7 +58,7 @@ class Artifact:
 
     @property
     def label(self) -> str:
-        """What it is called among the artifacts of a bundle: `openvino`, `openvino int8`."""
+        """Its name among the artifacts of a bundle: `openvino`, `openvino int8`."""
         return artifact_label(self.target, self.precision)
 
 
@@ -68,7 +68,7 @@ def artifact_label(target: str, precision: str) -> str:
 
 
 def _check_parity(target: str, parity: Mapping[str, Any]) -> None:
-    """The errors may be missing; what is there is what readers take it for."""
+    """Check the types of the entries; errors may be missing."""
     status = parity.get("status")
     if status not in ("passed", "failed", "not_run"):
         raise ConfigError(f"The parity of {target} has no status that is passed, failed or not_run.")
@@ -104,7 +104,7 @@ def _is_number(value: object, none: bool = False) -> bool:
 
 @dataclass(frozen=True)
 class EntryWork:
-    """What a call of an entry does at least, in fp32: floating-point operations of its products, and bytes moved."""
+    """The least work of a call of an entry in fp32: floating-point operations of linear ops, and bytes moved."""
 
     flops: float
     nbytes: float
@@ -112,7 +112,7 @@ class EntryWork:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What one experiment with a foreign model showed, or why it was skipped; see `nsm.adapters.validate`."""
+    """The result of one experiment on a foreign model, or the reason to skip it; see `nsm.adapters.validate`."""
 
     name: str
     status: Literal["passed", "skipped"]
@@ -133,7 +133,7 @@ _MODEL = {"class": str, "config": Mapping, "parameters": int}
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a bundle says of itself. Of a target there is one artifact in each precision.
+    """The contents of `manifest.json`; there is one artifact per target and precision.
 
     `model` holds at least its `class`, its `config`, and how many `parameters`; `work` the work of an entry, by its
     name, where that can be counted; `examination` the experiments that a foreign model went through; `failed` the
@@ -188,7 +188,7 @@ class Manifest:
                 f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
                 "Export it again with this version, or install the nsm that wrote it."
             )
-        # Bundles that are older than what is said of their work and examination are opened as before.
+        # Older bundles have no entries for work and examination.
         return decode(cls, {"work": {}, "examination": [], **data}, MANIFEST)
 
 

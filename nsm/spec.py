@@ -1,4 +1,4 @@
-"""What a step model takes, gives and carries, as data: the vocabulary that models, exporters and runtimes share.
+"""Inputs, outputs and states of a step model as data, shared by models, exporters and runtimes.
 
     step(inputs, state) -> (outputs, state')
 
@@ -39,9 +39,9 @@ COUNT = "lane.count"
 """Name of the state that holds, per lane, how many tokens the stream has had; [B] int64. Rings are counted by it."""
 
 LARGEST = LIMITS["tensor"]
-"""Bytes of the largest input or output of a call: runtimes take memory for it before a graph says what it gives."""
+"""Most bytes of an input or output of a call; runtimes allocate them before the graph runs."""
 
-# What an entry may be called: files are named after it, `step.onnx`, and a bundle from elsewhere may say anything.
+# Valid names of entries. Files are named after them (`step.onnx`), and a foreign bundle may contain any string.
 _ENTRY_NAME = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 # States whose role is one of these are a window of keys and values and take the names other tools know.
@@ -169,7 +169,7 @@ class StateSpec:
 
 @dataclass(frozen=True)
 class EntrySpec:
-    """One exported graph: what it takes and gives, and which states it reads and writes, by name.
+    """One exported graph: its inputs and outputs, and the names of the states that it reads and writes.
 
     A state that an entry does not write stays as it is; one that it writes it also reads or replaces as a whole. The
     name is one of letters, digits and underscores, as that of the entry's files.

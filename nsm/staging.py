@@ -38,7 +38,7 @@ _NAMED = 3
 
 
 def check_output(output: Path, force: bool = False) -> None:
-    """Raise `OutputExistsError` where `staged` would not replace what is there: anything but a bundle's own files."""
+    """Raise `OutputExistsError` if the path holds anything but the files of a bundle, which `staged` may replace."""
     output = followed(settled(output))
     if output.exists():
         _check_only_a_bundle(output, "is not replaced")
@@ -84,8 +84,8 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
     """A new directory beside `output` that takes its name when the block ends well.
 
     A `ParityError` keeps it aside as `{output}.failed`, replacing an earlier one; any other error removes it.
-    An existing `output` stays in place, untouched, until the new one is complete. Where it is a link, what it leads to
-    is replaced, and all this happens there.
+    An existing `output` is not touched until the new one is complete. If it is a link, its target is replaced, and the
+    temporary folders are beside the target.
 
     Raises:
         OutputExistsError: `output` exists, and `force` is not set, or it is more or other than a bundle of this
@@ -105,13 +105,13 @@ def staged(output: Path, force: bool = False) -> Iterator[Path]:
 def staged_copy(path: Path) -> Iterator[Path]:
     """A copy of a bundle to change, that takes the bundle's place when the block ends well; see `staged`.
 
-    The copy has the recorded files alone, and no links. They are linked, not copied, where the file system can: replace
-    a file in the stage, never write into one. What else lies in the bundle, notes perhaps, stays in it.
+    The copy has the recorded files only, and no links. They are hard links if the file system has them: replace a file
+    in the stage, never write into one. Other files in the bundle, such as notes, stay in it.
 
     Raises:
         InputError, BundleError: there is no bundle, or it is damaged.
-        OutputExistsError: another command changed the bundle meanwhile, and it is left as that made it; or what else
-            lies in it has the name of a new file.
+        OutputExistsError: another command changed the bundle meanwhile, and its result is kept; or another file in the
+            bundle has the name of a new one.
     """
     output = followed(settled(path))
     _recover(output)
@@ -144,7 +144,7 @@ def _stage(output: Path) -> Iterator[Path]:
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    """Write `manifest.json`, atomically; its list of shared files is filled in from what lies in the directory.
+    """Write `manifest.json`, atomically; its list of shared files is made from the directory.
 
     A link is none of them, wherever it leads.
     """
@@ -174,8 +174,7 @@ def _put(stage: Path, output: Path, copied: bytes | None = None) -> None:
     Args:
         stage: of `_stage`.
         output: its place.
-        copied: of a copy, the manifest of the older one. It has to have that still, and what else lies in it is moved
-            over.
+        copied: for a copy, the manifest of the older bundle, which must still have it; its other files are moved over.
 
     Raises:
         OutputExistsError: the older one stays; see `staged` and `staged_copy`.
@@ -221,8 +220,8 @@ def _check_replaced(stage: Path, output: Path, copied: bytes | None) -> None:
 
 
 def _swap(stage: Path, output: Path, old: Path) -> None:
-    """Let `stage` take the place of `output`, which is then called `old`. It is `stage` at first, so that a process
-    that is killed leaves under that name only what `_settle` can tell.
+    """Let `stage` take the place of `output`, which is then called `old`. It is `stage` at first, so that after a
+    kill `_settle` can recognize whatever has that name.
     """
     os.rename(stage, old)
     if not exchange(old, output):
@@ -232,8 +231,8 @@ def _swap(stage: Path, output: Path, old: Path) -> None:
 
 
 def _settle(old: Path, output: Path) -> None:
-    """Delete the older or unused bundle `old` if `output` is there, else let it be `output`. What lies in it and is not
-    of a bundle is moved over. What cannot be moved stays in it, and so it stays too.
+    """Delete the older or unused bundle `old` if `output` is there, else rename it to `output`. Its files that are
+    not of a bundle are moved over; if one cannot be moved, `old` is kept with it.
     """
     if not os.path.lexists(output):
         os.rename(old, output)
@@ -250,7 +249,7 @@ def _settle(old: Path, output: Path) -> None:
 
 
 def _recover(output: Path) -> None:
-    """Finish or undo what commands began that were killed while they replaced `output`."""
+    """Finish or undo the work of commands that were killed while they replaced `output`."""
     put_back(output)
     with abandoned(output, "replaced") as found:
         for old in found:
@@ -265,9 +264,9 @@ def _has_manifest(directory: Path, manifest: bytes) -> bool:
 
 
 def _permit(stage: Path, output: Path) -> None:
-    """Give what is new in `stage` the permissions of what it replaces in `output`, or those that new files have.
+    """Give new files in `stage` the permissions of the files that they replace in `output`, or the default ones.
 
-    A file with more than one name belongs to others too, and keeps its own; so does what a link leads to.
+    A file with several hard links, or behind a link, keeps its permissions.
     """
     for folder, _, names in os.walk(stage, topdown=False):
         for path in (*(Path(folder, name) for name in names), Path(folder)):

@@ -1,4 +1,4 @@
-"""Golden traces: recorded sequences with what the reference answered, output by output and state by state."""
+"""Golden traces: recorded sequences with the outputs and states of the reference."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ class Trace:
     """N streams of T steps each, all from the initial state and without a reset.
 
     Args:
-        inputs: by input name, [N, T, ...]: what one lane was given at each step.
-        outputs: by output name, [N, T, P, ...]: what the reference answered, at the token positions `positions`.
+        inputs: by input name, [N, T, ...]: the inputs of one lane at each step.
+        outputs: by output name, [N, T, P, ...]: the outputs of the reference at the token positions `positions`.
         positions: [P], which tokens of a call the outputs are kept for (all of them, unless that were too large).
         sampled: [n], the steps for which the full states are kept, ascending.
         before, after: by state name, [M, n, ...]: the reference's states around each sampled step, for the
             first M <= N streams.
         fingerprint: of the model that was recorded.
         source: whether the sequences are real ("recorded") or made up ("synthetic").
-        floor: what the reference's own fp32 rounding does to it: the largest free-run error of its outputs
-            against the same model in fp64; None where it cannot be had in fp64.
-        decisions: of a model that decides about the masks of its banks while it runs, these masks and what it decides
-            by, by state name, [N, T + 1, ...]: at the beginning, and after every step. Nothing of other models.
+        floor: the effect of fp32 rounding on the reference: the largest free-run error of its outputs against the same
+            model in fp64; None if the model cannot run in fp64.
+        decisions: for a model that changes the masks of its banks at run time, the masks and the values that decide
+            them, by state name, [N, T + 1, ...]: at the beginning, and after every step. Empty for other models.
     """
 
     inputs: Mapping[str, Array]
@@ -140,8 +140,8 @@ def read_arrays(file: IO[bytes], unpacked: int = 0) -> Arrays:
     The sizes that the archive and its arrays declare are checked against the file; see `check_stored`.
 
     Raises:
-        ValueError: it is compressed, or declares more than it holds.
-        Exception: whatever zipfile and numpy raise on what is no such archive.
+        ValueError: compressed, or its declared sizes exceed the file.
+        Exception: of zipfile and numpy, for a file in another format.
     """
     size = file.seek(0, os.SEEK_END)
     with open_zip(file) as archive:

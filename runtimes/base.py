@@ -1,4 +1,4 @@
-"""The Runtime protocol: the smallest thing a backend must do. What all backends share lives once, in `Session`."""
+"""The Runtime protocol: the minimal interface of a backend. `Session` holds the logic that all backends share."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Progress = Callable[[int, int], None]
 
 
 class NotCopyable:
-    """Base of what holds memory of a backend: it can be neither copied nor pickled."""
+    """Base of classes with memory of a backend, which cannot be copied or pickled."""
 
     __slots__ = ()
 
@@ -99,7 +99,7 @@ class Sides(Handles):
         return handle
 
     def flip(self, entry: str, state: State) -> State:
-        """An entry has run on `state`; the new handle on what it left.
+        """Consume `state`, on which an entry has run; return the handle of the new state.
 
         Raises:
             ConsumedError: somebody has used `state` meanwhile, a signal handler for instance.
@@ -118,7 +118,7 @@ class Watched:
     """Files that were verified when a bundle was opened, and may be read later: they must still be the same.
 
     Args:
-        folders: whose files are watched. What is no file, as a link that leads nowhere, is none of them.
+        folders: whose files are watched. Broken links are ignored.
     """
 
     def __init__(self, *folders: Path) -> None:
@@ -126,7 +126,7 @@ class Watched:
         self._seen = self._look()
 
     def check(self) -> None:
-        """Raise `BundleDamagedError` if a file is not what it was."""
+        """Raise `BundleDamagedError` if a file has changed."""
         if self._look() != self._seen:
             raise BundleDamagedError(
                 f"The files in {', '.join(map(str, self._folders))} were replaced while the session was open. "
@@ -147,7 +147,7 @@ class Runtime(Protocol):
 
     @property
     def effective_precision(self) -> str:
-        """What the backend computes in, read back from it where it can say."""
+        """The precision of the computation, read back from the backend if possible."""
         ...
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
@@ -165,12 +165,12 @@ class Runtime(Protocol):
     def finite(self, state: State) -> bool:
         """Whether every number is finite that the last call answered, or that it or `load_state` wrote into the state.
 
-        What was there before was looked at when it was written. Called after every step, so it had better be cheap.
+        Only values written since the last check are examined. It is called after every step, so it must be cheap.
         """
         ...
 
     def close(self) -> None:
-        """Free what the backend holds; the runtime is of no use afterwards."""
+        """Free the memory of the backend; the runtime cannot be used afterwards."""
         ...
 
 

@@ -22,20 +22,20 @@ class Target:
         runtime: module with `load(files, spec, device, threads) -> Runtime`.
         builder: module with `build(graphs, directory, request) -> Built`.
         packages: import names of which one must be there, the preferred first.
-        extra: what installs one of them: `pip install "nsm-toolkit[extra]"`.
+        extra: that installs one of them: `pip install "nsm-toolkit[extra]"`.
         suffix: of the file that the runtime opens, one per entry.
         folder: where in the bundle these files lie, in fp32; see `place`.
-        devices: what `--device` may name.
+        devices: values of `--device`.
         summary: one line for people.
         aliases: other names for `--target`.
         asked_only: whether `nsm bench --all` leaves it out unless it is named.
         stem: name of that file without the suffix.
         entries: those that run there; () for all. A session there has no others.
         bisectable: whether its intermediate results can be seen; `nsm.runtimes.parity.bisection.operation` says how.
-        checked_when_built: what its builder checks of an artifact that cannot be run where it is built.
+        checked_when_built: checks of its builder on an artifact that cannot run where it is built.
         in_process: whether it is built and first opened in the process of the export: nothing is compiled, or by a
             backend that the export runs anyhow. Others are in a child process, which a crash ends alone.
-        trial_threads: numbers of threads that the child opens it with; what a compiler does may depend on them.
+        trial_threads: numbers of threads with which the child opens it; a compiler may depend on them.
         remedies: compile options, each set of them known to keep its compiler from crashing on some graphs. The
             loader of a target that has any takes `options` as well.
     """
@@ -66,7 +66,7 @@ class Target:
     def place(self, precision: str) -> str:
         """Folder in the bundle of the files in a precision, each its own: `openvino`, `openvino-int8`.
 
-        What runs the portable graphs has graphs of its own in low precision: `onnxruntime-int8`.
+        A target that runs the portable graphs has separate graphs in low precision: `onnxruntime-int8`.
         """
         if precision == "fp32":
             return self.folder
@@ -232,7 +232,7 @@ def find_target(name: str) -> Target:
     """The target of that name or alias.
 
     Raises:
-        InputError: there is none; the message lists what there is.
+        InputError: unknown target; the message lists the targets.
     """
     for target in TARGETS.values():
         if name.lower() in (target.name, *target.aliases):

@@ -1,4 +1,4 @@
-"""What is installed, which devices are there, and what each missing piece needs."""
+"""The installation: packages, devices, and how to install what is missing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsm.runtimes.opening import int8_dot_products
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the doctor's report: `mend` says what to do where `found` is None."""
+    """One line of the report; `mend` is the command that helps if `found` is None."""
 
     piece: str
     found: str | None
@@ -24,7 +24,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Look at this installation. Nothing is imported but what reports a device."""
+    """Examine this installation; imports only the packages that list devices."""
     findings = [
         Finding("python", platform.python_version(), "3.11 or newer", ""),
         _package("torch", "reading checkpoints, exporting", 'pip install "nsm-toolkit[export]"'),
@@ -60,7 +60,7 @@ def examine() -> list[Finding]:
 
 
 def usable() -> dict[str, dict[str, Any]]:
-    """For each target: whether its package is there, and what installs it."""
+    """For each target: whether its package is installed, and the command that installs it."""
     return {
         name: {"installed": target.installed() is not None, "extra": target.extra, "packages": list(target.packages)}
         for name, target in TARGETS.items()

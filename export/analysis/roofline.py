@@ -1,8 +1,8 @@
-"""How close an entry comes to what its arithmetic allows on this machine. Needs onnx, and no torch.
+"""The share of the roofline that an entry reaches on this machine. Needs onnx, and no torch.
 
 The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth) (Williams et al. 2009).
-Products count with all their operands. Everything else could be fused into them, so it counts only for what it reads
-and writes of inputs, outputs and states: a lower bound that no amount of intermediate results can loosen.
+Linear ops count with all their operands. All other operations could be fused into them, so only the inputs, outputs and
+states that they read and write count. The result is a lower bound that does not depend on intermediate results.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ _PEAK_SIDE, _STREAM_BYTES = 1024, 256_000_000
 class Reached:
     """How an entry does, over rounds in which it took turns with the products that measure the machine.
 
-    Seconds and machine are medians; `share` is the median over rounds of what the roofline allowed then over what the
-    entry took then, `low` and `high` its quartiles.
+    Seconds and machine are medians; `share` is the median over rounds of the roofline's time divided by
+    the entry's time in the same round; `low` and `high` are its quartiles.
     """
 
     machine: Machine
@@ -49,7 +49,7 @@ class Reached:
 
 @contextlib.contextmanager
 def products(target: Target, threads: int | None = None) -> Iterator[Callable[[], Machine]]:
-    """A large product and a large matrix-vector product on a target: what is given times both, a few calls each.
+    """A large MatMul and a large matrix-vector product on a target; each call measures both, a few calls each.
 
     Raises:
         UnsupportedError: the target does not run on a CPU.
@@ -107,7 +107,7 @@ def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -
 
 
 def calls_of(session: Session) -> dict[str, Callable[[], object]]:
-    """What to time: a call of each entry that takes tokens, on tokens of zeros; `decode` with its commits.
+    """The calls to measure: each entry that takes tokens, on zeros; `decode` with its commits.
 
     Streams start again before a call that would pass the model's capacity.
     """

@@ -1,4 +1,4 @@
-"""What `--compact` saved: the model before and after, measured side by side on a target."""
+"""The savings of `--compact`: the model before and after, measured side by side on a target."""
 
 from __future__ import annotations
 

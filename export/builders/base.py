@@ -1,4 +1,4 @@
-"""What a builder receives and returns, and the error for operators that its target lacks."""
+"""Request and result of a builder, and the error for operators that its target lacks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsm.spec import StepSpec
 
 @dataclass(frozen=True)
 class Request:
-    """What a builder is asked for.
+    """The request to a builder.
 
     Args:
         directory: the bundle's directory.
@@ -39,7 +39,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Built:
-    """What a builder wrote: files (relative to the bundle), for which device, and remarks for people."""
+    """The result of a builder: files (relative to the bundle), the device they are for, and notes for the user."""
 
     files: tuple[str, ...]
     device: str
@@ -47,7 +47,7 @@ class Built:
 
 
 def lacking(target: str, graph: Path, nodes: Sequence[tuple[str, str]], reason: str) -> UnsupportedError:
-    """What a builder raises for operators that its target does not have.
+    """The error of a builder for operators that its target does not support.
 
     Args:
         target: for people, as its makers write it.

@@ -51,12 +51,12 @@ def build(request: Request) -> Built:
 
 
 def _config(graphs: list[Path], path: Path, types: bool) -> Path:
-    """What `--include_ops_by_config` of ONNX Runtime's own build takes."""
+    """Write the configuration for `--include_ops_by_config` of a reduced ONNX Runtime build."""
     from onnxruntime.tools.ort_format_model import create_config_from_models
 
-    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it tells what it does
+    logging.getLogger("ort_format_model.utils").setLevel(logging.WARNING)  # it logs each step
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)  # nor does it close what it reads
+        warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
         create_config_from_models(graphs, path, types)
     # The tool writes where the graphs lay when they were read.
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]

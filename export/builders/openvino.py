@@ -19,7 +19,7 @@ _LACKING = re.compile(r"No conversion rule found for operations: (.+)")
 
 
 def build(request: Request) -> Built:
-    """Convert every entry; the files are what `openvino.Core().read_model("step.xml", "weights.bin")` reads.
+    """Convert every entry to files for `openvino.Core().read_model("step.xml", "weights.bin")`.
 
     Raises:
         UnsupportedError: OpenVINO lacks an operator; names the nodes.

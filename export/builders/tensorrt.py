@@ -1,4 +1,4 @@
-"""The target tensorrt: engines by TensorRT, or by TensorRT for RTX where that is what is installed."""
+"""The target tensorrt: engines by TensorRT, or by TensorRT for RTX if that is installed."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LAYERS = "layers.json"
 
 
 def build(request: Request) -> Built:
-    """Build one engine per entry, strongly typed and without TF32: the precision is what the graph says.
+    """Build one engine per entry, strongly typed and without TF32, so that the graph decides the precision.
 
     TensorRT for RTX needs no GPU to build: by default its engine is portable (every supported GPU from compute
     capability 8.0 on), and a device such as sm86 narrows it. The full TensorRT needs a GPU: by default it builds
@@ -105,7 +105,7 @@ def _set_device(trt: Any, config: Any, device: str) -> None:
 
 
 def _check_network(trt: Any, network: Any, spec: StepSpec, entry: EntrySpec) -> None:
-    """What TensorRT understood must have the declared names, shapes and dtypes, every state included."""
+    """Check the names, shapes and dtypes of the parsed network, states included."""
     wanted = {item.name: (item.shape, item.dtype) for item in (*entry.inputs, *entry.outputs)}
     tokens = entry.inputs[0].shape[1] if entry.inputs else 0
     wanted |= {state.past: (state.shape, state.dtype) for state in spec.states_of(entry.reads)}

@@ -2,8 +2,8 @@
 
     triton/nsm/config.pbtxt   triton/nsm/initial_state/   triton/nsm/1/model.onnx   triton/nsm/1/weights.bin
 
-The folder `nsm` may be renamed: a configuration without a name takes the folder's. What of the server's rules and
-sources this follows is in docs/serving.md.
+The folder `nsm` may be renamed: a configuration without a name takes the folder's. docs/serving.md
+lists the rules and sources of the server that this follows.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Why torch.export gives up on a module, and what to write instead: one row for each cause."""
+"""Known causes of torch.export failures, with the code to write instead: one row per cause."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of each operator of torch on complex numbers, where these are `Pair`s of real tensors: two tables."""
+"""Tables of complex operators and their replacements on `Pair`s of real tensors."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Pair:
 
 
 def operation_of(name: str, target: Any) -> Callable[..., Any] | None:
-    """What computes an operator of torch on `Pair`s, by its name without `aten.`; None where nothing does."""
+    """The replacement of a torch operator for `Pair`s, by its name without `aten.`; None if there is none."""
     return _OPERATIONS.get(name) or (partial(_by_parts, target) if name in _BY_PARTS else None)
 
 
@@ -62,7 +62,7 @@ def _parts(value: Any) -> tuple[Any, Any]:
 
 
 def _joined(re: Any, im: Any) -> Pair:
-    """A pair of what broadcasts together; either may be a number."""
+    """A pair of two parts that broadcast together; either may be a number."""
     tensor = re if isinstance(re, Tensor) else im
     re, im = (part if isinstance(part, Tensor) else torch.full_like(tensor, part) for part in (re, im))
     re, im = torch.broadcast_tensors(re, im)

@@ -1,7 +1,7 @@
 """Complex numbers as pairs of real tensors: a program of torch.export run with `Pair`s in their place.
 
-ONNX has no arithmetic on complex numbers. What becomes of each operator says `nsm.export.capture.complex_operators`;
-what is not there is refused by name.
+ONNX has no complex arithmetic. `nsm.export.capture.complex_operators` lists the replacement of each operator; an
+operator without a replacement is refused by name.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def _marked(node: fx.Node) -> Any:
 
 
 class _Meta:
-    """What `set_current_meta` reads of a node."""
+    """The attributes of a node that `set_current_meta` reads."""
 
     def __init__(self, meta: dict[str, Any], node: fx.Node) -> None:
         self.meta, self.name, self.graph, self.op, self.target = meta, node.name, node.graph, node.op, node.target

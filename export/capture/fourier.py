@@ -1,7 +1,7 @@
 """Discrete Fourier transforms of constant length as MatMuls with constant matrices.
 
-ONNX's `DFT` is missing in TensorRT, and read wrongly by OpenVINO where it is one-sided. Matrices are what every target
-multiplies best; those of a long transform are kept small by two transforms, of the factors of its length [1].
+TensorRT has no `DFT`, and OpenVINO converts a one-sided one incorrectly. Every target multiplies matrices fast. A long
+transform is split into two shorter ones, of the factors of its length, which keeps the matrices small [1].
 
 [1] W. M. Gentleman, G. Sande, "Fast Fourier transforms: for fun and profit", 1966.
 """
@@ -72,7 +72,7 @@ def overlap_add(frames: Tensor, sizes: Sequence[int], axis: int, size: int, step
     """`aten.unfold_backward`: the sum of frames [..., F, ..., size], each at its place, as in `torch.istft`.
 
     Args:
-        frames: with F on `axis`, and what is in each of them on the last one.
+        frames: F on `axis`, the samples of a frame on the last axis.
         sizes: of the result, in which `axis` has the frames, each `step` after the other.
     """
     axis = axis % len(sizes)

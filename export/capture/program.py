@@ -28,11 +28,11 @@ def capture(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Expor
     Args:
         module: in eval mode.
         examples: its arguments, whose shapes become fixed.
-        name: what people call the module.
+        name: of the module, for messages.
 
     Raises:
-        UnsupportedError: names the line, a known cause, and what to write instead.
-        BuildError: any other failure; names the line, and says what torch says first.
+        UnsupportedError: a known cause; names the line and the code to write instead.
+        BuildError: any other failure; names the line and quotes torch's first sentence.
     """
     failures: list[Exception] = []
     for strict in (False, True):
@@ -45,7 +45,7 @@ def capture(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> Expor
 
 
 def explained(failures: Sequence[Exception], module: nn.Module, name: str) -> NsmError:
-    """What to raise for the errors of torch.export when it ran a module, and when it read it; see `capture`."""
+    """The error for failures of torch.export in its two modes; see `capture`."""
     line = next(filter(None, map(line_of_error, failures)), None)
     texts, read = ([f"{type(cause).__name__}: {cause}" for cause in causes(error)] for error in failures)
     code = line.code if line else ""
@@ -72,7 +72,7 @@ def first_line(text: str) -> str:
 def quiet() -> Iterator[None]:
     """Keep torch from writing to the terminal: its warnings, logs, and pictures of half-made graphs.
 
-    They concern the exporter's own use of torch; what matters is raised.
+    They concern the exporter's own use of torch; failures are raised.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]

@@ -19,7 +19,7 @@ _OVERLAP_ADD = torch.ops.aten.unfold_backward.default
 
 
 def rewritten(program: ExportedProgram, examples: tuple[Tensor, ...]) -> ExportedProgram:
-    """The same program, with what ONNX or a target lacks taken apart.
+    """The same program, with operations that ONNX or a target lacks decomposed.
 
     1. An LSTM with projections becomes its steps.
     2. Complex numbers become pairs of real tensors, and Fourier transforms products with constant matrices.

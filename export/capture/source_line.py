@@ -32,7 +32,7 @@ class SourceLine:
 
 
 def line_of_error(error: BaseException) -> SourceLine | None:
-    """The innermost line of the user's code that an error, or what caused it, passed through or tells of."""
+    """The innermost line of the user's code in the traceback or the text of an error and its causes."""
     for cause in causes(error):
         frames = traceback.extract_tb(cause.__traceback__)
         found = _innermost(SourceLine(f.filename, f.lineno or 0, f.name, f.line or "") for f in frames)

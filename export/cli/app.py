@@ -39,7 +39,7 @@ class _NsmCommand(click.Command):
         except (NsmError, OSError) as error:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
-            # What the operating system refuses (a full disk, say) is a failed build.
+            # An error of the operating system, such as a full disk, is a failed build.
             code = error.exit_code if isinstance(error, NsmError) else BuildError.exit_code
             click.echo(f"Error: {error}", err=True)
             ctx.exit(code)
@@ -47,7 +47,7 @@ class _NsmCommand(click.Command):
 
 @contextlib.contextmanager
 def _shown_warnings() -> Iterator[None]:
-    """Print what nsm warns of as one line on stderr, without a place in the code."""
+    """Print warnings of nsm as one line on stderr, without the source line."""
     with warnings.catch_warnings():
         show = warnings.showwarning
 
@@ -80,7 +80,7 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that say what low precision may cost."""
+    """The options that limit the cost of low precision."""
     share = click.option(
         "--max-float-share",
         type=float,
@@ -225,7 +225,7 @@ def main() -> None:
     is_flag=True,
     help="Add outputs to look inside: routing.{layer} [B, K, heads, slots] and, where slots adapt, mask.{layer}.",
 )
-@click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and say what it saved.")
+@click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and report the savings.")
 @click.option("--mobile", is_flag=True, help="With onnxruntime: build its .ort form as well, the target mobile.")
 @click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
 @click.option("--strict", is_flag=True, help="Of several targets, keep all or none.  [default: those that pass]")
@@ -236,8 +236,8 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
     """Build a verified bundle from MODEL: a .pt written by nsm.save, a .pt2 of torch.export, or an .onnx.
 
     The model is exported to ONNX, built for every target, and run there over whole streams next to the PyTorch
-    reference. Only targets whose errors stay within budget are in the bundle; what became of the others stands in its
-    manifest, and the exit code is that of the first.
+    reference. The bundle contains the targets whose errors are within the budget. The manifest lists the others with
+    the reason, and the exit code is that of the first failure.
 
     \b
     nsm-export model.pt --target openvino
@@ -282,8 +282,9 @@ def parity(
     nsm parity model.nsm --html parity.html           and a page to look at
 
     --bisect steps the target from the reference's states. If that is over budget, it names the first operation whose
-    result differs although what it takes agrees; if only the free run is, the state whose replacement by the
-    reference's helps most. It needs onnx and onnxruntime, and bisects onnx, onnxruntime and openvino.
+    output differs although its inputs agree. If only the free run is over budget, it names the state whose
+    replacement by the reference's state helps most. It needs onnx and onnxruntime, and works for onnx,
+    onnxruntime and openvino.
 
     Exits with 5 if a target is over budget, or if none could be compared.
     """
@@ -311,7 +312,9 @@ def parity(
     "--model", type=click.Path(path_type=Path), help="The checkpoint of the bundle, for --against eager or compile."
 )
 @click.option("--all", "everything", is_flag=True, help="Build and measure every target and precision of MODEL.pt.")
-@click.option("--overhead", "wrapper", is_flag=True, help="Measure what a session adds to the backend's bare call.")
+@click.option(
+    "--overhead", "wrapper", is_flag=True, help="Measure the time that a session adds to a call of the backend."
+)
 @click.option("--steps", type=int, metavar="N", help="Timed calls of each.  [default: 500; 2500 with --overhead]")
 @click.option(
     "--threads",
@@ -343,10 +346,10 @@ def bench(
     nsm bench small.nsm --against model.nsm                  two bundles, target by target
     nsm bench model.nsm --against eager --model model.pt     PyTorch; or compile, for torch.compile
     nsm bench --all model.pt                                 every target and precision, built and measured
-    nsm bench model.nsm --overhead                           what a session adds to the backend's bare call
+    nsm bench model.nsm --overhead                           the time that a session adds to a call
 
-    The table of --all gives for each precision its size, its speed against the same target's fp32, and its error. What
-    cannot be built is a line that says why. Give --steps 2000 for narrower intervals.
+    The table of --all shows the size, the speed relative to fp32 on the same target, and the error of each precision; a
+    combination that cannot be built has the reason in its line. Give --steps 2000 for narrower intervals.
     """
     from nsm.errors import InputError
 
@@ -373,7 +376,7 @@ def bench(
     bench_bundle(bundle, targets, precisions, steps, threads, against, model, as_json)
 
 
-@main.command(short_help="Compare a step with what its arithmetic allows.")
+@main.command(short_help="Compare a step with the roofline of this machine.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
 @_precision(_ONE)
@@ -385,7 +388,7 @@ def bench(
 )
 @_shared
 def roofline(bundle: Path, target: str | None, precision: str | None, threads: int | None, as_json: bool) -> None:
-    """Measure what BUNDLE's target reaches on large products here, and how much of it the entries reach.
+    """Measure the peak of BUNDLE's target on large MatMuls, and the share of it that each entry reaches.
 
     The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth).
     """
@@ -456,8 +459,8 @@ def score(
     """Score every sequence in FOLDER (.npy, .npz, .txt) with BUNDLE, each from a fresh state.
 
     A model that predicts the next id gives nats a token and perplexity, any other its last answer and the means of its
-    outputs. A line of JSON is appended for each sequence when it is done, so the same command goes on where an earlier
-    run ended; what cannot be scored is named at the end (exit code 2), and tried again the next time.
+    outputs. One line of JSON is appended per finished sequence, so the same command continues an
+    interrupted run. Sequences that cannot be scored are listed at the end (exit code 2) and retried by the next run.
 
     \b
     nsm score language.nsm texts/ -o scores.jsonl
@@ -468,7 +471,7 @@ def score(
     score_folder(bundle, folder, output, target, precision, workers, threads, force, as_json)
 
 
-@main.command(short_help="Show what is in a bundle, or which states an ONNX file has.")
+@main.command(short_help="Show the contents of a bundle, or the states of an ONNX file.")
 @click.argument("path", metavar="BUNDLE|FILE.onnx", type=click.Path(path_type=Path))
 @click.option(
     "-t", "--target", "targets", multiple=True, metavar="T", help="Only artifacts of this target. Repeatable."
@@ -492,10 +495,10 @@ def inspect(path: Path, targets: tuple[str, ...], precisions: tuple[str, ...], a
     inspect_command(path, targets, precisions, as_json)
 
 
-@main.command(short_help="Show what is installed and what is missing.")
+@main.command(short_help="Show installed and missing packages and devices.")
 @_shared
 def doctor(as_json: bool) -> None:
-    """Show what is installed, which devices are there, and what each missing piece needs."""
+    """Show the installed packages, the devices, and the command that installs each missing package."""
     from nsm.export.cli.doctor import doctor as doctor_command
 
     doctor_command(as_json)
@@ -536,7 +539,7 @@ def run(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Feed sequences to BUNDLE, each from a fresh state, and write or summarise what comes out.
+    """Feed sequences to BUNDLE, each from the initial state, and write or summarize the outputs.
 
     With --prompt a model over bytes writes text instead, token by token:
 

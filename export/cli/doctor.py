@@ -1,4 +1,4 @@
-"""`nsm doctor`: what is installed, which devices there are, and how to get the rest."""
+"""`nsm doctor`: installed packages, devices, and how to install the rest."""
 
 from __future__ import annotations
 

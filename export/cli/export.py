@@ -1,4 +1,4 @@
-"""`nsm-export`: from a checkpoint to a bundle, and what a person is told about it."""
+"""`nsm-export`: export a model to a bundle, and report the result."""
 
 from __future__ import annotations
 

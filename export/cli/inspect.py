@@ -1,4 +1,4 @@
-"""`nsm inspect BUNDLE`: what is in a bundle, after its files are verified."""
+"""`nsm inspect BUNDLE`: show the contents of a bundle after verifying its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `nsm parity` does: replay, compare, and where asked find what is at fault and draw a page. Needs no torch."""
+"""`nsm parity`: replay, compare and, on request, bisect and write a page. Needs no torch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def parity(
         precision: that of the artifacts; None takes all.
         steps: how many steps of the trace to compare; None takes all.
         as_json: print one JSON object, and nothing else on stdout.
-        bisected: whether to look for what is at fault.
+        bisected: whether to search for the operation or state at fault.
         html: where to write the page; None writes none.
 
     Raises:
@@ -86,7 +86,7 @@ def parity(
                     results[-1]["bisect"] = bisections[name].to_json()
         except (DeviceUnavailableError, MissingDependencyError) as error:
             if reports and reports[-1].label == name:
-                raise  # what is missing is needed to bisect
+                raise  # the bisection needs the missing package
             not_run[name] = str(error)
             facts = {"target": artifact.target, "precision": artifact.precision}
             results.append({**facts, "status": "not_run", "reason": str(error)})

@@ -88,7 +88,7 @@ class _UnprovenError(Exception):
 
 
 class _Proof:
-    """What has to hold of base and period, as it is collected from one use after the other.
+    """Conditions on base and period, collected use by use.
 
     Args:
         alone: whether the counter is one number; else its numbers wrap at different times.
@@ -200,7 +200,7 @@ def _wrap_of(
 
 
 def _follow(graph: onnx.GraphProto, state: StateSpec, proof: _Proof) -> None:
-    """Collect what one graph asks for.
+    """Collect the conditions of one graph.
 
     Raises:
         _UnprovenError: it uses the counter otherwise.

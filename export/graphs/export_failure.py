@@ -10,7 +10,7 @@ from torch.export import ExportedProgram
 from nsm.errors import BuildError, NsmError, UnsupportedError
 from nsm.export.capture import DETAILS, SourceLine, causes, first_line, line_of_node, module_of
 
-# What the exporter raises for it; its own classes are private.
+# The exporter's message; its exception classes are private.
 _NO_FUNCTION = re.compile(
     r"No ONNX function found for (?:<OpOverload\(op='([\w.]+)', overload='(\w+)'\)>|(.+?)\. Fail)"
 )
@@ -21,21 +21,21 @@ _FIXES = {
     "aten._to_sparse": "Keep the tensor dense.",
     "aten.linalg_inv_ex": "Invert what is constant beforehand, and keep it as a buffer.",
 }
-"""What to write in the place of an operator, where there is more to say than to use others."""
+"""Replacements for operators, where a specific one is known."""
 _FIX = "Compute it from other operations of torch."
 
 
 def failure(error: Exception, program: ExportedProgram, entry: str) -> NsmError:
-    """What to raise for an error of the exporter.
+    """The error to raise for a failure of the exporter.
 
     Args:
-        error: as it was caught.
-        program: what was to be written.
+        error: the exporter's.
+        program: to export.
         entry: the name of the graph.
 
     Returns:
-        An `UnsupportedError` that names an operator that ONNX lacks, or a `BuildError` with what the exporter says;
-        with the module and the line of the user's code, as far as the program tells.
+        An `UnsupportedError` that names an operator that ONNX lacks, or a `BuildError` with the exporter's
+        message; with the module and the line of the user's code, if the program records them.
     """
     for cause in causes(error):
         if match := _NO_FUNCTION.search(str(cause)):
@@ -63,7 +63,7 @@ def _at(line: SourceLine | None) -> str:
 def _origin(program: ExportedProgram, operator: str) -> tuple[str, SourceLine | None]:
     """An operator with its module, as far as a program tells, and its line: `aten.sort in the module head.top (TopK)`.
 
-    Exporters take operators apart first: what the model calls has its name in the program from before.
+    Exporters decompose operators first, so the name that the model uses is in the original program.
     """
     made = next((node for node in program.graph.nodes if str(node.target) == operator), None)
     try:

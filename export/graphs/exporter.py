@@ -156,7 +156,7 @@ def initial_arrays(model: StepModel, batch: int) -> Arrays:
 def _name_nodes(proto: onnx.ModelProto) -> None:
     """Name every node after the module it comes from: `layers.0.feed_forward.2/MatMul`.
 
-    What no module's `forward` computed takes the name of the layer that came last.
+    A node outside every module's `forward` takes the name of the last layer.
     """
     names: set[str] = set()
     layer = ""
@@ -175,7 +175,7 @@ def _name_nodes(proto: onnx.ModelProto) -> None:
 
 
 def _strip(proto: onnx.ModelProto) -> None:
-    """Remove what the exporter writes about this machine: source paths, stack traces, doc strings."""
+    """Remove facts about this machine: source paths, stack traces, doc strings."""
     for node in proto.graph.node:
         del node.metadata_props[:]
         node.doc_string = ""

@@ -32,7 +32,7 @@ from nsm.spec import StepSpec
 
 @dataclass(frozen=True)
 class Lowered:
-    """What was made of the products of `step`: those in low precision, and the others by name with the reason.
+    """The linear ops of `step`: those in low precision, and the others by name with the reason.
 
     Of products that share a matrix, as the steps of a recurrent layer do, the first.
     """
@@ -53,7 +53,7 @@ def check_step(bundle: Bundle, target: str, precision: str, policy: Policy) -> N
 
 
 def products_of_step(directory: Path, policy: Policy) -> Lowered:
-    """What a policy makes of the products of a bundle's `step`.
+    """Apply a policy to the linear ops of a bundle's `step`.
 
     Raises:
         UnsupportedError: it leaves none to compute in low precision.

@@ -1,10 +1,10 @@
-"""Passes over an exported graph, so that every backend gets the same small one.
+"""Passes that simplify an exported graph for every backend.
 
-1. Constants: what depends on weights alone (transposed and joined matrices, tables, masks) is computed once, here.
-2. Equal operations on equal values are done once: what the layers make of the lanes' counters, for instance.
-3. A `Gemm` with a constant matrix is a `MatMul` and an `Add`: products have one form, by which low precision finds
-   them, and backends join the two again.
-4. Whatever became superfluous is removed.
+1. Fold constants: values that depend on weights only (transposed and joined matrices, tables, masks).
+2. Merge equal operations on equal inputs, such as those of the layers on the lanes' counters.
+3. Replace a `Gemm` with a constant matrix by `MatMul` and `Add`, so that linear ops have one form for quantization.
+   Backends fuse the two again.
+4. Remove unused nodes.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import onnx_ir
 from onnx_ir.passes.common import CommonSubexpressionEliminationPass, RemoveUnusedNodesPass
 from onnxscript import optimizer
 
-# Joined weights of a layer may be large; there is no size at which computing them anew at each step is better.
+# No limit: joined weights may be large, but computing them in each step is never faster.
 _ANY_SIZE = 1 << 40
 
 

@@ -1,4 +1,4 @@
-"""All that an ONNX graph holds: what lies inside its nodes, branches and bodies of loops, is a part of it."""
+"""Walk an ONNX graph, including the branches and loop bodies inside its nodes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def tensors_of(model: onnx.ModelProto) -> Iterator[TensorProto]:
 
 
 def node_name(node: onnx.NodeProto) -> str:
-    """What to call a node before people: its own name, or that of what it gives."""
+    """The name of a node for messages: its own, or that of its output."""
     return node.name or next(iter(node.output), "") or f"without a name of {node.op_type}"
 
 
@@ -49,7 +49,7 @@ def dtype_of(kind: int, what: str) -> np.dtype[Any]:
 
     Args:
         kind: its number in the file.
-        what: has it, for the message.
+        what: the tensor, for the message.
 
     Raises:
         InputError: ONNX has no such type.

@@ -25,7 +25,7 @@ _RECURRENT = ("LSTM", "GRU", "RNN")
 
 @dataclass(frozen=True)
 class Work:
-    """What an entry does in a call: floating-point operations, and bytes moved, by operation."""
+    """Work of one call of an entry: floating-point operations and bytes moved, by operation."""
 
     operations: tuple[tuple[str, float, float], ...]
 
@@ -52,7 +52,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Machine:
-    """What a target reaches here: on a large product, and on reading a large matrix once."""
+    """Peak rates of a target here: on a large MatMul, and on reading a large matrix once."""
 
     flops_per_second: float
     bytes_per_second: float
@@ -81,7 +81,7 @@ def work_of(graph: Path) -> Work:
     for node in model.graph.node:
         product = node.op_type in (*_PRODUCTS, *_RECURRENT)
         names = [name for name in dict.fromkeys((*node.input, *node.output)) if name in outside or (name and product)]
-        outside -= set(names)  # what comes from outside is read once
+        outside -= set(names)  # inputs and states are read once
         if any(name not in shapes for name in names):
             raise BuildError(f"{graph}: the shapes of {node.name} are not known. Export the bundle again.")
         nbytes = float(sum(shapes[name][0] * shapes[name][1] for name in names))
@@ -100,7 +100,7 @@ def entry_work(graph: Path) -> EntryWork | None:
 
 
 def _flops(node: onnx.NodeProto, dims: Mapping[str, Sequence[int]]) -> float:
-    """Of a product: two for each multiplication with what is added."""
+    """Of a linear op: two per multiply-add."""
     first, second = dims[node.input[0]], dims[node.input[1]] if len(node.input) > 1 else ()
     if node.op_type in _RECURRENT:
         return 2.0 * math.prod(first[:2]) * sum(math.prod(dims[name]) for name in node.input[1:3])

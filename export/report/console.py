@@ -20,7 +20,7 @@ _ALARMING = ("missing", "not_run", "failed")
 
 
 class Terminal:
-    """Output of one command. With `quiet` (for --json) nothing is printed but errors and what is announced.
+    """Output of one command. With `quiet` (for --json), only errors and announcements are printed.
 
     Results go to stdout, progress and remarks to stderr, so that a pipe carries results only.
     """
@@ -100,7 +100,7 @@ def stream_lines(manifest: Manifest) -> list[str]:
 
 
 def low_precision_lines(artifact: Artifact) -> list[str]:
-    """What is to say of an artifact in low precision: its speed, and what stays float and why; nothing of fp32."""
+    """Lines about an artifact in low precision: speed, and ops kept in fp32 with the reason; none for fp32."""
     facts = artifact.quantization
     if not facts:
         return []

@@ -71,10 +71,10 @@ def write_page(
 
     Args:
         path: of the HTML file; an earlier page is replaced.
-        bundle: what was checked.
+        bundle: that was checked.
         reports: one an artifact.
         not_run: why, by the label of the artifact.
-        bisections: by label, what `--bisect` found.
+        bisections: results of `--bisect`, by label.
         low_precision: by label, the `quantization` of its artifact in the manifest.
 
     Raises:
@@ -147,7 +147,7 @@ def _verdict(target: str, status: str) -> str:
 
 
 def _against_budget(report: ParityReport) -> str:
-    """The table of what has a budget, and of what is reported beside it."""
+    """The table of measurements with a budget, and of those without."""
     budget = report.budget
     rows = [
         (f"one-step error p99, of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),

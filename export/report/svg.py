@@ -51,7 +51,7 @@ def log_chart(lines: Sequence[Line], x_title: str, y_title: str, mark: tuple[flo
     """Curves on two logarithmic axes, each named in a legend below; "" where there is no point to draw.
 
     Args:
-        lines: what to draw; x and y of a line have the same shape.
+        lines: to draw; x and y of a line have the same shape.
         x_title, y_title: of the axes.
         mark: x, y and text of a point to point out.
     """
@@ -93,7 +93,7 @@ def heat_map(rows: Mapping[str, Array], columns: Sequence[str], limit: float, x_
         rows: by name, [columns]: values >= 0.
         columns: their names.
         limit: the value of full strength.
-        x_title: what the columns are.
+        x_title: of the columns.
     """
     left, cell = 150, 18
     wide = (WIDTH - left - _RIGHT) / max(len(columns), 1)
@@ -131,7 +131,7 @@ def histogram(values: Array, marked: Array, bound: float, x_title: str, y_title:
     """How often values fall between powers of 10^(1/4), both axes logarithmic; marked ones as bars of their own.
 
     Args:
-        values: > 0; what is smaller than a millionth of the largest counts as that, and what is not finite is left out.
+        values: > 0; values below a millionth of the largest are drawn as that, non-finite values are skipped.
         marked: [values] bool.
         bound: a value to draw a line at.
         x_title, y_title: of the axes.

@@ -19,18 +19,18 @@ class Source(Protocol):
     lanes on axis 0. A model that takes one frame at once has K = 1, and the frame is its token.
 
     Attributes:
-        kind: the class of the model, for people and for the manifest.
-        config: what else the manifest says of it.
-        parameters: how many numbers its weights have.
-        fingerprint: a hash of what it computes; two models with the same one are the same.
+        kind: the class of the model, for messages and the manifest.
+        config: further entries of the manifest.
+        parameters: number of weights.
+        fingerprint: a hash of the function; two models with the same fingerprint are the same.
         token_spec: one lane and one token.
         chunk_size: C; a call of `step` takes a multiple of it.
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
-        remarks: what a person should know before the model is used, a sentence each.
+        remarks: notes for the user, a sentence each.
         lanes: fixed batch size, or None if it is dynamic.
         largest_weights: numbers in the largest matrix of each kind of operator: "LSTM", "GRU", "RNN", and "" for
             linear ops.
-        examination: what was found out about a foreign model; None of our own.
+        examination: the experiments on a foreign model; None for a model of nsm.
     """
 
     @property

@@ -53,13 +53,13 @@ def load_program(
         capacity: tokens that a stream takes from one reset to the next.
 
     Returns:
-        The model, without sequences, and what a person should know of it.
+        The model, without sequences, and remarks for the user.
 
     Raises:
         CheckpointError: it is none, or would run code when it is loaded.
         InputError: states that do not fit its inputs and outputs.
-        UnsupportedError: it is in training mode, or what `nsm.adapters.validate` finds, buffers that change for
-            instance.
+        UnsupportedError: training mode, or a failed experiment of `nsm.adapters.validate`, such as buffers that
+            change.
     """
     program = _load(path)
     check_eval_mode(program, str(path))
@@ -113,7 +113,7 @@ def load_program(
 
 
 def whole_program(path: Path) -> tuple[Callable[[Array], Array], int | None]:
-    """What runs a program over a whole sequence [1, T, *token], and its T; None where that is dynamic.
+    """A function that runs a program over a whole sequence [1, T, *token], and its T; None if T is dynamic.
 
     Raises:
         CheckpointError: it is none, or would run code when it is loaded.
@@ -147,7 +147,7 @@ def _load(path: Path) -> ExportedProgram:
 class Program(nn.Module):
     """The module of a program, called with the inputs that `names` has, in that order.
 
-    Arguments that are no tensors are those that it was exported with. What it gives is taken out of its nesting.
+    Arguments other than tensors keep their values from torch.export. The outputs are flattened.
     """
 
     def __init__(self, program: ExportedProgram, names: Sequence[str]) -> None:
@@ -164,12 +164,12 @@ class Program(nn.Module):
         arguments, named = pytree.tree_unflatten(leaves, self._nesting)
         return tuple(pytree.tree_leaves(self.program(*arguments, **named)))
 
-    def train(self, mode: bool = True) -> Program:  # noqa: ARG002 - a program is what it was exported as
+    def train(self, mode: bool = True) -> Program:  # noqa: ARG002 - the mode of a program is fixed
         return self
 
 
 def _argument(spec: InputSpec, names: Sequence[str]) -> tuple[int | None, Any]:
-    """Where an argument is among the inputs, or what it always is."""
+    """The index of an argument among the inputs, or its constant value."""
     if isinstance(spec.arg, ConstantArgument):
         return None, spec.arg.value
     if not isinstance(spec.arg, TensorArgument):
@@ -243,7 +243,7 @@ def _decision(program: ExportedProgram) -> str:
 
 
 def _inputs(program: ExportedProgram) -> dict[str, Tensor]:
-    """What the program takes by name, with its (symbolic) shapes."""
+    """The inputs of the program by name, with their (symbolic) shapes."""
     names = [spec.arg.name for spec in _given(program) if isinstance(spec.arg, TensorArgument)]
     return {
         node.name: node.meta["val"] for node in program.graph.nodes if node.name in names and node.op == "placeholder"

@@ -5,9 +5,9 @@ weights_only=False, and so are example inputs, and weights and constants under t
 otherwise; a file that its reader gives up on is read as the format of 2.7, pickles again; `data/aotinductor/` holds
 compiled libraries; everything under `models/` is a program, whatever it is called; sizes are expressions that sympy
 evaluates; a node may name any function of torch or `operator`; the nesting of arguments may name a module to import;
-some operators read and write files; and what is compressed is inflated before anything is looked at. What
-`torch.export.save` writes for a plain module needs none of that. So only what it writes is let through: known files,
-known operators, known containers.
+some operators read and write files; and compressed members are inflated before they are examined. A plain module needs
+none of that. So only the content that `torch.export.save` writes for one is accepted: known files, known operators,
+known containers.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _RELATIONS = "Equality|Unequality|StrictLessThan|LessThan|StrictGreaterThan|Grea
 _EXPRESSION = re.compile(
     rf"(?:'\w+'|\b(?:{_NAMES}|{_RELATIONS}|True|False|positive|integer|nonnegative|[suz]\d+|\d+)\b|[-+*/%(),=<>\s])*"
 )
-# What torch.export.save writes, in one folder. All JSON among it is looked through; tensors are plain bytes.
+# The files that torch.export.save writes, in one folder. All JSON is examined; tensors are plain bytes.
 _FILES = re.compile(
     r"models/model\.json|data/sample_inputs/model\.pt|data/weights/(model_weights_config\.json|weight_\d+)|"
     r"data/constants/(model_constants_config\.json|tensor_\d+)|archive_format|archive_version|byteorder|version|"
@@ -57,7 +57,7 @@ def check_archive(path: Path) -> None:
     """Refuse a `.pt2` that would have torch execute something.
 
     Raises:
-        CheckpointError: it is none, or says what it holds that would be run.
+        CheckpointError: not a program, or it contains code; the error names it.
     """
     try:
         with open_regular(path, "torch") as file, open_zip(file) as archive:
@@ -73,7 +73,7 @@ def check_archive(path: Path) -> None:
 
 
 def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
-    """What torch would interpret: JSON by name, and example inputs as bytes."""
+    """The parts that torch would interpret: JSON by name, and example inputs as bytes."""
     # As they stand in the file: torch does not cut names at a zero byte, as Python does.
     names = [info.orig_filename.partition("/") for info in archive.infolist()]
     if not any(inner.startswith("models/") for _, _, inner in names):
@@ -89,7 +89,7 @@ def _parts(path: Path, archive: zipfile.ZipFile) -> Iterator[tuple[str, Any]]:
         raise ValueError(f"its weights have {weights:,} bytes, and a graph holds at most {LIMITS['onnx']:,}")
     with open_regular(path, "torch") as file:
         check_records(file)
-    # Of two archives in one file Python and torch may see one each; what is looked at is what torch will read.
+    # Python and torch may see different archives in one file, so the file is examined with torch's reader.
     reader = torch._C.PyTorchFileReader(str(path))
     if sorted(reader.get_all_records()) != sorted(inner for _, _, inner in names):
         raise _refusal(path, "it has two tables of contents", "the files of one archive")
@@ -108,7 +108,7 @@ def _check_part(path: Path, name: str, part: Any) -> None:
             load_plain(io.BytesIO(part))
         except ValueError:
             raise
-        except Exception as error:  # what torch raises for a pickle, and whatever a damaged one makes it raise
+        except Exception as error:  # torch raises various classes for a damaged pickle
             raise _refusal(path, f"{name} holds Python objects", "example inputs that are tensors") from error
         return
     if name.endswith("_config.json"):

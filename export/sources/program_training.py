@@ -13,7 +13,7 @@ from nsm.errors import UnsupportedError
 from nsm.export.capture import line_of_node, module_of
 
 _TRAINING = ("train", "training", "use_input_stats")
-"""What operators call the argument that says whether they are in training mode."""
+"""Names of the arguments that switch operators to training mode."""
 _SHOWN = 3
 _STATISTICS = ("batch_norm", "instance_norm")
 
@@ -23,10 +23,10 @@ def check_eval_mode(program: ExportedProgram, what: str) -> None:
 
     Args:
         program: of torch.export.
-        what: how people call it.
+        what: name of the program, for messages.
 
     Raises:
-        UnsupportedError: names the operators, with their modules, and what to do.
+        UnsupportedError: names the operators with their modules, and the remedy.
     """
     nodes = list(_operations(program))
     trained = list(dict.fromkeys(_called(node) for node in nodes if _is_in_training(node)))
@@ -57,7 +57,7 @@ def _operations(program: ExportedProgram) -> Iterator[fx.Node]:
 
 
 def _is_in_training(node: fx.Node) -> bool:
-    """Whether an operator drops out, or normalizes by what it is given although it has running statistics."""
+    """Whether an operator applies dropout, or uses batch statistics although it has running ones."""
     if _argument(node, "dropout_p"):
         return True
     if not any(_argument(node, name) for name in _TRAINING):

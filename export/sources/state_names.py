@@ -1,4 +1,4 @@
-"""What the names of inputs and outputs say about states: the conventions of those who export models."""
+"""Naming conventions by which inputs and outputs of exported models are paired as states."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from nsm.export.sources.state_options import StateOption
 
-# (pattern of an input, what the output is called, pattern of an output that only a state has, or "" where answers are
-# called so too); groups are put in. The first whose output exists counts. Where they come from: ours; Hugging Face's
+# (pattern of an input, name of the output, pattern of an output that only a state has, or "" if data have such names
+# too); groups are inserted. The first whose output exists counts. Where they come from: ours; Hugging Face's
 # decoders; by hand; Silero's voice activity detector; torch's names; streaming encoders of WeNet (`att_cache`,
 # `r_att_cache`) and icefall (`cached_key_0`, `embed_states`, `new_...`).
 CONVENTIONS: Sequence[tuple[str, str, str]] = (
@@ -58,7 +58,7 @@ def find_orphans(answers: Iterable[str]) -> list[str]:
 
 
 def crossed(chosen: Iterable[StateOption], inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
-    """What is odd about states that were paired by hand, a sentence each: their names pair otherwise.
+    """One sentence for each state that was paired by hand against its name.
 
     Names are conventions, and a file may hold others on purpose, so this is no error. But where the shapes are the
     same nothing else tells: the reference is wired as the targets are.
@@ -79,5 +79,5 @@ def crossed(chosen: Iterable[StateOption], inputs: Sequence[str], outputs: Seque
 
 
 def state_name(past: str) -> str:
-    """What a state is called, from the name of its input: without the prefix that ours will have."""
+    """The name of a state: the name of its input without the prefix that nsm adds."""
     return re.sub(r"^(past_state|past_key_values)\.", "", past)

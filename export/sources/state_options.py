@@ -1,4 +1,4 @@
-"""`--state past=present[:init]`: which input of a model carries what which output gave."""
+"""`--state past=present[:init]`: the input and the output of a state, and its initial value."""
 
 from __future__ import annotations
 

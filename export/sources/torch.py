@@ -1,4 +1,4 @@
-"""TorchSource: a PyTorch model as what bundles are made of."""
+"""TorchSource: a PyTorch model as the source of a bundle."""
 
 from __future__ import annotations
 

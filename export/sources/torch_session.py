@@ -98,7 +98,7 @@ def model_session(model: StepModel, spec: StepSpec, identity: str, compiled: boo
 
 
 def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_per_call: int | None = None) -> Session:
-    """A session over the PyTorch model itself: what artifacts are compared with, and one more place to go on.
+    """A session over the PyTorch model itself: the reference of artifacts, and one more place to continue a stream.
 
     A snapshot taken from an artifact of the model can be restored here, and the other way round.
 
@@ -126,7 +126,7 @@ def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_
 
 
 def in_eval_mode(model: StepModel) -> StepModel:
-    """The model, or a copy where any part of it is in training mode: what somebody is training is to stay as it is."""
+    """The model in eval mode: a copy if a part is in training mode, so that the training is not disturbed."""
     training = any(part.training for part in model.modules())
     return duplicate(model).eval() if training else model
 

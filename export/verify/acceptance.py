@@ -38,7 +38,7 @@ _LOW, _BASE, _TRIAL = ".low", ".fp32", ".trial"
 
 @dataclass(frozen=True)
 class Limits:
-    """What low precision may cost.
+    """Limits on the cost of low precision.
 
     Args:
         max_float_share: largest share of the weights that may stay in fp32.
@@ -111,7 +111,7 @@ def judged_briefly(steps: int) -> str:
 
 @dataclass(frozen=True)
 class Alone:
-    """What one product in low precision does, with all others in float.
+    """The error of one linear op in low precision, with all others in fp32.
 
     Args:
         drift: mean free-run error of the first output.
@@ -124,7 +124,7 @@ class Alone:
 
 @dataclass(frozen=True)
 class Over:
-    """What of a report is furthest over its budget.
+    """The measurement of a report that is furthest over its budget.
 
     Args:
         kind: of error, "one_step", "free_run", "split" or "staggered"; "" where no tensor's error is over budget, but
@@ -245,7 +245,7 @@ class Maker:
         return found
 
     def complaint(self, short: Mapping[str, Ratio]) -> str:
-        """What to say of an artifact that is not faster than fp32 in these entries."""
+        """The message for an artifact that is not faster than fp32 in these entries."""
         found = ", ".join(f"{entry} {ratio}" for entry, ratio in short.items())
         in_int8 = self.policy.form in ("static", "dynamic") and "cpu" in self.target.devices
         reason = (
@@ -259,18 +259,18 @@ class Maker:
         )
 
     def clean(self) -> None:
-        """Remove what was only needed on the way."""
+        """Remove intermediate files."""
         for name in (_LOW, _BASE, _TRIAL):
             shutil.rmtree(self.bundle.path / name, ignore_errors=True)
 
     def _alone(self, trace: Trace) -> dict[str, Alone]:
-        """What each product does alone, by key."""
+        """The error of each linear op alone, by key."""
         assert self.lowered is not None
         short = trace.first(min(trace.steps, SENSITIVITY_STEPS))
         found = {}
         for product in self.lowered.low:
             others = {other.key: "" for other in self.lowered.low if other.key != product.key}
-            # In a folder of its own: the artifact that is over budget stays what it is.
+            # In a separate folder, so that the artifact that is over budget is kept unchanged.
             _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
             found[product.key] = Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
         return found

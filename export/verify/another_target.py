@@ -30,8 +30,8 @@ def add_target(
 ) -> Artifact:
     """Build a target in a precision from a bundle's ONNX into the bundle, on the machine that will run it.
 
-    What the bundle holds of other targets, and of this one in other precisions, stays. With `force` an artifact of the
-    same target and precision is replaced; until the new one is complete and checked, the bundle stays as it is.
+    Artifacts of other targets and precisions are kept. With `force`, an artifact of the same target and precision is
+    replaced, after the new one is complete and checked.
 
     Raises:
         InputError: the bundle holds no calibration, and the precision needs one.

@@ -31,11 +31,11 @@ CULPRITS = "most of the "
 """How the note begins that names the products at fault, of an artifact in low precision that failed."""
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
-"""What `--precision` knows; `nsm.quantization.policy` says which target is built in which."""
+"""Values of `--precision`; `nsm.quantization.policy` lists them by target."""
 
 
 def check_request(targets: list[Target], precision: str, device: str | None) -> None:
-    """Refuse what cannot be built before any work is done.
+    """Refuse a request that cannot be built, before any work is done.
 
     Raises:
         InputError: unknown precision or device, or none of the targets.
@@ -78,8 +78,8 @@ def build_target(
     Args:
         directory: of the bundle, with its graphs.
         spec: of the model.
-        target: what to build.
-        device: for which device, where the target knows it; None leaves it to the builder.
+        target: to build.
+        device: of the target, None for the builder's default.
         precision: of the artifact.
         low: where the graphs in that precision lie (default: the bundle's own are built).
         folder: where the files go (default: the target's own folder of that precision in the bundle).
@@ -116,7 +116,7 @@ def build_target(
 
 
 def _built(target: Target, tried: Tried) -> Built:
-    """What was built in a child process; the notes tell of a crash, and of the compile options that avoid it."""
+    """The result of a child process; the notes mention a crash, and the compile options that avoid it."""
     reply = tried.reply
     if not tried.crash:
         return Built(reply.files, reply.device, reply.notes)
@@ -204,7 +204,7 @@ def write_parity(directory: Path, reports: list[ParityReport]) -> None:
 
 
 def merge_parity(bundle: Bundle, reports: list[ParityReport]) -> None:
-    """Write `parity.json` anew; what it says of other targets and precisions stays.
+    """Update `parity.json`; the reports of other targets and precisions are kept.
 
     Raises:
         BundleDamagedError: it holds something else than reports.

@@ -52,7 +52,7 @@ def may_count(spec: StepSpec, bounded: Collection[str] = ()) -> bool:
 
 
 def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Reach:
-    """Look for counters in the reference, and for the end of what they count.
+    """Find the counters of the reference, and the position at which each one ends.
 
     Args:
         source: the model.

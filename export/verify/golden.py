@@ -1,4 +1,4 @@
-"""Recording the golden trace: what the reference answers, over whole streams. Nothing here needs torch."""
+"""Record the golden trace: outputs and states of the reference over whole streams. Needs no torch."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ MIN_SAMPLED, MAX_SAMPLED = 8, 16
 MIN_TRACE_BYTES = 4_000_000
 """Room of a small model's trace; that of a larger one may be as large as the model."""
 MIN_STATE_STREAMS = 2
-"""Streams whose states are kept over the room: what holds for one stream may be of its tokens."""
+"""Streams whose states are kept even beyond the limit: one stream alone may be a special case."""
 MAX_EXTRA_BYTES = 64_000_000
-"""What states may take over the room at most, so that a file of a repository (100 MB on GitHub) can hold the trace."""
+"""Most bytes of states beyond the limit, so that the trace fits in a repository (100 MB per file on GitHub)."""
 
 
 def record(
@@ -35,7 +35,7 @@ def record(
     progress: Progress | None = None,
     debug_outputs: bool = False,
 ) -> Trace:
-    """Run the model itself over sequences, in fp32, and keep what parity needs.
+    """Run the model over sequences in fp32, and keep the outputs and states that parity needs.
 
     Every stream gets `steps` calls from the initial state without a reset; a sequence too short for that is
     repeated. Full states are kept around 8 to 16 steps, log-spaced, the first and the last among them. Where outputs
@@ -45,7 +45,7 @@ def record(
     Some are kept whatever they take, since fewer would check too little: the inputs, the outputs for one token of
     every call, and the states of 2 streams around 8 steps. Where the latter would be over 64 MB and over the room,
     they are of one stream, and around as many steps as the larger of the two holds, at least 2. The masks that a model
-    decides about while it runs, and what it decides by, are kept at every step of every stream.
+    changes at run time, and the values that decide it, are kept at every step of every stream.
 
     Args:
         source: the model.
@@ -76,7 +76,7 @@ def record(
     advance = _counter(progress, sum(session is not None for session in sessions) * steps * len(_groups(tokens, spec)))
     try:
         rolled = _roll(sessions[0], batched, positions, sampled, kept, advance)
-        # The floor: what fp32 itself costs, against the same weights in fp64.
+        # The floor: the error of fp32 itself, against the same weights in fp64.
         exact = _exact(sessions[1], batched, positions, advance)
     except NonFiniteError as error:
         raise NonFiniteError(
@@ -145,8 +145,8 @@ def _exact(session: Session | None, tokens: Array, positions: Array, advance: Ca
 
 
 class _Rolled(NamedTuple):
-    """What a run gave: outputs [N, T, P, ...] of all steps, states [kept, n, ...] around the sampled ones, and what
-    was decided, [N, T + 1, ...], at the beginning and after every step.
+    """Results of a run: outputs [N, T, P, ...] of all steps, states [kept, n, ...] around the sampled ones, and the
+    decisions, [N, T + 1, ...], at the beginning and after every step.
     """
 
     outputs: Arrays
@@ -238,10 +238,10 @@ def _floor(outputs: Array, exact: Array) -> float:
 
 
 def kept_of(spec: StepSpec, streams: int, steps: int, width: int, limit: int) -> tuple[Array, int, Array]:
-    """What of a trace is kept: token positions of the outputs, how many streams' states, and the steps of these.
+    """The parts of a trace to keep: positions of outputs, number of streams with states, and steps of states.
 
-    Outputs take half the room at most, and leave what the states of `MIN_STATE_STREAMS` need, or of one where these
-    do not fit. States take what is left, half the room at least, and over it what those streams need.
+    Outputs take at most half the limit, and leave enough for the states of `MIN_STATE_STREAMS` streams, or of one
+    stream if these do not fit. States take the rest, at least half, and more if those streams need it.
 
     Args:
         spec: of the model.

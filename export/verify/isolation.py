@@ -27,7 +27,7 @@ _LOG = "log"
 
 @dataclass(frozen=True)
 class Trial:
-    """What the child process does.
+    """The request to the child process.
 
     Args:
         target: its row of the table, since the child may not know a row that was added at run time.
@@ -53,12 +53,12 @@ class Trial:
 
 @dataclass(frozen=True)
 class Reply:
-    """What the child process found.
+    """The reply of the child process.
 
     Args:
         files, device, notes: see `nsm.export.builders.base.Built`.
-        failure: what the backend raised when it opened the artifact and ran every entry once; "" where it did not. The
-            caller opens it again, and raises that in its own words.
+        failure: the error of the backend when it opened the artifact and ran every entry once, or "". The caller opens
+            it again to raise the error in its own words.
     """
 
     files: tuple[str, ...]
@@ -77,7 +77,7 @@ class Tried:
 
 
 class _CrashError(Exception):
-    """The child died; `reply` is what it had built, or None."""
+    """The child died; `reply` is its result so far, or None."""
 
     def __init__(self, message: str, reply: Reply | None) -> None:
         super().__init__(message)
@@ -91,8 +91,8 @@ def try_target(trial: Trial) -> Tried:
     target's row lists as a remedy.
 
     Raises:
-        BuildError: the child crashed with each of them; names the target, the signal and what it was doing.
-        NsmError: what the builder raised.
+        BuildError: the child crashed with each of them; names the target, the signal and the activity.
+        NsmError: the error of the builder.
     """
     first: _CrashError | None = None
     failures: list[str] = []
@@ -152,7 +152,7 @@ def _reply(trial: Trial) -> Reply:
 
     Raises:
         _CrashError: it died.
-        NsmError: what the builder raised there.
+        NsmError: the error of the builder.
     """
     with tempfile.TemporaryDirectory(prefix="nsm-build-") as name:
         place = Path(name)
@@ -172,7 +172,7 @@ def _reply(trial: Trial) -> Reply:
 
 def _run(place: Path) -> int:
     """The exit status of the child, negative for a signal. It ends with this process: its standard input ends then."""
-    # -P: what lies in the current folder is not imported by accident.
+    # -P: modules in the current folder are not imported by accident.
     command = [sys.executable, "-P", "-m", "nsm.export.verify.trial", str(place)]
     folders = [*filter(None, sys.path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}

@@ -18,7 +18,7 @@ from nsm.staging import FAILED_SUFFIX, staged, write_manifest
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of one target.
+    """The outcome of one target.
 
     Args:
         target: its name.
@@ -106,7 +106,7 @@ def _write(directory: Path, manifest: Manifest, outcomes: Sequence[Outcome]) -> 
 
 
 def _remove_unused(stage: Path, artifacts: Sequence[Artifact]) -> None:
-    """Remove what targets that are not kept left in their folders; the portable graphs stay."""
+    """Remove the files of targets that are not kept; the portable graphs stay."""
     used = {record.path for artifact in artifacts for record in artifact.files}
     for folder, _, names in os.walk(stage, topdown=False):
         inside = PurePosixPath(Path(folder).relative_to(stage))

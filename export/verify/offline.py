@@ -67,7 +67,7 @@ def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> 
 
 
 def _open(path: Path) -> tuple[Whole, int | None]:
-    """What runs a program, and how many tokens it takes; None where any number."""
+    """A function that runs a program, and the number of tokens that it takes; None for any number."""
     if path.suffix.lower() == ".onnx":
         from nsm.export.sources.onnx import whole_graph
 

@@ -78,7 +78,7 @@ def position_writes(model: onnx.ModelProto, spec: StepSpec) -> Iterator[Write]:
 
 
 def _bounded(present: str, made_by: dict[str, onnx.NodeProto]) -> bool:
-    """Whether the next value of a state went through what gives it an end."""
+    """Whether the next value of a state passes an operation that bounds it."""
     waiting, seen = [present], set[str]()
     while waiting:
         node = made_by.get(waiting.pop())

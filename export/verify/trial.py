@@ -27,7 +27,7 @@ from nsm.trace import Array, load_arrays
 
 
 def main(folder: str) -> None:
-    """Do what FOLDER/request.json says, and write FOLDER/reply.json."""
+    """Execute FOLDER/request.json, and write FOLDER/reply.json."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     place = Path(folder)
     trial = decode(Trial, json.loads(json_bytes(place / REQUEST)), REQUEST)

@@ -57,7 +57,7 @@ def as_step(
     initial values that are its parameters or come from its `initial_state`.
 
     Args:
-        module: in float32, on the CPU; nothing that it keeps to itself may change what forward returns.
+        module: in float32, on the CPU; without hidden state that changes the outputs.
         states: for the third kind.
         vocab_size: where tokens are ids, 0 .. vocab_size - 1.
         token_shape: where they are numbers, the shape of one of them: (512,) for frames of 512 samples, () for one.
@@ -74,7 +74,7 @@ def as_step(
 
     Raises:
         InputError: samples that the module does not take.
-        ConfigError: what is said of the module does not fit it; the message names the state or output.
+        ConfigError: the declaration does not match the module; the message names the state or output.
         UnsupportedError: a module that cannot be a step model (bidirectional, or it keeps something to itself).
     """
     given: Any = module
@@ -214,7 +214,7 @@ def _declared(states: Any) -> tuple[list[Carried], list[Any]]:
 
 
 def _nested(kind: str, states: list[Any], outputs: Sequence[str]) -> Call:
-    """Call a module with states in their nesting, and take apart what it gives."""
+    """Call a module with states in their nesting, and flatten its result."""
     structure = pytree.tree_structure(states)
     apart: Callable[[Any], tuple[list[Tensor], list[Tensor]]] = taken_apart(kind, states, outputs)
 

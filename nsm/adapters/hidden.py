@@ -15,7 +15,7 @@ from nsm.spec import TensorSpec
 
 @torch.no_grad()
 def check_hidden(module: nn.Module, token: TensorSpec, timed: bool) -> None:
-    """Raise `UnsupportedError` where a module without declared states changes what it holds; names it.
+    """Raise `UnsupportedError` if a module without declared states changes attributes; the error names them.
 
     Nothing is raised where forward does not run on the token alone.
     """
@@ -29,9 +29,9 @@ def check_hidden(module: nn.Module, token: TensorSpec, timed: bool) -> None:
         wanted, now = module(made), kept.digests()
         changed = [name for name in {**before, **now} if before.get(name) != now.get(name)]
         kept.put_back()
-        # What is written before it is read makes no difference.
+        # Values that are written before they are read have no effect.
         matters = bool(changed) and not (kept.scramble(changed) and _equal(module(made), wanted))
-    except Exception:  # it takes other arguments, which is what the caller says then
+    except Exception:  # other arguments are needed; the caller reports that
         return
     finally:
         for part, training in modes:

@@ -1,4 +1,4 @@
-"""Kept: what a module holds between calls, wherever it hangs: buffers, attributes, objects and containers in them."""
+"""Kept: values that a module holds between calls: buffers, attributes, and the objects and containers in them."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 PLACES = 20_000
 """Values that are looked at, at most: an attribute may lead to a whole data set."""
 
-# What every module has, or another library keeps for itself.
+# Attributes of every module, or private to another library.
 _INTERNAL = frozenset(vars(nn.Module()))
 _LIBRARIES = ("torch", "numpy", "builtins", "functools", "logging", "threading", "_thread", "collections")
 _CODE = (type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType)
@@ -45,7 +45,7 @@ class Owner(NamedTuple):
 
 
 class Kept:
-    """What a module holds: to be told apart, to be overwritten, and to be put back.
+    """Values that a module holds: compare, overwrite and restore them.
 
     Args:
         module: of torch. Parameters are told apart, and neither copied nor put back.
@@ -57,7 +57,7 @@ class Kept:
         self._contents = [(t, t.detach().clone()) for t in tensors(module) if not isinstance(t, nn.Parameter)]
 
     def digests(self) -> dict[str, str]:
-        """What each place holds now, by its name."""
+        """A digest of each value, by name."""
         seen: dict[int, str] = {}
         return {owner.called(key): _digest(owner.values[key], seen) for owner, key in _places(self._module)}
 
@@ -90,7 +90,7 @@ class Kept:
 class Lent:
     """Attributes that a module writes before it reads them, put back after every call.
 
-    A graph has no place for what a call leaves behind, and an exporter refuses it.
+    A graph cannot keep values between calls, and an exporter refuses such a module.
 
     Args:
         module: of torch.
@@ -134,7 +134,7 @@ def owners(module: nn.Module) -> list[Owner]:
             continue
         seen.add(id(value))
         if isinstance(value, nn.Module):
-            # Without keys that no module has of its own: what hangs off those is torch's.
+            # Without the keys of nn.Module: their values belong to torch.
             parts = {"parameters": value._parameters, "buffers": value._buffers, "attributes": vars(value)}
             found += [Owner(f"{name}/{part}", name, values, True) for part, values in parts.items()]
             items = [(key, item) for key, item in vars(value).items() if key not in _INTERNAL]
@@ -186,7 +186,7 @@ def _tensors_of(value: Any) -> list[Tensor]:
 
 
 def _digest(value: Any, seen: dict[int, str]) -> str:
-    """What tells two values apart; of a tensor a sum over its bytes."""
+    """A digest of a value; for a tensor, a checksum of its bytes."""
     if isinstance(value, tuple):
         return f"({', '.join(_digest(item, seen) for item in value)})"
     if isinstance(value, (set, frozenset)):

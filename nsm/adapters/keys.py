@@ -29,7 +29,7 @@ def _name(key: Any) -> str | None:
 
 
 def taken_apart(kind: str, states: Any, outputs: Sequence[str]) -> Callable[[Any], tuple[list[Tensor], list[Tensor]]]:
-    """A function that takes apart what a module returns: its outputs and its states, in the declared order.
+    """A function that splits a module's result into outputs and states, in the declared order.
 
     A result under the key of a state, or under its name, is that state; results without a key are outputs and then the
     states that are left, by their places.

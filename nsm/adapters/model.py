@@ -33,8 +33,8 @@ class AdaptedModel(StepModel):
     say, and gives [B, ...]: there is only `step`, with K = 1.
 
     Args:
-        module: stays in the mode that it has, and live: what it learns later is exported. What is exported or runs as
-            the reference is a copy in eval mode where any part of it is in train mode.
+        module: not copied: later training is exported. Its mode is kept; if a part is in train mode, the export and
+            the reference use a copy in eval mode.
         call: how it is called.
         states: in the order of `call`.
         token: one lane and one token; its name is that of the input.
@@ -46,7 +46,7 @@ class AdaptedModel(StepModel):
             of one, is read from it whenever it is needed, and any other is a copy.
 
     Attributes:
-        examination: what was found out about it; see `nsm.adapters.validate`.
+        examination: results of the experiments; see `nsm.adapters.validate`.
         copies: whether the module is handed copies of its arguments, which it writes into.
     """
 
@@ -99,7 +99,7 @@ class AdaptedModel(StepModel):
                 self.register_buffer(f"initial_{index}", state.initial.clone())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> AdaptedModel:
-        """A copy, also of what Python does not copy: tensors in attributes that are results of others.
+        """A deep copy, including attributes that Python cannot copy: tensors that are results of others.
 
         Raises:
             UnsupportedError: something in an attribute of the module cannot be copied.
@@ -121,8 +121,8 @@ class AdaptedModel(StepModel):
         return made
 
     @property
-    def config(self) -> dict[str, Any]:  # type: ignore[override]  # of a module that lives on, so made anew
-        """What tells two modules with equal weights apart, as far as it can be told."""
+    def config(self) -> dict[str, Any]:  # type: ignore[override]  # the module may change, so it is not cached
+        """Facts that distinguish modules with equal weights, as far as they are known."""
         return {
             "module": repr(self.module),
             "attributes": plain_attributes(self.module),
@@ -161,7 +161,7 @@ class AdaptedModel(StepModel):
         check_float32(self.module, list(zip(names, values, strict=True)))
 
     def declare(self, found: Examination) -> None:
-        """Take over what an examination found: the outputs' shapes of one lane and token, how many lanes it takes."""
+        """Take the results of an examination: shapes of the outputs for one lane and token, number of lanes."""
         self.examination = found
         self._shapes = dict(found.shapes)
         self.lanes, self._why = found.lanes, found.why

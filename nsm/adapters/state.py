@@ -29,8 +29,8 @@ class Carried:
     Args:
         name: how it is called in a bundle.
         initial: its value before the first step, of one lane, in the module's own layout. A parameter or buffer of the
-            module, or a view of one (`module.start[:1]`), is read again when the model is exported, so what it learns
-            until then counts. The result of anything else (`torch.tanh(module.start)`) is a copy of what it is now.
+            module, or a view of one (`module.start[:1]`), is read again at export, so that
+            training until then counts. Any other tensor (`torch.tanh(module.start)`) is copied now.
         lane_axis: the axis of the lanes there, of size 1 in `initial`; None where it has none, so that one lane is all
             there can be.
     """

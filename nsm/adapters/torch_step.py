@@ -1,4 +1,4 @@
-"""TorchStep: a module behind the protocol of the examination, and what can be asked of it besides."""
+"""TorchStep: a module as a `Step` for the examination, with access to its hidden values."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ class TorchStep:
     Args:
         model: the module in the form of a step model.
         offline: the model's own forward, where it was given.
-        kind: what it is called in messages (default: the module's class).
-        advice: what to do about a fault (default: for as_step).
+        kind: its name in messages (default: the module's class).
+        advice: remedies for faults (default: for as_step).
         inside: name of the submodule that is all of it, and is not named in messages.
         known: the name and forward of a known model inside, where it was not. The step is compared with it if both give
             the same for the first token; else the step computes something else on purpose.
@@ -139,7 +139,7 @@ class TorchStep:
         first = given[:, :1].astype(outputs[main].dtype)
         return {main: given} if close(outputs[main], first, OFFLINE_TOLERANCE) else None
 
-    # -- what a module may keep --------------------------------------------------------------------------------------
+    # -- hidden values -----------------------------------------------------------------------------------------------
 
     def kept(self) -> Mapping[str, str]:
         return {name.removeprefix(self._inside): value for name, value in self._kept.digests().items()}
@@ -201,7 +201,7 @@ class TorchStep:
 
     @contextlib.contextmanager
     def examining(self) -> Iterator[None]:
-        """In eval mode; at the end everything is put back: modes, what the module holds, and the generators."""
+        """In eval mode; at the end modes, hidden values and generators are restored."""
         modes = [(part, part.training) for part in self._model.modules()]
         generators = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002 - modules draw from it
         self._model.eval()
@@ -229,7 +229,7 @@ class TorchStep:
 
 
 def examine_model(model: AdaptedModel, step: TorchStep, samples: Sequence[Array] = ()) -> None:
-    """Examine a module, and declare what was found; see `nsm.adapters.validate.examine`."""
+    """Examine a module, and declare the results; see `nsm.adapters.validate.examine`."""
     with step.examining():
         found = examine(step, samples)
     model.declare(found)

@@ -171,5 +171,5 @@ class TransformerLM(CausalLM):
 
 
 def _added(visible: Tensor, like: Tensor) -> Tensor:
-    """What is added to scores, in the dtype of `like`: 0 where visible."""
+    """The additive mask of scores, in the dtype of `like`: 0 where visible."""
     return torch.where(visible, 0.0, _UNSEEN).to(like.dtype)

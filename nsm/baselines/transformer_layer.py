@@ -11,11 +11,11 @@ from nsm.modules.ops import join_heads
 
 
 class Places(NamedTuple):
-    """What the layers share in a call of K tokens over N cached rows.
+    """Values that the layers share in a call of K tokens over N cached rows.
 
     cos, sin: [B, 1, K, e / 2], the rotations of the new tokens.
-    cached: [B, 1, K, N], what is added to the scores of the cached rows, None where there is no cache.
-    new: [K, K], what is added to the scores of the new tokens.
+    cached: [B, 1, K, N], the additive mask for cached rows, None without a cache.
+    new: [K, K], the additive mask for new tokens.
     """
 
     cos: Tensor

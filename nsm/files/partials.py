@@ -1,6 +1,6 @@
 """Temporary files and folders beside the place that they are for, each locked by the process that made it.
 
-    .NAME.RANDOM.partial     what is being written, to become NAME
+    .NAME.RANDOM.partial     a new NAME that is being written
     .NAME.RANDOM.replaced    an older NAME that is on its way out, see `nsm.staging`
 
 A lock ends with its process, however that ends, and with the machine. So a temporary that can be locked is abandoned,
@@ -44,7 +44,7 @@ def partial(place: Path, folder: bool = False) -> Iterator[Path]:
 
 
 def replaced_name(place: Path, stage: Path) -> Path:
-    """What an older `place` is called while the temporary `stage` takes its place."""
+    """The temporary name of an older `place` while `stage` replaces it."""
     return place.with_name(f".{place.name}.{stage.name.split('.')[-2]}.replaced")
 
 

@@ -23,7 +23,7 @@ LIMITS = MappingProxyType(
         "torch": 4 << 30,  # .pt and .pt2: the weights of a graph, which `onnx` bounds, and sequences
         "onnx": (2 << 30) - (16 << 20),  # one protobuf message; and the weights beside it, all together
         "program": 256 << 20,  # JSON in a .pt2
-        "arrays": 4 << 30,  # .npy and .npz of the user's own, and what a compressed .npz unpacks to
+        "arrays": 4 << 30,  # the user's .npy and .npz, uncompressed
         "tensor": 1 << 30,  # an input, output or state of a call
         "text": 256 << 20,  # each byte becomes an id of eight
     }
@@ -52,7 +52,7 @@ def open_regular(path: Path, kind: Kind) -> io.BufferedReader:
 
 
 def check_regular(path: Path, kind: Kind) -> None:
-    """Raise what `open_regular` does: for readers that take a path."""
+    """Check a path as `open_regular` does, for readers that take a path."""
     _check(path.stat(), path, kind)
 
 
@@ -74,11 +74,11 @@ def read_regular(path: Path, kind: Kind) -> bytes:
 
 
 def check_npy(file: IO[bytes], size: int, name: str) -> None:
-    """Hold what the header of a .npy declares against the file's size, before memory is taken for it.
+    """Check the header of a .npy against the file's size, before memory is allocated.
 
     Args:
-        file: at the beginning of what `numpy.save` wrote; read as far as the numbers.
-        size: of that, in bytes.
+        file: at the beginning of the .npy; read up to the numbers.
+        size: of the .npy, in bytes.
         name: for the message.
 
     Raises:
@@ -101,7 +101,7 @@ def read_npy(path: Path) -> NDArray[Any]:
 
     Raises:
         OSError, ValueError: see `open_regular` and `check_npy`; or it holds Python objects.
-        Exception: whatever numpy raises on what is no such file.
+        Exception: numpy's, for a file in another format.
     """
     with open_regular(path, "arrays") as file:
         check_npy(file, os.fstat(file.fileno()).st_size, "it")

@@ -1,4 +1,4 @@
-"""Writing a file whole or not at all, the names of what is replaced, and reading what may be hostile."""
+"""Write files atomically, and check archives that may be hostile."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def settled(path: Path) -> Path:
 
 
 def followed(path: Path) -> Path:
-    """Where `path` leads if it is a link, there already or not; else `path`. What is replaced is that, not the link.
+    """The target of `path` if it is a link, existing or not; else `path`. The target is replaced, not the link.
 
     Raises:
         InputError: it is a link that leads back to itself.
@@ -45,7 +45,7 @@ def followed(path: Path) -> Path:
 
 def new_mode(executable: bool = False) -> int:
     """The permissions that this process gives to new files, or to new folders and programs."""
-    mask = os.umask(0o077)  # there is no way to read it alone; meanwhile what others make is private
+    mask = os.umask(0o077)  # the mask cannot be read without setting it; files made meanwhile are private
     os.umask(mask)
     return (0o777 if executable else 0o666) & ~mask
 
@@ -54,8 +54,8 @@ def new_mode(executable: bool = False) -> int:
 def replacing(path: Path) -> Iterator[IO[bytes]]:
     """A file beside `path`, open for writing, that takes its place when the block ends well and is gone otherwise.
 
-    A link stays, and what it leads to is replaced. The new file has the permissions of the old one. What is there and
-    is no regular file, /dev/stdout or a pipe say, is written to as it is.
+    The target of a link is replaced, not the link. The new file has the permissions of the old one. An existing path
+    that is not a regular file, such as /dev/stdout or a pipe, is written to directly.
 
     Raises:
         InputError: the folder is not there, or may not be written to; or `path` is a folder itself.
@@ -85,12 +85,12 @@ def check_output_file(
 ) -> None:
     """Raise `OutputExistsError` where writing `path` would lose a file that nsm did not write.
 
-    An empty file, a pipe, and what stdout goes to have nothing to lose.
+    An empty file, a pipe and the target of stdout may always be written.
 
     Args:
-        path: of the file that is to be written.
-        what: it becomes, with its article, for the message.
-        is_one: whether an open file is such a one, and may be replaced; None replaces none.
+        path: of the file to write.
+        what: the kind of file, with its article, for the message.
+        is_one: whether an open file is of that kind, and may be replaced; None replaces none.
         force: whether one may be replaced at all.
     """
     if not path.is_file() or not path.stat().st_size or _stream(path) is not None:
@@ -165,10 +165,10 @@ def json_bytes(path: Path) -> bytes:
 
 
 def check_stored(archive: zipfile.ZipFile, size: int, unpacked: int = 0) -> None:
-    """Hold what a zip archive declares against the bytes that are there, before memory is taken for it.
+    """Check the declared sizes of a zip archive against its bytes, before memory is allocated.
 
-    A few hundred bytes can declare an array of terabytes, and deflated ones unpack to a thousand times as many. What
-    numpy.savez and torch.save write is stored as it is, so nothing else is read where a file may come from anybody.
+    A few hundred bytes can declare an array of terabytes, and deflated members unpack to a thousand times their size.
+    numpy.savez and torch.save store members uncompressed, so only those are accepted from untrusted files.
 
     Args:
         size: bytes of the archive itself.

@@ -23,7 +23,7 @@ from nsm.modules.bank import Adaptation, StateManager
 
 
 class AdaptiveNSM(StreamModel):
-    """A stack of `NSMLayer`s whose masks adapt to what the stream needs.
+    """A stack of `NSMLayer`s that prune and allocate their slots at run time.
 
         AdaptiveNSM(input_dim=768, state_dim=256, max_states=64, initial_states=16, prune_threshold=0.1)
 

@@ -1,4 +1,4 @@
-"""StepModel: what a model must offer to be exported, checked and run as a stream."""
+"""StepModel: the base class of models that can be exported, checked and run as a stream."""
 
 from __future__ import annotations
 
@@ -63,12 +63,12 @@ class StepModel(nn.Module, ABC):
 
     @property
     def kind(self) -> str:
-        """What the model is called where people read it."""
+        """The name of the model in messages."""
         return type(self).__name__
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the weights are in: float32, or float64 after `double()`."""
+        """The dtype of the weights: float32, or float64 after `double()`."""
         numbers = (*self.parameters(), *self.buffers())
         return next((value.dtype for value in numbers if value.is_floating_point()), torch.float32)
 

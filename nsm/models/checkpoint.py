@@ -49,7 +49,7 @@ MAX_GOLDEN = 8
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What is in a `.pt`: the model in eval mode, and two disjoint lists of sequences, [T] or [T, input_dim] each.
+    """The contents of a `.pt`: the model in eval mode, and two disjoint lists of sequences, [T] or [T, input_dim].
 
     `fingerprint` is a hash of the config and the weights: two files with the same one hold the same model.
     """
@@ -183,19 +183,19 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def load_plain(file: IO[bytes]) -> Any:
-    """What `torch.save` wrote to an open file, if that is tensors and plain data: nothing in it is executed.
+    """Load tensors and plain data that `torch.save` wrote to an open file, without executing code in it.
 
-    torch stores what it writes and inflates what it reads, so the declared sizes are checked against the archive first.
+    torch stores members uncompressed but inflates compressed ones, so the declared sizes are checked first.
 
     Raises:
-        ValueError: something in it is compressed, or declares more than there is.
-        Exception: whatever torch raises for a pickle of other objects, and on what is no such file.
+        ValueError: a compressed member, or a declared size beyond the file.
+        Exception: torch's, for a pickle of other objects or a file in another format.
     """
     if file.read(len(_ZIP)) == _ZIP:  # as torch tells: files from before 1.6 are no archives
         check_records(file)
     file.seek(0)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what torch says of foreign files
+        warnings.simplefilter("ignore")  # torch's warnings about foreign files
         return torch.load(file, map_location="cpu", weights_only=True)
 
 
@@ -287,7 +287,7 @@ def checked_sample(model: StepModel, index: int, sample: ArrayLike, name: str = 
     """A sequence of tokens, [T, ...], in the dtype that the graphs take.
 
     Args:
-        model: what it is for.
+        model: that takes the sequence.
         index, name: of the sequence and of the argument that it comes from, for the message.
         sample: integers of any width for ids, floats of any width for vectors.
 

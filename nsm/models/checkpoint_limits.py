@@ -30,14 +30,14 @@ Model = TypeVar("Model", bound=StepModel)
 
 
 def check_content(content: object, size: int) -> None:
-    """Refuse what a small file can make large: nested containers, numbers without end, views of tensors.
+    """Refuse content that a small file can make large: nested containers, huge integers, views of tensors.
 
     Args:
-        content: what `torch.load` gave.
+        content: result of `torch.load`.
         size: bytes of the file.
 
     Raises:
-        ValueError: names what it is.
+        ValueError: names the content.
     """
     _count(content, {}, 0)
     for key in ("golden", "calibration"):
@@ -86,7 +86,7 @@ def build_within(kind: type[Model], config: Mapping[str, Any], weights: Mapping[
 
     Raises:
         ConfigError: it would have other weights, or states and constants of more than `MOST_BYTES`.
-        Exception: what the model's class raises for the config.
+        Exception: of the model's class, for the config.
     """
     if not isinstance(config, dict) or not isinstance(weights, dict):
         raise ConfigError("its config and its weights are dictionaries by name.")
@@ -119,7 +119,7 @@ def _at_most(count: int) -> Iterator[None]:
 
     def one_more(what: str) -> None:
         made[what] += 1
-        if made[what] > 2 * count + 100:  # what two modules share is counted twice, and some buffers are no weights
+        if made[what] > 2 * count + 100:  # shared tensors count twice, and some buffers are no weights
             raise ConfigError(f"by its config the model has more {what} than the {count:,} weights in the file.")
 
     def parameter(_module: nn.Module, _name: str, _value: nn.Parameter) -> None:

@@ -1,4 +1,4 @@
-"""compact(model): slots that are never used are physically gone; outputs stay what they were."""
+"""compact(model): remove slots that are never used; the outputs do not change."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the models of the family have in common: the options of their layers, and how a stack is built from them."""
+"""Options of the layers and helpers to build a stack, shared by the models of the family."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def checked_sizes(model: str, sizes: Mapping[str, int | None]) -> dict[str, int]
 
 
 def checked_options(model: str, options: LayerOptions) -> LayerOptions:
-    """Options in plain numbers, as a checkpoint keeps them. What they may be is for the layers to say.
+    """Convert options to plain numbers for a checkpoint. The layers check the values.
 
     Raises:
         ConfigError: names the first of another type.
@@ -113,8 +113,8 @@ def embedding(
     Args:
         vocab_size, input_dim: one of them.
         width: of an embedded token.
-        std: standard deviation of the table of ids at the start. A small one lets what the first layers add count at
-            once; an NSM learns sooner with it, a transformer later (docs/measurements.md, "Language").
+        std: initial standard deviation of the table of ids. A small one gives the first layers more weight; an NSM
+            learns sooner with it, a transformer later (docs/measurements.md, "Language").
     """
     if vocab_size is not None:
         embed = nn.Embedding(vocab_size, width)

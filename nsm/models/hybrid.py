@@ -24,7 +24,7 @@ class HybridModel(StreamModel):
 
         HybridModel(vocab_size=10000, d_model=512, num_states=64, num_attention_layers=2, num_nsm_layers=4, num_heads=8)
 
-    The attention layers see the last `attention_window` tokens exactly; what is older comes from the banks.
+    The attention layers see the last `attention_window` tokens exactly; older tokens are in the banks only.
 
     Args:
         vocab_size: V.

@@ -23,7 +23,7 @@ from nsm.modules import NSMLayer
 
 Form = Literal["ids", "vectors"]
 
-# What the two forms leave to a default; None stands for "the other form's argument".
+# Defaults of the two forms.
 _STATES: Mapping[Form, int] = {"ids": 64, "vectors": 16}
 _DEFAULTS: Mapping[Form, Mapping[str, int]] = {
     "ids": {"d_model": 256, "max_seq_length": 1024, "num_heads": 8, "num_layers": 2},

@@ -71,7 +71,7 @@ class StreamModel(StepModel):
         Args:
             batch: lanes.
             tokens_per_call: K of `step`, a multiple of the chunk size (default: one chunk).
-            debug_outputs: whether `step` also gives what `traced_step` does.
+            debug_outputs: add the routing outputs of `traced_step` to `step`.
         """
         count = self.checked_count(tokens_per_call)
         states = [StateSpec(name, (batch,), "int64") for name in self._lane_states()]

@@ -1,6 +1,6 @@
-"""What helps to look at a model while it is worked on: how much it takes, and what it does with its slots.
+"""Tools for development: memory and time of a model, and pictures of its slots.
 
-Importing this needs neither torch nor matplotlib; each is imported by what uses it.
+The import needs neither torch nor matplotlib; each is imported on first use.
 """
 
 from nsm.utils.monitor import PerformanceMonitor

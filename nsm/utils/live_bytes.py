@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 class LiveBytes:
     """A running sum over blocks of memory, and its peak.
 
-    A block is known by a key as long as it lives, and may grow. Blocks that were there before the count began are
-    entered with `found`, so that they do not count, while what they grow by does.
+    A block has a key while it lives, and may grow. Blocks from before the count are registered with `found`: only
+    their growth counts.
 
     Attributes:
         now: bytes of the counted blocks that are live.
@@ -38,7 +38,7 @@ class LiveBytes:
     def made(self, key: int, size: int) -> None:
         """A new block, or a known one that may have another size now."""
         known, counted = self._blocks.get(key, (0, 0))
-        # What an older block had before the count does not count when it is given up either.
+        # The initial size of an older block does not count when it is freed either.
         change = max(size - known, -counted)
         self._blocks[key] = (size, counted + change)
         self.now += change
@@ -53,8 +53,8 @@ def counting(counts: LiveBytes, device: str = "cpu") -> TorchDispatchMode:
     """A context in which the dense tensors that operators make on `device` in this thread are entered in `counts`.
 
     Counted are storages, once however many views they have, from the operator that made them to the moment the last
-    tensor, view or autograd node lets go of them. What a kernel allocates and frees inside one operator, and other
-    threads' tensors, are not seen.
+    tensor, view or autograd node releases them. Memory that a kernel allocates and frees inside one operator, and
+    tensors of other threads, are not counted.
 
     Raises:
         UnsupportedError: (inside the context) an operator makes a sparse tensor.

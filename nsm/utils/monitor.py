@@ -42,7 +42,7 @@ class _Timing:
 
 
 class PerformanceMonitor:
-    """Measures what is done inside its contexts; `get_stats` tells.
+    """Measures the work inside its contexts; `get_stats` returns the results.
 
         monitor = PerformanceMonitor()
         with monitor.memory_context():
@@ -75,10 +75,10 @@ class PerformanceMonitor:
 
     @contextmanager
     def memory_context(self) -> Iterator[None]:
-        """Measure the peak of memory allocated to tensors, beyond what was allocated when the context began.
+        """Measure the peak of memory allocated to tensors, minus the memory allocated at the start.
 
         On the CPU it is counted storage by storage (see `nsm.utils.live_bytes.counting`); on CUDA devices it is
-        `torch.cuda.max_memory_allocated` (whose peak is reset) less what was allocated before.
+        `torch.cuda.max_memory_allocated` (its peak is reset) minus the memory allocated before.
 
         Raises:
             InputError: inside another context of this monitor.
@@ -141,7 +141,7 @@ class PerformanceMonitor:
         timing.items += items
 
     def get_stats(self) -> dict[str, Any]:
-        """What was measured since the beginning or the last `reset`; plain values, ready for JSON.
+        """Results since the start or the last `reset`, as plain values for JSON.
 
         Returns:
             memory: `contexts`, how many; `peak_allocated_mb`, the largest peak of all contexts, on the device where it
@@ -189,7 +189,7 @@ def _summary(timing: _Timing) -> dict[str, Any]:
 
 
 def _now() -> float:
-    """Seconds, once all CUDA devices are done with what they were given."""
+    """Seconds, after all CUDA devices have finished their work."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
         for index in range(torch.cuda.device_count()):

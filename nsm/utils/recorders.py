@@ -78,7 +78,7 @@ def record_model(model: StreamModel, tokens: ArrayLike, stream: int = 0) -> Reco
 
 
 def read_trace(trace: Trace, stream: int = 0) -> Recording:
-    """What a golden trace holds of one stream; needs no torch.
+    """The recording of one stream in a golden trace; needs no torch.
 
     The trace must have the outputs `routing.{layer}` [N, T, P, R, S1], and `mask.{layer}` [N, T, P, S] for a layer
     whose mask changes. Banks, and masks over time, are those around its sampled steps.

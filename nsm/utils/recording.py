@@ -26,7 +26,7 @@ class LayerRecording:
         routing: [n, R, S1], how each token chose slots; sums to 1 over them.
         routable: [n, S1] bool, the slots that were active when the token was routed.
         states: [m, S, D], the committed slots.
-        change: [m, S], Euclidean distance of each slot to what it was one call earlier; NaN where that is not known.
+        change: [m, S], Euclidean distance of each slot to its value one call earlier; NaN if unknown.
         mask: [m, S] bool, the active slots.
         importance: [m, S] in (0, 1), None where it was not recorded.
         threshold: importance below which a slot is pruned, None where it is not known.

@@ -1,4 +1,4 @@
-"""AdvancedNSMVisualizer: pictures of how a model routes tokens to slots, and of what becomes of the slots."""
+"""AdvancedNSMVisualizer: pictures of the routing of tokens to slots, and of the states of the slots."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 _MARK = "nsm.utils.AdvancedNSMVisualizer"
 _MARKED = {"png": "Software", **dict.fromkeys(("svg", "pdf", "ps", "eps"), "Creator")}
-"""Format of a picture -> the entry of its metadata that says what drew it."""
+"""Format of a picture -> the metadata entry for the name of the program."""
 
 Source = Callable[[ArrayLike | None, int], Recording]
-"""tokens or None, and the number of the stream -> what to draw."""
+"""Tokens or None, and the index of the stream -> the recording to draw."""
 
 
 class AdvancedNSMVisualizer:
@@ -73,7 +73,7 @@ class AdvancedNSMVisualizer:
 
     @classmethod
     def from_trace(cls, trace: Trace) -> AdvancedNSMVisualizer:
-        """Draw what was recorded, without the model and without torch.
+        """Draw a recorded trace, without the model and without torch.
 
         Args:
             trace: with the outputs `routing.{layer}`; see `nsm.utils.recorders.read_trace`.

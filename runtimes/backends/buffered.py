@@ -106,7 +106,7 @@ class BufferedRuntime(NotCopyable):
         return all_finite(self._written)
 
     def bare(self, entry: str) -> Run:
-        """What a loop written for one stream would do for each call: run the graph, on its memory in turn.
+        """The bare call of a loop written for one stream: run the graph on its buffers in turn.
 
         By the call that the backend documents, with nothing of this around it. It leaves the streams in disorder: reset
         them afterwards.
@@ -145,8 +145,8 @@ class BufferedRuntime(NotCopyable):
 class Banks:
     """The buffers of all states: `buffers[name]` are the two of a state, the same one twice where it is appended to.
 
-    States of float32 lie one behind the other in one array for each side, those together that the same entries write,
-    so that a look at what a call wrote is a look at one array.
+    float32 states are stored in one array per side, grouped by the entries that write them, so that one reduction
+    checks all values that a call wrote.
     """
 
     def __init__(self, spec: StepSpec) -> None:
@@ -171,8 +171,7 @@ class Banks:
     def flat(self, names: Iterable[str], sides: Mapping[str, int]) -> list[Array]:
         """Where these states lie, as few flat arrays of floating point numbers as will do.
 
-        `sides` says of every state in which of its buffers it is. What lies between two of them on the same side
-        comes with them.
+        `sides` gives the buffer of each state. States between two others on the same side are included.
         """
         spans: list[tuple[int, int, int]] = []
         others = []
@@ -201,12 +200,12 @@ class Banks:
 
 
 class _Bound:
-    """A bound graph, and what it writes.
+    """A bound graph, and the arrays that it writes.
 
     Args:
         graph: bound to this memory.
-        outputs: what it writes into for the caller, by name.
-        states: what else it writes, as flat arrays.
+        outputs: arrays of the outputs, by name.
+        states: arrays of the states, flat.
     """
 
     def __init__(self, graph: BoundGraph, outputs: Arrays, states: Sequence[Array]) -> None:
@@ -228,7 +227,7 @@ class _Bound:
                 self._renew(name)
 
     def answers(self) -> Arrays:
-        """The outputs as they are. A view refers to what it is a view of, and so does every view of a view."""
+        """Views of the outputs. A view of a view refers to the base array, which its reference count shows."""
         return {name: array[...] for name, array in self._outputs.items()}
 
     def _renew(self, name: str) -> None:
@@ -300,7 +299,7 @@ class _Ring:
 
     Args:
         state: with `append_axis`.
-        rows: what the graph writes into, like the buffer with K on the append axis.
+        rows: the graph's output, like the buffer with K on the append axis.
         buffer: the state.
     """
 

@@ -16,8 +16,8 @@ from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
-# What computes the products of a precision: one is in the graph, or the precision is not what was asked. Products in
-# fp16 have casts around them, which are named so.
+# Operators of a precision: the graph contains one, or it is not in that precision. Linear ops in fp16 have casts around
+# them, whose names contain it.
 _OPERATORS = {
     "int8": (b"MatMulInteger", b"DynamicQuantizeMatMul", b"DynamicQuantizeLSTM"),
     "int8-weights": (b"MatMulNBits",),
@@ -97,7 +97,7 @@ def open_graph(
 
 
 def graph_precision(session: ort.InferenceSession, path: Path, precision: str) -> str:
-    """What an open graph computes in: its own dtypes, since ONNX Runtime has no other property to read back."""
+    """The precision of an open graph, from its dtypes: ONNX Runtime has no property for it."""
     if precision in _OPERATORS and any(name in path.read_bytes() for name in _OPERATORS[precision]):
         return precision
     types = {value.type for value in session.get_outputs()}

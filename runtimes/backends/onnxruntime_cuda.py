@@ -50,9 +50,9 @@ class OnCuda(NotCopyable):
     """A runtime over sessions whose inputs, outputs and states are bound to memory of the device.
 
     Every state has two buffers, written in turn, and every way in which they can lie has a binding, and a CUDA graph,
-    of its own. While it captures a graph, ONNX Runtime runs the model several times (its issue 32243): where a state
-    was updated in place it would be several steps ahead afterwards. Here what is read is never what is written, so
-    those runs all give the same.
+    of its own. While it captures a graph, ONNX Runtime runs the model several times (its issue 32243): a state
+    that is updated in place would then be several steps ahead. Here, inputs and outputs are separate buffers, so all
+    those runs give the same result.
 
     Args:
         files: the `.onnx` file of each entry.
@@ -71,7 +71,9 @@ class OnCuda(NotCopyable):
         self._watched = Watched(*{path.parent for path in files.values()})
         self._sides = Sides(spec)
         first = next(iter(files))
-        session, captures = _session(files[first], device, threads)  # before memory is taken on what may not be there
+        session, captures = _session(
+            files[first], device, threads
+        )  # before memory is allocated on a device that may be missing
         self.effective_precision = graph_precision(session, files[first], precision)
         self._buffers = {state.name: (self._memory(state), self._memory(state)) for state in spec.states}
         self._entries = {first: self._entry(first, session, captures)}
@@ -106,7 +108,7 @@ class OnCuda(NotCopyable):
         return {name: np.array(pair[self._sides[name]].numpy()) for name, pair in self._buffers.items()}
 
     def finite(self, state: State) -> bool:
-        """See `Runtime.finite`; what was written into the state is downloaded for it."""
+        """See `Runtime.finite`; downloads the written states."""
         self._check_open()
         self._sides.check(state)
         return all_finite([*self._answered, *(value.numpy().reshape(-1) for value in self._written)])

@@ -20,11 +20,11 @@ from nsm.trace import Array, Arrays
 # Beside the graphs of a bundle: one file of numbers for all of them.
 WEIGHTS = "weights.bin"
 
-# What OpenVINO calls its element types, and what we call the precision.
+# OpenVINO's element types, and the names of precisions here.
 _INT8 = ("int8", "int8-weights")
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
-# What it is told to compute in, and what it calls the capability; everything else computes in fp32.
+# Inference precision hint and name of the capability; all other precisions compute in fp32.
 _HALF = {"fp16": (ov.Type.f16, "FP16"), "bf16": (ov.Type.bf16, "BF16")}
 
 

@@ -36,7 +36,7 @@ def load(
     Args:
         files: the `.engine` file of each entry.
         spec: of the model.
-        device: what the engine was built for; TensorRT itself refuses one that does not fit the GPU.
+        device: of the engine; TensorRT refuses an engine for another GPU.
         threads: has no meaning on a GPU.
         precision: of the artifact; the engines are strongly typed and built without TF32, so they compute in it.
 
@@ -75,7 +75,7 @@ class TensorRt(NotCopyable):
         device: str,
         precision: str = "fp32",
     ) -> None:
-        self.effective_precision = precision  # strongly typed and built without TF32: what the graph says
+        self.effective_precision = precision  # as in the graph: strongly typed, without TF32
         self._cuda = cuda
         self._spec = spec
         self._pointers: list[int] = []
@@ -97,7 +97,7 @@ class TensorRt(NotCopyable):
                     )
                 self._entries[name] = self._bind(engine, name)
         except BaseException:
-            with contextlib.suppress(RunError):  # what went wrong first is of use
+            with contextlib.suppress(RunError):  # the first error is the useful one
                 self.close()
             raise
 
@@ -148,7 +148,7 @@ class TensorRt(NotCopyable):
         return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
 
     def close(self) -> None:
-        """Free everything, whatever CUDA says of a part of it; what it said first is raised then."""
+        """Free all memory even if CUDA fails on a part; raise its first error afterwards."""
         self._entries.clear()
         freed = []
         while self._pointers:

@@ -1,7 +1,7 @@
 """Triton Inference Server: one model of its repository, with the state carried as the server carries it.
 
-The server itself is not run. What is read are the very files that it reads, config.pbtxt, the initial states and
-model.onnx; the graph runs in ONNX Runtime, as in the server's backend of that name.
+The server itself is not run. This backend reads the same files: config.pbtxt, the initial states and model.onnx. The
+graph runs in ONNX Runtime, as in the server's backend of that name.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INITIAL = "initial_state"
 
 
 class Kind(NamedTuple):
-    """What Triton and ONNX Runtime call a dtype."""
+    """Names of a dtype in Triton and ONNX Runtime."""
 
     triton: str
     onnxruntime: str
@@ -57,7 +57,7 @@ Message = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Carried:
-    """A state as the repository describes it: the graph's input and output, and what a sequence starts from."""
+    """A state of the repository: input and output of the graph, and initial value of a sequence."""
 
     name: str
     past: str
@@ -68,7 +68,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Served:
-    """What a config.pbtxt says, as (data type, dims) by name."""
+    """The contents of a config.pbtxt, as (data type, dims) by name."""
 
     inputs: Mapping[str, tuple[str, tuple[int, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -116,7 +116,7 @@ class TritonRuntime(NotCopyable):
     """One sequence of a model in a repository.
 
     Args:
-        served: what the configuration says.
+        served: the configuration.
         graph: an `onnxruntime.InferenceSession`.
         spec: of the model.
     """
@@ -181,7 +181,7 @@ class TritonRuntime(NotCopyable):
             raise StreamError("The session is closed. Open the bundle again.")
 
     def _check_start(self, arrays: Mapping[str, Array]) -> None:
-        """A session begins with the bundle's initial state, and a sequence with what the repository says."""
+        """Check that the initial state of the bundle is that of the repository."""
         unknown = sorted(set(self._states) - set(arrays))
         if unknown:
             raise BundleDamagedError(f"The repository has states that the bundle has not: {unknown}. {_AGAIN}")
@@ -229,7 +229,7 @@ def as_paired(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def read_model(folder: Path) -> Served:
-    """What a model's configuration says, with the initial states.
+    """Read a model's configuration, with the initial states.
 
     Raises:
         BundleDamagedError: a file is missing, lies elsewhere, or is not as the server wants it.

@@ -36,7 +36,7 @@ ORT: Mapping[str, str] = {
 _MAX_HEADER = 16 * 2**20
 
 _LAST_WORDS, _QUOTED = 2**16, 500
-"""How many bytes of what Node said last are looked at when it ended, and how many characters are quoted."""
+"""Bytes of Node's last output that are read when it ends, and characters of it that are quoted."""
 
 
 def load(
@@ -71,7 +71,7 @@ def load(
 
 
 def _check_client(folder: Path) -> None:
-    """Raise `BundleDamagedError` unless all that Node would run is what this version puts into a bundle.
+    """Raise `BundleDamagedError` unless all code in the bundle is that of this version.
 
     The hashes in a manifest say nothing about that: whoever changes a bundle changes them too, and opening one must
     never run code that came with it.
@@ -104,7 +104,7 @@ class WebRuntime(NotCopyable):
     """A runtime in another process.
 
     Args:
-        command: what starts it.
+        command: that starts Node.
         spec: of the model.
         effective_precision: of its graphs.
     """
@@ -160,7 +160,7 @@ class WebRuntime(NotCopyable):
             process.wait()
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
-                    with contextlib.suppress(OSError):  # what it did not take any more is still to be written
+                    with contextlib.suppress(OSError):  # unsent data is flushed on close
                         pipe.close()
             self._said.close()
 
@@ -176,7 +176,7 @@ class WebRuntime(NotCopyable):
             raise StreamError("The session is closed. Open the bundle again.")
 
     def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
-        """Send a frame, and take what comes back; see node.js."""
+        """Send a frame, and return the reply; see node.js."""
         self._check_open()
         whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
         listed = [
@@ -187,7 +187,7 @@ class WebRuntime(NotCopyable):
         frame = struct.pack("<I", len(text)) + text + b"".join(value.tobytes() for value in whole.values())
         try:
             said, found = self._exchange(frame)
-        except BaseException:  # also Ctrl-C: the next call would take what is left of this answer for its own
+        except BaseException:  # also Ctrl-C: the next call would read the rest of this reply
             self._cut_off = True
             self.close()
             raise

@@ -35,7 +35,7 @@ def fresh_peak_mb(bundle: Path, target: str, precision: str, threads: int | None
     Raises:
         RunError: the process failed; holds the last line it wrote.
     """
-    # -P: what lies in the current folder is not imported by accident.
+    # -P: modules in the current folder are not imported by accident.
     command = [sys.executable, "-P", "-m", "nsm.runtimes.bench.peak_memory", str(bundle), target, precision]
     if threads is not None:
         command.append(str(threads))

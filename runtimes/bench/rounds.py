@@ -32,7 +32,7 @@ _RESAMPLES = 2000
 
 
 class Steppable(Protocol):
-    """What can be measured: a `Session`, or anything else that takes a stream call by call.
+    """A `Session`, or any other object that takes a stream call by call and can be measured.
 
     `spec` says which tokens a call takes, and how many a stream; `decode` is called only where the spec has an entry of
     that name.
@@ -51,8 +51,8 @@ class Latency:
 
     Args:
         p50_us, p90_us, p99_us: percentiles over all timed calls.
-        call_us: what a call takes in the long run: for `step` the median, for `decode` the median over chunks of a
-            token's mean, so that the commits have their share.
+        call_us: time per call in the long run: the median for `step`; for `decode`, the median over chunks of the mean
+            per token, commits included.
         tokens_per_second: over all lanes, at `call_us`.
         rounds_us: the same as `call_us` of each round, for `paired_ratio`.
         decode: the same of single tokens; None where the model has no `decode`.
@@ -161,7 +161,7 @@ def not_faster(step: Ratio, decode: Ratio | None) -> dict[str, Ratio]:
 
 
 class _Turn:
-    """One session's turns, and what was timed in them.
+    """The turns of one session, and their times.
 
     Args:
         session: to measure.

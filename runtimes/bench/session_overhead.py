@@ -1,4 +1,4 @@
-"""What the wrapper costs: a step of a session against the bare call of the backend, in turn."""
+"""Overhead of a session: a step against the bare call of the backend, in turn."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ class Sampler:
         return result
 
     def __call__(self, logits: Array) -> int:
-        """An id drawn from logits [V]; see `probabilities` for what is refused."""
+        """Draw an id from logits [V]; see `probabilities` for invalid logits."""
         shares = self.probabilities(logits)
         return int(self._generator.choice(len(shares), p=shares))
 

@@ -1,4 +1,4 @@
-"""Scoring long sequences with a session: what a model makes of them, in bounded memory."""
+"""Score long sequences with a session, in bounded memory."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def predicts(session: Session) -> bool:
 
 
 def score(session: Session, sequence: Array) -> dict[str, Any]:
-    """What the model makes of one sequence [T, *token], from a fresh state, on the first lane.
+    """Score one sequence [T, *token] from the initial state, on the first lane.
 
     Returns:
         `tokens`; where the model predicts the next id, `nats_per_token` over the T - 1 predictions and `perplexity`;

@@ -1,4 +1,4 @@
-"""Limits: the position of a stream up to which a target computes what the reference does."""
+"""Limits: the position of a stream up to which a target agrees with the reference."""
 
 from nsm.runtimes.limits.counters import Counters, observe, reach
 from nsm.runtimes.limits.search import Limit, assumed_limit, find_limit

@@ -51,7 +51,7 @@ class Counters:
 
     @property
     def ending(self) -> list[str]:
-        """Counters whose dtype ends within what is looked at."""
+        """Counters whose dtype ends within the examined range."""
         return [name for name in self.growth if self._end(name) // self.grain * self.grain == self.furthest]
 
     def _end(self, name: str) -> int:
@@ -105,7 +105,7 @@ def observe(session: Session, tokens: Array, capacity: int | None = None) -> tup
         capacity: that was declared; the calls stay within it.
 
     Returns:
-        The counters, None without any; what the reference failed with after them.
+        The counters, None without any; the error of the reference after them.
     """
     whole = [state.name for state in session.spec.states if state.numpy_dtype.kind in "iu"]
     if not whole:

@@ -1,4 +1,4 @@
-"""Limits: the first position of a stream at which a target no longer computes what the reference does.
+"""Limits: the first position of a stream at which a target no longer agrees with the reference.
 
 Backends compute with integers in their own way: OpenVINO's `%`, comparisons and clamps on the CPU go through float32,
 which is exact up to 2^24, and its integers end at 2^31. No recorded stream is that long. So single steps are compared
@@ -21,7 +21,7 @@ THRESHOLDS = tuple(2**bits for bits in range(24, 32))
 """Where the integers of backends may end: between the whole numbers that float32 holds, and those of int32."""
 
 _TRIES = 4
-"""Positions in a row that are tried around one: what is rounded is right at every second or fourth number."""
+"""Consecutive positions that are tried: a rounded counter is right at every second or fourth position."""
 _WORSE = 3.0
 """So many times the error that a target has at the beginning of a stream is still the same error."""
 
@@ -32,7 +32,7 @@ class Limit:
 
     Args:
         tokens: that a lane takes from one reset to the next.
-        cause: what was different behind that, for people.
+        cause: of the limit, for messages.
     """
 
     tokens: int
@@ -116,7 +116,7 @@ class _Pair:
         self._allowed |= {name: max(budget.free_run_p99, _WORSE * error) for name, error in usual.items()}
 
     def departs(self, start: int, last: int) -> str:
-        """What differs more than it may in steps from `start` and the next positions, up to `last`; "" for nothing."""
+        """The tensors over budget in steps from `start` and the next positions, up to `last`, or ""."""
         for position in range(start, start + _TRIES * self._counters.grain, self._counters.grain):
             if position > last:
                 break

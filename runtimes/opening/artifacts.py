@@ -90,7 +90,7 @@ def open_bundle(
 
 
 def chosen_artifact(bundle: Bundle, target: str | None, precision: str | None = None) -> Artifact:
-    """The artifact of a target by name or alias, in a precision; see `open_bundle` for what is not named. Of the
+    """The artifact of a target by name or alias, in a precision; see `open_bundle` for the defaults. Of the
     targets it is the first that passed and can be run here. One that is only built when asked for comes last.
 
     Raises:
@@ -151,7 +151,7 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
     try:
         return Session(runtime, spec, initial, bundle.manifest.fingerprint, target.name, threads)
     except BaseException:
-        with contextlib.suppress(RunError):  # what went wrong first is of use
+        with contextlib.suppress(RunError):  # the first error is the useful one
             runtime.close()
         raise
 
@@ -176,7 +176,7 @@ def loader(target: Target, options: Mapping[str, str]) -> Loader:
 
 
 def limited(spec: StepSpec, limit: int | None) -> StepSpec:
-    """A spec whose capacity is what the model and this limit allow, whichever is less."""
+    """A spec whose capacity is the smaller of the model's and this limit."""
     return spec if limit is None else replace(spec, capacity=min(limit, spec.capacity or limit))
 
 

@@ -1,4 +1,4 @@
-"""What the processor can do that artifacts depend on."""
+"""Features of the processor that artifacts depend on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DOT = {"avx512_vnni", "avx_vnni", "avx512vnni", "asimddp"}
 def int8_dot_products() -> bool | None:
     """Whether the processor adds up products of int8 in 32 bits: VNNI on x86, dotprod on Arm. None if it is not known.
 
-    Without, they are added in pairs in 16 bits, and what is larger is cut off; see `nsm.quantization.policy`.
+    Without it, pairs are added in 16 bits, which saturates; see `nsm.quantization.policy`.
     """
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -27,7 +27,7 @@ def int8_dot_products() -> bool | None:
 
 
 def require_device(device: str, precision: str) -> None:
-    """Refuse what this processor would compute wrongly.
+    """Refuse an artifact that this processor would compute incorrectly.
 
     Raises:
         DeviceUnavailableError: int8 for another kind of processor.

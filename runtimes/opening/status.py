@@ -1,4 +1,4 @@
-"""The status of an artifact's parity check: what failed is refused, what was never compared is warned of."""
+"""The status of an artifact's parity check: refuse a failed artifact, warn of one that was never compared."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ def chosen_threads(asked: int | None, work: Mapping[str, EntryWork]) -> int | No
     """Those that were asked for; else one for a model whose step is over before a second one pays.
 
     Args:
-        asked: by the user, None where nobody said it.
-        work: what each entry does in a call, as the manifest has it; a step that is not there counts as large.
+        asked: by the user, or None.
+        work: of a call of each entry, from the manifest; a missing step counts as large.
 
     Returns:
         None leaves it to the backend.

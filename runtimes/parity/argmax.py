@@ -26,7 +26,7 @@ MAX_FLIPS = 100
 class _Answer(NamedTuple):
     """Of one stream's step, by decision, [decisions] each; `places` [flips, 6] are those of the flips.
 
-    A row of `places`: stream, step, token, decision, and what the reference and the target chose; see `Flip`.
+    A row of `places`: stream, step, token, decision, choice of the reference, choice of the target; see `Flip`.
     """
 
     stream: int
@@ -70,7 +70,7 @@ class Answers:
         self._answers: list[_Answer] = []
 
     def add(self, stream: int, step: int, tokens: Array, wanted: Array, given: Array) -> None:
-        """Compare what a stream's step answered.
+        """Compare the outputs of one step of a stream.
 
         Args:
             stream, step: where.

@@ -1,4 +1,4 @@
-"""Findings: what a comparison has measured so far, and the report that is made of it."""
+"""Findings: the measurements of a comparison so far, and the report made of them."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Findings:
         self._floors = {name: 0.01 * rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
         shape = (trace.streams, trace.steps)
         self._errors = {
-            # Calls in pieces give what `decode` gives: the first output, and none for debugging.
+            # Split calls have the outputs of `decode`: the first one, without debug outputs.
             kind: {n: np.full(shape, np.nan) for n in ([self.logits] if kind == "split" else trace.outputs)}
             | {n: np.full(shape, np.nan) for n in self._inexact}
             for kind in kinds
@@ -79,7 +79,7 @@ class Findings:
     # -- collecting ----------------------------------------------------------------------------------------------
 
     def add_outputs(self, kind: str, streams: Array, step: int, outputs: Arrays) -> None:
-        """Compare what a call answered; lane i ran `streams[i]`, further lanes are not looked at."""
+        """Compare the outputs of a call; lane i ran `streams[i]`, further lanes are ignored."""
         trace = self.trace
         for lane, stream in enumerate(streams.tolist()):
             if self._dropped[kind][stream, step]:
@@ -158,7 +158,7 @@ class Findings:
         return Quantiles(*_quantiles(errors[tensor]), tensor)
 
     def report(self, session: Session) -> ParityReport:
-        """What was found, and what of it is over budget."""
+        """The report of all measurements, with those over budget."""
         trace, answers = self.trace, self._answers.agreement(self._dropped["free_run"])
         errors = {kind: self.errors(kind) for kind in self._errors}
         logits = errors["free_run"][self.logits]
@@ -222,7 +222,7 @@ class Findings:
         return np.stack(values) if values else np.full(1, np.nan)
 
     def _vacuous(self) -> list[str]:
-        """What was not compared although it should have been."""
+        """Comparisons that should have been made but were not."""
         reasons = []
         for kind in self._errors:
             for name, errors in self.errors(kind).items():

@@ -1,8 +1,8 @@
 """Parity: whether the artifact is the model that was recorded, over whole streams.
 
 Two errors are measured against a golden trace. *One-step*: the target is stepped from the reference's state, so
-the error is that of one call. *Free-run*: the target lives on its own state from the first step to the last, as it
-will in the field, so the error is what rounding has become by then. Both are relative,
+the error is that of one call. *Free-run*: the target carries its own state from the first step to the last, as in
+use, so the error is the accumulated one. Both are relative,
 
     ||target - reference|| / max(||reference||, 0.01 * rms over the trace of ||reference||),
 

@@ -47,7 +47,7 @@ class Decisions:
     Args:
         trace: of the reference.
         masks: as found by `decided_masks`.
-        thresholds: what importances are compared with; without any, nothing is excused.
+        thresholds: of the importances; without any, nothing is excused.
         free_run_p99: of the budget.
     """
 

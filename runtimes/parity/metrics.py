@@ -1,4 +1,4 @@
-"""The measures of parity: small functions of what the reference and the target gave."""
+"""Measures of parity: small functions of the results of reference and target."""
 
 from __future__ import annotations
 
@@ -73,9 +73,9 @@ def gain(free_run: Array, one_step: Array) -> float:
 
 
 def probed_error(given: Array, wanted: Array) -> tuple[float, float]:
-    """Norm of the difference, and norm of what was wanted, of intermediate results.
+    """Norms of the difference and of the expected values of intermediate results.
 
-    Entries where both hold the same fill value (infinite, or beyond 1e30: the scores of what is masked) count in
+    Entries where both hold the same fill value (infinite, or beyond 1e30, as for masked scores) count in
     neither. The difference is infinite where only one of them is finite, or one is NaN.
     """
     with np.errstate(invalid="ignore", over="ignore"):

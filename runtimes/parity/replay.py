@@ -1,4 +1,4 @@
-"""The runs of a comparison: a golden trace is replayed on a session, and what comes out goes into the findings.
+"""The runs of a comparison: replay a golden trace on a session, and collect the results as findings.
 
 Every run is a generator that yields after each step, for whoever shows progress.
 """

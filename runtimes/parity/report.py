@@ -1,4 +1,4 @@
-"""ParityReport: what a comparison found, and whether that is within budget."""
+"""ParityReport: the result of a comparison, and whether it is within the budget."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class AgeError:
 
 @dataclass(frozen=True)
 class Curves:
-    """What a page draws; too large for the JSON of a report. NaN stands where nothing was compared.
+    """Data of the diagrams of a page, too large for the JSON of a report. NaN where nothing was compared.
 
     Args:
         free_run_p50, free_run_p99: [T], of the first output over the streams, by step.
@@ -99,7 +99,7 @@ class Flip:
         stream, step: where, counted from 0.
         token: which of the call's tokens.
         decision: which of the token's decisions: 0 where it has one.
-        reference, target: what they chose.
+        reference, target: their choices.
         margin: the reference's, in units of the rms of its output.
         excused: whether the margin is within the bound that follows from the budget.
     """
@@ -123,7 +123,7 @@ class Flip:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """What a comparison found; `failures` is empty where it passed.
+    """The result of a comparison; `failures` is empty if it passed.
 
     Outputs of the free run are compared for all `streams` at all `steps`; one-step errors, and errors of states, for
     the first `state_streams` of them at the `sampled_steps`, counted from 0.
@@ -183,7 +183,7 @@ class ParityReport:
 
     @property
     def coverage(self) -> str:
-        """What was compared, for people."""
+        """The extent of the comparison, as text."""
         return (
             f"{_counted(self.streams, 'stream')} of {_counted(self.steps, 'step')} ({self.source}), states of "
             f"{self.state_streams} at {len(self.sampled_steps)} of the steps"
@@ -201,7 +201,7 @@ class ParityReport:
 
     @property
     def label(self) -> str:
-        """What the artifact is called in its bundle."""
+        """The name of the artifact in its bundle."""
         return artifact_label(self.target, self.precision)
 
     def verdict(self) -> str:
@@ -267,7 +267,7 @@ class ParityReport:
 
 @dataclass(frozen=True)
 class Bisection:
-    """What is at fault.
+    """The operation or state at fault.
 
     Args:
         kind: "operation", "state", or "none" where nothing is over budget.
@@ -277,7 +277,7 @@ class Bisection:
         explanation: a sentence or two for people.
         op, node: type and name of the operation that gives the tensor, None where none can be named.
         replaced: by state name, the free-run error (p99 of the worst tensor) with that state replaced.
-        all_replaced: the same with all of them replaced: what accumulates between two samples remains.
+        all_replaced: the same with all of them replaced: the residual error accumulated between samples.
     """
 
     kind: Literal["operation", "state", "none"]
@@ -297,7 +297,7 @@ class Bisection:
 
 
 def over_budget(report: ParityReport, decisions: int) -> list[str]:
-    """What of a report is over its budget, a sentence each; `decisions` is how many argmaxes were compared."""
+    """The measurements over budget, a sentence each; `decisions` is the number of argmaxes compared."""
     budget = report.budget
     allowed_agreement = 1.0 - report.unexcused_flips / decisions
     checks = [

@@ -3,8 +3,8 @@
 The age of an active slot is the number of steps since the stream began or since the slot was allocated, whichever
 came later. It is read off the masks that the trace holds: a slot that was masked at one of them is as old as the steps
 since the last of them. The masks that a model decides about are known at every step. Others are known around sampled
-steps: an allocation between two of them, of a slot that was active at both, is not seen, so an age is what it may be at
-most.
+steps: an allocation between two of them, of a slot that was active at both, is not seen, so ages are upper
+bounds.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Tokens that a model does not take: on which lanes they are, and what a call makes of them."""
+"""Invalid tokens: their lanes, and how a call treats them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from nsm.spec import TensorSpec
 from nsm.trace import Array
 
 OnBadLane = Literal["raise", "skip"]
-"""What a call does where tokens of some lanes are not finite or out of range.
+"""Behaviour of a call if tokens of some lanes are not finite or out of range.
 
 "raise" refuses the call. "skip" runs it for the other lanes: those lanes have no tokens in it and keep their state.
 """
@@ -23,7 +23,7 @@ class Usable(NamedTuple):
     """Tokens as a graph takes them.
 
     Args:
-        tokens: [B, T, ...] in the dtype of the spec, with zeros in place of what the model does not take.
+        tokens: [B, T, ...] in the dtype of the spec, with zeros in place of invalid tokens.
         counts: [B], how many of the tokens count on each lane; 0 on those that are skipped.
         skipped: lanes whose tokens the model does not take.
     """
@@ -57,7 +57,7 @@ def usable_tokens(spec: TensorSpec, array: Array, counts: Array, on_bad_lane: On
         spec: of the input.
         array: [B, T, ...], of any dtype.
         counts: [B], how many of the tokens count on each lane. Ids have to be in range also where they do not count.
-        on_bad_lane: what happens where tokens are not finite or out of range.
+        on_bad_lane: behaviour if tokens are not finite or out of range.
 
     Raises:
         InputError: another kind of numbers; or tokens of some lanes that the model does not take, which `lanes` names.
@@ -84,7 +84,7 @@ def usable_tokens(spec: TensorSpec, array: Array, counts: Array, on_bad_lane: On
 
 
 def _finite(spec: TensorSpec, tokens: Array, counts: Array, on_bad_lane: OnBadLane) -> Usable:
-    """Tokens of floating point numbers; what does not count may be anything."""
+    """Check floating-point tokens; tokens that do not count may have any value."""
     if all_finite((tokens,)):
         return Usable(tokens, counts)
     finite = np.isfinite(tokens)

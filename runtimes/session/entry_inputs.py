@@ -1,4 +1,4 @@
-"""EntryInputs: what callers give to one entry of a session, checked."""
+"""EntryInputs: check the arguments of one entry of a session."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class EntryInputs:
     def checked(
         self, tokens: ArrayLike, valid: ArrayLike | None, on_bad_lane: OnBadLane
     ) -> tuple[dict[str, Array], Array, tuple[int, ...]]:
-        """Check the inputs of a call; see `Session.step` for what is refused.
+        """Check the inputs of a call; see `Session.step` for the errors.
 
         Returns:
             The inputs by name, as the entry takes them; [B], how many of the tokens count on each lane; the lanes that

@@ -18,7 +18,7 @@ _DECODES_PER_STEP = 4
 
 
 class Feeding:
-    """What is left to feed, and the outputs so far.
+    """The tokens left to feed, and the outputs so far.
 
     Args:
         spec: of the model.
@@ -37,7 +37,7 @@ class Feeding:
         decode: Callable[[Array, Array], Arrays],
         offsets: Callable[[], Array],
     ) -> Arrays:
-        """Feed what is left, by calls of `step` where lanes have whole chunks and of `decode` elsewhere.
+        """Feed the remaining tokens: `step` while lanes have whole chunks, `decode` otherwise.
 
         Args:
             step, decode: of a session: tokens and [B] how many of them count -> outputs.
@@ -79,7 +79,7 @@ class Feeding:
         return batch
 
     def put(self, outputs: Arrays, counts: Array) -> None:
-        """Keep what the call returned for the tokens that were taken last."""
+        """Store the outputs of the last call."""
         for name, result in self.results.items():
             for lane in np.flatnonzero(counts):
                 first, count = self._done[lane], counts[lane]

@@ -1,4 +1,4 @@
-"""What callers give a session, checked before anything happens, and whether what comes out is finite."""
+"""Checks of the arguments of a session, before anything changes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def check_kind(spec: TensorSpec, array: Array) -> None:
 
 
 def as_array(name: str, value: ArrayLike) -> Array:
-    """An array of what was given."""
+    """Convert a value to an array."""
     try:
         return np.asarray(value)
     except ValueError as error:  # rows of different lengths
@@ -83,7 +83,7 @@ def checked_state(
 
 
 def cast(array: Array, dtype: np.dtype[Any]) -> Array:
-    """The array in another dtype; what is too large for it becomes infinite, without a warning."""
+    """Cast an array; values beyond the range of the dtype become infinite, without a warning."""
     if array.dtype == dtype or array.dtype.kind != "f":
         return array.astype(dtype, copy=False)
     with np.errstate(over="ignore"):

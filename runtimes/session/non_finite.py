@@ -12,7 +12,7 @@ from nsm.trace import Array, Arrays
 
 
 def check_lanes(outputs: Arrays, state: Arrays, specs: Iterable[StateSpec], counts: Array) -> None:
-    """Look at what a call gave and left on the lanes that had tokens.
+    """Check outputs and states of a call on the lanes that had tokens.
 
     Args:
         outputs: by name, [B, T, ...]; only the tokens that count are looked at.

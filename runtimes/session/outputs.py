@@ -1,4 +1,4 @@
-"""Outputs: what a call of a session returns that may leave lanes out."""
+"""Outputs: the result of a call of a session that may skip lanes."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ class Session(NotCopyable):
 
     @property
     def runtime(self) -> Runtime:
-        """What runs the graphs; for measuring it, and not to be called while the session is in use."""
+        """The runtime of the graphs, for benchmarks; do not call it while the session is in use."""
         return self._runtime
 
     @property
@@ -137,7 +137,7 @@ class Session(NotCopyable):
             tokens: [B, K] ids or [B, K, input_dim] vectors, as the spec of the entry says.
             valid: [B], how many of the tokens count on each lane (default: all). A lane with 0 keeps its state as
                 it was. A lane that ends inside a chunk is exact, and goes on with `decode`, `feed` or `run`.
-            on_bad_lane: what happens where tokens of a lane are not finite or outside the vocabulary. "raise" refuses
+            on_bad_lane: behaviour if tokens of a lane are not finite or outside the vocabulary. "raise" refuses
                 the call; "skip" runs it without these lanes, whose state stays as it was and whose outputs are NaN.
 
         Returns:
@@ -358,7 +358,7 @@ class Session(NotCopyable):
     # -- end -----------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
-        """Free what the runtime holds. To close a session again does nothing."""
+        """Free the memory of the runtime. Closing a closed session does nothing."""
         with self._lock:
             self._standing.close()
 
@@ -377,5 +377,5 @@ class Session(NotCopyable):
             error.add_note(f"Closing the session failed as well: {closing}")
 
     def _look_for_non_finite(self, outputs: Arrays, counts: Array) -> None:
-        """Raise `NonFiniteError` for what the last call answered or left, on the lanes that it had tokens for."""
+        """Raise `NonFiniteError` for outputs or states of the last call, on the lanes that had tokens."""
         non_finite.check_lanes(outputs, self._standing.read(), self.spec.states, counts)

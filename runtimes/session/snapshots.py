@@ -24,7 +24,7 @@ _ANY_VERSION = re.compile(rb"nsm-snapshot (\d{1,9})\n")
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a snapshot holds.
+    """The contents of a snapshot.
 
     fingerprint: of the model.
     lanes: B where it is of all lanes, None where it is of one, whose arrays have no lane axis then.
@@ -55,7 +55,7 @@ def unpack(
     """A snapshot, if it fits.
 
     Args:
-        data: what `pack` made, as bytes or in memory that Python can read as such.
+        data: result of `pack`: bytes, or an object with the buffer protocol.
         fingerprint, lanes, shapes: of the model, as `Snapshot` has them.
 
     Raises:
@@ -128,7 +128,7 @@ def _parse(data: bytes) -> Snapshot:
         if tokens is not None and not _are_counts(tokens, lanes):
             raise ValueError(f"its tokens are {str(tokens)[:80]}, and not a count for each lane")
         return Snapshot(str(header["fingerprint"]), lanes, states, tokens)
-    except Exception as error:  # on what is no archive zipfile and numpy raise whatever they stumble over
+    except Exception as error:  # errors of zipfile and numpy have no common base
         raise SnapshotError(
             f"These bytes are not a snapshot, although their hash fits: {error}. "
             "Expected what Session.snapshot() returned."

@@ -75,13 +75,13 @@ class Standing:
         return outputs, self._runtime.finite(after)
 
     def commit(self) -> bool:
-        """End the chunk of the lanes where it is full, and say whether what that wrote is finite."""
+        """End the chunk of the lanes where it is full; return whether the written values are finite."""
         state, place = self.at or closed()
         _, finite = self.advance("commit", {}, state, place.committed())
         return finite
 
     def close(self) -> None:
-        """Free what the runtime holds."""
+        """Free the memory of the runtime."""
         self.at = None
         self._runtime.close()
 

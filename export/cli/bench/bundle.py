@@ -24,14 +24,14 @@ from nsm.spec import VALID, TensorSpec
 from nsm.trace import Array
 
 PYTORCH = ("eager", "compile")
-"""What `--against` knows besides bundles."""
+"""Values of `--against` other than bundles."""
 
 COLUMNS = ("target", "precision", "p50 us", "p90 us", "p99 us", "tokens/s", "speed", "decode us", "memory", "size")
 
 
 @dataclass(frozen=True)
 class Entrant:
-    """One that is measured, and what is known of it before.
+    """One entrant of a benchmark, and the facts known before the measurement.
 
     Args:
         name: for people, and for others' `ratio.against`.
@@ -55,7 +55,7 @@ class Entrant:
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured: how many times as fast as `against`, for `step` and `decode`; None where it stands alone."""
+    """Results: speed relative to `against` for `step` and `decode`, None without a baseline."""
 
     entrant: Entrant
     latency: Latency
@@ -179,7 +179,7 @@ def compared(entrant: Entrant, latency: Latency, against: tuple[str, Latency] | 
 
 
 def heading(found: Sequence[Measured], steps: int) -> str:
-    """What was measured, as the title of a table."""
+    """The title of a table of results."""
     entry = found[0].entrant.stream.spec.entry("step").inputs[0]
     threads = {item.entrant.threads for item in found}
     (same,) = threads if len(threads) == 1 else (None,)
@@ -201,7 +201,7 @@ def decode_us(latency: Latency) -> str:
 
 
 def explain(terminal: Terminal, against: str) -> None:
-    """Say how the table is to be read; `against` is what `speed` is measured against, if anything."""
+    """Print the legend of the table; `against` is the baseline of `speed`, if any."""
     lines = ["decode: microseconds a single token, commits included"]
     if against:
         lines.insert(

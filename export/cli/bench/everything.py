@@ -55,7 +55,7 @@ _REASON = 90
 
 NOT_FASTER = "not faster than fp32"
 
-# What only a run can tell.
+# Results that need a run.
 _MEASURED = (
     "steps",
     "batch",
@@ -70,7 +70,7 @@ _MEASURED = (
     "peak_rss_mb",
 )
 
-# Exit code of what went wrong -> status.
+# Exit code of a failure -> status.
 _STATUS: Mapping[int, str] = MappingProxyType(
     {2: "refused", 3: "not supported", 4: "build failed", 5: "parity failed", 7: NOT_FASTER}
 )
@@ -81,11 +81,11 @@ class Combination:
     """One line of the table.
 
     Args:
-        target, precision: what was asked for.
+        target, precision: as requested.
         status: `ok`, `not faster than fp32` (see `nsm.runtimes.bench.rounds.not_faster`), or why it was not measured.
         reason: the message of the error, where there was one.
-        bundle: what was built, None if nothing was.
-        artifact: the one in it, or in what a failed export kept.
+        bundle: the built bundle, None if the build failed.
+        artifact: the one in the bundle, or in the bundle kept by a failed export.
         measured: None if it was not.
     """
 
@@ -98,7 +98,7 @@ class Combination:
     measured: Measured | None = None
 
     def to_json(self, steps: int) -> dict[str, Any]:
-        """As the results of a bundle, with status, reason and parity; what is not known is null."""
+        """As the results of a bundle, with status, reason and parity; unknown values are null."""
         known: dict[str, Any] = {} if self.measured is None else self.measured.to_json(steps)
         artifact = self.artifact
         return {
@@ -221,7 +221,7 @@ def _built(model: Path, target: str, precision: str, folder: Path, progress: Pro
 def _measured(
     found: Sequence[Combination], steps: int, threads: int | None, terminal: Terminal, stack: ExitStack
 ) -> list[Combination]:
-    """The combinations with what was measured of those that were built, all in turn."""
+    """The combinations, with the measurements of those that were built, in turn."""
     entrants: dict[tuple[str, str], Entrant] = {}
     bundles: list[Bundle] = []
     with terminal.stage("Opening") as progress:

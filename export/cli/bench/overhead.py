@@ -1,4 +1,4 @@
-"""`nsm bench BUNDLE --overhead`: what a session adds to the bare call of the backend."""
+"""`nsm bench BUNDLE --overhead`: the time that a session adds to a call of the backend."""
 
 from __future__ import annotations
 

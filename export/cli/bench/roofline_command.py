@@ -1,4 +1,4 @@
-"""`nsm roofline BUNDLE`: a step compared with what its arithmetic allows."""
+"""`nsm roofline BUNDLE`: compare a step with the roofline of this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from nsm.runtimes.opening import chosen_artifact, chosen_threads, open_artifact,
 
 
 def roofline(path: Path, target: str | None, precision: str | None, threads: int | None, as_json: bool) -> None:
-    """Compare with what the arithmetic allows; see `nsm roofline --help`."""
+    """Compare with the roofline; see `nsm roofline --help`."""
     if importlib.util.find_spec("onnx") is None:
         raise MissingDependencyError(
             "The roofline is counted on the bundle's graphs, which needs the package onnx; it is not installed. "

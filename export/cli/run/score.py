@@ -26,7 +26,7 @@ SUFFIXES = (".npy", ".npz", ".txt")
 
 @dataclass(frozen=True)
 class Options:
-    """What is scored with: every worker opens the bundle by these."""
+    """The options with which each worker opens the bundle."""
 
     bundle: str
     target: str

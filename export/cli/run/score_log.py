@@ -17,12 +17,12 @@ _LONGEST_HEAD = 1 << 16
 
 
 class ScoreLog:
-    """A file of lines; the first says what was scored with.
+    """A file of JSON lines; the first identifies the model, target and precision.
 
     Args:
-        path: of the file; made where it is not there.
-        head: what must be the same to go on: fingerprint, target, precision.
-        force: start over, whatever scores are there.
+        path: of the file, created if missing.
+        head: fingerprint, target and precision, which must match to continue a file.
+        force: discard existing scores.
 
     Raises:
         OutputExistsError: the file is no file of scores; or it has those of another model or target, or lines that
@@ -38,7 +38,7 @@ class ScoreLog:
         if path.exists() and not path.is_file():
             raise InputError(f"{path} is no regular file; scores go to one, to be read again by the next run.")
         head = {"format": FORMAT, "version": VERSION, **head}
-        self._failed: list[dict[str, Any]] = []  # what earlier runs could not score
+        self._failed: list[dict[str, Any]] = []  # sequences that earlier runs could not score
         self.done: dict[tuple[str, int, str], dict[str, Any]] = {}
         try:
             check_output_file(path, "a file of scores of this version", _is_log)
@@ -49,13 +49,13 @@ class ScoreLog:
                     file.write(_line(head))
             self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
             if kept:
-                os.ftruncate(self._file, kept)  # what a run that was killed left of its last line goes
+                os.ftruncate(self._file, kept)  # removes the partial last line of a killed run
         except OSError as error:
             raise InputError(f"{path} cannot be written: {error}. Make the folder first, or take another.") from error
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append what was found for one sequence; a crash leaves all of it or nothing that counts."""
-        if line not in self._failed:  # what fails as it did before is there already
+        """Append the result of one sequence; after a crash, a partial line is ignored."""
+        if line not in self._failed:  # the same failure is already in the file
             self._append(line)
         self.done[line["file"], line["index"], line["sha256"]] = line
 
@@ -67,7 +67,7 @@ class ScoreLog:
         os.fsync(self._file)
 
     def _read(self, path: Path, head: dict[str, Any]) -> int:
-        """Take over what the file has, and give how many of its bytes are whole lines."""
+        """Load the existing lines, and return the number of bytes of complete lines."""
         data = path.read_bytes()
         data = data[: data.rfind(b"\n") + 1]
         try:

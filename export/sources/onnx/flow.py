@@ -1,4 +1,4 @@
-"""What the flow of values in a foreign ONNX graph says about its states and its lanes."""
+"""Evidence about states and lanes from the data flow of a foreign ONNX graph."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def decision(path: Path, dependence: Dependence, main: Port, pasts: Sequence[str
 
 
 def doubts_of_flow(dependence: Dependence, foreign: Foreign) -> list[str]:
-    """What is odd about the states, a sentence each.
+    """Warnings about the states, a sentence each.
 
     Args:
         dependence: of the graph as it was given.

@@ -1,4 +1,4 @@
-"""Foreign: a foreign ONNX graph, and what was found out about it."""
+"""Foreign: a foreign ONNX graph with its inputs, outputs and states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nsm.export.sources.onnx.states import GraphState
 
 @dataclass(frozen=True)
 class Foreign:
-    """A foreign graph, and what was found out about it.
+    """A foreign graph with its inputs, outputs and states.
 
     Args:
         model: as it was given, with weights; its constants are no inputs any more.
@@ -49,7 +49,7 @@ class Foreign:
         return tuple(int(size) for size in rest)
 
     def static(self, batch: int, length: int) -> onnx.ModelProto:
-        """A copy of the graph whose inputs have these sizes; what else it says about shapes is left out."""
+        """A copy of the graph whose inputs have these sizes; other shape information is removed."""
         sizes: dict[str, int] = {}
         if isinstance(self.batch, str):
             sizes[self.batch] = batch

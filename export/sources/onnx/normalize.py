@@ -1,7 +1,7 @@
-"""A foreign ONNX graph in normal form: one input `tokens`, lanes first, static shapes, states named as ours are.
+"""Rewrite a foreign ONNX graph to normal form: one input `tokens`, lanes first, static shapes, named states.
 
-The graph itself is left as it is, with a prefix before all its names; what is put around it are reshapes and
-transposes, where they are needed, and for several lanes the choice between a new state and the old one.
+The inner graph gets a prefix before all its names, and transforms as MatMuls. Around it are reshapes and transposes
+where needed and, for several lanes, the selection between the new state and the old one.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ class _Around:
             self.after.append(helper.make_node("Greater", [VALID, "normal/zero"], ["normal/runs"], "normal/runs"))
 
     def give(self, name: str, inner: str, shape: Shape) -> None:
-        """Reshape an input to what the graph takes."""
+        """Reshape an input to the shape that the graph expects."""
         self._constant(f"normal/{inner}/shape", np.array(shape, np.int64))
         self.before.append(
             helper.make_node("Reshape", [name, f"normal/{inner}/shape"], [_PREFIX + inner], f"normal/{inner}/give")
@@ -226,7 +226,7 @@ def _converted(model: onnx.ModelProto, opset: int) -> onnx.ModelProto:
         return model
     try:
         return onnx.version_converter.convert_version(model, opset)
-    except Exception as error:  # the converter raises what its C++ code throws
+    except Exception as error:  # C++ exceptions of the converter
         raise BuildError(f"The graph has operator set {version} and cannot be converted to {opset}: {error}") from error
 
 

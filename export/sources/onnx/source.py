@@ -1,4 +1,4 @@
-"""OnnxSource: an ONNX file as what bundles are made of. Needs onnx and onnxruntime, and no torch."""
+"""OnnxSource: an ONNX file as the source of a bundle. Needs onnx and onnxruntime, and no torch."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def load_onnx(
 
     Raises:
         InputError: no such file, or inputs, outputs and states that do not fit together.
-        UnsupportedError: what no static step can be: a cache that grows, open dimensions, foreign operators.
+        UnsupportedError: not a static step: a growing cache, dynamic dimensions, foreign operators.
     """
     model = read_onnx(path)
     fix_inputs(model, constants or {})
@@ -269,7 +269,7 @@ def _check_closed(main: Port, timed: bool) -> None:
 
 
 def _example(main: Port) -> str:
-    """What a user could write for its shape: all after the streams fixed."""
+    """An example of --shape: all dimensions after the streams fixed."""
     return ",".join(str(size) if isinstance(size, int) or not axis else "512" for axis, size in enumerate(main.shape))
 
 

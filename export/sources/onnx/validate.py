@@ -25,7 +25,7 @@ class GraphStep:
     Args:
         given: the graph.
         token: one lane and one token.
-        kind: what the graph is, for messages.
+        kind: of the graph, for messages.
         chunk: tokens of a usual call, where a call takes any number.
         size: how many numbers the weights have.
         capacity: tokens that a stream may have, where somebody said so.
@@ -134,7 +134,7 @@ def _states(given: Given, tokens: Array) -> Arrays:
 
 
 def whole_graph(path: Path) -> tuple[Callable[[Array], Array], int | None]:
-    """What runs a graph over a whole sequence [1, T, *token], and its T; None where that is dynamic.
+    """A function that runs a graph over a whole sequence [1, T, *token], and its T; None if T is dynamic.
 
     Raises:
         InputError: it has not one input, or its input has no axis of time.

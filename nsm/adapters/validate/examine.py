@@ -1,4 +1,4 @@
-"""EXPERIMENTS: what is asked of a foreign step before it is believed; `examine` asks all of it."""
+"""EXPERIMENTS: the tests of a foreign step before it is accepted; `examine` runs them."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Experiment:
 
     Args:
         name: as reports list it.
-        shows: what holds of a step that passes.
-        caught: the fault that it was made for.
+        shows: property of a step that passes.
+        caught: the fault that led to it.
         run: raises where the step fails; gives a reason where there is nothing to show.
     """
 
@@ -47,7 +47,7 @@ EXPERIMENTS: tuple[Experiment, ...] = (
 
 @dataclass(frozen=True)
 class Examination:
-    """What was found out about a step.
+    """Results of the experiments on a step.
 
     Args:
         shapes: of each output, one lane and one token.
@@ -55,8 +55,8 @@ class Examination:
         why: the reason, where it is one.
         filled: tokens after which no state was filling any more.
         lent: attributes that are written before they are read; no state.
-        experiments: what each showed.
-        remarks: what a person should know, a sentence each.
+        experiments: result of each.
+        remarks: notes for the user, a sentence each.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -69,7 +69,7 @@ class Examination:
 
 
 def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
-    """What a step is, by experiment.
+    """Run all experiments on a step.
 
     Args:
         step: a foreign step.
@@ -77,7 +77,7 @@ def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
 
     Raises:
         InputError: samples that show nothing.
-        ConfigError, UnsupportedError: says what it does, what was expected, and what to do.
+        ConfigError, UnsupportedError: a failed experiment; names the behaviour, the expectation and the remedy.
     """
     subject = Subject(step, samples, reach=step.capacity)
     if isinstance(step, Keeps):

@@ -17,7 +17,7 @@ ROUNDS_OF_LARGE = 6
 
 
 def lanes(subject: Subject) -> Skipped | None:
-    """Streams side by side, of other ages, from other states and fed unevenly, are what each is alone."""
+    """Several streams, of different age and state and fed unevenly, give the same results as each alone."""
     step = subject.step
     subject.lanes, subject.why = step.lanes, step.why
     if step.lanes == 1:
@@ -42,7 +42,7 @@ def lanes(subject: Subject) -> Skipped | None:
 
 
 def _reason(error: NsmError) -> str:
-    """What a framework said, in a line."""
+    """The error of a framework in one line."""
     cause = error.__cause__ or error
     return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
 
@@ -79,7 +79,7 @@ def _check(
     """One call over all lanes: the states after it; a lane that has no token keeps its own.
 
     Raises:
-        UnsupportedError: a lane is not what it is alone.
+        UnsupportedError: a lane differs from the same stream alone.
     """
     step = subject.step
     inputs = [subject.tokens(lane, tokens[lane], size) for lane in range(len(states))]

@@ -50,7 +50,7 @@ def _where(token: int) -> str:
 
 
 def offline(subject: Subject) -> Skipped | None:
-    """The step gives what the model's own forward gives over the whole sequence, past every window."""
+    """The step gives the outputs of the model's own forward over the whole sequence, past every window."""
     step, trace = subject.step, subject.trace
     assert trace is not None
     length = min(max(OFFLINE_TOKENS, trace.filled + OFFLINE_TOKENS // 2), trace.further)

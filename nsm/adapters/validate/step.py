@@ -1,4 +1,4 @@
-"""Step: what an examination needs of a foreign step, and Keeps: what it can ask of one that is a Python module."""
+"""Step: the interface of a foreign step for the examination; Keeps: further access to a Python module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Results = tuple[Arrays, Arrays]
 
 @dataclass(frozen=True)
 class Advice:
-    """What to do about a fault, in the words of one way in.
+    """Remedies for faults, in the words of one way in.
 
     Args:
         samples: where made-up tokens give no finite numbers.
@@ -40,7 +40,7 @@ class Step(Protocol):
     """A foreign step: step(inputs, state) -> (outputs, state'), numpy arrays with the lanes first.
 
     Attributes:
-        kind: what it is called in messages.
+        kind: its name in messages.
         inputs: one lane and one token of each, the main one first.
         outputs: names, the main one first.
         timed: whether a call takes any number of tokens; else it takes one.
@@ -48,8 +48,8 @@ class Step(Protocol):
         lanes: the only number of streams side by side, None for any number.
         why: the reason, where `lanes` is 1.
         size: how many numbers the weights have.
-        capacity: tokens that a stream may have, where somebody said so.
-        advice: what to do about a fault.
+        capacity: declared number of tokens per stream, if any.
+        advice: remedies for faults.
     """
 
     @property
@@ -99,15 +99,15 @@ class Keeps(Protocol):
     """A step of Python, which may keep something between calls that is neither an argument nor a result."""
 
     def kept(self) -> Mapping[str, str]:
-        """What it holds now: a digest for each buffer, tensor and number, by name."""
+        """A digest of each buffer, tensor and number that it holds, by name."""
         ...
 
     def scramble(self, names: Sequence[str]) -> bool:
-        """Overwrite some of what it holds with values that a model never has; False where that cannot be done."""
+        """Overwrite the named values with ones that no model has; False if that is impossible."""
         ...
 
     def put_back(self) -> None:
-        """Put back what it held when the examination began."""
+        """Restore the values from the beginning of the examination."""
         ...
 
     def lend(self, names: Sequence[str]) -> None:

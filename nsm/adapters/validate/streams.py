@@ -1,4 +1,4 @@
-"""Experiments on whole streams: until nothing fills any more, and once more; what is kept; which states are read."""
+"""Experiments on whole streams: until all buffers are full, repeated; hidden values; which states are read."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nsm.errors import ConfigError, NsmError, UnsupportedError
 from nsm.trace import Array, Arrays
 
 CALLS, CALLS_OF_LARGE = 64, 52
-"""Calls of the shortest trace: a Python counter may change what is done at call 50."""
+"""Calls of the shortest trace: a Python counter may change the behaviour at call 50."""
 AFTER = 16
 """Tokens that are run when nothing fills any more, so that a ring wraps around."""
 WORK = 1e10
@@ -22,7 +22,7 @@ FEWEST, MOST = 128, 1024
 
 
 def fill(subject: Subject) -> None:
-    """States are run until none is filling any more: rings, caches, masks, and what depends on them."""
+    """Run until all states are filled: rings, caches, masks, and values that depend on them."""
     step, start = subject.step, subject.start()
     numbers = step.size + 4 * sum(value.size for value in start.values())
     most = int(np.clip(WORK / max(numbers, 1), FEWEST, MOST))
@@ -116,7 +116,7 @@ def _sizes(chunk: int, calls: int) -> Iterator[int]:
 
 
 def _stalled(token: int, filled: int) -> bool:
-    """Whether what has not changed so far never will: nothing new did for as long as everything before took."""
+    """Whether nothing changed for as long as the stream had run before, so that nothing further will."""
     return token - filled >= max(CALLS, filled)
 
 
@@ -157,7 +157,7 @@ def _overwritten(subject: Subject, keeps: Keeps, names: list[str]) -> bool:
             if not keeps.scramble(names):
                 return False
             given = subject.alone(inputs, state)
-        except NsmError:  # it stumbled over what it was not to read
+        except NsmError:  # it failed on a value that it should not have read
             keeps.put_back()
             return False
         after = keeps.kept()

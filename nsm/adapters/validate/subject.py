@@ -1,4 +1,4 @@
-"""Subject: a step under examination, the streams it is run on, and what the experiments found so far."""
+"""Subject: a step under examination, its streams, and the results so far."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Skipped:
 
 @dataclass
 class Subject:
-    """A step, and what is known of it.
+    """A step under examination, and the results so far.
 
     Args:
         step: under examination.
@@ -40,7 +40,7 @@ class Subject:
         trace: of the first stream, from the experiment `fill`.
         lanes, why: how many streams side by side, None for any number; the experiment `lanes` decides.
         reach: tokens of a stream that the step takes, None for any number; `fill` finds where it fails.
-        lent: what the step writes before it reads it.
+        lent: values that the step writes before it reads them.
         remarks: a sentence each, for people.
     """
 
@@ -131,7 +131,7 @@ class Trace:
 
     Args:
         sizes: tokens of each of the first calls.
-        outputs: what these answered.
+        outputs: of these calls.
         states: after some of them, by number of the call.
         early, late: states after 3 calls, and when nothing fills any more; with the token that comes next.
         filled: tokens after which no element of a state changed for the first time.

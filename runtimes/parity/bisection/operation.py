@@ -1,8 +1,8 @@
 """The operation at fault: where the artifact first computes something else than the portable graph.
 
-Both are run on the same inputs and states of the reference, with their intermediate results in sight. The first
-operation is named whose result differs although what it takes agrees. Tensors that the artifact does not show are
-looked through; tensors are known by the names that they have in the portable graph.
+Both run on the same inputs and states of the reference, with intermediate results as outputs. The result is the first
+operation whose output differs although its inputs agree. Tensors that the artifact does not expose are skipped. Tensors
+have their names in the portable graph.
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def find_operation(
 def first_at_fault(
     nodes: Sequence[Node], errors: Mapping[str, float], ends: Collection[str], limit: float
 ) -> tuple[Node, str, int] | None:
-    """The first operation whose result is over the limit, although what it takes is not, on a way to a faulty end.
+    """The first operation on a path to a faulty output whose result is over the limit although its inputs are not.
 
     Args:
         nodes: in topological order.
@@ -138,7 +138,7 @@ def compare_probes(
 
 
 def feeds_of(bundle: Bundle, trace: Trace) -> list[Arrays]:
-    """What the graph `step` takes at every sampled step, by input name: the reference's states, all lanes filled."""
+    """Inputs of the graph `step` at every sampled step, by name: states of the reference, all lanes filled."""
     spec = bundle.manifest.spec
     entry = spec.entry("step")
     whole = {

@@ -1,4 +1,4 @@
-"""Probes: a graph that shows what it computes on the way, by the names that its tensors have in the portable ONNX."""
+"""Probes: a graph with its intermediate results as outputs, named as in the portable ONNX graph."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def onnx_probe(path: Path, optimise: bool) -> Probe:
 
     Args:
         path: of the graph; its weights lie beside it.
-        optimise: whether ONNX Runtime may optimise what the outputs leave it.
+        optimise: whether ONNX Runtime may optimize between the outputs.
 
     Raises:
         MissingDependencyError: the package onnx is not installed.

@@ -34,7 +34,7 @@ def bisect(
     budget: Budget,
     progress: Progress | None = None,
 ) -> Bisection:
-    """Find what is at fault in an artifact.
+    """Find the operation or state at fault in an artifact.
 
     Args:
         bundle: that the artifact is in, verified.

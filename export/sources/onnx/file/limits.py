@@ -1,4 +1,4 @@
-"""What a foreign ONNX file may ask for: seen before memory is taken for it, since a few bytes can ask for terabytes."""
+"""Limits on foreign ONNX files, checked before memory is allocated: a few bytes can declare terabytes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ Function = tuple[str, str, str]
 
 @dataclass(frozen=True)
 class _Extent:
-    """What becomes of a function or graph: nodes with their attributes, bytes, and how deep its calls go."""
+    """The size of a function or graph when inlined: nodes with attributes, bytes, and depth of calls."""
 
     parts: int
     nbytes: int
@@ -81,7 +81,7 @@ def check_functions(path: Path, model: onnx.ModelProto) -> None:
                     raise _too_deep(path)
                 known[key] = extent(bodies[key], level + 1)
             called = known[key]
-            # Each of its nodes may take what the call gives.
+            # Each of its nodes may read the outputs of the call.
             parts, nbytes = parts + called.parts, nbytes + called.nbytes + own * called.parts
             depth = max(depth, called.depth + 1)
         return _Extent(parts, nbytes, depth)
@@ -124,7 +124,7 @@ def check_main(path: Path, name: str, shape: Sequence[int | str]) -> None:
 
 
 def load_weights(path: Path, model: onnx.ModelProto) -> None:
-    """Put weights that lie in files beside into the model, and see that all of them are what they say they are.
+    """Load external weights into the model, and check the declared size of each.
 
     Raises:
         UnsupportedError: they are more than a graph can hold.

@@ -74,7 +74,7 @@ def _never_true(model: onnx.ModelProto) -> Collection[str]:
     for node in nodes_of(model.graph):
         if node.op_type == "Constant" and any(item.name == "value" and _is_false(item.t) for item in node.attribute):
             found.add(node.output[0])
-    # What is an input as well may be given.
+    # An initializer that is also an input may be overridden.
     return found - {value.name for value in model.graph.input}
 
 

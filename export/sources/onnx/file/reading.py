@@ -23,14 +23,14 @@ from nsm.spec import LARGEST
 from nsm.trace import Array
 
 OLDEST = 13
-"""Operator set that any file must be convertible to: before it, operators took as attributes what are inputs now."""
+"""Oldest operator set that a file is converted to; before it, many inputs of operators were attributes."""
 
 Shape = tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
 class Port:
-    """An input or output: its shape has a name for what is symbolic, "?" where it has not even that."""
+    """An input or output; a symbolic dimension is its name, or "?" without a name."""
 
     name: str
     shape: Shape
@@ -52,7 +52,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
             raise ValueError("it has no nodes")
     except FileNotFoundError as error:
         raise InputError(f"There is no file {path}.") from error
-    except Exception as error:  # protobuf has no common base for what it raises
+    except Exception as error:  # protobuf's errors have no common base
         raise InputError(f"{path} cannot be read as an ONNX model: {error}. Was it copied whole?") from error
     if model.functions:
         check_functions(path, model)
@@ -66,7 +66,7 @@ def read_onnx(path: Path) -> onnx.ModelProto:
     if version < OLDEST:
         try:
             onnx.version_converter.convert_version(model, OLDEST)
-        except Exception as error:  # the converter raises what its C++ code throws
+        except Exception as error:  # C++ exceptions of the converter
             raise UnsupportedError(
                 f"{path} has operator set {version}, and cannot be converted to {OLDEST}: {error}. Export it anew with "
                 f"opset_version >= {OLDEST}."
@@ -121,13 +121,13 @@ def _size(dim: onnx.TensorShapeProto.Dimension) -> int | str:
 
 
 def real_inputs(model: onnx.ModelProto) -> dict[str, Port]:
-    """The inputs that are not weights: old files list these as well, and what has a default value counts as one."""
+    """The inputs that are not initializers, which old files list as inputs too."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return ports([value for value in model.graph.input if value.name not in weights])
 
 
 def default_inputs(model: onnx.ModelProto) -> dict[str, Port]:
-    """The inputs that need not be given, since they have a default value; and what old files list of their weights."""
+    """The inputs with a default value: those that are initializers too."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return ports([value for value in model.graph.input if value.name in weights])
 

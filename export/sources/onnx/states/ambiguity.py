@@ -1,4 +1,4 @@
-"""What is said where it is ambiguous which inputs of a foreign ONNX graph are states, with the commands to copy."""
+"""The message for ambiguous states of a foreign ONNX graph, with commands to copy."""
 
 from __future__ import annotations
 
@@ -33,12 +33,12 @@ def describe(port: Port) -> str:
 
 
 def verdict(pair: Pair) -> str:
-    """What a doubtful pair is."""
+    """The verdict on a doubtful pair."""
     return "data" if pair.refuted else "a state or data"
 
 
 class Choice(NamedTuple):
-    """A way to wire a graph: what must hold, "" where nothing is ambiguous; and the command, or what else to do."""
+    """One way to wire a graph: its condition ("" if unambiguous), and the command or other remedy."""
 
     condition: str
     advice: str
@@ -79,7 +79,7 @@ def _wirings(names: Sequence[str], pairs: Sequence[Pair]) -> Iterator[Sequence[P
 
 
 def _command(path: Path, pairing: Pairing, data: Sequence[str], states: Sequence[Pair]) -> str:
-    """What to copy; VALUE and SIZE stand for what the file does not say."""
+    """The command to copy; VALUE and SIZE stand for values that the file does not contain."""
     words = ["nsm-export", str(path), "--target", "onnxruntime"]
     for name in data:
         port = pairing.inputs[name]

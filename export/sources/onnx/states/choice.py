@@ -60,7 +60,7 @@ class GraphState:
         return np.ascontiguousarray(np.moveaxis(value, 0, self.lane_axis))
 
     def lanes_first(self, value: Array) -> Array:
-        """What the graph gives, with its lanes first."""
+        """An output of the graph with its lanes first."""
         return value[None] if self.lane_axis is None else np.moveaxis(value, self.lane_axis, 0)
 
 
@@ -147,7 +147,7 @@ def check_answers(path: Path, answers: Sequence[str], states: Sequence[StateOpti
         states: as they are paired.
 
     Raises:
-        InputError: what a step gives for the next one would be lost.
+        InputError: a new state would be lost.
     """
     orphans = find_orphans(answers)
     if orphans:
@@ -204,7 +204,7 @@ def join_lanes(model: onnx.ModelProto, main: Port, pasts: Sequence[str]) -> None
 
 
 def settle_ours(path: Path, model: onnx.ModelProto) -> None:
-    """Of a graph that nsm wrote: what an entry only reads becomes a constant, what it only writes goes. In place.
+    """Adapt a graph that nsm wrote, in place: states that are only read become constants, those only written go.
 
     Raises:
         InputError: the value cannot be read, or the metadata is damaged.

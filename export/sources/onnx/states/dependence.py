@@ -39,7 +39,7 @@ class Start:
 
 @dataclass
 class Dependence:
-    """What depends on what in a graph.
+    """Dependencies between the values of a graph.
 
     Args:
         values: for each value of the main graph, the inputs that it depends on.
@@ -73,7 +73,7 @@ class Dependence:
 
 
 def dependence_of(graph: onnx.GraphProto) -> Dependence:
-    """Follow the inputs of a graph to all of its values. What depends on a shape only depends on nothing."""
+    """Follow the inputs of a graph to all its values. A value that depends on a shape only has no dependencies."""
     found = Dependence()
     weights = {tensor.name for tensor in graph.initializer}
     found.values |= {value.name: frozenset([value.name]) for value in graph.input if value.name not in weights}
@@ -105,7 +105,7 @@ def _follow_bodies(
 ) -> Sources:
     """The inputs that the results of a node with graphs inside depend on."""
     used = [known[name] for body in bodies for inner in nodes_of(body) for name in inner.input if name in known]
-    # What a body gives is what it takes in its next round, so its values may depend on all that it uses.
+    # Outputs of a loop body are inputs of its next iteration: a value may depend on all inputs.
     everything = _NOTHING.union(*given, *used)
     results = []
     for body in bodies:

@@ -7,7 +7,7 @@ states:
    on, a counter.
 2. Those whose names only states have, where it is seen that feeding the output back changes later outputs, and that the
    values stay in range.
-3. Where a call takes any number of tokens, those with which one call gives what two calls give, if no other pairs do.
+3. If a call takes any number of tokens: the only choice of pairs with which one call equals two shorter calls.
 
 Where more than one input is left then, and one of them may be a state, nothing is guessed.
 """
@@ -44,7 +44,7 @@ class Pair:
 
     Args:
         past, present: the graph's input and output.
-        proof: what in the graph shows that this is a state; "" where nothing does.
+        proof: evidence in the graph that this is a state; "" without evidence.
         named: whether the names are a pair by a convention.
         effect: the largest relative change of later outputs where it is not fed back, see `Trial.effects`; None where
             it was not tried.
@@ -85,7 +85,7 @@ def _told(effect: float) -> str:
 
 @dataclass(frozen=True)
 class Pairing:
-    """What is known of the states of a graph.
+    """The states of a graph, as far as they are known.
 
     Args:
         inputs, outputs: of the graph.
@@ -161,7 +161,7 @@ def _compatible(past: Port, present: Port) -> bool:
 
 
 def _proofs(model: onnx.ModelProto, trial: Trial) -> tuple[dict[tuple[str, str], str], str]:
-    """What the graph shows by itself, by input and output; and why it was not run, or nothing."""
+    """Evidence from the graph itself, by input and output, and the reason why it was not run, or ""."""
     found: dict[tuple[str, str], str] = {}
     trouble = ""
     try:
@@ -197,7 +197,7 @@ def _free(pairs: Iterable[Pair], taken: Sequence[Pair]) -> list[Pair]:
 
 
 def _tried(trial: Trial, pairs: Sequence[Pair]) -> list[Pair]:
-    """The pairs, with what feeding them back does, all at once; as they were where the graph does not run so."""
+    """The pairs with the effect of feeding them back together; unchanged if the graph does not run that way."""
     try:
         effects = trial.effects({pair.past: pair.present for pair in pairs})
     except RunError:
