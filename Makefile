@@ -18,8 +18,8 @@ setup: $(STAMP)  ## make the virtual environment
 MODULES := $(VENV)/modules-$(shell echo $(SOURCES) | cksum | cut -d' ' -f1)
 
 $(STAMP): pyproject.toml constraints.txt $(MODULES)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=strict \
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --config-settings editable_mode=strict \
 		--editable '.[export,onnxruntime,openvino,tensorrt,viz,examples,docs,dev]'
 	@touch $@
 
@@ -36,7 +36,7 @@ demo: setup  ## train on handwritten digits, export to three targets, compare (a
 	$(BIN)/python examples/report_digits.py digits.pt digits.nsm
 
 test: check  ## format, lint, types, and the whole test suite
-	$(BIN)/pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile --durations 15
+	$(BIN)/pytest -m "not slow and not gpu" --numprocesses auto --dist loadfile --no-loadscope-reorder --durations 15
 
 check: setup
 	$(BIN)/ruff format --check .

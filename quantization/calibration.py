@@ -74,7 +74,7 @@ def calibrate(
 
 @dataclass(frozen=True)
 class Call:
-    """A call to look at: what the graph is fed, states included, and where the streams stand."""
+    """A call to examine: the inputs of the graph, states included, and the positions of the streams."""
 
     feeds: Arrays
     age: int
@@ -178,7 +178,7 @@ class Range:
         self._kept.append(flat if len(flat) <= _KEPT else self._generator.choice(flat, _KEPT, replace=False))
 
     def scale(self) -> float:
-        """The scale with the least mean squared error on what was seen; 1 for an activation that is as good as zero.
+        """The scale with the least mean squared error on the observed values; 1 for an activation that is almost zero.
 
         A scale that is no normal number of float32 is nothing to divide by: OpenVINO gives NaN.
         """
@@ -188,7 +188,7 @@ class Range:
         return min((share * largest / LEVELS for share in _SHARES), key=lambda scale: _signed_error(values, scale))
 
     def unsigned(self, scale: float) -> Unsigned | None:
-        """What a uint8 should stand for; None where an int8 with this scale does nearly as well.
+        """Scale and zero point of an asymmetric uint8; None if an int8 with this scale is almost as good.
 
         The ends of the range are moved in turn to where the mean squared error is least. Zero stays a level of its own.
         """
@@ -215,7 +215,7 @@ class Range:
 
 
 def levels_of(ranges: Mapping[str, Range]) -> tuple[dict[str, float], dict[str, Unsigned]]:
-    """What 1 of an int8 stands for in each, and for those that lose less that way, what a uint8 does."""
+    """The int8 scale of each activation, and the uint8 parameters of those that lose less with them."""
     scales = {key: found.scale() for key, found in ranges.items()}
     unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned(scales[key])) is not None}
     return scales, unsigned

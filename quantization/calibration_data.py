@@ -1,4 +1,4 @@
-"""What a calibration found, as data that a bundle keeps: with it, int8 can be built where torch is not."""
+"""Calibration results as data in a bundle, so that int8 can be built without torch."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ class Unsigned:
 
 @dataclass(frozen=True)
 class Calibration:
-    """What was seen.
+    """Results of a calibration.
 
-    scales: of each product's activations, by the product's key: what 1 of an int8 stands for.
-    unsigned: for the products whose activations lose less that way, as those of which hardly any is negative do: what
-        a uint8 stands for, for backends that take a zero point.
+    scales: int8 scale of the activations of each linear op, by its key.
+    unsigned: for activations that are hardly ever negative, and lose less that way: scale and zero point of an
+        asymmetric uint8, for backends with zero points.
     streams, calls: sequences that were rolled, and calls that were looked at.
     ages: of the calls, in calls since the reset.
     occupancy: least and largest share of active slots in the calls, None for models without masks.

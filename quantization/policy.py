@@ -1,4 +1,4 @@
-"""Which form a precision takes on each target, and what stays float. A table, so that it can be read and changed."""
+"""The quantization of each precision on each target, and the ops kept in fp32, as a table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Tables = Literal["int8", "half", "brain"]
 """How a table's numbers are kept: with a scale for each row, or rounded to half precision.
 
-int8-weights is the precision for those who want to lose little, and int8 rows would double what it loses.
+int8-weights is the precision with a small loss, and int8 rows would double the loss.
 """
 
 LEVELS = 127
@@ -26,14 +26,14 @@ LEVELS = 127
 SAFE_SUM = 128
 """Largest sum of the numbers of a sign in rows 2 i and 2 i + 1 of a column whose products are right on every x86.
 
-Without VNNI they are made of the instruction vpmaddubsw, which adds the products of two unsigned and two signed bytes
-in 16 bits, and cuts off what is larger: 255 * (127 + 127) is, 255 * 128 is not. Backends do not guard against it. In
+Without VNNI, backends use the instruction vpmaddubsw, which adds two products of an unsigned and a signed byte in
+16 bits and saturates: 255 * (127 + 127) does, 255 * 128 does not. Backends do not prevent it. In
 OpenVINO and ONNX Runtime the two are such neighbours, as `tests/export/builders/test_saturation.py` sees on older
 processors.
 """
 
 Form = Literal["float", "static", "dynamic", "blocked", "weights", "half", "brain"]
-"""What becomes of the products; see `nsm.quantization.rewrite`. "float": nothing, the backend computes in it itself."""
+"""Quantization of the linear ops; see `nsm.quantization.rewrite`. "float": the backend lowers the precision itself."""
 
 SMALLEST = 16_384
 """Numbers of a matrix below which quantising costs more time than it saves."""
@@ -47,8 +47,8 @@ LONGEST = 16
 LARGEST_HALF = 65_504.0
 """Largest number of fp16."""
 
-# Scores decide which slot is written and read: a rounded one changes what a stream remembers. They are products of
-# their own, small ones, so that keeping them costs next to nothing.
+# Scores decide which slot is written and read: a rounded score changes the memory of a stream. Their linear ops are
+# separate and small, so keeping them in fp32 costs almost nothing.
 _DECIDES = "router layer: always fp32"
 _ALWAYS_FLOAT = (
     ("*.router.product/*", _DECIDES),
@@ -64,12 +64,12 @@ class Policy:
 
     Args:
         form: of the products.
-        keep: patterns of the names of products that stay float, and why.
-        note: what a user should know.
+        keep: patterns of the names of linear ops kept in fp32, with the reason.
+        note: for the user.
         guarded: whether matrices keep to `SAFE_SUM`, where activations are int8 too: an artifact for processors is
             right on those without VNNI as well.
-        unsigned: whether calibrated activations may be uint8 with a zero point, where that loses less.
-        tables: what the numbers of tables that ids are looked up in are kept in. They are computed with in float.
+        unsigned: whether calibrated activations may be asymmetric uint8, where that loses less.
+        tables: dtype in which embedding tables are stored. Their rows are dequantized to float.
     """
 
     form: Form
@@ -142,7 +142,7 @@ _WHY_NOT: Mapping[tuple[str, str], str] = MappingProxyType(
         ("onnxruntime-cuda", "int8-weights"): "it was not measured on a GPU yet. Take fp16, or the target tensorrt",
     }
 )
-"""Why a target is not built in a precision that others of its kind are, and what to take."""
+"""Reasons why a target lacks a precision that similar targets have, with the alternative."""
 
 
 def find_policy(target: str, precision: str, device: str | None = None) -> Policy | None:

@@ -43,7 +43,7 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
 
     Args:
         largest: numbers in the largest matrix of each kind of operator, "" for linear ops.
-        target, precision, policy: what is to be built.
+        target, precision, policy: of the artifact.
         length: tokens of a call.
 
     Raises:

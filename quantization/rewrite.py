@@ -141,7 +141,7 @@ def _brain(numbers: Array) -> NDArray[np.uint16]:
 
 
 class _Rewriter:
-    """Rewrites products one by one in a copy of a graph; what several share is made once."""
+    """Rewrites linear ops one by one in a copy of a graph; shared inputs are quantized once."""
 
     def __init__(self, model: onnx.ModelProto, products: Sequence[Product], guarded: bool = False) -> None:
         self.guarded = guarded

@@ -13,6 +13,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from filelock import FileLock
 
 import nsm
 from nsm.bundle import Bundle
@@ -41,8 +42,29 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {processors[int(worker.removeprefix("gw")) % len(processors)]})
 
 
-# The files that take longest are given out first, so that no worker is left with one when the others are done.
-LONG = ("session/test_streams", "clients/test_cpp", "models/test_entries", "verify/test_artifact", "test_examples")
+# The files that take more than 20 s start first, so that no worker is left with one of them at the end.
+LONG = (
+    "clients/test_web",
+    "cli/test_cli_export",
+    "test_house",
+    "clients/test_cpp",
+    "graphs/test_low_precision",
+    "cli/test_cli",
+    "graphs/test_exporter",
+    "session/test_streams",
+    "models/test_stream",
+    "session/test_session",
+    "test_recall",
+    "test_pipeline",
+    "verify/test_capacity",
+    "builders/test_triton",
+    "baselines/test_graphs",
+    "verify/test_artifact",
+    "verify/test_offline",
+    "capture/test_rewrite",
+    "sources/test_foreign",
+    "test_site",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -127,10 +149,15 @@ def checkpoint(model: SimpleNSM, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def exported(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle with two lanes for every target. Do not change it: take `bundle_copy` for that."""
-    output = tmp_path_factory.mktemp("bundle") / "model.nsm"
+    """A bundle with two lanes for every target, which the workers share. Do not change it: use `bundle_copy`."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "exported"
+    output = folder / "model.nsm"
     targets = ["onnx", "onnxruntime", "openvino", "tensorrt"]
-    export(checkpoint, ExportOptions(targets=targets, output=output, batch=2))
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not output.exists():
+            export(checkpoint, ExportOptions(targets=targets, output=output, batch=2))
     return output
 
 

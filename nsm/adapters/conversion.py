@@ -48,8 +48,8 @@ def as_step(
        dictionary of tensors with the streams on axis 0. Without a time axis `step` takes one token.
     3. Modules whose forward takes x and states and gives outputs and states, as `forward(x, h, c) -> (y, h, c)` or
        `forward(x, (h, c)) -> (y, (h, c))`: `states` has the arguments behind x, in the same nesting, as `Carried`s,
-       which say where the streams are, or as tensors with one stream on axis 0. What forward returns in mappings or
-       named tuples is matched by key: the key that a state was declared under, or its name.
+       which name the axis of streams, or as tensors with one stream on axis 0. Mappings and named tuples that forward
+       returns are matched by key: the key under which a state was declared, or its name.
 
     The module is examined before anything else is done with it, on made-up tokens (standard normal numbers, positive
     ones where those give nothing finite, or any ids) or on `samples`; see `nsm.adapters.validate.EXPERIMENTS`. It is

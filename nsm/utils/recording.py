@@ -1,4 +1,4 @@
-"""What the pictures show, as plain arrays: how the tokens of one stream were routed, and what became of the slots.
+"""The data of the pictures as plain arrays: routing of the tokens of one stream, and states of the slots.
 
 Letters: n tokens recorded, R bank heads, S slots, S1 those that tokens write to (all, or those of the fastest time
 scale), m times at which the committed bank was recorded, D numbers per slot.

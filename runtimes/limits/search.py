@@ -59,7 +59,7 @@ def find_limit(
     good = counters.position
     grain, span = counters.grain, (_TRIES - 1) * counters.grain
     for position in points(counters, last):
-        # Just below, then from there on: what breaks at a threshold is named without a search.
+        # Just below, then from there on: a fault at a threshold is found without a search.
         for start in (position - 2 * counters.length - span - grain, position):
             if start <= good:
                 continue
