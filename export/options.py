@@ -21,7 +21,7 @@ class ExportOptions:
     Args:
         targets: names or aliases.
         output: the bundle to write (default: the model's name with `.nsm`, in the current directory).
-        chunk: tokens per call, a multiple of the model's chunk (default: one chunk).
+        tokens_per_call: K of a call, a multiple of the model's chunk (default: one chunk).
         data: sequences to check on instead of those in the checkpoint.
         num_samples: streams of the golden trace.
         golden_steps: its steps (default: 64, and 200 in low precision, which may drift; of a foreign model as many more
@@ -46,7 +46,7 @@ class ExportOptions:
     targets: Sequence[str]
     precision: str = "fp32"
     output: Path | None = None
-    chunk: int | None = None
+    tokens_per_call: int | None = None
     batch: int = 1
     opset: int = OPSET
     device: str | None = None
@@ -71,7 +71,7 @@ class ExportOptions:
     command: str = ""
 
     def __post_init__(self) -> None:
-        for name in ("chunk", "batch", "opset", "num_samples", "golden_steps", "vocab_size", "capacity"):
+        for name in ("tokens_per_call", "batch", "opset", "num_samples", "golden_steps", "vocab_size", "capacity"):
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, whole(name, value, InputError))

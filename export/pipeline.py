@@ -150,11 +150,11 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
     Limits(options.max_float_share)  # checks the range
     source = open_source(model, options) if isinstance(model, Path) else model
-    source.spec(options.batch, options.chunk, options.debug_outputs)
+    source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
     policies = [find_policy(target.name, options.precision) for target in targets]
     for target, policy in zip(targets, policies, strict=True):
         if policy is not None:
-            length = options.chunk or source.chunk_size
+            length = options.tokens_per_call or source.chunk_size
             check_recurrent(source.largest_weights, target.name, options.precision, policy, length)
     static = any(policy is not None and policy.form == "static" for policy in policies)
     steps = _golden_steps(source, options)
@@ -203,7 +203,7 @@ def export(model: Path | Source, options: ExportOptions, stages: Stages | None =
 def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
     """Carry out a plan: the bundle, and the error of a target that is not in it."""
     options, source = planned.options, planned.source
-    spec = source.spec(options.batch, options.chunk, options.debug_outputs)
+    spec = source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
     targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
     with staged(planned.output, options.force) as stage:
         with stages.stage("Recording the reference") as progress:
@@ -213,7 +213,7 @@ def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
                 source,
                 planned.sequences,
                 _steps_within(spec, planned.steps),
-                options.chunk,
+                options.tokens_per_call,
                 planned.origin,
                 progress,
                 options.debug_outputs,
@@ -338,7 +338,7 @@ def _golden_steps(source: Source, options: ExportOptions) -> int:
     if options.golden_steps is not None or source.examination is None:
         return options.steps
     tokens = source.examination.filled + _PAST_FILLING
-    return max(options.steps, math.ceil(tokens / (options.chunk or source.chunk_size)))
+    return max(options.steps, math.ceil(tokens / (options.tokens_per_call or source.chunk_size)))
 
 
 def _sequences(source: Source, options: ExportOptions, static: bool, steps: int) -> tuple[list[Array], Origin]:
@@ -349,7 +349,7 @@ def _sequences(source: Source, options: ExportOptions, static: bool, steps: int)
         return read_sequences(options.data, parts, axes)[: options.num_samples], "recorded"
     if source.golden:
         return source.golden[: options.num_samples], "recorded"
-    length = steps * (options.chunk or source.chunk_size)
+    length = steps * (options.tokens_per_call or source.chunk_size)
     return synthetic(source, options.num_samples, length), "synthetic"
 
 
@@ -366,7 +366,7 @@ def _calibration(source: Source, options: ExportOptions) -> list[Array]:
         found = checked_sequences(source, read_sequences(options.data, count, axes))[options.num_samples :]
     else:
         found = checked_sequences(source, source.calibration)
-    length = options.chunk or source.chunk_size
+    length = options.tokens_per_call or source.chunk_size
     found = [sequence for sequence in found if len(sequence) >= length]
     if not found:
         where = (

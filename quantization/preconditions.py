@@ -57,8 +57,8 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
     reason = f"The large weights of this model are all inside of {kinds} operators, and {precision} on {target} "
     if dynamic:
         raise UnsupportedError(
-            f"{reason}reaches these in calls of at most {LONGEST} tokens; given {length}. Take --chunk {LONGEST}, "
-            "or keep fp32."
+            f"{reason}reaches these in calls of at most {LONGEST} tokens; given {length}. Take "
+            f"--tokens-per-call {LONGEST}, or keep fp32."
         )
     whole = [name for (where, name), other in POLICIES.items() if where == target and other.form == "float"]
     take = [f"--precision {name}" for name in whole] + ["--target onnxruntime --precision int8"]

@@ -157,7 +157,10 @@ def main() -> None:
     "-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: MODEL's name .nsm]"
 )
 @click.option(
-    "--chunk", type=int, metavar="K", help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]"
+    "--tokens-per-call",
+    type=int,
+    metavar="K",
+    help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]",
 )
 @click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams side by side (lanes).")
 @click.option(

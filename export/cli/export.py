@@ -101,7 +101,7 @@ def _check_debug_outputs(planned: Plan) -> None:
     options, source = planned.options, planned.source
     if not options.debug_outputs:
         return
-    without, with_them = (source.spec(options.batch, options.chunk, debug) for debug in (False, True))
+    without, with_them = (source.spec(options.batch, options.tokens_per_call, debug) for debug in (False, True))
     if without == with_them:
         raise UnsupportedError(
             f"--debug-outputs shows how tokens are routed to the slots of a bank; a model of the kind {source.kind} "

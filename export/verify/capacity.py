@@ -80,7 +80,7 @@ def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Re
         if failed is not None and tokens.shape[2] > 1:
             raise UnsupportedError(
                 f"The model fails in a call of {tokens.shape[2]} tokens, or soon after it: {failed} If its table or "
-                "cache is shorter than that, ask for fewer tokens a call (--chunk 1)."
+                "cache is shorter than that, ask for fewer tokens a call (--tokens-per-call 1)."
             ) from failed
         return Reach(declared, None, tokens)
     capacity: int | None = counters.position

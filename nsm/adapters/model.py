@@ -206,7 +206,7 @@ class AdaptedModel(StepModel):
         if not self.timed and tokens_per_call not in (None, 1):
             raise UnsupportedError(
                 f"The module takes one token at a time, of shape {list(self.token_spec.shape)}; asked for are "
-                f"{tokens_per_call} a call. Leave --chunk out."
+                f"{tokens_per_call} a call. Leave --tokens-per-call out."
             )
         count = self.chunk_size if tokens_per_call is None else tokens_per_call
         if count < 1:

@@ -59,7 +59,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One lane, two chunks a call."""
     output = tmp_path_factory.mktemp("single") / "model.nsm"
     samples = make_sequences(4, 300)
-    export_model(make_model(), "openvino", output, samples, chunk=2 * CHUNK, golden_steps=10, num_samples=2)
+    export_model(make_model(), "openvino", output, samples, tokens_per_call=2 * CHUNK, golden_steps=10, num_samples=2)
     return output
 
 
@@ -125,7 +125,9 @@ def test_frames_of_a_foreign_model_are_streamed_beside_an_idle_lane(client: Path
     torch.manual_seed(0)
     model = nsm.as_step(torch.nn.GRU(3, 8, num_layers=2))
     frames = np.random.default_rng(0).standard_normal((2, 80, 3)).astype(np.float32)
-    export_model(model, "openvino", tmp_path / "m.nsm", frames, batch=2, chunk=4, num_samples=2, golden_steps=8)
+    export_model(
+        model, "openvino", tmp_path / "m.nsm", frames, batch=2, tokens_per_call=4, num_samples=2, golden_steps=8
+    )
     checked = run(client, tmp_path / "m.nsm", "--check")
     assert checked.returncode == 0, checked.stdout + checked.stderr
     np.save(tmp_path / "frames.npy", np.asfortranarray(frames[0, :11]))

@@ -111,7 +111,7 @@ def test_numbers_of_numpy_are_taken_like_others(tmp_path: Path) -> None:
     assert nsm.export_model(ids, "onnx", tmp_path / "ids.nsm", **given).manifest.spec.entries[0].inputs[0].maximum == 4
 
 
-@pytest.mark.parametrize("name", ["batch", "chunk", "opset", "num_samples", "golden_steps", "vocab_size"])
+@pytest.mark.parametrize("name", ["batch", "tokens_per_call", "opset", "num_samples", "golden_steps", "vocab_size"])
 def test_options_of_another_type_are_named(tmp_path: Path, name: str) -> None:
     model = nsm.as_step(nn.GRU(4, 4))
     given: dict[str, Any] = {name: 2.5}

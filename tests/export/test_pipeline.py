@@ -224,8 +224,8 @@ def test_counts_below_one_are_refused(checkpoint: Path, tmp_path: Path, changes:
         ({"max_float_share": 1.1}, InputError, r"--max-float-share lies in 0 \.\. 1; given 1\.1"),
         ({"max_float_share": float("nan")}, InputError, r"--max-float-share lies in 0 \.\. 1; given nan"),
         ({"device": "sm1"}, InputError, "has a device 'sm1'"),
-        ({"chunk": 12}, InputError, "multiple of the model's chunk of 8 tokens; given 12. Take 16"),
-        ({"chunk": 3}, InputError, "given 3. Take 8"),
+        ({"tokens_per_call": 12}, InputError, "multiple of the model's chunk of 8 tokens; given 12. Take 16"),
+        ({"tokens_per_call": 3}, InputError, "given 3. Take 8"),
         ({"data": Path("absent.npy")}, InputError, r"absent\.npy cannot be read as sequences"),
         ({"data": Path("ids.csv")}, InputError, r"read from \.npy, \.npz and \.txt files; given \.csv"),
     ],
@@ -557,7 +557,12 @@ def test_a_stream_of_vectors_with_two_chunks_a_call(model_factory: Callable[...,
     vectors = np.random.default_rng(0).standard_normal((3, 70, 3)).astype(np.float32)
     nsm.save(model, tmp_path / "vectors.pt", samples=list(vectors))
     options = ExportOptions(
-        targets=["ov", "ort"], output=tmp_path / "deep" / "v.nsm", chunk=16, opset=21, golden_steps=4, force=True
+        targets=["ov", "ort"],
+        output=tmp_path / "deep" / "v.nsm",
+        tokens_per_call=16,
+        opset=21,
+        golden_steps=4,
+        force=True,
     )
     bundle = export(tmp_path / "vectors.pt", options)
     assert [item.parity["status"] for item in bundle.manifest.artifacts] == ["passed", "passed"]

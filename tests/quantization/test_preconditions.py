@@ -112,7 +112,13 @@ def test_the_largest_state_is_the_size_and_counters_are_none() -> None:
         ("openvino", "int8-weights", {"GRU": SMALLEST, "": SMALLEST - 1}, 1, "Take --precision fp16"),
         ("onnxruntime", "int8-weights", {"RNN": SMALLEST}, 16, "Take --target onnxruntime --precision int8, or keep"),
         ("tensorrt", "fp16", {"GRU": SMALLEST, "LSTM": SMALLEST}, 16, "inside of GRU and LSTM operators"),
-        ("onnxruntime", "int8", {"GRU": SMALLEST}, LONGEST + 1, f"{LONGEST} tokens; given 17. Take --chunk 16"),
+        (
+            "onnxruntime",
+            "int8",
+            {"GRU": SMALLEST},
+            LONGEST + 1,
+            f"{LONGEST} tokens; given 17. Take --tokens-per-call 16",
+        ),
     ],
 )
 def test_low_precision_that_reaches_no_weight_is_refused(

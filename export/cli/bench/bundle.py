@@ -284,7 +284,7 @@ def _open_rivals(
     if _inputs(mine) != _inputs(theirs):
         raise InputError(
             f"{path} takes other inputs than {bundle.path}: {_inputs(theirs)}, not {_inputs(mine)}. Export both with "
-            "the same --batch and --chunk, of models over the same tokens."
+            "the same --batch and --tokens-per-call, of models over the same tokens."
         )
     wanted = [_rival_of(item, other) for item in entrants]
     rivals = {}

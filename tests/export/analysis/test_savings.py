@@ -197,7 +197,12 @@ def test_a_bank_that_adapts_shows_its_masks_too(tmp_path: Path) -> None:
     torch.manual_seed(0)
     sizes: dict[str, Any] = {"state_dim": 16, "max_states": 6, "initial_states": 2, "num_layers": 1, "num_heads": 2}
     model = AdaptiveNSM(vocab_size=20, routing="sparsemax", chunk_size=CHUNK, routing_heads=2, **sizes)
-    options: dict[str, Any] = {"debug_outputs": True, "chunk": 2 * CHUNK, "num_samples": 2, "golden_steps": 40}
+    options: dict[str, Any] = {
+        "debug_outputs": True,
+        "tokens_per_call": 2 * CHUNK,
+        "num_samples": 2,
+        "golden_steps": 40,
+    }
     bundle = nsm.export_model(model.eval(), ["onnxruntime", "openvino"], tmp_path / "adaptive.nsm", **options)
     assert [item.parity["status"] for item in bundle.manifest.artifacts] == ["passed", "passed"]
     masks = bundle.trace().outputs["mask.0"]

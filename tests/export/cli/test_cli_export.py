@@ -34,7 +34,19 @@ from tests.export.helpers import (
 
 
 def test_nsm_export_prints_one_json_object(checkpoint: Path, ids: Path, tmp_path: Path) -> None:
-    arguments = ["-t", "ov", "--target", "ORT", "--data", str(ids), "--chunk", "16", "--golden-steps", "4", "--json"]
+    arguments = [
+        "-t",
+        "ov",
+        "--target",
+        "ORT",
+        "--data",
+        str(ids),
+        "--tokens-per-call",
+        "16",
+        "--golden-steps",
+        "4",
+        "--json",
+    ]
     done = program("nsm-export", checkpoint, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
@@ -155,8 +167,12 @@ def test_the_example_in_the_help_is_a_good_request(checkpoint: Path, tmp_path: P
         (["-t", "ort", "--max-float-share", "-0.1"], 2, ["--max-float-share lies in 0 .. 1; given -0.1"]),
         (["-t", "trt", "--device", "sm12"], 2, ["has a device 'sm12'", "sm86"]),
         (["-t", "ort", "--device", "cuda"], 2, ["has a device 'cuda'", "cpu"]),
-        (["-t", "ort", "--chunk", "12"], 2, ["multiple of the model's chunk of 8 tokens; given 12", "Take 16."]),
-        (["-t", "ort", "--chunk", "0"], 2, ["given 0", "Take 8."]),
+        (
+            ["-t", "ort", "--tokens-per-call", "12"],
+            2,
+            ["multiple of the model's chunk of 8 tokens; given 12", "Take 16."],
+        ),
+        (["-t", "ort", "--tokens-per-call", "0"], 2, ["given 0", "Take 8."]),
         (["-t", "ort", "--batch", "0"], 2, ["--batch", "at least 1"]),
         (["-t", "ort", "--data", "absent.npy"], 2, ["absent.npy cannot be read as sequences"]),
         (["-t", "ort", "--data", "ids.csv"], 2, [".npy, .npz and .txt files; given .csv"]),

@@ -147,7 +147,18 @@ TIMED = ({0: BATCH, 1: TIME}, {0: BATCH})
 
 def test_a_program_may_take_any_number_of_tokens(tmp_path: Path) -> None:
     path = saved(tmp_path / "m.pt2", Running(), (torch.zeros(2, 5, 3), torch.zeros(2, 3)), dynamic_shapes=TIMED)
-    options = ("--state", "total=1", "--batch", "2", "--chunk", "4", "--golden-steps", "5", "-o", tmp_path / "m.nsm")
+    options = (
+        "--state",
+        "total=1",
+        "--batch",
+        "2",
+        "--tokens-per-call",
+        "4",
+        "--golden-steps",
+        "5",
+        "-o",
+        tmp_path / "m.nsm",
+    )
     succeeded(invoke("export", path, "-t", "ort", *options))
     x = np.random.default_rng(0).standard_normal((2, 11, 3)).astype(np.float32)
     with nsm.open(tmp_path / "m.nsm") as session:

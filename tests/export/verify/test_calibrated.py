@@ -112,7 +112,7 @@ def test_what_is_shorter_than_a_call_does_not_calibrate(checkpoint: Path, tmp_pa
     (found,) = planned(checkpoint, data=data, num_samples=2).calibration
     assert len(found) == len(long)
     with pytest.raises(InputError, match=f"at least one call, {4 * MIN_CALLS * CHUNK} tokens"):
-        planned(checkpoint, data=data, num_samples=2, chunk=4 * MIN_CALLS * CHUNK)
+        planned(checkpoint, data=data, num_samples=2, tokens_per_call=4 * MIN_CALLS * CHUNK)
 
 
 def test_too_few_sequences_are_refused_before_any_work(checkpoint: Path, tmp_path: Path, no_work: None) -> None:

@@ -359,8 +359,8 @@ def test_a_declared_capacity_is_kept_and_held_against_the_model(tmp_path: Path) 
 
 
 def test_a_call_of_more_tokens_than_the_cache_has_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedError, match=r"(?s)fails in a call of 64 tokens.*out of range.*--chunk 1"):
-        nsm.export_model(stepped(Attention), "onnxruntime", tmp_path / "m.nsm", chunk=64)
+    with pytest.raises(UnsupportedError, match=r"(?s)fails in a call of 64 tokens.*out of range.*--tokens-per-call 1"):
+        nsm.export_model(stepped(Attention), "onnxruntime", tmp_path / "m.nsm", tokens_per_call=64)
 
 
 class Sometimes(Log):

@@ -244,7 +244,11 @@ def test_a_bundle_is_about_as_fast_as_itself(exported: Path, bundle_copy: Path) 
 
 
 def test_a_bundle_that_takes_other_inputs_is_refused(byte_bundle: Path, exported: Path) -> None:
-    parts = ("takes other inputs than", "int64[1, 8] of 0 .. 255, not int64[2, 8] of 0 .. 19", "--batch and --chunk")
+    parts = (
+        "takes other inputs than",
+        "int64[1, 8] of 0 .. 255, not int64[2, 8] of 0 .. 19",
+        "--batch and --tokens-per-call",
+    )
     refused(invoke("bench", exported, "-t", "ort", "--against", byte_bundle), 2, *parts)
 
 

@@ -70,7 +70,7 @@ def test_recurrences_with_the_streams_first_are_what_torch_computes(kind: str, d
     path = streams_first(tmp_path / "m.onnx", module, kind)
     with pytest.raises(Exception, match=r"layout"):
         ort.InferenceSession(str(path)).run(None, {})
-    chunk = ("--chunk", "3") if directions == 1 else ()
+    chunk = ("--tokens-per-call", "3") if directions == 1 else ()
     options = ("-t", "ort", "-t", "ov", "--batch", "2", "--num-samples", "2", "--golden-steps", "4", *chunk)
     succeeded(invoke("export", path, *options, "-o", tmp_path / "m.nsm"))
     x = np.random.default_rng(0).standard_normal((2, 6, 3)).astype(np.float32)
