@@ -43,7 +43,7 @@ def random_states(spec: StepSpec, feeds: Arrays, generator: np.random.Generator)
 def made_up(graph: Path, session: Session, sequences: list[Array]) -> Calibration:
     """Calibrate on as many calls, with random states."""
     watched, generator = Watched(graph), np.random.default_rng(0)
-    ranges = {product.key: Range() for product in watched.products}
+    ranges = {linear_op.key: Range() for linear_op in watched.linear_ops}
     calls = 0
     for call in rollouts(session, sequences):
         for key, values in watched(random_states(session.spec, call.feeds, generator)).items():

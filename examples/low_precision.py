@@ -47,8 +47,8 @@ Measure = Callable[[Session], float]
 
 @dataclass(frozen=True)
 class Row:
-    """One precision of one target; None where there is no artifact, and `status` says why. `flips` are the changed
-    choices, without excuse and excused.
+    """One precision of one target; None without an artifact, and `status` has the reason. `argmax_changes` are the
+    unexcused and the excused ones.
     """
 
     target: str
@@ -57,7 +57,7 @@ class Row:
     score: float | None = None
     drift_mean: float | None = None
     argmax: float | None = None
-    flips: tuple[int, int] | None = None
+    argmax_changes: tuple[int, int] | None = None
     exponent: float | None = None
     interval: tuple[float, float] | None = None
     speed: float | None = None
@@ -140,7 +140,7 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
         score,
         report["free_run_mean"],
         report["argmax_agreement"],
-        (report["unexcused_flips"], report["excused_flips"]),
+        (report["unexcused_argmax_changes"], report["excused_argmax_changes"]),
         report["drift_exponent"],
         None if low is None or high is None else (low, high),
         speed.get("step", {}).get("median"),
@@ -165,7 +165,7 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
         "change",
         "mean error",
         "argmax",
-        "flips",
+        "argmax_changes",
         "drift exponent",
         "step",
         "decode",
@@ -176,7 +176,13 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
     base = {row.target: row.score for row in rows if row.precision == "fp32"}
     for row in rows:
         exact = base.get(row.target)
-        if row.score is None or row.drift_mean is None or row.argmax is None or row.flips is None or exact is None:
+        if (
+            row.score is None
+            or row.drift_mean is None
+            or row.argmax is None
+            or row.argmax_changes is None
+            or exact is None
+        ):
             table.add_row(row.target, row.precision, *["-"] * 9, row.status)
             continue
         change = row.score / exact - 1 if task == "text" else row.score - exact
@@ -189,7 +195,7 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
             f"{change:+.2%}",
             f"{row.drift_mean:.1e}",
             f"{row.argmax:.2%}",
-            f"{row.flips[0]} + {row.flips[1]} excused",
+            f"{row.argmax_changes[0]} + {row.argmax_changes[1]} excused",
             spread,
             "-" if row.speed is None else f"{row.speed:.2f}x",
             "-" if row.decode_speed is None else f"{row.decode_speed:.2f}x",

@@ -27,7 +27,7 @@ class ExportOptions:
         golden_steps: its steps (default: 64, and 200 in low precision, which may drift; of a foreign model as many more
             as it takes until no state is filling any more); fewer where the model's capacity ends before.
         debug_outputs: add the debug outputs of `StepModel.spec` to the graph of `step`.
-        max_float_share, allow_slower: see `nsm.export.verify.acceptance.Limits`.
+        max_fp32_share, allow_slower: see `nsm.export.verify.acceptance.Limits`.
         compact: whether slots that are never used are removed first; see `nsm.models.compaction`.
         states: of a foreign model, `past=present[:init]` each; see `nsm.export.sources.state_options`.
         constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
@@ -63,7 +63,7 @@ class ExportOptions:
     vocab_size: int | None = None
     capacity: int | None = None
     offline: Path | None = None
-    max_float_share: float = 0.3
+    max_fp32_share: float = 0.3
     allow_slower: bool = False
     require_parity: bool = False
     strict: bool = False
@@ -75,7 +75,7 @@ class ExportOptions:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, whole(name, value, InputError))
-        object.__setattr__(self, "max_float_share", real("max_float_share", self.max_float_share, InputError))
+        object.__setattr__(self, "max_fp32_share", real("max_fp32_share", self.max_fp32_share, InputError))
 
     @property
     def steps(self) -> int:

@@ -148,7 +148,7 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
     check_request(targets, options.precision, options.device)
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
-    Limits(options.max_float_share)  # checks the range
+    Limits(options.max_fp32_share)  # checks the range
     source = open_source(model, options) if isinstance(model, Path) else model
     source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
     policies = [find_policy(target.name, options.precision) for target in targets]
@@ -156,7 +156,7 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
         if policy is not None:
             length = options.tokens_per_call or source.chunk_size
             check_recurrent(source.largest_weights, target.name, options.precision, policy, length)
-    static = any(policy is not None and policy.form == "static" for policy in policies)
+    static = any(policy is not None and policy.scheme == "static" for policy in policies)
     steps = _golden_steps(source, options)
     sequences, origin = _sequences(source, options, static, steps)
     checked_sequences(source, sequences)
@@ -231,7 +231,7 @@ def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
         write_manifest(stage, manifest)
         bundle = Bundle(stage)
         calibration = _calibrated(bundle, planned, stages)
-        limits = Limits(options.max_float_share, options.allow_slower)
+        limits = Limits(options.max_fp32_share, options.allow_slower)
         outcomes: list[Outcome] = []
         for name in targets:
             try:

@@ -29,12 +29,12 @@ class FileRecord:
 class Artifact:
     """The artifact of one target.
 
-    `limit` is how many tokens a lane takes there from one reset to the next, None where the target adds no limit to the
-    model's capacity: a counter that the target computes with exactly only so far.
+    `limit` is the number of tokens per lane between two resets, None if the target adds no limit to the model's
+    capacity: a counter is exact on the target only up to the limit.
     `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
-    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for people. `quantization`, of an artifact in
-    low precision, holds the `form` of its products, the `float` ones by name with the reason, and `speed` against fp32.
-    `options` are compile options that the backend is to be given whenever the artifact is opened; most have none.
+    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for the user. `quantization`, for an artifact
+    in low precision, has the `scheme`, the linear ops in `kept_in_fp32` by name with the reason, and the `speed`
+    relative to fp32. `options` are compile options for every opening of the artifact; most have none.
     """
 
     target: str
@@ -87,11 +87,11 @@ def _check_parity(target: str, parity: Mapping[str, Any]) -> None:
 def _check_quantization(target: str, facts: Mapping[str, Any]) -> None:
     if not facts:
         return
-    kept, speed = facts.get("float"), facts.get("speed", {})
-    if not isinstance(facts.get("form"), str) or not isinstance(kept, Mapping):
-        raise ConfigError(f"The quantization of {target} lacks its form, or what stays float.")
+    kept, speed = facts.get("kept_in_fp32"), facts.get("speed", {})
+    if not isinstance(facts.get("scheme"), str) or not isinstance(kept, Mapping):
+        raise ConfigError(f"The quantization of {target} lacks `scheme` or `kept_in_fp32`.")
     if not all(isinstance(reason, str) for reason in kept.values()):
-        raise ConfigError(f"What stays float of {target} is {dict(kept)!r}; expected a reason for each name.")
+        raise ConfigError(f"The kept_in_fp32 of {target} is {dict(kept)!r}; expected a reason for each name.")
     ratios = list(speed.values()) if isinstance(speed, Mapping) else [None]
     names = ("median", "low", "high")
     if not all(isinstance(ratio, Mapping) and all(_is_number(ratio.get(name)) for name in names) for ratio in ratios):

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from nsm.quantization.calibration import rollouts as rollouts
     from nsm.quantization.calibration_data import Calibration as Calibration
     from nsm.quantization.calibration_data import read_calibration as read_calibration
-    from nsm.quantization.linear_ops import Product as Product
+    from nsm.quantization.linear_ops import LinearOp as LinearOp
     from nsm.quantization.linear_ops import largest_weights as largest_weights
-    from nsm.quantization.linear_ops import products_of as products_of
+    from nsm.quantization.linear_ops import linear_ops_of as linear_ops_of
     from nsm.quantization.policy import Policy as Policy
     from nsm.quantization.policy import find_policy as find_policy
     from nsm.quantization.preconditions import check_enough as check_enough
@@ -37,7 +37,7 @@ else:
         {
             "calibration": ("Range", "Watched", "calibrate", "levels_of", "rollouts"),
             "calibration_data": ("Calibration", "read_calibration"),
-            "linear_ops": ("Product", "largest_weights", "products_of"),
+            "linear_ops": ("LinearOp", "largest_weights", "linear_ops_of"),
             "policy": ("Policy", "find_policy"),
             "preconditions": ("check_enough", "check_recurrent", "check_trace"),
             "rewrite": ("blocked", "dynamic", "half", "looked_up", "static", "weights_only"),

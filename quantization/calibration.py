@@ -1,9 +1,9 @@
 """Calibration on rollouts: the ranges of activations on states that really occur.
 
-The fp32 graph is rolled over the user's sequences. At calls spread over the age of the streams, from the first after a
-reset on, the inputs of every product are looked at, on the state that the stream has then. Random states are not
-offered: where a state enters a product as it is, their ranges are far off. (Where it is normalised first, as in the
-NSM, they make no difference; examples/calibration.py measures it.)
+The fp32 graph runs over the user's sequences. At calls spread over the age of the streams, from the first after a reset
+on, the inputs of every linear op are observed, with the state that the stream has then. Random states are not offered:
+if a state is the direct input of a linear op, their ranges would be far off. (If it is normalized first, as in the NSM,
+they make no difference; examples/calibration.py measures it.)
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import onnx
 import onnxruntime as ort
 
 from nsm.errors import NonFiniteError, UnsupportedError
-from nsm.quantization.calibration_data import Calibration, Unsigned
-from nsm.quantization.linear_ops import Product, products_of
+from nsm.quantization.calibration_data import Asymmetric, Calibration
+from nsm.quantization.linear_ops import LinearOp, linear_ops_of
 from nsm.quantization.policy import LEVELS
 from nsm.quantization.preconditions import MAX_STEPS, check_bounded, check_enough, size_of
 from nsm.runtimes import Progress
@@ -40,7 +40,7 @@ _GAIN = 0.8
 def calibrate(
     graph: Path, session: Session, sequences: Sequence[Array], progress: Progress | None = None
 ) -> Calibration:
-    """Roll a session over sequences and look at the products of its graph `step`.
+    """Run a session over sequences, and observe the linear ops of its graph `step`.
 
     Args:
         graph: the fp32 `step.onnx`.
@@ -61,7 +61,7 @@ def calibrate(
     for call in rollouts(session, sequences, progress):
         if not ranges:
             watched = Watched(graph)
-            ranges = {product.key: Range() for product in watched.products}
+            ranges = {linear_op.key: Range() for linear_op in watched.linear_ops}
         for key, values in watched(call.feeds).items():
             ranges[key].add(values)
         ages.add(call.age)
@@ -120,19 +120,19 @@ def rollouts(session: Session, sequences: Sequence[Array], progress: Progress | 
 
 
 class Watched:
-    """The graph `step`, with the inputs of its products as outputs: feeds -> values by the product's key.
+    """The graph `step`, with the inputs of its linear ops as outputs: feeds -> values by the linear op's key.
 
-    A matrix that several products share, as those of a call of several chunks do, has the inputs of all of them.
+    A matrix that several linear ops share, as in a call of several chunks, has the inputs of all of them.
     """
 
     def __init__(self, graph: Path) -> None:
         model = onnx.load(str(graph))
-        self.products: list[Product] = products_of(model)
-        if not self.products:
+        self.linear_ops: list[LinearOp] = linear_ops_of(model)
+        if not self.linear_ops:
             raise UnsupportedError(
-                "The model has no product with constant weights, so there is nothing to quantise. Keep fp32."
+                "The model has no linear op with constant weights, so there is nothing to quantize. Keep fp32."
             )
-        outputs = list(dict.fromkeys(product.activation for product in self.products))
+        outputs = list(dict.fromkeys(linear_op.activation for linear_op in self.linear_ops))
         del model.graph.output[:]
         model.graph.output.extend(onnx.ValueInfoProto(name=name) for name in outputs)
         options = ort.SessionOptions()
@@ -148,8 +148,8 @@ class Watched:
         given = self._session.run(self._outputs, {name: feeds[name] for name in self._inputs})
         values = dict(zip(self._outputs, given, strict=True))
         shared: dict[str, list[Array]] = {}
-        for product in self.products:
-            shared.setdefault(product.key, []).append(values[product.activation].ravel())
+        for linear_op in self.linear_ops:
+            shared.setdefault(linear_op.key, []).append(values[linear_op.activation].ravel())
         return {key: np.concatenate(parts) for key, parts in shared.items()}
 
 
@@ -187,7 +187,7 @@ class Range:
         values, largest = self._values(), self._largest
         return min((share * largest / LEVELS for share in _SHARES), key=lambda scale: _signed_error(values, scale))
 
-    def unsigned(self, scale: float) -> Unsigned | None:
+    def asymmetric(self, scale: float) -> Asymmetric | None:
         """Scale and zero point of an asymmetric uint8; None if an int8 with this scale is almost as good.
 
         The ends of the range are moved in turn to where the mean squared error is least. Zero stays a level of its own.
@@ -214,11 +214,11 @@ class Range:
         return np.concatenate(self._kept)
 
 
-def levels_of(ranges: Mapping[str, Range]) -> tuple[dict[str, float], dict[str, Unsigned]]:
+def levels_of(ranges: Mapping[str, Range]) -> tuple[dict[str, float], dict[str, Asymmetric]]:
     """The int8 scale of each activation, and the uint8 parameters of those that lose less with them."""
     scales = {key: found.scale() for key, found in ranges.items()}
-    unsigned = {key: best for key, found in ranges.items() if (best := found.unsigned(scales[key])) is not None}
-    return scales, unsigned
+    asymmetric = {key: best for key, found in ranges.items() if (best := found.asymmetric(scales[key])) is not None}
+    return scales, asymmetric
 
 
 def _signed_error(values: Array, scale: float) -> float:
@@ -226,13 +226,13 @@ def _signed_error(values: Array, scale: float) -> float:
     return float(np.mean(np.square(values - scale * np.clip(np.rint(values / scale), -LEVELS, LEVELS))))
 
 
-def _between(low: float, high: float) -> Unsigned:
+def _between(low: float, high: float) -> Asymmetric:
     """From the number at `low` or next to it to the one at `high`, zero among them."""
     scale = float(high - low) / 255
-    return Unsigned(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
+    return Asymmetric(scale, int(np.clip(np.rint(-low / scale), 0, 255)))
 
 
-def _error(values: Array, levels: Unsigned) -> float:
+def _error(values: Array, levels: Asymmetric) -> float:
     """Mean squared error of uint8."""
     numbers = np.clip(np.rint(values / levels.scale) + levels.zero, 0, 255) - levels.zero
     return float(np.mean(np.square(values - levels.scale * numbers)))

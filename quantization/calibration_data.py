@@ -15,7 +15,7 @@ from nsm.files import write_json
 
 
 @dataclass(frozen=True)
-class Unsigned:
+class Asymmetric:
     """A uint8 q stands for scale * (q - zero): all 256 levels lie where an activation has its numbers."""
 
     scale: float
@@ -32,7 +32,7 @@ class Calibration:
     """Results of a calibration.
 
     scales: int8 scale of the activations of each linear op, by its key.
-    unsigned: for activations that are hardly ever negative, and lose less that way: scale and zero point of an
+    asymmetric: for activations that are hardly ever negative, and lose less that way: scale and zero point of an
         asymmetric uint8, for backends with zero points.
     streams, calls: sequences that were rolled, and calls that were looked at.
     ages: of the calls, in calls since the reset.
@@ -40,7 +40,7 @@ class Calibration:
     """
 
     scales: Mapping[str, float]
-    unsigned: Mapping[str, Unsigned]
+    asymmetric: Mapping[str, Asymmetric]
     streams: int
     calls: int
     ages: tuple[int, ...]
@@ -57,7 +57,7 @@ class Calibration:
     def summary(self) -> dict[str, Any]:
         """Without the scales."""
         data = asdict(self)
-        del data["scales"], data["unsigned"]
+        del data["scales"], data["asymmetric"]
         return data
 
 
@@ -80,5 +80,5 @@ def read_calibration(bundle: Bundle) -> Calibration:
             "build int8-weights, which needs none."
         )
     if isinstance(data, dict):
-        data = {"unsigned": {}} | data  # bundles of before the key
+        data = {"asymmetric": {}} | data  # absent in older bundles
     return decode(Calibration, data, CALIBRATION)

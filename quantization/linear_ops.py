@@ -21,17 +21,17 @@ Operator = Literal["MatMul", "LSTM", "Gather"]
 
 
 @dataclass(frozen=True)
-class Product:
+class LinearOp:
     """x [..., D] @ W [D, N] with constant numbers W.
 
     node: its name in the graph, after the module it comes from.
     activation, weight: names of x and W in the graph.
     shape: (D, N).
     key: of the numbers of W, the same in every entry of a model.
-    sums: W is of zeros and ones alone, and no weights.
-    operator: "LSTM" for the products of such an operator, taken together: x is its input, W has those of the input and
-        those of the state, D = I + H, for all gates, N = 4 H. "Gather" for rows of a table W that the ids x name, as an
-        embedding's: the product of x, one-hot, and W.
+    sums: W has zeros and ones only, and is no weight.
+    operator: "LSTM" for all linear ops of an LSTM together: x is its input, W has the rows of the input and of the
+        state, D = I + H, for all gates, N = 4 H. "Gather" for the rows of a table W that the ids x select, as in an
+        embedding: the MatMul of the one-hot x and W.
     largest: magnitude of the numbers of W.
     """
 
@@ -49,21 +49,21 @@ class Product:
         return self.shape[0] * self.shape[1]
 
 
-def products_of(model: onnx.ModelProto, operators: Collection[str] = ("MatMul",)) -> list[Product]:
-    """The products with constant matrices by these operators, in the order of the graph. Weights must be loaded."""
+def linear_ops_of(model: onnx.ModelProto, operators: Collection[str] = ("MatMul",)) -> list[LinearOp]:
+    """The linear ops of these operators, in the order of the graph. Weights must be loaded."""
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     found = []
     for node in model.graph.node:
         if node.op_type not in operators:
             continue
         if node.op_type == "LSTM":
-            product = _of_lstm(node, constants)
+            linear_op = _of_lstm(node, constants)
         elif node.op_type == "Gather":
-            product = _of_table(node, constants)
+            linear_op = _of_table(node, constants)
         else:
-            product = _of_matrix(node, node.input[1], node.input[0], constants)
-        if product is not None:
-            found.append(product)
+            linear_op = _of_matrix(node, node.input[1], node.input[0], constants)
+        if linear_op is not None:
+            found.append(linear_op)
     return found
 
 
@@ -84,32 +84,32 @@ def largest_weights(model: onnx.ModelProto) -> dict[str, int]:
 
 def _of_matrix(
     node: onnx.NodeProto, weight: str, activation: str, constants: dict[str, onnx.TensorProto]
-) -> Product | None:
+) -> LinearOp | None:
     tensor = constants.get(weight)
     if tensor is None or len(tensor.dims) != 2 or tensor.data_type != onnx.TensorProto.FLOAT:
         return None
     numbers = numpy_helper.to_array(tensor)
     sums = bool(np.isin(numbers, (0.0, 1.0)).all())
     shape = int(tensor.dims[0]), int(tensor.dims[1])
-    return Product(node.name, activation, weight, shape, weight_key(numbers), sums, largest=_largest(numbers))
+    return LinearOp(node.name, activation, weight, shape, weight_key(numbers), sums, largest=_largest(numbers))
 
 
-def _of_table(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> Product | None:
+def _of_table(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> LinearOp | None:
     if any(item.name == "axis" and item.i for item in node.attribute):
         return None
-    product = _of_matrix(node, node.input[0], node.input[1], constants)
-    return None if product is None else replace(product, operator="Gather")
+    linear_op = _of_matrix(node, node.input[0], node.input[1], constants)
+    return None if linear_op is None else replace(linear_op, operator="Gather")
 
 
-def _of_lstm(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> Product | None:
-    """The products of an operator with constant matrices [directions, 4 H, I] and [directions, 4 H, H], time first."""
+def _of_lstm(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> LinearOp | None:
+    """The linear ops of an LSTM with constant matrices [directions, 4 H, I] and [directions, 4 H, H], time first."""
     lanes_first = any(item.name == "layout" and item.i for item in node.attribute)
     if lanes_first or not all(name in constants for name in node.input[1:3]):
         return None
     arrays = [numpy_helper.to_array(constants[name]) for name in node.input[1:3]]
     joined = np.concatenate(arrays, -1)
     shape = joined.shape[-1], joined.shape[0] * joined.shape[1]
-    return Product(
+    return LinearOp(
         node.name, node.input[0], node.input[1], shape, weight_key(joined), operator="LSTM", largest=_largest(joined)
     )
 

@@ -50,8 +50,8 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
         UnsupportedError: it has large weights in such operators, and in no others.
     """
     large = [kind for kind, numbers in largest.items() if numbers >= SMALLEST]
-    dynamic = policy.form == "dynamic"
-    if policy.form == "float" or not large or "" in large or (dynamic and ("LSTM" in large or length <= LONGEST)):
+    dynamic = policy.scheme == "dynamic"
+    if policy.scheme == "backend" or not large or "" in large or (dynamic and ("LSTM" in large or length <= LONGEST)):
         return
     kinds = " and ".join(sorted(large))
     reason = f"The large weights of this model are all inside of {kinds} operators, and {precision} on {target} "
@@ -60,7 +60,7 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
             f"{reason}reaches these in calls of at most {LONGEST} tokens; given {length}. Take "
             f"--tokens-per-call {LONGEST}, or keep fp32."
         )
-    whole = [name for (where, name), other in POLICIES.items() if where == target and other.form == "float"]
+    whole = [name for (where, name), other in POLICIES.items() if where == target and other.scheme == "backend"]
     take = [f"--precision {name}" for name in whole] + ["--target onnxruntime --precision int8"]
     raise UnsupportedError(
         f"{reason}reaches linear ops only: they would stay fp32. Take {', or '.join(take)}, or keep fp32."
@@ -94,7 +94,7 @@ def check_bounded(sizes: Sequence[float], steps: int) -> None:
         raise UnsupportedError(
             f"The model's states explode: their root mean square grows from {settled[0]:.3g} to {settled[-1]:.3g} "
             f"within {steps} calls of the model in fp32. Low precision holds no such stream for long, so it is not "
-            "quantised. Train on longer streams, or keep fp32."
+            "quantized. Train on longer streams, or keep fp32."
         )
 
 

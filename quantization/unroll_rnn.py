@@ -1,7 +1,7 @@
 """Recurrent operators as linear ops, so that low precision applies to them.
 
 The graphs in fp32 keep `GRU` and `RNN`, for which every backend has a kernel. ONNX Runtime has none in int8 for them,
-as it has for an LSTM; but a step is two products and a few operations on numbers, and a call of a stream has few steps.
+as it has for an LSTM; but a step is two MatMuls and a few elementwise operations, and a call of a stream has few steps.
 """
 
 from __future__ import annotations

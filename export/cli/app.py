@@ -82,7 +82,7 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
     """The options that limit the cost of low precision."""
     share = click.option(
-        "--max-float-share",
+        "--max-fp32-share",
         type=float,
         default=0.3,
         show_default=True,
@@ -413,7 +413,7 @@ def build(
     target: str,
     device: str | None,
     precision: str,
-    max_float_share: float,
+    max_fp32_share: float,
     allow_slower: bool,
     force: bool,
     as_json: bool,
@@ -430,7 +430,7 @@ def build(
     from nsm.export.cli.build import build as build_command
     from nsm.export.verify import Limits
 
-    limits = Limits(max_float_share, allow_slower)
+    limits = Limits(max_fp32_share, allow_slower)
     build_command(settled(bundle), target, device, precision, limits, force, as_json)
     if not as_json:
         _say_if_replaced()

@@ -16,10 +16,10 @@ from nsm.export.verify import try_artifact
 from nsm.manifest import Artifact
 from nsm.runtimes import find_target
 from nsm.runtimes.opening import open_artifact
-from nsm.runtimes.parity import MAX_FLIPS, Bisection, ParityReport, compare, find_budget, thresholds_of
+from nsm.runtimes.parity import MAX_LISTED_CHANGES, Bisection, ParityReport, compare, find_budget, thresholds_of
 from nsm.runtimes.parity.bisection import bisect, check_bisectable
 
-_NAMED_FLIPS = 3
+_NAMED_CHANGES = 3
 
 
 def parity(
@@ -133,20 +133,22 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
         f"\n{report.label}: {report.coverage}; worst tensor one-step {report.one_step.tensor}, "
         f"free-run {report.free_run.tensor}; rounding of fp32 itself {number(report.reference_floor)}"
     )
-    branches = f", decisions excused {report.branches}" if report.branches else ""
+    mask_decisions = f", mask decisions excused {report.mask_decisions}" if report.mask_decisions else ""
     gain = "-" if report.gain is None else f"{report.gain.ratio:.2f} of {report.gain.tensor}"
     terminal.say(
         f"  bank error p99 {number(report.state_error_p99)}, KL mean {number(report.kl_mean)}, "
-        f"flips {report.unexcused_flips} + {report.excused_flips} excused, masks differing {report.mask_mismatches}"
-        f"{branches}, "
+        f"argmax changes {report.unexcused_argmax_changes} + {report.excused_argmax_changes} excused, "
+        f"masks differing {report.mask_mismatches}"
+        f"{mask_decisions}, "
         + (f"drift exponent {drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "drift exponent -")
         + f", gain {gain}"
     )
-    for flip in [flip for flip in report.flips if not flip.excused][:_NAMED_FLIPS]:
-        terminal.say(f"  flip without excuse: {flip}")
-    if report.unexcused_flips > _NAMED_FLIPS:
+    for change in [change for change in report.argmax_changes if not change.excused][:_NAMED_CHANGES]:
+        terminal.say(f"  argmax change without excuse: {change}")
+    if report.unexcused_argmax_changes > _NAMED_CHANGES:
         terminal.say(
-            f"  and {report.unexcused_flips - _NAMED_FLIPS:,} more; --json and --html list the first {MAX_FLIPS}"
+            f"  and {report.unexcused_argmax_changes - _NAMED_CHANGES:,} more; --json and --html list the first "
+            f"{MAX_LISTED_CHANGES}"
         )
     if report.first_divergence is not None:
         first = report.first_divergence

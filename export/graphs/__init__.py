@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from nsm.export.graphs.external_data import load_shared as load_shared
     from nsm.export.graphs.external_data import save_shared as save_shared
     from nsm.export.graphs.low_precision import check_step as check_step
-    from nsm.export.graphs.low_precision import products_of_step as products_of_step
+    from nsm.export.graphs.low_precision import linear_ops_of_step as linear_ops_of_step
     from nsm.export.graphs.low_precision import write_graphs as write_graphs
     from nsm.export.graphs.metadata import OPSET as OPSET
     from nsm.export.graphs.metadata import STATES_KEY as STATES_KEY
@@ -39,7 +39,7 @@ else:
             "bounded_counters": ("wrap_counters",),
             "exporter": ("export_onnx", "initial_arrays"),
             "external_data": ("check_graphs", "load_shared", "save_shared"),
-            "low_precision": ("check_step", "products_of_step", "write_graphs"),
+            "low_precision": ("check_step", "linear_ops_of_step", "write_graphs"),
             "metadata": ("OPSET", "STATES_KEY", "state_table"),
             "node_order": ("sort_nodes",),
             "passes": ("optimise",),

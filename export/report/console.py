@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from nsm.export.report.format import number, size, stayed_float
+from nsm.export.report.format import kept_in_fp32, number, size
 from nsm.manifest import Artifact, Manifest
 from nsm.runtimes import Progress as Step
 
@@ -112,5 +112,5 @@ def low_precision_lines(artifact: Artifact) -> list[str]:
             for entry, ratio in speed.items()
         ]
         lines.append(f"{artifact.target} {artifact.precision}: {', '.join(parts)}")
-    lines += [f"  float, because {reason}: {', '.join(names)}" for reason, names in stayed_float(facts).items()]
+    lines += [f"  kept in fp32, because {reason}: {', '.join(names)}" for reason, names in kept_in_fp32(facts).items()]
     return lines

@@ -25,9 +25,9 @@ def number(value: float | None) -> str:
     return "-" if value is None else f"{value:.2e}"
 
 
-def stayed_float(facts: Mapping[str, Any]) -> dict[str, list[str]]:
-    """By reason, the products that stayed float; `facts` is the `quantization` of an artifact."""
+def kept_in_fp32(facts: Mapping[str, Any]) -> dict[str, list[str]]:
+    """By reason, the linear ops that are kept in fp32; `facts` is the `quantization` of an artifact."""
     reasons: dict[str, list[str]] = {}
-    for name, reason in facts["float"].items():
+    for name, reason in facts["kept_in_fp32"].items():
         reasons.setdefault(reason, []).append(name)
     return reasons

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from nsm.export.report.format import number, stayed_float
+from nsm.export.report.format import kept_in_fp32, number
 from nsm.export.report.svg import Line, heat_map, histogram, log_chart
 from nsm.files import check_output_file, replacing
-from nsm.runtimes.parity import BRANCHES_PER_1000, Bisection, ParityReport
+from nsm.runtimes.parity import MASK_DECISIONS_PER_1000, Bisection, ParityReport
 
 _MARK = "<meta name='generator' content='nsm parity'>"
 """By which a page is known again, in its first `_HEAD` bytes."""
@@ -137,7 +137,7 @@ def _section(report: ParityReport, bisection: Bisection | None, low_precision: M
         parts.append(f"<p><b>Bisected:</b> {escape(bisection.explanation)}</p>")
     parts += [_against_budget(report), *_charts(report), _flips(report)]
     if low_precision:
-        parts.append(_stayed_float(low_precision))
+        parts.append(_kept_in_fp32(low_precision))
     return f"<section>{''.join(parts)}</section>"
 
 
@@ -162,12 +162,16 @@ def _against_budget(report: ParityReport) -> str:
         rows.insert(2, (f"lanes of different age p99, of {staggered.tensor}", staggered.p99, budget.free_run_p99))
     counted = [
         ("argmax agreement", f"{report.argmax_agreement:.4%}", f"{budget.agreement:.2%}"),
-        ("changed argmax, unexcused + excused", f"{report.unexcused_flips} + {report.excused_flips}", ""),
+        (
+            "changed argmax, unexcused + excused",
+            f"{report.unexcused_argmax_changes} + {report.excused_argmax_changes}",
+            "",
+        ),
         ("masks and counters that differ", str(report.mask_mismatches), "0"),
     ]
-    if report.branches:
-        limit = f"{BRANCHES_PER_1000:g}" if budget.precision == "fp32" else ""
-        counted.append(("decisions excused in 1000 steps", f"{report.branches_per_1000_steps:.2f}", limit))
+    if report.mask_decisions:
+        limit = f"{MASK_DECISIONS_PER_1000:g}" if budget.precision == "fp32" else ""
+        counted.append(("mask decisions excused in 1000 steps", f"{report.mask_decisions_per_1000_steps:.2f}", limit))
     drift, gain = report.drift, report.gain
     counted += [
         ("free-run error of the first output, mean", number(report.free_run_mean), ""),
@@ -225,13 +229,13 @@ def _charts(report: ParityReport) -> list[str]:
     if report.state_error_by_age:
         parts.append(_headed("Error of active slots by age", "Does a slot get worse while it lives?", _ages(report)))
     margins = histogram(
-        curves.margins, curves.flips, curves.excused_margin, "margin, in units of the outputs' rms", "answers"
+        curves.margins, curves.argmax_changes, curves.excused_margin, "margin, in units of the outputs' rms", "answers"
     )
     if margins:
-        flips = int(curves.flips.sum())
+        argmax_changes = int(curves.argmax_changes.sum())
         text = (
-            f"The reference's lead of the first answer over the second, {len(curves.flips):,} answers; "
-            f"{flips} with another argmax on the target{' (red)' if flips else ''}."
+            f"The reference's lead of the first answer over the second, {len(curves.argmax_changes):,} answers; "
+            f"{argmax_changes} with another argmax on the target{' (red)' if argmax_changes else ''}."
         )
         parts.append(_headed("Margins and agreement", text, margins))
     return parts
@@ -285,35 +289,48 @@ def _ages(report: ParityReport) -> str:
 
 def _flips(report: ParityReport) -> str:
     """A table of the decisions that the target makes another way; open where one is without excuse."""
-    if not report.flips:
+    if not report.argmax_changes:
         return ""
     rows = []
-    for flip in report.flips:
-        places = (flip.stream, flip.step, flip.token, flip.decision, flip.reference, flip.target, f"{flip.margin:.2e}")
+    for change in report.argmax_changes:
+        places = (
+            change.stream,
+            change.step,
+            change.token,
+            change.decision,
+            change.reference,
+            change.target,
+            f"{change.margin:.2e}",
+        )
         cells = "".join(f"<td class='number'>{place}</td>" for place in places)
-        verdict = "excused" if flip.excused else "<span class='failed'>no excuse</span>"
+        verdict = "excused" if change.excused else "<span class='failed'>no excuse</span>"
         rows.append(f"<tr>{cells}<td>{verdict}</td></tr>")
     names = ("stream", "step", "token", "decision", "reference", "target", "margin")
     head = "".join(f"<th class='number'>{name}</th>" for name in names)
-    left = f"<p class='soft'>{report.flips_left_off:,} more are left off.</p>" if report.flips_left_off else ""
+    left = (
+        f"<p class='soft'>{report.argmax_changes_left_off:,} more are left off.</p>"
+        if report.argmax_changes_left_off
+        else ""
+    )
     return (
-        f"<details{' open' if report.unexcused_flips else ''}><summary>Changed decisions: {report.unexcused_flips:,} "
-        f"without excuse, {report.excused_flips:,} excused</summary><p class='soft'>A margin of up to "
+        f"<details{' open' if report.unexcused_argmax_changes else ''}><summary>Argmax changes: "
+        f"{report.unexcused_argmax_changes:,} without excuse, {report.excused_argmax_changes:,} excused</summary>"
+        "<p class='soft'>A margin of up to "
         f"{report.curves.excused_margin:.2e} is excused, in units of the rms of the outputs.</p><div class='wide'>"
         f"<table><tr>{head}<th></th></tr>{''.join(rows)}</table></div>{left}</details>"
     )
 
 
-def _stayed_float(facts: Mapping[str, Any]) -> str:
-    """Which products of an artifact in low precision stayed float, and why."""
+def _kept_in_fp32(facts: Mapping[str, Any]) -> str:
+    """The linear ops of an artifact in low precision that are kept in fp32, with the reasons."""
     rows = "".join(
         f"<tr><td>{escape(reason)}</td><td class='number'>{len(names)}</td>"
         f"<td><code>{escape(', '.join(names))}</code></td></tr>"
-        for reason, names in stayed_float(facts).items()
+        for reason, names in kept_in_fp32(facts).items()
     )
-    head = "<tr><th>because</th><th class='number'>products</th><th>which</th></tr>"
-    text = f"Form of the others: {facts['form']}." if rows else f"Nothing. Form: {facts['form']}."
-    return _headed("What stayed float", text, f"<table>{head}{rows}</table>" if rows else "")
+    head = "<tr><th>because</th><th class='number'>linear ops</th><th>which</th></tr>"
+    text = f"Scheme of the others: {facts['scheme']}." if rows else f"Nothing. Scheme: {facts['scheme']}."
+    return _headed("Kept in fp32", text, f"<table>{head}{rows}</table>" if rows else "")
 
 
 def _headed(title: str, text: str, chart: str) -> str:

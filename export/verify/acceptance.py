@@ -1,7 +1,7 @@
 """Building an artifact and holding it to its budget: parity over whole streams and, in low precision, speed.
 
 In low precision two more things can go wrong. The error may be over budget: then the linear ops
-that contribute most to the error are kept in fp32, one after the other, as far as `max_float_share` allows. And it may
+that contribute most to the error are kept in fp32, one after the other, as far as `max_fp32_share` allows. And it may
 not be faster than fp32, by the rule of `nsm.runtimes.bench.rounds.not_faster`: then the export refuses it.
 """
 
@@ -32,7 +32,7 @@ DRIFT_STEPS = 200
 SPEED_STEPS = 250
 """Calls of each that the speed is measured with: ten rounds, for an interval."""
 SENSITIVITY_STEPS = 48
-"""Calls of a stream over which a single product's drift is measured."""
+"""Calls of a stream over which the drift of a single linear op is measured."""
 _LOW, _BASE, _TRIAL = ".low", ".fp32", ".trial"
 
 
@@ -41,16 +41,16 @@ class Limits:
     """Limits on the cost of low precision.
 
     Args:
-        max_float_share: largest share of the weights that may stay in fp32.
+        max_fp32_share: largest share of the weights that may stay in fp32.
         allow_slower: whether an artifact that is not faster than fp32 is kept.
     """
 
-    max_float_share: float = 0.3
+    max_fp32_share: float = 0.3
     allow_slower: bool = False
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.max_float_share <= 1.0:
-            raise InputError(f"--max-float-share lies in 0 .. 1; given {self.max_float_share}.")
+        if not 0.0 <= self.max_fp32_share <= 1.0:
+            raise InputError(f"--max-fp32-share lies in 0 .. 1; given {self.max_fp32_share}.")
 
 
 def build_checked(
@@ -151,7 +151,7 @@ class Over:
         return cls(kind, tensor) if shares[kind, tensor] > 1.0 else cls("", "")
 
     def share(self, alone: Alone) -> float:
-        """How much of it a product makes."""
+        """The share of one linear op in it."""
         made = alone.per_tensor.get(self.tensor, {}).get(f"{self.kind}_p99", np.nan) if self.kind else alone.drift
         return _infinite_if_nan(made)
 
@@ -174,48 +174,50 @@ class Maker:
         self.bundle, self.target, self.device = bundle, target, device
         self.precision, self.policy, self.calibration = precision, policy, calibration
         self.lowered = None
-        if policy.form != "float":
+        if policy.scheme != "backend":
             if importlib.util.find_spec("onnx") is None:
                 raise MissingDependencyError(
                     f"{precision} rewrites the bundle's graphs, which needs the package onnx; it is not installed. "
                     'Install it with: pip install "nsm-toolkit[quantize]"'
                 )
-            from nsm.export.graphs import check_step, products_of_step
+            from nsm.export.graphs import check_step, linear_ops_of_step
 
             check_step(bundle, target.name, precision, policy)
-            self.lowered = products_of_step(bundle.path, policy)
+            self.lowered = linear_ops_of_step(bundle.path, policy)
 
-    def build(self, put_back: Mapping[str, str], folder: str | None = None) -> Artifact:
-        """The artifact with these products, by key with the reason, in float."""
+    def build(self, excluded: Mapping[str, str], folder: str | None = None) -> Artifact:
+        """Build the artifact with these linear ops, by key with the reason, kept in fp32."""
         directory, spec = self.bundle.path, self.bundle.manifest.spec
         place = directory / (folder or self.target.place(self.precision))
         if self.lowered is None:
             artifact = build_target(directory, spec, self.target, self.device, self.precision, folder=place)
-            return replace(artifact, quantization={"form": self.policy.form, "float": {}}, notes=self._notes(artifact))
+            return replace(
+                artifact, quantization={"scheme": self.policy.scheme, "kept_in_fp32": {}}, notes=self._notes(artifact)
+            )
         from nsm.export.graphs import write_graphs
 
         low = place if self.target.folder == GRAPHS else directory / _LOW
-        write_graphs(directory, low, spec, self.policy, self.calibration, put_back)
+        write_graphs(directory, low, spec, self.policy, self.calibration, excluded)
         artifact = build_target(directory, spec, self.target, self.device, self.precision, low, place)
-        names = {product.key: product.node for product in self.lowered.low}
-        kept = {**self.lowered.kept, **{names[key]: reason for key, reason in put_back.items()}}
+        names = {linear_op.key: linear_op.node for linear_op in self.lowered.low}
+        kept = {**self.lowered.kept, **{names[key]: reason for key, reason in excluded.items()}}
         facts: dict[str, Any] = {
-            "form": self.policy.form,
-            "low": [product.node for product in self.lowered.low if product.key not in put_back],
-            "float": kept,
+            "scheme": self.policy.scheme,
+            "quantized": [linear_op.node for linear_op in self.lowered.low if linear_op.key not in excluded],
+            "kept_in_fp32": kept,
         }
-        if self.policy.form == "static" and self.calibration is not None:
+        if self.policy.scheme == "static" and self.calibration is not None:
             facts["calibration"] = self.calibration.summary()
         return replace(artifact, quantization=facts, notes=self._notes(artifact))
 
     def within_budget(
         self, trace: Trace, limits: Limits, progress: Progress | None
     ) -> tuple[Artifact, ParityReport | None]:
-        """The artifact with as few products put back as its budget asks for, or with as many as is allowed."""
-        put_back: dict[str, str] = {}
+        """Build the artifact with as few linear ops kept in fp32 as the budget requires, up to the limit."""
+        excluded: dict[str, str] = {}
         alone: Mapping[str, Alone] = {}
         while True:
-            artifact, report = check_artifact(self.bundle, self.build(put_back), trace, progress)
+            artifact, report = check_artifact(self.bundle, self.build(excluded), trace, progress)
             if report is None or report.passed or self.lowered is None:
                 return artifact, report
             if report.effective_precision != self.precision:  # which more in float does not mend
@@ -225,12 +227,12 @@ class Maker:
             left = [
                 key
                 for key in alone
-                if key not in put_back and self.lowered.float_share({*put_back, key}) <= limits.max_float_share
+                if key not in excluded and self.lowered.fp32_share({*excluded, key}) <= limits.max_fp32_share
             ]
             if not left:
                 return replace(artifact, notes=(*artifact.notes, self._culprits(over, alone))), report
             worst = max(left, key=lambda key: over.share(alone[key]))
-            put_back[worst] = f"alone it makes the {over} {over.share(alone[worst]):.2g}"
+            excluded[worst] = f"alone it makes the {over} {over.share(alone[worst]):.2g}"
 
     def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Ratio]:
         """How many times as fast as the same target in fp32, `step` and `decode`, in the same process and in turn."""
@@ -247,9 +249,9 @@ class Maker:
     def complaint(self, short: Mapping[str, Ratio]) -> str:
         """The message for an artifact that is not faster than fp32 in these entries."""
         found = ", ".join(f"{entry} {ratio}" for entry, ratio in short.items())
-        in_int8 = self.policy.form in ("static", "dynamic") and "cpu" in self.target.devices
+        in_int8 = self.policy.scheme in ("static", "dynamic") and "cpu" in self.target.devices
         reason = (
-            "The likely cause is the processor: it has neither VNNI nor dotprod, which make products of int8 fast. "
+            "The likely cause is the processor: it has neither VNNI nor dotprod, which make linear ops in int8 fast. "
             if in_int8 and int8_dot_products() is False
             else ""
         )
@@ -268,26 +270,28 @@ class Maker:
         assert self.lowered is not None
         short = trace.first(min(trace.steps, SENSITIVITY_STEPS))
         found = {}
-        for product in self.lowered.low:
-            others = {other.key: "" for other in self.lowered.low if other.key != product.key}
+        for linear_op in self.lowered.low:
+            others = {other.key: "" for other in self.lowered.low if other.key != linear_op.key}
             # In a separate folder, so that the artifact that is over budget is kept unchanged.
             _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
-            found[product.key] = Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
+            found[linear_op.key] = (
+                Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
+            )
         return found
 
     def _culprits(self, over: Over, alone: Mapping[str, Alone]) -> str:
         assert self.lowered is not None
-        names = {product.key: product.node for product in self.lowered.low}
+        names = {linear_op.key: linear_op.node for linear_op in self.lowered.low}
         ranked = sorted(alone, key=lambda key: -over.share(alone[key]))
         worst = ", ".join(f"{names[key]} ({over.share(alone[key]):.2g})" for key in ranked[:3])
         return f"{CULPRITS}{over} comes from {worst}"
 
     def _notes(self, artifact: Artifact) -> tuple[str, ...]:
         notes = [*artifact.notes, self.policy.note]
-        if self.policy.guarded and self.policy.form in ("static", "dynamic") and int8_dot_products():
+        if self.policy.saturation_safe and self.policy.scheme in ("static", "dynamic") and int8_dot_products():
             notes.append(
-                f"for processors like this one alone, --device {CPU_DOT} is more exact, and may need fewer products in "
-                "float"
+                f"for processors like this one alone, --device {CPU_DOT} is more exact, and may keep fewer linear ops "
+                "in fp32"
             )
         return tuple(note for note in notes if note)
 

@@ -47,7 +47,7 @@ def add_target(
             f"{path} holds an artifact for {target.name} in {precision} already. Give --force to replace it."
         )
     policy = find_policy(target.name, precision)
-    calibration = read_calibration(bundle) if policy is not None and policy.form == "static" else None
+    calibration = read_calibration(bundle) if policy is not None and policy.scheme == "static" else None
     with staged_copy(path) as stage:
         bundle = Bundle(stage)
         artifact, report = build_checked(

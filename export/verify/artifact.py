@@ -178,7 +178,7 @@ def summary(report: ParityReport) -> dict[str, Any]:
         "split",
         "staggered",
         "argmax_agreement",
-        "unexcused_flips",
+        "unexcused_argmax_changes",
     )
     return {key: data[key] for key in keys}
 

@@ -18,7 +18,7 @@ from nsm.modules.bank import Adaptation, Consolidation, GateType, Routing, State
 from nsm.modules.memory import ExternalMemory, Memory
 from nsm.modules.mixing import LocalMixing
 from nsm.modules.ops import (
-    JoinedProduct,
+    FusedLinear,
     chunks,
     clear_lanes,
     count_tokens,
@@ -140,7 +140,7 @@ class NSMLayer(nn.Module):
         self.router = TokenToStateRouter(
             token_dim, state_dim, self.written_slots, self.heads, routing=routing, top_k=top_k
         )
-        self.projection = JoinedProduct()
+        self.projection = FusedLinear()
         self.manager = StateManager(state_dim, num_states, initial_states, prune_threshold)
         self.memory = ExternalMemory(token_dim, memory_rows, token_dim, num_heads) if memory_rows else None
 

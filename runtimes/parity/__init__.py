@@ -4,18 +4,18 @@
 at fault.
 """
 
-from nsm.runtimes.parity.argmax import MAX_FLIPS
+from nsm.runtimes.parity.argmax import MAX_LISTED_CHANGES
 from nsm.runtimes.parity.budgets import BUDGETS, Budget, find_budget
 from nsm.runtimes.parity.comparison import compare
 from nsm.runtimes.parity.mask_decisions import decided_states, thresholds_of
 from nsm.runtimes.parity.metrics import relative_error, rms_norm
 from nsm.runtimes.parity.replay import groups
-from nsm.runtimes.parity.report import BRANCHES_PER_1000, Bisection, ParityReport
+from nsm.runtimes.parity.report import MASK_DECISIONS_PER_1000, Bisection, ParityReport
 
 __all__ = [
-    "BRANCHES_PER_1000",
     "BUDGETS",
-    "MAX_FLIPS",
+    "MASK_DECISIONS_PER_1000",
+    "MAX_LISTED_CHANGES",
     "Bisection",
     "Budget",
     "ParityReport",

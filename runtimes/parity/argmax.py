@@ -1,12 +1,11 @@
-"""Answers: the decisions of a model's first output, whether the target makes the same, and how clear they were.
+"""Argmax changes: tokens whose largest output differs between target and reference.
 
-A decision is an argmax over the last axis: one a token, or more where a token has several. A flip, a decision that the
-target makes another way, is excused where the reference's margin, its lead of the first answer over the second, is at
-most
+The argmax is over the last axis of the first output: one per token, or several if a token has several rows. A change is
+excused if the reference's margin, the lead of its largest output over the second, is at most
 
     2 * (budget of the free-run p99) * rms of the reference's output:
 
-a bound from the budget, never from the measured error, which would excuse every flip.
+a bound from the budget, never from the measured error, which would excuse every argmax change.
 """
 
 from __future__ import annotations
@@ -16,43 +15,43 @@ from typing import NamedTuple
 import numpy as np
 
 from nsm.runtimes.parity.metrics import kl_divergence
-from nsm.runtimes.parity.report import Flip
+from nsm.runtimes.parity.report import ArgmaxChange
 from nsm.trace import Array
 
-MAX_FLIPS = 100
-"""Flips that a report lists; those without excuse come first."""
+MAX_LISTED_CHANGES = 100
+"""Argmax changes that a report lists; unexcused ones come first."""
 
 
 class _Answer(NamedTuple):
-    """Of one stream's step, by decision, [decisions] each; `places` [flips, 6] are those of the flips.
+    """One step of one stream, [decisions] each; `places` [changes, 6] lists the argmax changes.
 
-    A row of `places`: stream, step, token, decision, choice of the reference, choice of the target; see `Flip`.
+    A row of `places`: stream, step, token, decision, choice of the reference, choice of the target; see `ArgmaxChange`.
     """
 
     stream: int
     step: int
     kl: Array
-    flips: Array
+    argmax_changes: Array
     margins: Array
     places: Array
 
 
 class Agreement(NamedTuple):
-    """All decisions that were compared; [decisions] each. At least one: where there is none, a flip.
+    """All decisions that were compared, [decisions] each; at least one.
 
-    `margins` and `bound`, up to which a flip is excused, are in units of the rms of the reference's output.
+    `margins` and `bound`, up to which an argmax change is excused, are in units of the rms of the reference's output.
     """
 
     kl: Array
-    flips: Array
+    argmax_changes: Array
     margins: Array
     bound: float
-    listed: tuple[Flip, ...]
+    listed: tuple[ArgmaxChange, ...]
 
     @property
     def excused(self) -> Array:
-        """[decisions] bool, the flips that are excused."""
-        found: Array = self.flips & (self.margins <= self.bound)
+        """[decisions] bool, the argmax changes that are excused."""
+        found: Array = self.argmax_changes & (self.margins <= self.bound)
         return found
 
 
@@ -81,35 +80,35 @@ class Answers:
         ordered = np.sort(wanted, -1)
         margins = ordered[:, -1] - ordered[:, -2:-1].max(-1, initial=-np.inf)
         right, chosen = wanted.argmax(-1), given.argmax(-1)
-        flips = right != chosen
-        at, each = np.flatnonzero(flips), len(wanted) // len(tokens)
+        argmax_changes = right != chosen
+        at, each = np.flatnonzero(argmax_changes), len(wanted) // len(tokens)
         where = (np.full(len(at), stream), np.full(len(at), step), tokens[at // each], at % each)
         places = np.stack([*where, right[at], chosen[at]], 1)
         kl = kl_divergence(wanted, given)
-        self._answers.append(_Answer(stream, step, kl, flips, margins / self._scale, places))
+        self._answers.append(_Answer(stream, step, kl, argmax_changes, margins / self._scale, places))
 
     def agreement(self, dropped: Array) -> Agreement:
         """Of all steps but those that `dropped` [N, T] marks."""
         kept = [item for item in self._answers if not dropped[item.stream, item.step]]
         if not kept:
             return Agreement(np.full(1, np.nan), np.ones(1, bool), np.zeros(1), self._bound, ())
-        kl, flips, margins = (
-            np.concatenate(part) for part in zip(*((i.kl, i.flips, i.margins) for i in kept), strict=True)
+        kl, argmax_changes, margins = (
+            np.concatenate(part) for part in zip(*((i.kl, i.argmax_changes, i.margins) for i in kept), strict=True)
         )
-        return Agreement(kl, flips, margins, self._bound, self._listed(kept))
+        return Agreement(kl, argmax_changes, margins, self._bound, self._listed(kept))
 
-    def _listed(self, kept: list[_Answer]) -> tuple[Flip, ...]:
+    def _listed(self, kept: list[_Answer]) -> tuple[ArgmaxChange, ...]:
         places = np.concatenate([item.places for item in kept])
-        margins = np.concatenate([item.margins[item.flips] for item in kept])
+        margins = np.concatenate([item.margins[item.argmax_changes] for item in kept])
         excused = margins <= self._bound
         stream, step, token, decision = places.T[:4]
-        listed = np.lexsort((decision, token, stream, step, excused))[:MAX_FLIPS]
+        listed = np.lexsort((decision, token, stream, step, excused))[:MAX_LISTED_CHANGES]
         return tuple(_flip(places[row], float(margins[row]), bool(excused[row])) for row in listed)
 
 
-def _flip(place: Array, margin: float, excused: bool) -> Flip:
+def _flip(place: Array, margin: float, excused: bool) -> ArgmaxChange:
     stream, step, token, decision, reference, target = place.tolist()
-    return Flip(stream, step, token, decision, reference, target, margin, excused)
+    return ArgmaxChange(stream, step, token, decision, reference, target, margin, excused)
 
 
 def _by_decision(values: Array) -> Array:

@@ -16,7 +16,7 @@ class Budget:
     Args:
         one_step_p99: 99th percentile of the one-step error.
         free_run_p99: 99th percentile of the free-run error.
-        agreement: least share of tokens with the reference's argmax, excused flips not counted against it.
+        agreement: least share of tokens with the reference's argmax, excused argmax changes not counted against it.
         kl_mean, kl_p999: mean and 99.9th percentile of KL(reference || target), in nats.
     """
 

@@ -65,7 +65,7 @@ class Findings:
         self._answers = Answers(trace.outputs[self.logits], budget.free_run_p99)
         self._mismatches = 0
         self._changed = False
-        self._branches = 0
+        self._mask_decisions = 0
         self._steps_run = 0
         # Where a stream is no longer the reference's because of an excused decision, and need not be compared.
         self._dropped = {kind: np.zeros(shape, bool) for kind in kinds}
@@ -105,7 +105,7 @@ class Findings:
             if not differing:
                 continue
             if (alone or not self._strayed[kind][stream]) and self._decisions.excused(stream, step, differing):
-                self._branches += kind == "free_run"
+                self._mask_decisions += kind == "free_run"
                 self._dropped[kind][stream, step : step + 1 if alone else None] = True
             else:
                 self._strayed[kind][stream] = True
@@ -193,21 +193,21 @@ class Findings:
             state_error_max=quantile(slots, 1.0),
             state_error_by_layer=self._by_layer(),
             state_error_by_age=self._by_age(),
-            argmax_agreement=1.0 - float(answers.flips.mean()),
-            excused_flips=int(answers.excused.sum()),
-            unexcused_flips=int((answers.flips & ~answers.excused).sum()),
-            flips=answers.listed,
+            argmax_agreement=1.0 - float(answers.argmax_changes.mean()),
+            excused_argmax_changes=int(answers.excused.sum()),
+            unexcused_argmax_changes=int((answers.argmax_changes & ~answers.excused).sum()),
+            argmax_changes=answers.listed,
             kl_mean=float(answers.kl.mean()),
             kl_p999=quantile(answers.kl, 0.999),
             mask_mismatches=self._mismatches,
-            branches=self._branches,
-            branches_per_1000_steps=1000 * self._branches / max(self._steps_run, 1),
+            mask_decisions=self._mask_decisions,
+            mask_decisions_per_1000_steps=1000 * self._mask_decisions / max(self._steps_run, 1),
             first_divergence=self._first_divergence(),
             reference_floor=trace.floor,
             budget=self.budget,
             curves=self._curves(answers),
         )
-        failures = [*self.failures, *self._vacuous(), *over_budget(report, len(answers.flips))]
+        failures = [*self.failures, *self._vacuous(), *over_budget(report, len(answers.argmax_changes))]
         return replace(report, failures=tuple(failures))
 
     def _by_layer(self) -> Mapping[str, Spread]:
@@ -251,7 +251,7 @@ class Findings:
             states={name: self._largest(free_run[name]) for name in self._inexact},
             one_step={name: self._largest(one_step[name]) for name in self._inexact},
             margins=answers.margins,
-            flips=answers.flips,
+            argmax_changes=answers.argmax_changes,
             excused_margin=answers.bound,
         )
 

@@ -14,7 +14,7 @@ from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.drift import Drift
 from nsm.trace import Array
 
-BRANCHES_PER_1000 = 1.0
+MASK_DECISIONS_PER_1000 = 1.0
 """More excused decisions than this fail a model in fp32."""
 
 
@@ -58,8 +58,8 @@ class Curves:
         states: by state name, [n]: the largest free-run error over the streams.
         one_step: by state name, [n]: the same of the one-step error.
         margins: [decisions], the reference's margin of the argmax, in units of the rms of its first output.
-        flips: [decisions] bool, where the target has another argmax.
-        excused_margin: a flip at a margin up to this is excused; same unit.
+        argmax_changes: [decisions] bool, True where the target has another argmax.
+        excused_margin: an argmax change at a margin up to this is excused; same unit.
     """
 
     free_run_p50: Array
@@ -69,7 +69,7 @@ class Curves:
     states: Mapping[str, Array]
     one_step: Mapping[str, Array]
     margins: Array
-    flips: Array
+    argmax_changes: Array
     excused_margin: float
 
 
@@ -92,7 +92,7 @@ class Gain:
 
 
 @dataclass(frozen=True)
-class Flip:
+class ArgmaxChange:
     """A decision that the target makes another way; see `nsm.runtimes.parity.argmax`.
 
     Args:
@@ -134,11 +134,11 @@ class ParityReport:
     `state_error_by_layer` and `state_error_by_age` split the error of the banks' active slots; see
     `nsm.runtimes.parity.slot_age`. `per_tensor` holds by name the 99th percentiles and the gain of every output and
     state, `gain` the largest of these; None where single steps have no error.
-    A decision is an argmax over the last axis of the first output: one a token, or more where a token has several.
-    `argmax_agreement` counts every flip, `excused_flips` those within the reference's own margin; `flips` are the first
-    of them, without excuse before excused. `mask_mismatches` counts entries of masks and counters that differ without
-    excuse, at every step they are looked at; `branches` the decisions of the free run that went the other way and were
-    excused, `branches_per_1000_steps` how many these are in 1000 of its calls; see
+    The argmax is over the last axis of the first output: one per token, or several if a token has several rows.
+    `argmax_agreement` counts every argmax change, `excused_argmax_changes` those within the reference's own margin;
+    `argmax_changes` lists the first ones, unexcused before excused. `mask_mismatches` counts entries of masks and
+    counters that differ without excuse, at every step that is compared; `mask_decisions` the excused mask decisions of
+    the free run that differ, `mask_decisions_per_1000_steps` the same per 1000 of its calls; see
     `nsm.runtimes.parity.mask_decisions`.
     """
 
@@ -163,14 +163,14 @@ class ParityReport:
     state_error_by_layer: Mapping[str, Spread]
     state_error_by_age: tuple[AgeError, ...]
     argmax_agreement: float
-    excused_flips: int
-    unexcused_flips: int
-    flips: tuple[Flip, ...]
+    excused_argmax_changes: int
+    unexcused_argmax_changes: int
+    argmax_changes: tuple[ArgmaxChange, ...]
     kl_mean: float
     kl_p999: float
     mask_mismatches: int
-    branches: int
-    branches_per_1000_steps: float
+    mask_decisions: int
+    mask_decisions_per_1000_steps: float
     first_divergence: Divergence | None
     reference_floor: float | None
     budget: Budget
@@ -190,9 +190,9 @@ class ParityReport:
         )
 
     @property
-    def flips_left_off(self) -> int:
-        """How many flips there are besides those that are listed."""
-        return max(0, self.unexcused_flips + self.excused_flips - len(self.flips))
+    def argmax_changes_left_off(self) -> int:
+        """The number of argmax changes that are not listed."""
+        return max(0, self.unexcused_argmax_changes + self.excused_argmax_changes - len(self.argmax_changes))
 
     def require(self) -> None:
         """Raise `ParityError` unless the comparison passed."""
@@ -248,14 +248,14 @@ class ParityReport:
                     for item in self.state_error_by_age
                 ],
                 "argmax_agreement": self.argmax_agreement,
-                "excused_flips": self.excused_flips,
-                "unexcused_flips": self.unexcused_flips,
-                "flips": [asdict(flip) for flip in self.flips],
-                "flips_left_off": self.flips_left_off,
+                "excused_argmax_changes": self.excused_argmax_changes,
+                "unexcused_argmax_changes": self.unexcused_argmax_changes,
+                "argmax_changes": [asdict(change) for change in self.argmax_changes],
+                "argmax_changes_left_off": self.argmax_changes_left_off,
                 "kl": {"mean": self.kl_mean, "p999": self.kl_p999},
                 "mask_mismatches": self.mask_mismatches,
-                "branches": self.branches,
-                "branches_per_1000_steps": self.branches_per_1000_steps,
+                "mask_decisions": self.mask_decisions,
+                "mask_decisions_per_1000_steps": self.mask_decisions_per_1000_steps,
                 "first_divergence": None if self.first_divergence is None else asdict(self.first_divergence),
                 "reference_floor": self.reference_floor,
                 "per_tensor": {name: dict(values) for name, values in self.per_tensor.items()},
@@ -299,7 +299,7 @@ class Bisection:
 def over_budget(report: ParityReport, decisions: int) -> list[str]:
     """The measurements over budget, a sentence each; `decisions` is the number of argmaxes compared."""
     budget = report.budget
-    allowed_agreement = 1.0 - report.unexcused_flips / decisions
+    allowed_agreement = 1.0 - report.unexcused_argmax_changes / decisions
     checks = [
         (f"one-step error p99 of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
         (f"free-run error p99 of {report.free_run.tensor}", report.free_run.p99, budget.free_run_p99),
@@ -326,15 +326,15 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
     failures = [f"{name} is {value:.3g}, the budget {limit:.3g}" for name, value, limit in checks if not value <= limit]
     if not allowed_agreement >= budget.agreement:
         failures.append(
-            f"{report.unexcused_flips} of {decisions} decisions have another argmax without excuse "
+            f"{report.unexcused_argmax_changes} of {decisions} decisions have another argmax without excuse "
             f"(agreement {allowed_agreement:.4%}, the budget {budget.agreement:.2%})"
         )
     if report.mask_mismatches:
         failures.append(f"{report.mask_mismatches} entries of masks or counters differ")
-    if budget.precision == "fp32" and not report.branches_per_1000_steps <= BRANCHES_PER_1000:
+    if budget.precision == "fp32" and not report.mask_decisions_per_1000_steps <= MASK_DECISIONS_PER_1000:
         failures.append(
-            f"{_counted(report.branches, 'decision')} went the other way, {report.branches_per_1000_steps:.3g} in 1000 "
-            f"steps, of which {BRANCHES_PER_1000:g} is allowed (it takes a trace of 1000 steps in all to allow one)"
+            f"differing mask decisions: {report.mask_decisions:,}, {report.mask_decisions_per_1000_steps:.3g} per 1000 "
+            f"steps; at most {MASK_DECISIONS_PER_1000:g} is allowed (a trace needs 1000 steps in all to allow one)"
         )
     if report.effective_precision != report.precision:
         failures.append(f"the backend computes in {report.effective_precision} instead of {report.precision}")

@@ -103,7 +103,7 @@ def test_numbers_of_numpy_are_taken_like_others(tmp_path: Path) -> None:
     model = nsm.as_step(Sum(), states, token_shape=shape, timed=timed, chunk_size=size)  # type: ignore[arg-type]
     options = {"batch": 2, "num_samples": 2, "golden_steps": 4, "opset": 20}
     given: dict[str, Any] = {name: np.int64(value) for name, value in options.items()}
-    bundle = nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_float_share=np.float32(0.5), **given)
+    bundle = nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_fp32_share=np.float32(0.5), **given)
     assert bundle.manifest.spec.batch == 2
     (state,) = bundle.manifest.model["config"]["states"]
     assert state[:3] == ["sum", [1, 3], 0]  # and a hash of its initial value
@@ -117,8 +117,8 @@ def test_options_of_another_type_are_named(tmp_path: Path, name: str) -> None:
     given: dict[str, Any] = {name: 2.5}
     with pytest.raises(InputError, match=rf"{name} is a whole number; given 2\.5 of type float"):
         nsm.export_model(model, "onnx", tmp_path / "m.nsm", **given)
-    with pytest.raises(InputError, match=r"max_float_share is a number; given 'half' of type str"):
-        nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_float_share="half")
+    with pytest.raises(InputError, match=r"max_fp32_share is a number; given 'half' of type str"):
+        nsm.export_model(model, "onnx", tmp_path / "m.nsm", max_fp32_share="half")
 
 
 def test_a_learned_initial_value_and_a_file_of_sequences_by_its_name(tmp_path: Path) -> None:

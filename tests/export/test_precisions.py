@@ -18,7 +18,7 @@ from nsm.runtimes.opening.artifacts import chosen_artifact
 from nsm.runtimes.targets import TARGETS
 from tests.export.helpers import invoke, names, refused, succeeded, the_json
 
-OPTIONS = ("-t", "ov", "--allow-slower", "--max-float-share", "0.7")
+OPTIONS = ("-t", "ov", "--allow-slower", "--max-fp32-share", "0.7")
 
 
 @pytest.fixture(scope="module")

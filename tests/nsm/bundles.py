@@ -44,8 +44,8 @@ def fill(stage: Path, command: str = "nsm-export model.pt") -> Manifest:
                 tuple(file_record(stage, name) for name in OWN),
                 {"status": "failed", "one_step": {"p99": 0.5}},
                 quantization={
-                    "form": "static",
-                    "float": {"head": "small"},
+                    "scheme": "static",
+                    "kept_in_fp32": {"head": "small"},
                     "speed": {"step": dict.fromkeys(("median", "low", "high"), 1.5)},
                 },
             ),

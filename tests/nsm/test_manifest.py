@@ -129,16 +129,22 @@ WRONG: dict[str, tuple[tuple[str | int, ...], object]] = {
         {"status": "passed", "argmax_agreement": "all"},
     ),
     "artifact quantization a word": ((*ARTIFACT, "quantization"), "int8"),
-    "artifact quantization without a form": ((*ARTIFACT, "quantization"), {"float": {}}),
-    "artifact quantization, float a list": ((*ARTIFACT, "quantization"), {"form": "static", "float": ["head"]}),
-    "artifact quantization, reason a number": ((*ARTIFACT, "quantization"), {"form": "static", "float": {"head": 1}}),
+    "artifact quantization without a form": ((*ARTIFACT, "quantization"), {"kept_in_fp32": {}}),
+    "artifact quantization, float a list": (
+        (*ARTIFACT, "quantization"),
+        {"scheme": "static", "kept_in_fp32": ["head"]},
+    ),
+    "artifact quantization, reason a number": (
+        (*ARTIFACT, "quantization"),
+        {"scheme": "static", "kept_in_fp32": {"head": 1}},
+    ),
     "artifact quantization, speed a number": (
         (*ARTIFACT, "quantization"),
-        {"form": "static", "float": {}, "speed": 2.0},
+        {"scheme": "static", "kept_in_fp32": {}, "speed": 2.0},
     ),
     "artifact quantization, speed without an interval": (
         (*ARTIFACT, "quantization"),
-        {"form": "static", "float": {}, "speed": {"step": {"median": 2.0}}},
+        {"scheme": "static", "kept_in_fp32": {}, "speed": {"step": {"median": 2.0}}},
     ),
     "artifact notes null": ((*ARTIFACT, "notes"), None),
     "artifact without a limit": ((*ARTIFACT, "limit"), KeyError),

@@ -12,15 +12,15 @@ import openvino as ov
 from onnx import TensorProto, helper, numpy_helper
 
 from nsm.quantization import rewrite
-from nsm.quantization.linear_ops import Product, products_of
+from nsm.quantization.linear_ops import LinearOp, linear_ops_of
 from nsm.trace import Array, Arrays
 
 LANES, TOKENS, DEPTH, WIDTH = 2, 3, 24, 8
 BLOCK = 16
 SCALES = {"A": np.float32(0.02), "B": np.float32(1 / 32)}
-"""Of the activations of the products with these weights."""
+"""Of the activations of the linear ops with these weights."""
 
-Fast = Callable[[onnx.ModelProto, Sequence[Product]], onnx.ModelProto]
+Fast = Callable[[onnx.ModelProto, Sequence[LinearOp]], onnx.ModelProto]
 
 
 def make_graph(
@@ -75,8 +75,8 @@ def weights() -> Arrays:
 def feeds() -> Arrays:
     """Numbers that no machine computes otherwise than another.
 
-    Multiples of 1 / 32, with a 127 in every block of a token, so that a kernel that quantises blocks of them loses
-    nothing. The first number is the least, 0 as an unsigned byte: processors without VNNI add pairs of products of
+    Multiples of 1 / 32, with a 127 in every block of a token, so that a kernel that quantizes blocks of them loses
+    nothing. The first number is the least, 0 as an unsigned byte: processors without VNNI add pairs of linear ops of
     bytes in 16 bits, and the largest weight meets it.
     """
     random = np.random.default_rng(2)
@@ -87,26 +87,28 @@ def feeds() -> Arrays:
     return made
 
 
-def chosen(model: onnx.ModelProto) -> list[Product]:
-    """All but the product with C."""
-    return [product for product in products_of(model) if product.weight != "C"]
+def chosen(model: onnx.ModelProto) -> list[LinearOp]:
+    """All but the linear op with C."""
+    return [linear_op for linear_op in linear_ops_of(model) if linear_op.weight != "C"]
 
 
-def static(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
-    return rewrite.static(model, products, {product.key: float(SCALES[product.weight]) for product in products})
+def static(model: onnx.ModelProto, linear_ops: Sequence[LinearOp]) -> onnx.ModelProto:
+    return rewrite.static(
+        model, linear_ops, {linear_op.key: float(SCALES[linear_op.weight]) for linear_op in linear_ops}
+    )
 
 
-def blocked(model: onnx.ModelProto, products: Sequence[Product]) -> onnx.ModelProto:
-    return rewrite.blocked(model, products, BLOCK)
+def blocked(model: onnx.ModelProto, linear_ops: Sequence[LinearOp]) -> onnx.ModelProto:
+    return rewrite.blocked(model, linear_ops, BLOCK)
 
 
 FAST: dict[str, Fast] = {
-    "weights": rewrite.weights_only,
+    "weight-only": rewrite.weights_only,
     "static": static,
     "dynamic": rewrite.dynamic,
-    "blocked": blocked,
-    "half": rewrite.half,
-    "brain": lambda model, products: rewrite.half(model, products, TensorProto.BFLOAT16),
+    "block-wise": blocked,
+    "fp16": rewrite.half,
+    "bf16": lambda model, linear_ops: rewrite.half(model, linear_ops, TensorProto.BFLOAT16),
 }
 """Every form, on `four_products`."""
 

@@ -16,7 +16,7 @@ from nsm.export.graphs.exporter import export_onnx, initial_arrays
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.stream import StreamModel
 from nsm.quantization.calibration import AGES, Range, Watched, calibrate, rollouts
-from nsm.quantization.linear_ops import products_of, weight_key
+from nsm.quantization.linear_ops import linear_ops_of, weight_key
 from nsm.quantization.preconditions import MAX_STEPS, MIN_CALLS
 from nsm.runtimes.backends.onnxruntime import load
 from nsm.runtimes.session.session import Session
@@ -93,7 +93,7 @@ def test_of_many_numbers_some_will_do_but_the_largest_counts() -> None:
     assert found.scale() == pytest.approx(np.abs(values).max() / 127, rel=0.05)
 
 
-def unsigned_error(values: Array, scale: float, zero: float) -> float:
+def asymmetric_error(values: Array, scale: float, zero: float) -> float:
     levels = np.clip(np.rint(values / scale) + zero, 0, 255) - zero
     return float(np.mean((values - scale * levels) ** 2))
 
@@ -105,18 +105,18 @@ def test_what_is_hardly_ever_negative_is_unsigned_with_levels_near_the_best(sign
     values = (sign * x / (1 + np.exp(-x))).astype(np.float32)
     found = Range()
     found.add(values)
-    best = found.unsigned(found.scale())
+    best = found.asymmetric(found.scale())
     assert best is not None
     assert best.zero in zeros
     ends = np.linspace(0.3, 1.1, 41)
     low, high = float(min(values)), float(max(values))
     least = min(
-        unsigned_error(values, scale, np.rint(-a * low / scale))
+        asymmetric_error(values, scale, np.rint(-a * low / scale))
         for a in ends
         for b in ends
         if (scale := (b * high - a * low) / 255) > 0
     )
-    given = unsigned_error(values, best.scale, best.zero)
+    given = asymmetric_error(values, best.scale, best.zero)
     assert given <= 1.1 * least
     assert given < 0.5 * squared_error(values, found.scale())
 
@@ -126,21 +126,21 @@ def test_what_has_both_signs_alike_stays_signed(kind: str) -> None:
     found, values = Range(), draw(kind, 3000)
     found.add(values)
     found.add(-values)
-    assert found.unsigned(found.scale()) is None
+    assert found.asymmetric(found.scale()) is None
 
 
 @pytest.mark.parametrize("value", [3.0, -0.25])
 def test_a_constant_is_a_level(value: float) -> None:
     found = Range()
     found.add(np.full(100, value, np.float32))
-    assert found.unsigned(found.scale()) is None  # its int8 is exact
+    assert found.asymmetric(found.scale()) is None  # its int8 is exact
 
 
 def test_zero_is_a_level_even_where_no_number_is_near_it() -> None:
     """Masked slots are zero, and padding is."""
     found, values = Range(), draw("uniform", 3000)
     found.add(np.abs(values) / 4 + 3)
-    best = found.unsigned(found.scale())
+    best = found.asymmetric(found.scale())
     assert best is not None
     assert best.zero == 0
     assert best.scale == pytest.approx((np.abs(values).max() / 4 + 3) / 255, rel=0.02)
@@ -155,7 +155,7 @@ def test_an_activation_that_is_always_zero_has_a_scale_of_one() -> None:
         found = Range()
         found.add(np.full(8, size, np.float32))
         assert found.scale() == 1.0
-        assert found.unsigned(found.scale()) is None
+        assert found.asymmetric(found.scale()) is None
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -272,7 +272,7 @@ def test_a_calibration_says_what_was_seen(toy: Toy) -> None:
     assert found.calls == len(found.ages) + 3  # the short one was looked at on its own, at ages that were there
     assert found.occupancy == (0.0, 1.0)
     assert set(found.scales) == {FIRST, LAST}
-    assert set(found.unsigned) <= set(found.scales)
+    assert set(found.asymmetric) <= set(found.scales)
 
 
 def test_a_model_without_masks_has_no_occupancy(tmp_path: Path) -> None:
@@ -304,8 +304,8 @@ def test_a_bundle_has_a_scale_for_every_product_of_every_entry(exported: Path) -
     with nsm.open(exported, target="onnxruntime") as session:
         found = calibrate(exported / "graphs" / "step.onnx", session, list(make_sequences(3, 20 * CHUNK)))
     for entry in ("step", "decode", "commit"):
-        products = products_of(onnx.load(str(exported / "graphs" / f"{entry}.onnx")))
-        assert {product.key for product in products} <= set(found.scales)
+        linear_ops = linear_ops_of(onnx.load(str(exported / "graphs" / f"{entry}.onnx")))
+        assert {linear_op.key for linear_op in linear_ops} <= set(found.scales)
     assert all(0 < scale < 1 for scale in found.scales.values())
     assert (found.streams, found.occupancy) == (3, (1.0, 1.0))
 
@@ -336,7 +336,7 @@ def test_a_model_that_gives_nan_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("calls", [30, 250])  # after 128 it has overflowed
 def test_states_that_explode_are_refused(tmp_path: Path, calls: int) -> None:
     toy = make_toy(tmp_path, keep=2.0)
-    with pytest.raises(UnsupportedError, match=r"states explode: .* grows from .* to .* not quantised\. Train on"):
+    with pytest.raises(UnsupportedError, match=r"states explode: .* grows from .* to .* not quantized\. Train on"):
         calibrate(toy.graph, toy.open(), [ones(calls)])
 
 
@@ -355,8 +355,8 @@ def test_states_that_settle_or_grow_slowly_are_fine(tmp_path: Path, keep: float)
 
 
 def test_a_graph_without_products_is_refused(tmp_path: Path) -> None:
-    toy = make_toy(tmp_path, products=False)
-    with pytest.raises(UnsupportedError, match="The model has no product with constant weights, so there is nothing"):
+    toy = make_toy(tmp_path, linear_ops=False)
+    with pytest.raises(UnsupportedError, match="The model has no linear op with constant weights, so there is nothing"):
         calibrate(toy.graph, toy.open(), [ones(MIN_CALLS)])
 
 

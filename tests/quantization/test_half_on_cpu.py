@@ -12,11 +12,11 @@ import pytest
 from onnx import TensorProto
 
 from nsm.quantization import rewrite
-from nsm.quantization.linear_ops import products_of
+from nsm.quantization.linear_ops import linear_ops_of
 from tests.quantization.graphs import make_graph, product_node
 
 pytestmark = pytest.mark.skipif(
-    platform.machine() not in ("x86_64", "AMD64"), reason="on Arm ONNX Runtime has products in fp16"
+    platform.machine() not in ("x86_64", "AMD64"), reason="on Arm ONNX Runtime has linear ops in fp16"
 )
 
 
@@ -26,7 +26,7 @@ def half(kind: int) -> bytes:
     shape = {"x": [1, 128]}
     nodes = [product_node("p/MatMul", "x", "W", "z"), onnx.helper.make_node("Add", ["x", "z"], ["y"])]
     model = make_graph(nodes, shape, {"y": [1, 128]}, {"W": weight})
-    low: onnx.ModelProto = rewrite.half(model, products_of(model), kind)
+    low: onnx.ModelProto = rewrite.half(model, linear_ops_of(model), kind)
     assert any(tensor.data_type == kind for tensor in low.graph.initializer)
     content: bytes = low.SerializeToString()
     return content

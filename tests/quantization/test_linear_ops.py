@@ -7,7 +7,7 @@ import onnx
 import pytest
 from onnx import helper, numpy_helper
 
-from nsm.quantization.linear_ops import Product, products_of, weight_key
+from nsm.quantization.linear_ops import LinearOp, linear_ops_of, weight_key
 from nsm.trace import Array
 from tests.quantization.graphs import make_graph, product_node
 
@@ -23,15 +23,15 @@ def single(weight: Array, node: onnx.NodeProto | None = None) -> onnx.ModelProto
 
 def test_a_product_with_a_constant_matrix_is_found_with_all_there_is_to_know() -> None:
     weight = numbers(4, 5)
-    (found,) = products_of(single(weight))
-    assert found == Product("a/MatMul", "x", "w", (4, 5), weight_key(weight), largest=float(np.abs(weight).max()))
+    (found,) = linear_ops_of(single(weight))
+    assert found == LinearOp("a/MatMul", "x", "w", (4, 5), weight_key(weight), largest=float(np.abs(weight).max()))
     assert found.size == 20
 
 
 def test_they_come_in_the_order_of_the_graph() -> None:
     weights = {name: numbers(4, 4, seed=seed) for seed, name in enumerate("ba")}
     nodes = [product_node("late", "x", "b", "y"), product_node("early", "y", "a", "z")]
-    found = products_of(make_graph(nodes, {"x": [2, 3, 4]}, {"z": [2, 3, 4]}, weights))
+    found = linear_ops_of(make_graph(nodes, {"x": [2, 3, 4]}, {"z": [2, 3, 4]}, weights))
     assert [(item.node, item.activation, item.weight) for item in found] == [("late", "x", "b"), ("early", "y", "a")]
 
 
@@ -50,13 +50,13 @@ def test_they_come_in_the_order_of_the_graph() -> None:
     ids=["batched", "vector", "double", "integer", "on the left", "sum", "one input", "two activations"],
 )
 def test_nothing_else_is_a_product(model: onnx.ModelProto) -> None:
-    assert products_of(model) == []
+    assert linear_ops_of(model) == []
 
 
 def test_the_key_is_of_the_numbers() -> None:
     weight = numbers(4, 5)
     other = make_graph([product_node("b", "t", "v", "u")], {"t": [7, 4]}, {"u": [7, 5]}, {"v": weight.copy()})
-    (first,), (second,) = products_of(single(weight)), products_of(other)
+    (first,), (second,) = linear_ops_of(single(weight)), linear_ops_of(other)
     assert first.key == second.key
     changed = weight.copy()
     changed[3, 4] = np.nextafter(changed[3, 4], np.float32(9))
@@ -68,9 +68,9 @@ def test_the_key_is_of_the_numbers() -> None:
 # -- a real bundle ---------------------------------------------------------------------------------------------------
 
 
-def read(exported: Path, entry: str) -> tuple[onnx.ModelProto, list[Product]]:
+def read(exported: Path, entry: str) -> tuple[onnx.ModelProto, list[LinearOp]]:
     model = onnx.load(str(exported / "graphs" / f"{entry}.onnx"))
-    return model, [product for product in products_of(model) if not product.sums]
+    return model, [linear_op for linear_op in linear_ops_of(model) if not linear_op.sums]
 
 
 def test_the_products_of_a_bundle_are_named_after_their_modules(exported: Path) -> None:

@@ -8,16 +8,16 @@ from hypothesis import strategies as st
 
 from nsm.errors import UnsupportedError
 from nsm.export.verify.artifact import PRECISIONS
-from nsm.quantization.linear_ops import Product
-from nsm.quantization.policy import POLICIES, SMALLEST, Form, Policy, find_policy
+from nsm.quantization.linear_ops import LinearOp
+from nsm.quantization.policy import POLICIES, SMALLEST, Policy, Scheme, find_policy
 from nsm.runtimes.targets import TARGETS
 
 ROUTER = "layers.0.router.product/MatMul"
 LIFT = "layers.3.consolidation.lift.1.value/MatMul.2"
 
 
-def product(node: str, depth: int = 512, width: int = 512) -> Product:
-    return Product(node, "x", "w", (depth, width), node)
+def linear_op(node: str, depth: int = 512, width: int = 512) -> LinearOp:
+    return LinearOp(node, "x", "w", (depth, width), node)
 
 
 # -- the table -------------------------------------------------------------------------------------------------------
@@ -28,7 +28,7 @@ def test_every_row_names_a_target_and_a_precision(target: str, precision: str) -
     assert target in TARGETS
     assert precision in PRECISIONS
     assert precision != "fp32"
-    assert POLICIES[target, precision].form in get_args(Form)
+    assert POLICIES[target, precision].scheme in get_args(Scheme)
     assert find_policy(target, precision) is POLICIES[target, precision]
 
 
@@ -38,7 +38,7 @@ def test_every_precision_is_built_on_some_target() -> None:
 
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=map(" ".join, POLICIES))
 def test_every_policy_keeps_what_decides_about_slots(policy: Policy) -> None:
-    chosen, kept = policy.chosen([product(ROUTER), product(LIFT), product("layers.0.projection/MatMul")])
+    chosen, kept = policy.chosen([linear_op(ROUTER), linear_op(LIFT), linear_op("layers.0.projection/MatMul")])
     assert [item.node for item in chosen] == ["layers.0.projection/MatMul"]
     assert set(kept) == {ROUTER, LIFT}
 
@@ -64,8 +64,8 @@ def test_what_is_not_there_is_refused_with_what_there_is(target: str, precision:
 @pytest.mark.parametrize(
     ("target", "precision", "reason", "instead"),
     [
-        ("onnxruntime", "fp16", "back into fp32", "int8"),
-        ("onnxruntime", "bf16", "no such products", "int8"),
+        ("onnxruntime", "fp16", "back to fp32", "int8"),
+        ("onnxruntime", "bf16", "no linear ops in bf16", "int8"),
         ("onnxruntime-cuda", "int8", "no kernels for int8", "fp16"),
         ("onnxruntime-cuda", "int8-weights", "measured on a GPU", "fp16"),
     ],
@@ -73,7 +73,7 @@ def test_what_is_not_there_is_refused_with_what_there_is(target: str, precision:
 def test_what_looks_as_if_it_should_be_there_is_refused_with_the_reason(
     target: str, precision: str, reason: str, instead: str
 ) -> None:
-    with pytest.raises(UnsupportedError, match=f"{reason}.* Take {instead}.* It is built in: fp32, "):
+    with pytest.raises(UnsupportedError, match=f"{reason}.* Use {instead}.* It is built in: fp32, "):
         find_policy(target, precision)
     find_policy(target, instead)
 
@@ -82,17 +82,17 @@ def test_what_looks_as_if_it_should_be_there_is_refused_with_the_reason(
 
 
 def test_routers_and_lifts_and_small_matrices_stay_with_the_reason() -> None:
-    products = [
-        product("layers.0.projection/MatMul", 128, 128),
-        product(ROUTER),
-        product("layers.0.memory.out/MatMul", 128, 127),
-        product(LIFT),
-        product(f"layers.1.{ROUTER}", 2, 2),
-        product("head.1/MatMul"),
+    linear_ops = [
+        linear_op("layers.0.projection/MatMul", 128, 128),
+        linear_op(ROUTER),
+        linear_op("layers.0.memory.out/MatMul", 128, 127),
+        linear_op(LIFT),
+        linear_op(f"layers.1.{ROUTER}", 2, 2),
+        linear_op("head.1/MatMul"),
     ]
-    chosen, kept = Policy("static").chosen(products)
-    assert chosen == [products[0], products[5]]
-    assert products[0].size == SMALLEST
+    chosen, kept = Policy("static").chosen(linear_ops)
+    assert chosen == [linear_ops[0], linear_ops[5]]
+    assert linear_ops[0].size == SMALLEST
     assert kept == {
         ROUTER: "router layer: always fp32",
         "layers.0.memory.out/MatMul": "its 128 x 127 numbers are too few to gain",
@@ -103,36 +103,36 @@ def test_routers_and_lifts_and_small_matrices_stay_with_the_reason() -> None:
 
 def test_a_name_that_only_looks_like_a_router_is_chosen() -> None:
     names = ["layers.0.router_product/MatMul", "layers.0.router.products/MatMul", "layers.0.lifted/MatMul"]
-    chosen, kept = Policy("static").chosen([product(name) for name in names])
+    chosen, kept = Policy("static").chosen([linear_op(name) for name in names])
     assert ([item.node for item in chosen], kept) == (names, {})
 
 
 def test_other_patterns_take_the_place_of_these() -> None:
-    policy = Policy("half", keep=(("head.*", "it is the head"),))
-    chosen, kept = policy.chosen([product(ROUTER), product("head.1/MatMul")])
+    policy = Policy("fp16", keep=(("head.*", "it is the head"),))
+    chosen, kept = policy.chosen([linear_op(ROUTER), linear_op("head.1/MatMul")])
     assert ([item.node for item in chosen], kept) == ([ROUTER], {"head.1/MatMul": "it is the head"})
 
 
 MODULES = ("router.product", "lift.0.value", "lift.1.product", "projection", "feed_forward.0", "attention.fuse")
 NODES = st.builds("layers.{}.{}/MatMul.{}".format, st.integers(0, 9), st.sampled_from(MODULES), st.integers(2, 9))
 PRODUCTS = st.lists(
-    st.builds(product, NODES, st.integers(1, 300), st.integers(1, 300)), unique_by=lambda item: item.node
+    st.builds(linear_op, NODES, st.integers(1, 300), st.integers(1, 300)), unique_by=lambda item: item.node
 )
 
 
 @given(PRODUCTS, st.sampled_from(sorted(POLICIES)))
-def test_every_product_is_either_chosen_or_kept(products: list[Product], row: tuple[str, str]) -> None:
-    chosen, kept = POLICIES[row].chosen(products)
+def test_every_product_is_either_chosen_or_kept(linear_ops: list[LinearOp], row: tuple[str, str]) -> None:
+    chosen, kept = POLICIES[row].chosen(linear_ops)
     names = [item.node for item in chosen]
     assert not set(names) & set(kept)
-    assert sorted([*names, *kept]) == sorted(item.node for item in products)
-    assert chosen == [item for item in products if item.node in names]  # in their order
+    assert sorted([*names, *kept]) == sorted(item.node for item in linear_ops)
+    assert chosen == [item for item in linear_ops if item.node in names]  # in their order
     assert all(reason for reason in kept.values())
-    for item in products:
+    for item in linear_ops:
         decides = ".router.product/" in item.node or ".lift." in item.node
         assert (item.node in kept) == (decides or item.size < SMALLEST)
 
 
 def test_a_small_sum_stays_float_and_needs_no_reason() -> None:
-    sums = Product("later/MatMul", "x", "w", (16, 17), "key", sums=True)
-    assert Policy("dynamic").chosen([sums, product("large")]) == ([product("large")], {})
+    sums = LinearOp("later/MatMul", "x", "w", (16, 17), "key", sums=True)
+    assert Policy("dynamic").chosen([sums, linear_op("large")]) == ([linear_op("large")], {})

@@ -11,8 +11,8 @@ from onnx import TensorProto, helper
 from onnx.reference import ReferenceEvaluator
 
 from nsm.quantization import rewrite
-from nsm.quantization.calibration_data import Unsigned
-from nsm.quantization.linear_ops import products_of
+from nsm.quantization.calibration_data import Asymmetric
+from nsm.quantization.linear_ops import linear_ops_of
 from nsm.quantization.policy import LEVELS, SAFE_SUM
 from nsm.quantization.rewrite import quantised_weight
 from nsm.trace import Array
@@ -40,7 +40,7 @@ from tests.quantization.graphs import (
 )
 
 Slow = Callable[[Array, Array, str], Array]
-"""(activations, weight, name of the weight) -> their product."""
+"""(activations, weight, name of the weight) -> their linear op."""
 
 
 # -- a matrix --------------------------------------------------------------------------------------------------------
@@ -75,8 +75,8 @@ def test_the_range_is_symmetric(weight: Array) -> None:
 
 
 @given(MATRICES)
-def test_neighbours_of_a_guarded_matrix_do_not_add_up_to_more_than_is_safe(weight: Array) -> None:
-    levels, scale = quantised_weight(weight, guarded=True)
+def test_neighbours_of_a_saturation_safe_matrix_do_not_add_up_to_more_than_is_safe(weight: Array) -> None:
+    levels, scale = quantised_weight(weight, saturation_safe=True)
     free, finer = quantised_weight(weight)
     assert largest_pair(levels) <= SAFE_SUM
     assert np.all((finer <= scale) & (scale <= 2 * finer * (1 + 1e-6)) | (scale == 1.0))
@@ -98,7 +98,7 @@ def test_it_is_what_counting_by_hand_gives() -> None:
     assert scale[2] == 1.0
 
 
-# -- the forms, on a graph with products that share ------------------------------------------------------------------
+# -- the forms, on a graph with linear ops that share ------------------------------------------------------------------
 
 
 def slow_weights(x: Array, weight: Array, name: str) -> Array:
@@ -112,7 +112,7 @@ def slow_static(x: Array, weight: Array, name: str) -> Array:
 
 
 def slow_dynamic(x: Array, weight: Array, name: str) -> Array:
-    """DynamicQuantizeLinear as the ONNX standard defines it, then a product of integers."""
+    """DynamicQuantizeLinear as the ONNX standard defines it, then a linear op of integers."""
     least, largest = min(np.float32(0), x.min()), max(np.float32(0), x.max())
     scale = np.float32((largest - least) / np.float32(255))
     zero = np.clip(np.rint(-least / scale), 0, 255)
@@ -128,20 +128,21 @@ def slow_blocked(x: Array, weight: Array, name: str) -> Array:
     return total
 
 
-FORMS: Mapping[str, tuple[Fast, Slow]] = {
-    "weights": (rewrite.weights_only, slow_weights),
+SCHEMES: Mapping[str, tuple[Fast, Slow]] = {
+    "weight-only": (rewrite.weights_only, slow_weights),
     "static": (static, slow_static),
     "dynamic": (rewrite.dynamic, slow_dynamic),
-    "blocked": (blocked, slow_blocked),
+    "block-wise": (blocked, slow_blocked),
 }
 
 
-# Fused, ONNX Runtime quantises the activations of weights-only products as well, so there it is run as written.
+# Fused, ONNX Runtime quantizes the activations of weights-only linear ops as well, so there it is run as written.
 @pytest.mark.parametrize(
-    ("form", "optimise"), [(form, False) for form in FORMS] + [(form, True) for form in FORMS if form != "weights"]
+    ("scheme", "optimise"),
+    [(scheme, False) for scheme in SCHEMES] + [(scheme, True) for scheme in SCHEMES if scheme != "weight-only"],
 )
-def test_a_form_computes_what_it_says(form: str, optimise: bool) -> None:
-    fast, slow = FORMS[form]
+def test_a_form_computes_what_it_says(scheme: str, optimise: bool) -> None:
+    fast, slow = SCHEMES[scheme]
     given, numbers = feeds(), weights()
     model = four_products(numbers)
     outputs = run(fast(model, chosen(model)), given, optimise)
@@ -151,12 +152,12 @@ def test_a_form_computes_what_it_says(form: str, optimise: bool) -> None:
     for name, value in wanted.items():
         np.testing.assert_allclose(outputs[name], value, rtol=1e-5, atol=1e-4, err_msg=name)
     plain = run(model, given)
-    assert all(np.abs(outputs[name] - plain[name]).max() > 1e-3 for name in plain)  # not the product in fp32
+    assert all(np.abs(outputs[name] - plain[name]).max() > 1e-3 for name in plain)  # not the linear op in fp32
 
 
 def test_the_slow_forms_differ_from_each_other() -> None:
     x, weight = feeds()["x"], weights()["A"]
-    results = [slow(x, weight, "A") for _, slow in FORMS.values()]
+    results = [slow(x, weight, "A") for _, slow in SCHEMES.values()]
     for first in range(len(results)):
         for second in range(first):
             assert np.abs(results[first] - results[second]).max() > 1e-3
@@ -169,8 +170,8 @@ def test_static_rounds_to_even_and_clips() -> None:
     model = make_graph(
         [product_node("a", "x", "w", "y")], {"x": [1, size]}, {"y": [1, size]}, {"w": np.eye(size, dtype=np.float32)}
     )
-    (product,) = products_of(model)
-    low = rewrite.static(model, [product], {product.key: scale})
+    (linear_op,) = linear_ops_of(model)
+    low = rewrite.static(model, [linear_op], {linear_op.key: scale})
     wanted = np.array([[0, 2, 2, 0, -2, 126, 127, 127, -128, -128, -128]]) * scale
     for optimise in (False, True):
         np.testing.assert_allclose(run(low, {"x": halves * scale}, optimise)["y"], wanted, rtol=1e-6)
@@ -178,29 +179,29 @@ def test_static_rounds_to_even_and_clips() -> None:
 
 @pytest.mark.parametrize("optimise", [False, True])
 def test_unsigned_activations_are_what_their_zero_point_says(optimise: bool) -> None:
-    """Those of one product, next to another that reads the same numbers as int8."""
+    """Those of one linear op, next to another that reads the same numbers as int8."""
     numbers, given = weights(), feeds()
     model = four_products(numbers)
-    keys = {product.weight: product.key for product in products_of(model)}
+    keys = {linear_op.weight: linear_op.key for linear_op in linear_ops_of(model)}
     scale, zero = 3 / 160, 37  # no number of the feeds lies half way between two levels
     scales = {keys[name]: float(SCALES[name]) for name in "AB"}
-    low = rewrite.static(model, chosen(model), scales, unsigned={keys["A"]: Unsigned(scale, zero)})
+    low = rewrite.static(model, chosen(model), scales, asymmetric={keys["A"]: Asymmetric(scale, zero)})
     outputs = run(low, given, optimise)
 
-    def product(x: Array) -> Array:
+    def linear_op(x: Array) -> Array:
         levels = np.clip(np.rint(x / np.float32(scale)) + zero, 0, 255) - zero
         return slow_weights(levels * np.float32(scale), numbers["A"], "A")
 
-    y = product(given["x"]) + slow_static(given["x"], numbers["B"], "B")
+    y = linear_op(given["x"]) + slow_static(given["x"], numbers["B"], "B")
     np.testing.assert_allclose(outputs["y"], y, rtol=1e-5, atol=1e-4)
-    np.testing.assert_allclose(outputs["r"], product(given["z"]), rtol=1e-5, atol=1e-4)
+    np.testing.assert_allclose(outputs["r"], linear_op(given["z"]), rtol=1e-5, atol=1e-4)
 
 
 def test_dynamic_gives_zero_for_a_state_of_zeros() -> None:
     model = four_products(weights())
     zeros = {name: np.zeros_like(value) for name, value in feeds().items()}
     for optimise in (False, True):
-        outputs = run(rewrite.dynamic(model, products_of(model)), zeros, optimise)
+        outputs = run(rewrite.dynamic(model, linear_ops_of(model)), zeros, optimise)
         assert not any(value.any() for value in outputs.values())
 
 
@@ -234,7 +235,7 @@ def test_blocked_pads_a_depth_that_is_no_multiple_of_the_block() -> None:
 def test_half_rounds_activations_and_weights_and_nothing_else(kind: int) -> None:
     """Numbers close to small whole ones, which both kinds of half round to them, and whose sums are exact.
 
-    ONNX Runtime has no such products on the CPU: it leaves the casts of fp16 out, and refuses bf16.
+    ONNX Runtime has no such linear ops on the CPU: it leaves the casts of fp16 out, and refuses bf16.
     """
     random = np.random.default_rng(3)
     whole = {name: random.choice([-3, -2, -1, 1, 2, 3], (DEPTH, WIDTH)) for name in "AB"}
@@ -261,7 +262,7 @@ def test_half_rounds_activations_and_weights_and_nothing_else(kind: int) -> None
 @example(np.full((3, 4), 1 + 3 * 2.0**-8, np.float32))
 def test_bf16_weights_are_the_nearest_with_ties_to_even(weight: Array) -> None:
     model = make_graph([product_node("a", "x", "w", "y")], {"x": [1, 3]}, {"y": [1, 4]}, {"w": weight})
-    (tensor,) = rewrite.half(model, products_of(model), TensorProto.BFLOAT16).graph.initializer
+    (tensor,) = rewrite.half(model, linear_ops_of(model), TensorProto.BFLOAT16).graph.initializer
     assert (tensor.name, tensor.data_type, list(tensor.dims)) == ("w.half", TensorProto.BFLOAT16, [3, 4])
     wanted = helper.make_tensor("w.half", TensorProto.BFLOAT16, weight.shape, weight.ravel())
     assert tensor.raw_data == np.array(wanted.int32_data, np.uint16).tobytes()

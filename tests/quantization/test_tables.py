@@ -13,14 +13,14 @@ from onnx.reference import ReferenceEvaluator
 
 import nsm
 from nsm.quantization import rewrite
-from nsm.quantization.linear_ops import Product, products_of, weight_key
+from nsm.quantization.linear_ops import LinearOp, linear_ops_of, weight_key
 from nsm.quantization.policy import LARGEST_HALF, SMALLEST, SMALLEST_TABLE, Policy, Tables, find_policy
 from nsm.trace import Array
 from tests.quantization.graphs import compiled, constants, run
 
 ROWS, WIDTH = 11, 6
 IDS = np.array([[0, 10, 3], [3, 3, 7]])
-KINDS: tuple[Tables, ...] = ("int8", "half", "brain")
+KINDS: tuple[Tables, ...] = ("int8", "fp16", "bf16")
 
 
 def table(seed: int = 0) -> Array:
@@ -31,31 +31,33 @@ def table(seed: int = 0) -> Array:
     return numbers.astype(np.float32)
 
 
-def model_of(numbers: Array, axis: int = 0, product: bool = False) -> onnx.ModelProto:
-    """y = numbers[ids]; with `product` also z = x @ numbers."""
+def model_of(numbers: Array, axis: int = 0, linear_op: bool = False) -> onnx.ModelProto:
+    """y = numbers[ids]; with `linear_op` also z = x @ numbers."""
     kind = helper.np_dtype_to_tensor_dtype(numbers.dtype)
     nodes = [helper.make_node("Gather", ["t", "ids"], ["y"], "embed/Gather", axis=axis)]
     outputs = [helper.make_tensor_value_info("y", kind, [*IDS.shape, *numbers.shape[1:]])]
-    if product:
+    if linear_op:
         nodes.append(helper.make_node("MatMul", ["x", "t"], ["z"], "head/MatMul"))
         outputs.append(helper.make_tensor_value_info("z", TensorProto.FLOAT, [2, WIDTH]))
     inputs = [helper.make_tensor_value_info("ids", TensorProto.INT64, list(IDS.shape))]
-    if product:
+    if linear_op:
         inputs.append(helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, ROWS]))
     graph = helper.make_graph(nodes, "g", inputs, outputs, [numpy_helper.from_array(numbers, "t")])
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
 
 
-def tables_of(model: onnx.ModelProto) -> list[Product]:
-    return products_of(model, ("Gather",))
+def tables_of(model: onnx.ModelProto) -> list[LinearOp]:
+    return linear_ops_of(model, ("Gather",))
 
 
 def test_a_table_is_found_only_where_it_is_asked_for() -> None:
     model = model_of(table())
-    assert products_of(model) == []
+    assert linear_ops_of(model) == []
     (found,) = tables_of(model)
     largest = float(np.abs(table()).max())
-    wanted = Product("embed/Gather", "ids", "t", (ROWS, WIDTH), weight_key(table()), operator="Gather", largest=largest)
+    wanted = LinearOp(
+        "embed/Gather", "ids", "t", (ROWS, WIDTH), weight_key(table()), operator="Gather", largest=largest
+    )
     assert found == wanted
 
 
@@ -98,12 +100,12 @@ def test_int8_has_a_scale_for_each_row(optimise: bool) -> None:
 
 def test_halves_are_the_nearest() -> None:
     model = model_of(table())
-    low = rewrite.looked_up(model, tables_of(model), "half")
+    low = rewrite.looked_up(model, tables_of(model), "fp16")
     onnx.checker.check_model(low, full_check=True)
     wanted = table().astype(np.float16).astype(np.float32)[IDS]
     np.testing.assert_array_equal(run(low, {"ids": IDS})["y"], wanted)
     np.testing.assert_array_equal(compiled(low)({"ids": IDS})["y"], wanted)
-    low = rewrite.looked_up(model, tables_of(model), "brain")
+    low = rewrite.looked_up(model, tables_of(model), "bf16")
     onnx.checker.check_model(low, full_check=True)
     wanted = torch.from_numpy(table()).bfloat16().float().numpy()[IDS]
     (given,) = ReferenceEvaluator(low).run(["y"], {"ids": IDS})
@@ -113,13 +115,13 @@ def test_halves_are_the_nearest() -> None:
 
 @pytest.mark.parametrize("kept", KINDS)
 def test_a_matrix_that_is_also_a_product_s_stays_for_it(kept: Tables) -> None:
-    model = model_of(table(), product=True)
+    model = model_of(table(), linear_op=True)
     before = model.SerializeToString(deterministic=True)
     low = rewrite.looked_up(model, tables_of(model), kept)
     assert model.SerializeToString(deterministic=True) == before
     np.testing.assert_array_equal(constants(low)["t"], table())
-    assert [item.node for item in products_of(low)] == ["head/MatMul"]
-    both = rewrite.weights_only(low, products_of(low))
+    assert [item.node for item in linear_ops_of(low)] == ["head/MatMul"]
+    both = rewrite.weights_only(low, linear_ops_of(low))
     names = [tensor.name for tensor in both.graph.initializer]
     assert len(set(names)) == len(names)
     assert "t" not in names
@@ -128,18 +130,18 @@ def test_a_matrix_that_is_also_a_product_s_stays_for_it(kept: Tables) -> None:
 # -- which ones ------------------------------------------------------------------------------------------------------
 
 
-def lookup(rows: int, width: int, largest: float = 3.0) -> Product:
-    return Product("embed/Gather", "ids", "t", (rows, width), "key", operator="Gather", largest=largest)
+def lookup(rows: int, width: int, largest: float = 3.0) -> LinearOp:
+    return LinearOp("embed/Gather", "ids", "t", (rows, width), "key", operator="Gather", largest=largest)
 
 
 def test_a_table_of_bytes_must_be_worth_it() -> None:
     large, small = lookup(1, SMALLEST_TABLE), lookup(1, SMALLEST_TABLE - 1)
     assert Policy("dynamic").chosen([large]) == ([large], {})
     assert Policy("dynamic").chosen([small]) == ([], {"embed/Gather": "its 1 x 262143 numbers are too few to gain"})
-    assert Policy("weights", tables="half").chosen([large]) == ([large], {})
-    assert Policy("weights", tables="half").chosen([small])[0] == []
+    assert Policy("weight-only", tables="fp16").chosen([large]) == ([large], {})
+    assert Policy("weight-only", tables="fp16").chosen([small])[0] == []
     halves = lookup(1, SMALLEST)  # a conversion costs next to nothing on a GPU
-    assert Policy("half", tables="half").chosen([halves]) == ([halves], {})
+    assert Policy("fp16", tables="fp16").chosen([halves]) == ([halves], {})
 
 
 @pytest.mark.parametrize(("target", "precision"), [("tensorrt", "int8"), ("tensorrt", "fp16"), ("tensorrt", "bf16")])
@@ -151,7 +153,7 @@ def test_numbers_that_fp16_does_not_hold_stay_float(target: str, precision: str)
         assert (chosen == []) == (precision != "bf16")
         assert all("fp16 ends at 65504" in reason for reason in kept.values())
     assert policy.chosen([lookup(512, 512, LARGEST_HALF)])[1] == {}
-    matrix = Product("one/MatMul", "x", "w", (512, 512), "key", largest=1e5)
+    matrix = LinearOp("one/MatMul", "x", "w", (512, 512), "key", largest=1e5)
     assert (policy.chosen([matrix])[0] == []) == (precision == "fp16")
 
 
@@ -162,7 +164,7 @@ def test_a_model_of_many_words_is_small_in_int8(target: str, tmp_path: Path) -> 
     with torch.no_grad():
         model.get_parameter("embed.weight").mul_(
             10
-        )  # an untrained model's outputs are all rounding else, and the guard keeps a product
+        )  # an untrained model's outputs are all rounding else, and the guard keeps a linear op
     words = np.random.default_rng(0).integers(0, 2048, (4, 96))
     path = tmp_path / "m.nsm"
     bundle = nsm.export_model(
@@ -170,7 +172,7 @@ def test_a_model_of_many_words_is_small_in_int8(target: str, tmp_path: Path) -> 
     )
     artifact = bundle.artifact(target)
     assert artifact.parity["status"] == "passed"
-    assert any("embed" in name for name in artifact.quantization["low"])
+    assert any("embed" in name for name in artifact.quantization["quantized"])
     (low,) = (bundle.path / f"{target}-int8").glob("*.bin")
     whole = bundle.path / "graphs" / "weights.bin"
     assert low.stat().st_size < 0.35 * whole.stat().st_size  # 0.55 with the table in float

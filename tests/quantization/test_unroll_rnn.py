@@ -1,4 +1,4 @@
-"""Recurrent operators as products: the same numbers, outputs and states, as the operator itself gives."""
+"""Recurrent operators as linear ops: the same numbers, outputs and states, as the operator itself gives."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from nsm.quantization import rewrite
-from nsm.quantization.linear_ops import products_of
+from nsm.quantization.linear_ops import linear_ops_of
 from nsm.quantization.policy import LONGEST, SAFE_SUM
 from nsm.quantization.unroll_rnn import unroll
 from nsm.trace import Array, Arrays
@@ -105,10 +105,10 @@ def test_low_precision_finds_the_products_by_the_name_of_the_operator() -> None:
     """One matrix for all steps."""
     model = recurrent("GRU", 3, linear_before_reset=1)
     unroll(model)
-    names = [product.node for product in products_of(model)]
+    names = [linear_op.node for linear_op in linear_ops_of(model)]
     assert names == ["memory/GRU/input", *(f"memory/GRU/recurrent{step}" for step in ("", ".1", ".2"))]
-    assert [product.shape for product in products_of(model)] == [(WIDTH, 3 * SIZE), *[(SIZE, 3 * SIZE)] * 3]
-    assert len({product.key for product in products_of(model)}) == 2
+    assert [linear_op.shape for linear_op in linear_ops_of(model)] == [(WIDTH, 3 * SIZE), *[(SIZE, 3 * SIZE)] * 3]
+    assert len({linear_op.key for linear_op in linear_ops_of(model)}) == 2
     held = [tensor.name for tensor in model.graph.initializer]
     assert len(held) == len(set(held))
     assert not {"w", "r", "b"} & set(held)
@@ -164,11 +164,16 @@ def test_an_lstm_in_int8_is_the_lstm_to_int8s_rounding(direction: str, length: i
     inputs = {4: "lengths"} if direction == "reverse" else {}
     model = recurrent("LSTM", length, direction=direction, layout=0, inputs=inputs)
     unroll(model)
-    (product,) = products_of(model, ("LSTM",))
+    (linear_op,) = linear_ops_of(model, ("LSTM",))
     directions = 2 if direction == "bidirectional" else 1
-    assert (product.node, product.activation, product.weight, product.operator) == ("memory/LSTM", "x", "w", "LSTM")
-    assert product.shape == (WIDTH + SIZE, directions * 4 * SIZE)
-    low = rewrite.dynamic(model, [product], guarded=True)
+    assert (linear_op.node, linear_op.activation, linear_op.weight, linear_op.operator) == (
+        "memory/LSTM",
+        "x",
+        "w",
+        "LSTM",
+    )
+    assert linear_op.shape == (WIDTH + SIZE, directions * 4 * SIZE)
+    low = rewrite.dynamic(model, [linear_op], saturation_safe=True)
     assert kinds(low) == {"DynamicQuantizeLSTM"}
     held = {tensor.name: numpy_helper.to_array(tensor) for tensor in low.graph.initializer}
     assert {name for name in ("w", "r") if name in held} == set()
@@ -185,18 +190,18 @@ def test_an_lstm_in_int8_is_the_lstm_to_int8s_rounding(direction: str, length: i
 
 def test_an_lstm_is_a_product_for_who_asks_and_only_where_its_operator_takes_it() -> None:
     model = recurrent("LSTM")
-    assert products_of(model) == []
-    assert products_of(recurrent("GRU"), ("LSTM",)) == []
+    assert linear_ops_of(model) == []
+    assert linear_ops_of(recurrent("GRU"), ("LSTM",)) == []
     node = model.graph.node[0]
     node.attribute.append(helper.make_attribute("layout", 1))
-    assert products_of(model, ("LSTM",)) == []
+    assert linear_ops_of(model, ("LSTM",)) == []
     del node.attribute[-1], model.graph.initializer[:]
-    assert products_of(model, ("LSTM",)) == []
+    assert linear_ops_of(model, ("LSTM",)) == []
 
 
 def test_the_products_of_an_lstm_are_known_by_both_matrices() -> None:
     model, other = recurrent("LSTM"), recurrent("LSTM")
     (r,) = (tensor for tensor in other.graph.initializer if tensor.name == "r")
     r.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(r) * 2, "r"))
-    (first,), (again,), (second,) = (products_of(item, ("LSTM",)) for item in (model, recurrent("LSTM", 1), other))
+    (first,), (again,), (second,) = (linear_ops_of(item, ("LSTM",)) for item in (model, recurrent("LSTM", 1), other))
     assert first.key == again.key != second.key

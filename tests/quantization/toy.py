@@ -1,4 +1,4 @@
-"""A step model of two products made by hand, whose states can be told with a pencil.
+"""A step model of two linear ops made by hand, whose states can be told with a pencil.
 
     bank' = keep * bank + sum over the tokens of (tokens @ IN);   outputs = bank' @ OUT
 
@@ -41,30 +41,30 @@ def make_toy(
     keep: float = 0.5,
     lanes: int = 2,
     first: Array = IN,
-    products: bool = True,
+    linear_ops: bool = True,
     masks: bool = True,
 ) -> Toy:
-    """Write the graph. `first` takes the place of IN; without `products` the bank is the answer, as it is."""
+    """Write the graph. `first` takes the place of IN; without `linear_ops` the bank is the answer, as it is."""
     weights = {
         "keep": np.array(keep, np.float32),
         "axes": np.array([1]),
         "active": np.ones((lanes, 1), bool),
-        **({"IN": first, "OUT": OUT} if products else {}),
+        **({"IN": first, "OUT": OUT} if linear_ops else {}),
     }
     nodes = [
         product_node("embed/MatMul", "tokens", "IN", "embedded")
-        if products
+        if linear_ops
         else helper.make_node("Pad", ["tokens", "pads"], ["embedded"], "pad"),
         helper.make_node("ReduceSum", ["embedded", "axes"], ["added"], "sum", keepdims=0),
         helper.make_node("Mul", ["past_state.0.bank", "keep"], ["kept"], "fade"),
         helper.make_node("Add", ["kept", "added"], ["present_state.0.bank"], "write"),
         product_node("head/MatMul", "present_state.0.bank", "OUT", "answer")
-        if products
+        if linear_ops
         else helper.make_node("Identity", ["present_state.0.bank"], ["answer"], "head"),
         helper.make_node("Unsqueeze", ["answer", "axes"], ["one"], "unsqueeze"),
         helper.make_node("Concat", ["one"] * LENGTH, ["outputs"], "repeat", axis=1),
     ]
-    if not products:
+    if not linear_ops:
         weights["pads"] = np.array([0, 0, 0, 0, 0, WIDTH - DEPTH])
     states = [StateSpec("0.bank", (lanes, WIDTH), "float32")]
     if masks:
@@ -76,7 +76,7 @@ def make_toy(
             helper.make_node("Concat", ["active", "before"], ["present_state.0.mask"], "activate", axis=1),
         ]
     read = [name for node in nodes for name in node.input]
-    answers = OUTPUTS if products else WIDTH
+    answers = OUTPUTS if linear_ops else WIDTH
     model = make_graph(
         nodes,
         {"tokens": [lanes, LENGTH, DEPTH], **{state.past: state.shape for state in states}},

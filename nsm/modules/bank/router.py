@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from nsm.errors import ConfigError
-from nsm.modules.ops import JoinedProduct, entmax15, sparsemax, to_bank, to_states, top_k
+from nsm.modules.ops import FusedLinear, entmax15, sparsemax, to_bank, to_states, top_k
 
 # The highest write weight. At 1, log(1 - w) would be infinite; 2^-10 is exact in fp16 and bf16 too.
 MAX_WRITE = 1.0 - 2.0**-10
@@ -92,7 +92,7 @@ class TokenToStateRouter(nn.Module):
         self.top_k = top_k
         self.score = nn.Linear(token_dim, self.num_heads * num_states, bias=False)
         self.gate = nn.Linear(token_dim, self.num_heads)
-        self.product = JoinedProduct()
+        self.product = FusedLinear()
         self.value = nn.Linear(token_dim, state_dim, bias=False)
         # Four times torch's default. Otherwise each token is spread over all slots at first, and recall is learned
         # late or never.

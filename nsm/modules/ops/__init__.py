@@ -1,6 +1,6 @@
 """Tensor functions that several modules share: layouts, sparse maps, fused linear ops."""
 
-from nsm.modules.ops.fused_linear import JoinedProduct
+from nsm.modules.ops.fused_linear import FusedLinear
 from nsm.modules.ops.layout import (
     Counted,
     chunks,
@@ -19,7 +19,7 @@ from nsm.modules.ops.sparse import entmax15, sparsemax, top_k
 
 __all__ = [
     "Counted",
-    "JoinedProduct",
+    "FusedLinear",
     "chunks",
     "clear_lanes",
     "count_tokens",

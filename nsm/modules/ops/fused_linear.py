@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 
-class JoinedProduct(nn.Module):
+class FusedLinear(nn.Module):
     """x [..., d] times several matrices [n_i, d] in one MatMul: [..., sum of n_i].
 
     It has no parameters. It is a module so that its MatMul has a name in an exported graph.

@@ -1,6 +1,6 @@
-"""How far a backend's product in int8 is off what the graph says, on the processor that it finds.
+"""How far a backend's linear op in int8 is off what the graph says, on the processor that it finds.
 
-python tests/export/builders/older_processor.py {static,unsigned,dynamic} {guarded,bare}
+python tests/export/builders/older_processor.py {static,asymmetric,dynamic} {saturation-safe,bare}
 
 Prints the largest error over `ACTIVATIONS`. With ONEDNN_MAX_CPU_ISA=AVX2 OpenVINO takes the kernels of processors that
 have no more, and under `qemu-x86_64-static -cpu Haswell` ONNX Runtime does.
@@ -16,8 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from onnxruntime import GraphOptimizationLevel, InferenceSession, SessionOptions
 
 from nsm.quantization import rewrite
-from nsm.quantization.calibration_data import Unsigned
-from nsm.quantization.linear_ops import products_of
+from nsm.quantization.calibration_data import Asymmetric
+from nsm.quantization.linear_ops import linear_ops_of
 from nsm.quantization.policy import LEVELS
 from nsm.trace import Array
 
@@ -25,24 +25,24 @@ TOKENS, DEPTH, WIDTH = 16, 256, 64
 ACTIVATIONS = ("all of a sign", "all the largest", "of both signs", "alike in a token")
 
 
-def error(form: str, kind: str, guarded: bool) -> float:
-    """Of OpenVINO ("static", "unsigned") or ONNX Runtime ("dynamic"), relative to the largest number of the product."""
+def error(scheme: str, kind: str, saturation_safe: bool) -> float:
+    """Of OpenVINO ("static", "asymmetric") or ONNX Runtime ("dynamic"), relative to the largest output."""
     random = np.random.default_rng(0)
     matrix, x = _matrix(random), _activations(kind, random)
     model = _model(matrix)
-    if form == "dynamic":
-        low = rewrite.dynamic(model, products_of(model), guarded)
+    if scheme == "dynamic":
+        low = rewrite.dynamic(model, linear_ops_of(model), saturation_safe)
         found = InferenceSession(low.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-        wanted = _dynamically(x, *rewrite.quantised_weight(matrix, guarded))
+        wanted = _dynamically(x, *rewrite.quantised_weight(matrix, saturation_safe))
     else:
         import io
 
         import openvino  # which an emulated processor need not be able to load
 
-        (product,) = products_of(model)
-        scales = {product.key: float(np.abs(x).max() / LEVELS)}
-        unsigned = {product.key: _unsigned(x)} if form == "unsigned" else {}
-        low = rewrite.static(model, [product], scales, guarded, unsigned)
+        (linear_op,) = linear_ops_of(model)
+        scales = {linear_op.key: float(np.abs(x).max() / LEVELS)}
+        asymmetric = {linear_op.key: _asymmetric(x)} if scheme == "asymmetric" else {}
+        low = rewrite.static(model, [linear_op], scales, saturation_safe, asymmetric)
         network = openvino.convert_model(io.BytesIO(low.SerializeToString()))
         compiled = openvino.Core().compile_model(network, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         found, wanted = compiled([x])[0], _in_float(low, x)
@@ -75,14 +75,14 @@ def _activations(kind: str, random: np.random.Generator) -> Array:
     }[kind].astype(np.float32)
 
 
-def _unsigned(x: Array) -> Unsigned:
+def _asymmetric(x: Array) -> Asymmetric:
     low, high = min(float(x.min()), 0.0), max(float(x.max()), 0.0)
     scale = (high - low) / 255
-    return Unsigned(scale, round(-low / scale))
+    return Asymmetric(scale, round(-low / scale))
 
 
 def _in_float(model: onnx.ModelProto, x: Array) -> Array:
-    """Operation by operation: quantised numbers, but no product in int8."""
+    """Operation by operation: quantized numbers, but no linear op in int8."""
     options = SessionOptions()
     options.graph_optimization_level = GraphOptimizationLevel.ORT_DISABLE_ALL
     session = InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
@@ -99,4 +99,4 @@ def _dynamically(x: Array, numbers: Array, scales: Array) -> Array:
 
 
 if __name__ == "__main__":
-    print(max(error(sys.argv[1], kind, sys.argv[2] == "guarded") for kind in ACTIVATIONS))
+    print(max(error(sys.argv[1], kind, sys.argv[2] == "saturation-safe") for kind in ACTIVATIONS))

@@ -1,4 +1,4 @@
-"""Products in int8, on this processor and on older ones: no sum of two of them is cut off."""
+"""Linear ops in int8, on this processor and on older ones: no sum of two of them is cut off."""
 
 from __future__ import annotations
 
@@ -28,56 +28,56 @@ from tests.export.builders.older_processor import ACTIVATIONS, error
 from tests.quantization.graphs import largest_pair
 
 OLDER = Path(__file__).with_name("older_processor.py")
-"""Checks a product, and is a program of its own: a processor is chosen when a process starts."""
+"""Checks a linear op, and is a program of its own: a processor is chosen when a process starts."""
 QEMU = "qemu-x86_64-static"
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
-@pytest.mark.parametrize("form", ["static", "unsigned"])
-def test_openvino_adds_up_what_the_graph_says(form: str, kind: str) -> None:
-    assert error(form, kind, guarded=True) < 1e-5
+@pytest.mark.parametrize("scheme", ["static", "asymmetric"])
+def test_openvino_adds_up_what_the_graph_says(scheme: str, kind: str) -> None:
+    assert error(scheme, kind, saturation_safe=True) < 1e-5
 
 
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 def test_onnx_runtime_adds_up_what_the_graph_says(kind: str) -> None:
-    assert error("dynamic", kind, guarded=True) < 1e-4
+    assert error("dynamic", kind, saturation_safe=True) < 1e-4
 
 
-def on_older(command: Sequence[str], form: str, guarded: bool, **environment: str) -> float:
+def on_older(command: Sequence[str], scheme: str, saturation_safe: bool, **environment: str) -> float:
     """The largest error over all kinds of activations there."""
-    call = [*command, sys.executable, str(OLDER), form, "guarded" if guarded else "bare"]
+    call = [*command, sys.executable, str(OLDER), scheme, "saturation-safe" if saturation_safe else "bare"]
     done = subprocess.run(call, capture_output=True, text=True, env=os.environ | environment, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     return float(done.stdout)
 
 
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the fault is one of x86 processors")
-@pytest.mark.parametrize("form", ["static", "unsigned"])
+@pytest.mark.parametrize("scheme", ["static", "asymmetric"])
 @pytest.mark.parametrize("processor", ["AVX2", "AVX512_CORE"])
-def test_openvino_is_right_with_the_instructions_of_processors_without_vnni(processor: str, form: str) -> None:
+def test_openvino_is_right_with_the_instructions_of_processors_without_vnni(processor: str, scheme: str) -> None:
     """And would not be without the guard: so the kernels are those of such a processor."""
-    assert on_older([], form, guarded=True, ONEDNN_MAX_CPU_ISA=processor) < 1e-5
-    assert on_older([], form, guarded=False, ONEDNN_MAX_CPU_ISA=processor) > 0.1
+    assert on_older([], scheme, saturation_safe=True, ONEDNN_MAX_CPU_ISA=processor) < 1e-5
+    assert on_older([], scheme, saturation_safe=False, ONEDNN_MAX_CPU_ISA=processor) > 0.1
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which(QEMU) is None, reason="needs qemu: apt-get install qemu-user-static")
 def test_onnx_runtime_is_right_on_a_processor_without_vnni() -> None:
-    assert on_older([QEMU, "-cpu", "Haswell"], "dynamic", guarded=True) < 1e-4
-    assert on_older([QEMU, "-cpu", "Haswell"], "dynamic", guarded=False) > 0.1
+    assert on_older([QEMU, "-cpu", "Haswell"], "dynamic", saturation_safe=True) < 1e-4
+    assert on_older([QEMU, "-cpu", "Haswell"], "dynamic", saturation_safe=False) > 0.1
 
 
-def test_matrices_are_guarded_wherever_a_processor_adds_products_of_bytes() -> None:
-    found = {key: policy for key, policy in POLICIES.items() if policy.form in ("static", "dynamic")}
+def test_matrices_are_saturation_safe_wherever_a_processor_adds_products_of_bytes() -> None:
+    found = {key: policy for key, policy in POLICIES.items() if policy.scheme in ("static", "dynamic")}
     for (target, _), policy in found.items():
-        assert policy.guarded == ("cpu" in find_target(target).devices)
+        assert policy.saturation_safe == ("cpu" in find_target(target).devices)
 
 
 @pytest.mark.parametrize("target", ["openvino", "onnxruntime"])
 def test_for_processors_with_dot_products_they_are_not(target: str) -> None:
     policy = find_policy(target, "int8", "CPU-DOT")
     assert policy is not None
-    assert not policy.guarded
+    assert not policy.saturation_safe
 
 
 # -- the processor -----------------------------------------------------------------------------------------------------
@@ -131,15 +131,15 @@ def test_the_more_exact_device_is_named_where_it_would_do(
     assert any("--device cpu-dot is more exact" in note for note in notes) == named
 
 
-@pytest.mark.parametrize(("device", "guarded"), [("cpu", True), ("cpu-dot", False)])
-def test_the_guard_reaches_the_graphs(device: str, guarded: bool, int8_bundle: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("device", "saturation_safe"), [("cpu", True), ("cpu-dot", False)])
+def test_the_guard_reaches_the_graphs(device: str, saturation_safe: bool, int8_bundle: Path, tmp_path: Path) -> None:
     policy, spec = find_policy("onnxruntime", "int8", device), Bundle(int8_bundle).manifest.spec
     assert policy is not None
     write_graphs(int8_bundle, tmp_path / "low", spec, policy, None)
     model = load_shared(tmp_path / "low" / "step.onnx")
     matrices = [numpy_helper.to_array(t) for t in model.graph.initializer if t.data_type == TensorProto.INT8 and t.dims]
     assert matrices
-    assert all((largest_pair(matrix) <= SAFE_SUM) == guarded for matrix in matrices)
+    assert all((largest_pair(matrix) <= SAFE_SUM) == saturation_safe for matrix in matrices)
 
 
 def test_no_device_that_is_asked_for_gets_around_the_processor(

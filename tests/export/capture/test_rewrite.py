@@ -185,6 +185,6 @@ def test_the_matrix_of_a_transform_stays_fp32(tmp_path: Path) -> None:
     step = nsm.as_step(module, [torch.zeros(1, 128), torch.zeros(1, 64)], token_shape=(128,))
     options: dict[str, Any] = {"precision": "int8", "allow_slower": True, "golden_steps": 8, "num_samples": 2}
     bundle = nsm.export_model(step, "onnxruntime", tmp_path / "m.nsm", **options)
-    kept = bundle.manifest.artifacts[0].quantization["float"]
+    kept = bundle.manifest.artifacts[0].quantization["kept_in_fp32"]
     assert kept["module.fourier_transform/MatMul"] == "it is a Fourier transform"
     assert "module.memory/MatMul" not in kept

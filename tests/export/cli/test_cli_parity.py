@@ -13,7 +13,7 @@ from nsm.export.cli import parity as parity_command
 from nsm.manifest import Artifact
 from nsm.runtimes.opening.artifacts import open_artifact
 from nsm.runtimes.parity.comparison import compare
-from nsm.runtimes.parity.report import Flip, ParityReport
+from nsm.runtimes.parity.report import ArgmaxChange, ParityReport
 from nsm.runtimes.session.session import Session
 from tests.export.helpers import (
     invoke,
@@ -38,17 +38,17 @@ RESULT_KEYS = {
     "drift_exponent",
     "free_run_mean",
     "gain",
-    "flips",
-    "flips_left_off",
+    "argmax_changes",
+    "argmax_changes_left_off",
     "state_error",
     "state_error_by_layer",
     "state_error_by_age",
     "argmax_agreement",
-    "unexcused_flips",
+    "unexcused_argmax_changes",
     "kl",
     "mask_mismatches",
-    "branches",
-    "branches_per_1000_steps",
+    "mask_decisions",
+    "mask_decisions_per_1000_steps",
     "first_divergence",
     "budget",
 }
@@ -78,9 +78,9 @@ def test_parity_prints_one_json_object(exported: Path, no_gpu: None) -> None:
         assert set(item["state_error_by_age"][0]) == {"from", "to", "p50", "p99"}
         assert 0 < item["free_run_mean"] < item["free_run"]["max"]
         assert set(item["gain"]) == {"ratio", "tensor"}
-        assert (item["flips"], item["flips_left_off"]) == ([], 0)
+        assert (item["argmax_changes"], item["argmax_changes_left_off"]) == ([], 0)
         assert "quantization" not in item
-        assert (item["branches"], item["branches_per_1000_steps"]) == (0, 0.0)
+        assert (item["mask_decisions"], item["mask_decisions_per_1000_steps"]) == (0, 0.0)
         assert "bisect" not in item
         assert (item["status"], item["streams"], item["steps"]) == ("passed", 8, 64)
         assert 0 < item["free_run"]["p99"] < item["budget"]["free_run_p99"]
@@ -276,22 +276,27 @@ def test_the_decisions_of_an_adaptive_model_are_checked_with_its_thresholds(
 
 
 def test_flips_without_excuse_are_named(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    flips = (*(Flip(1, 5, token, 0, 3, 7, 0.25, False) for token in range(5)), Flip(0, 0, 0, 0, 1, 2, 1e-5, True))
+    argmax_changes = (
+        *(ArgmaxChange(1, 5, token, 0, 3, 7, 0.25, False) for token in range(5)),
+        ArgmaxChange(0, 0, 0, 0, 1, 2, 1e-5, True),
+    )
 
     def flipped(*arguments: Any) -> ParityReport:
-        return replace(compare(*arguments), flips=flips, unexcused_flips=5, excused_flips=1)
+        return replace(
+            compare(*arguments), argmax_changes=argmax_changes, unexcused_argmax_changes=5, excused_argmax_changes=1
+        )
 
     monkeypatch.setattr(parity_command, "compare", flipped)
     text = succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
-    assert "flips 5 + 1 excused" in text
-    assert "  flip without excuse: stream 1, step 5, token 0: 7 instead of 3 (margin 2.50e-01)" in text
-    assert text.count("flip without excuse") == 3
+    assert "argmax changes 5 + 1 excused" in text
+    assert "  argmax change without excuse: stream 1, step 5, token 0: 7 instead of 3 (margin 2.50e-01)" in text
+    assert text.count("argmax change without excuse") == 3
     assert "and 2 more; --json and --html list the first 100" in text
     monkeypatch.undo()
 
 
 def test_excused_decisions_are_printed(exported: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parity_command, "compare", lambda *arguments: replace(compare(*arguments), branches=2))
-    assert "decisions excused 2" in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
+    monkeypatch.setattr(parity_command, "compare", lambda *arguments: replace(compare(*arguments), mask_decisions=2))
+    assert "mask decisions excused 2" in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
     monkeypatch.undo()
-    assert "decisions excused" not in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
+    assert "mask decisions excused" not in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))

@@ -17,7 +17,7 @@ import nsm
 from nsm.bundle import CALIBRATION, Bundle
 from nsm.errors import BundleDamagedError, NonFiniteError
 from nsm.export.graphs.external_data import load_shared
-from nsm.export.graphs.low_precision import Lowered, products_of_step, write_graphs
+from nsm.export.graphs.low_precision import Lowered, linear_ops_of_step, write_graphs
 from nsm.export.options import ExportOptions
 from nsm.export.pipeline import export
 from nsm.export.verify.artifact import check_artifact
@@ -42,17 +42,17 @@ ON_CPU = [
     ("onnxruntime", "int8-weights"),
 ]
 HALF = [pytest.param("fp16", marks=needs_fp16), pytest.param("bf16", marks=needs_bf16)]
-FORMS = {
+SCHEMES = {
     ("openvino", "int8"): "static",
-    ("openvino", "int8-weights"): "weights",
-    ("openvino", "fp16"): "float",
-    ("openvino", "bf16"): "float",
+    ("openvino", "int8-weights"): "weight-only",
+    ("openvino", "fp16"): "backend",
+    ("openvino", "bf16"): "backend",
     ("onnxruntime", "int8"): "dynamic",
-    ("onnxruntime", "int8-weights"): "blocked",
+    ("onnxruntime", "int8-weights"): "block-wise",
     ("tensorrt", "int8"): "static",
-    ("tensorrt", "int8-weights"): "weights",
-    ("tensorrt", "fp16"): "half",
-    ("tensorrt", "bf16"): "brain",
+    ("tensorrt", "int8-weights"): "weight-only",
+    ("tensorrt", "fp16"): "fp16",
+    ("tensorrt", "bf16"): "bf16",
 }
 ROUTER = "layers.0.router.product/MatMul"
 LARGE = {"layers.0.projection/MatMul", "layers.0.feed_forward.0/MatMul", "layers.0.feed_forward.2/MatMul"}
@@ -104,27 +104,27 @@ def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target:
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_the_manifest_says_what_became_of_the_products(built: Built, target: str, precision: str) -> None:
     facts = built(target, precision).artifact(target, precision).quantization
-    assert facts["form"] == FORMS[target, precision]
+    assert facts["scheme"] == SCHEMES[target, precision]
     assert set(facts["speed"]) == {"step", "decode"}
     for ratio in facts["speed"].values():
         assert set(ratio) == {"median", "low", "high"}
         assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
-    if FORMS[target, precision] == "float":
-        assert facts["float"] == {}
+    if SCHEMES[target, precision] == "backend":
+        assert facts["kept_in_fp32"] == {}
         return
-    assert facts["float"][ROUTER] == "router layer: always fp32"
-    assert facts["float"]["head.1/MatMul"] == "its 64 x 5 numbers are too few to gain"
-    assert facts["low"]
-    assert set(facts["low"]) <= LARGE
-    put_back = LARGE - set(facts["low"])
-    assert all("alone it makes the " in facts["float"][name] for name in put_back)
-    assert ("calibration" in facts) == (facts["form"] == "static")
+    assert facts["kept_in_fp32"][ROUTER] == "router layer: always fp32"
+    assert facts["kept_in_fp32"]["head.1/MatMul"] == "its 64 x 5 numbers are too few to gain"
+    assert facts["quantized"]
+    assert set(facts["quantized"]) <= LARGE
+    excluded = LARGE - set(facts["quantized"])
+    assert all("alone it makes the " in facts["kept_in_fp32"][name] for name in excluded)
+    assert ("calibration" in facts) == (facts["scheme"] == "static")
 
 
 def test_the_summary_of_the_calibration_is_that_of_the_file(int8_bundle: Path) -> None:
     found = Bundle(int8_bundle).artifact("openvino").quantization["calibration"]
     kept = json.loads((int8_bundle / CALIBRATION).read_text())
-    assert len(kept.pop("scales")) > len(kept.pop("unsigned")) > 0
+    assert len(kept.pop("scales")) > len(kept.pop("asymmetric")) > 0
     assert found == kept
     assert found["streams"] == 6, "those of the checkpoint that do not judge"
     assert found["ages"][0] == 0
@@ -133,7 +133,7 @@ def test_the_summary_of_the_calibration_is_that_of_the_file(int8_bundle: Path) -
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_an_artifact_is_smaller_than_in_fp32(built: Built, target: str, precision: str) -> None:
     small, exact = (built(target, name).artifact(target, name) for name in (precision, "fp32"))
-    if FORMS[target, precision] == "float":  # its numbers are rounded when they are used
+    if SCHEMES[target, precision] == "backend":  # its numbers are rounded when they are used
         # The text of a graph holds numbers that OpenVINO counts up for as long as a process lives.
         assert small.nbytes == pytest.approx(exact.nbytes, rel=0.01)
     else:
@@ -163,9 +163,9 @@ def test_engines_are_built_and_not_run(built: Built, precision: str) -> None:
     assert (artifact.precision, artifact.device) == (precision, "sm86")
     assert artifact.parity["status"] in ("not_run", "passed")
     facts = artifact.quantization
-    assert facts["form"] == FORMS["tensorrt", precision]
-    assert set(facts["low"]) == LARGE
-    assert ROUTER in facts["float"]
+    assert facts["scheme"] == SCHEMES["tensorrt", precision]
+    assert set(facts["quantized"]) == LARGE
+    assert ROUTER in facts["kept_in_fp32"]
     layers = json.loads((bundle.path / f"tensorrt-{precision}" / "layers.json").read_text())["step"]
     kind = "QUANTIZE" if precision.startswith("int8") else "CAST"
     assert any(kind in line for line in layers)
@@ -187,7 +187,7 @@ def test_in_fp32_beside_int8_the_portable_graphs_are_used(built: Built) -> None:
     bundle.verify()
     assert {record.path.split("/")[0] for record in bundle.artifact("onnxruntime").files} == {"graphs"}
     assert bundle.artifact("onnxruntime").quantization == {}
-    assert bundle.artifact("onnxruntime", "int8").quantization["form"] == "dynamic"
+    assert bundle.artifact("onnxruntime", "int8").quantization["scheme"] == "dynamic"
     assert {"openvino-int8", "onnxruntime-int8"} < set(names(bundle.path))
 
 
@@ -311,14 +311,14 @@ def test_a_graph_is_read_with_all_its_numbers_even_where_a_link_leads_to_them(
 def test_only_large_products_are_chosen_and_shares_are_of_their_numbers(int8_bundle: Path) -> None:
     policy = find_policy("openvino", "int8")
     assert policy is not None
-    lowered = products_of_step(int8_bundle, policy)
-    assert {product.node for product in lowered.low} == LARGE
-    assert min(product.size for product in lowered.low) >= SMALLEST
-    sizes = {product.key: product.size for product in lowered.low}
-    assert lowered.float_share() == 0.0
-    assert lowered.float_share(sizes) == 1.0
+    lowered = linear_ops_of_step(int8_bundle, policy)
+    assert {linear_op.node for linear_op in lowered.low} == LARGE
+    assert min(linear_op.size for linear_op in lowered.low) >= SMALLEST
+    sizes = {linear_op.key: linear_op.size for linear_op in lowered.low}
+    assert lowered.fp32_share() == 0.0
+    assert lowered.fp32_share(sizes) == 1.0
     first = next(iter(sizes))
-    assert Lowered(lowered.low, {}).float_share([first, "another"]) == sizes[first] / sum(sizes.values())
+    assert Lowered(lowered.low, {}).fp32_share([first, "another"]) == sizes[first] / sum(sizes.values())
 
 
 def test_activations_are_unsigned_where_the_calibration_says_so_and_the_target_takes_it(
@@ -326,7 +326,7 @@ def test_activations_are_unsigned_where_the_calibration_says_so_and_the_target_t
 ) -> None:
     bundle = Bundle(int8_bundle)
     calibration, spec = read_calibration(bundle), bundle.manifest.spec
-    assert calibration.unsigned  # what a GELU gives
+    assert calibration.asymmetric  # what a GELU gives
     kinds = {}
     for target in ("openvino", "tensorrt"):
         policy = find_policy(target, "int8")
@@ -344,11 +344,11 @@ def test_a_calibration_of_before_it_knew_unsigned_levels_is_read(int8_bundle: Pa
     shutil.copytree(int8_bundle, tmp_path / "b.nsm")
     path = tmp_path / "b.nsm" / "calibration.json"
     data = json.loads(path.read_text())
-    del data["unsigned"]
+    del data["asymmetric"]
     path.write_text(json.dumps(data))
     write_manifest(tmp_path / "b.nsm", Bundle(int8_bundle).manifest)
     found = read_calibration(Bundle(tmp_path / "b.nsm"))
-    assert found == replace(read_calibration(Bundle(int8_bundle)), unsigned={})
+    assert found == replace(read_calibration(Bundle(int8_bundle)), asymmetric={})
 
 
 def test_a_calibration_of_another_model_is_refused(int8_bundle: Path, tmp_path: Path) -> None:

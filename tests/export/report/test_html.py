@@ -122,27 +122,29 @@ def test_flips_are_listed_and_those_without_excuse_are_in_sight() -> None:
 
     assert "<details" not in drawn(report_of())
     report = compare(fake_trace(2, 64), fake_session(after=after), FP32)
-    (flip,) = report.flips
+    (change,) = report.argmax_changes
     text = drawn(report)
-    assert "<details open><summary>Changed decisions: 1 without excuse, 0 excused" in text
-    row = (0, 11, 2, 0, flip.reference, flip.target, f"{flip.margin:.2e}")
+    assert "<details open><summary>Argmax changes: 1 without excuse, 0 excused" in text
+    row = (0, 11, 2, 0, change.reference, change.target, f"{change.margin:.2e}")
     cells = "".join(f"<td class='number'>{number}</td>" for number in row)
     assert f"<tr>{cells}<td><span class='failed'>no excuse</span></td></tr>" in text
     many = drawn(report_of(swapped_lanes))
     assert many.count("no excuse</span>") + many.count("<td>excused</td>") == 100
     assert "more are left off" in many
-    assert "<details><summary>" in drawn(replace(report, unexcused_flips=0, excused_flips=1))
+    assert "<details><summary>" in drawn(replace(report, unexcused_argmax_changes=0, excused_argmax_changes=1))
 
 
-def test_what_stayed_float_is_told_with_its_reason() -> None:
+def test_what_kept_in_fp32_is_told_with_its_reason() -> None:
     reason = "router layer: always fp32"
-    facts = {"form": "dynamic", "float": {"route <0>": reason, "route 1": reason}}
+    facts = {"scheme": "dynamic", "kept_in_fp32": {"route <0>": reason, "route 1": reason}}
     text = page("model.nsm", [report_of()], {}, {}, {"fake": facts})
-    assert "What stayed float" in text
-    assert "Form of the others: dynamic." in text
+    assert "Kept in fp32" in text
+    assert "Scheme of the others: dynamic." in text
     assert f"<td>{reason}</td><td class='number'>2</td><td><code>route &lt;0&gt;, route 1</code>" in text
-    assert "Nothing. Form: half." in page("model.nsm", [report_of()], {}, {}, {"fake": {"form": "half", "float": {}}})
-    assert "stayed float" not in drawn(report_of())
+    assert "Nothing. Scheme: fp16." in page(
+        "model.nsm", [report_of()], {}, {}, {"fake": {"scheme": "fp16", "kept_in_fp32": {}}}
+    )
+    assert "ept in fp32" not in drawn(report_of())
 
 
 def test_states_without_any_error_are_left_out_of_the_map() -> None:
@@ -157,8 +159,10 @@ def test_states_without_any_error_are_left_out_of_the_map() -> None:
 
 def test_branches_are_in_the_table_where_there_are_any() -> None:
     report = report_of()
-    assert "decisions excused" not in drawn(report)
-    assert "decisions excused in 1000 steps" in drawn(replace(report, branches=1, branches_per_1000_steps=0.5))
+    assert "mask decisions excused" not in drawn(report)
+    assert "mask decisions excused in 1000 steps" in drawn(
+        replace(report, mask_decisions=1, mask_decisions_per_1000_steps=0.5)
+    )
 
 
 def test_what_was_not_run_and_what_was_bisected_is_told() -> None:

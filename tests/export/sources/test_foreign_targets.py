@@ -117,4 +117,4 @@ def test_in_int8_it_runs_on_openvino(tmp_path: Path) -> None:
     assert (built.precision, built.effective_precision, built.parity["status"]) == ("int8", "int8", "passed")
     assert 1e-4 < built.parity["free_run"]["p99"] < 0.1
     assert built.quantization is not None
-    assert built.quantization["low"] == ["module.memory/MatMul.2"], "the product with the hidden state"
+    assert built.quantization["quantized"] == ["module.memory/MatMul.2"], "the product with the hidden state"

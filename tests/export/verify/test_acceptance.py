@@ -71,22 +71,22 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[Artifact]:
     return seen
 
 
-def operators(path: Path, product: str) -> set[str]:
-    """Types of the nodes that a product of a graph has become."""
+def operators(path: Path, linear_op: str) -> set[str]:
+    """Types of the nodes that a linear op of a graph has become."""
     graph = onnx.load(str(path), load_external_data=False).graph
-    return {node.op_type for node in graph.node if node.name.startswith(product)}
+    return {node.op_type for node in graph.node if node.name.startswith(linear_op)}
 
 
-# -- products put back -----------------------------------------------------------------------------------------------
+# -- linear ops kept in fp32 -----------------------------------------------------------------------------------------
 
 
 def test_the_product_that_cannot_be_rounded_is_put_back_and_no_other(rough_copy: Path) -> None:
     artifact = add_target(rough_copy, "ort", precision="int8", limits=Limits(0.4, allow_slower=True))
     assert artifact.parity["status"] == "passed"
     facts = artifact.quantization
-    assert sorted(facts["low"]) == sorted(OTHERS)
-    assert facts["float"][ROUGH].startswith("alone it makes the one-step error of ")
-    assert not [name for name in OTHERS if name in facts["float"]]
+    assert sorted(facts["quantized"]) == sorted(OTHERS)
+    assert facts["kept_in_fp32"][ROUGH].startswith("alone it makes the one-step error of ")
+    assert not [name for name in OTHERS if name in facts["kept_in_fp32"]]
     for entry in ("step", "decode"):
         graph = rough_copy / "onnxruntime-int8" / f"{entry}.onnx"
         assert "MatMulInteger" not in operators(graph, ROUGH)
@@ -113,7 +113,7 @@ def test_no_more_is_put_back_than_is_allowed_and_the_culprit_is_named(
     assert artifact.parity["status"] == "failed"
     (note,) = (note for note in artifact.notes if " comes from " in note)
     assert re.match(rf"most of the (one-step|free-run) error of \S+ comes from {ROUGH} \(", note)
-    assert sorted(artifact.quantization["low"]) == sorted([ROUGH, *OTHERS])
+    assert sorted(artifact.quantization["quantized"]) == sorted([ROUGH, *OTHERS])
     assert all(
         "MatMulInteger" in operators(failed.path / "onnxruntime-int8" / "step.onnx", name) for name in (ROUGH, *OTHERS)
     )
@@ -124,15 +124,15 @@ def test_no_more_is_put_back_than_is_allowed_and_the_culprit_is_named(
 def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
     build = ("build", rough_copy, "-t", "ort", "-p", "int8", "--allow-slower")
     refused(
-        invoke(*build, "--max-float-share", "0.25"),
+        invoke(*build, "--max-fp32-share", "0.25"),
         5,
         "Parity failed on onnxruntime int8",
         f" comes from {ROUGH} (",
     )
     text = succeeded(invoke(*build))
     artifact = Bundle(rough_copy).artifact("onnxruntime", "int8")
-    assert ROUGH in artifact.quantization["float"]
-    assert f"  float, because {artifact.quantization['float'][ROUGH]}: " in text
+    assert ROUGH in artifact.quantization["kept_in_fp32"]
+    assert f"  kept in fp32, because {artifact.quantization['kept_in_fp32'][ROUGH]}: " in text
     assert "onnxruntime int8: step " in text
 
 
@@ -165,7 +165,7 @@ def test_a_product_that_drifts_more_stays_low_where_another_is_at_fault(
     assert policy is not None
     maker = Maker(bundle, find_target("onnxruntime"), None, "int8", policy, None)
     assert maker.lowered is not None
-    drifting, guilty, _ = keys = [product.key for product in maker.lowered.low]
+    drifting, guilty, _ = keys = [linear_op.key for linear_op in maker.lowered.low]
     errors = dict(zip(keys, [0.1, 9.0, 0.0], strict=True))
     alone = {key: Alone(float(key == drifting), {"value": {"split_p99": error}}) for key, error in errors.items()}
     tried: list[list[str]] = []
@@ -175,7 +175,7 @@ def test_a_product_that_drifts_more_stays_low_where_another_is_at_fault(
         over = budgeted(value={"split_p99": 0.0 if passed else 9.0})
         return None, cast(ParityReport, SimpleNamespace(**vars(over), passed=passed, effective_precision="int8"))
 
-    monkeypatch.setattr(Maker, "build", lambda _, put_back: tried.append(list(put_back)))
+    monkeypatch.setattr(Maker, "build", lambda _, excluded: tried.append(list(excluded)))
     monkeypatch.setattr(Maker, "_alone", lambda *_: alone)
     monkeypatch.setattr(acceptance, "check_artifact", checked)
     maker.within_budget(bundle.trace(), Limits(1.0), None)
@@ -205,7 +205,7 @@ def test_a_model_without_large_matrices_is_unsupported(
     checkpoint: Path, bundle_copy: Path, tmp_path: Path, ready_graph: Callable[[float], None]
 ) -> None:
     before = sorted(names(tmp_path))
-    message = r"no product with constant weights that is large enough to gain from low precision\. Keep fp32"
+    message = r"large enough to gain from low precision\. Keep fp32"
     with pytest.raises(UnsupportedError, match=message):
         add_target(bundle_copy, "ort", precision="int8")
     options = ExportOptions(
@@ -222,8 +222,8 @@ def test_what_cannot_run_here_is_neither_ranked_nor_measured(
     artifact = add_target(rough_copy, "trt", "sm86", precision="int8-weights")
     assert artifact.parity["status"] == "not_run"
     assert len(checks) == 1
-    assert set(artifact.quantization) == {"form", "low", "float"}
-    assert set(artifact.quantization["low"]) == {ROUGH, *OTHERS}
+    assert set(artifact.quantization) == {"scheme", "quantized", "kept_in_fp32"}
+    assert set(artifact.quantization["quantized"]) == {ROUGH, *OTHERS}
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------
@@ -302,7 +302,7 @@ def test_a_processor_without_a_fast_path_is_named_as_the_cause(
     assert ("The likely cause is the processor: it has neither VNNI" in str(caught.value)) == ("vnni" not in flags)
     with pytest.raises(SlowerError) as caught:
         add_target(int8_copy, "ort", precision="int8-weights", limits=Limits(1.0))
-    assert "processor" not in str(caught.value), "its products are not of int8"
+    assert "processor" not in str(caught.value), "its linear ops are not of int8"
 
 
 def test_faster_needs_no_leave(int8_copy: Path, times: Times) -> None:

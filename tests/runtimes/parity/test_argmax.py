@@ -8,7 +8,7 @@ import pytest
 
 from nsm.errors import ParityError
 from nsm.runtimes.base import State
-from nsm.runtimes.parity.argmax import MAX_FLIPS
+from nsm.runtimes.parity.argmax import MAX_LISTED_CHANGES
 from nsm.runtimes.parity.budgets import Budget, find_budget
 from nsm.runtimes.parity.comparison import compare
 from nsm.runtimes.session.session import Session
@@ -28,7 +28,7 @@ from tests.runtimes.fake import (
 FP32 = find_budget("fp32")
 
 
-# -- flips of the argmax ------------------------------------------------------------------------------------------
+# -- argmax changes --------------------------------------------------------------------------------------------------
 
 
 def _flip(margin: float) -> tuple[Trace, After, float]:
@@ -56,18 +56,18 @@ def test_a_flip_within_the_references_margin_is_excused_and_reported() -> None:
     trace, after, _ = _flip(1e-4)
     report = compare(trace, fake_session(after=after), FP32)
     report.require()
-    assert (report.excused_flips, report.unexcused_flips) == (1, 0)
-    (flip,) = report.flips
-    assert flip.excused
+    assert (report.excused_argmax_changes, report.unexcused_argmax_changes) == (1, 0)
+    (change,) = report.argmax_changes
+    assert change.excused
     assert report.argmax_agreement == 1 - 1 / (8 * 64 * CHUNK)
 
 
 def test_a_flip_beyond_the_references_margin_is_not_excused() -> None:
     trace, after, _ = _flip(4e-4)
     report = compare(trace, fake_session(after=after), FP32)
-    assert (report.excused_flips, report.unexcused_flips) == (0, 1)
+    assert (report.excused_argmax_changes, report.unexcused_argmax_changes) == (0, 1)
     low, high = np.argsort(fake_trace(streams=8, steps=64).outputs["outputs"][0, 5, 1])[-2:].tolist()
-    assert report.to_json()["flips"] == [
+    assert report.to_json()["argmax_changes"] == [
         {
             "stream": 0,
             "step": 5,
@@ -79,7 +79,7 @@ def test_a_flip_beyond_the_references_margin_is_not_excused() -> None:
             "excused": False,
         }
     ]
-    assert report.flips_left_off == 0
+    assert report.argmax_changes_left_off == 0
     assert any(
         f"1 of {8 * 64 * CHUNK} decisions have another argmax without excuse" in text for text in report.failures
     )
@@ -90,35 +90,35 @@ def test_the_excuse_grows_with_the_budget() -> None:
     loose = Budget("fp32", 1.0, 1e-3, 1.0, 1.0, 1.0)
     report = compare(trace, fake_session(after=after), loose)
     report.require()
-    assert (report.excused_flips, report.unexcused_flips) == (1, 0)
+    assert (report.excused_argmax_changes, report.unexcused_argmax_changes) == (1, 0)
 
 
 def test_the_excuse_does_not_grow_with_the_measured_error() -> None:
-    trace, flip, rms = _flip(1e-2)
+    trace, change, rms = _flip(1e-2)
 
     def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
-        flip(calls, given, state, before)
-        given["outputs"] += np.float32(0.3 * rms)  # the same for every class: an error without a flip
+        change(calls, given, state, before)
+        given["outputs"] += np.float32(0.3 * rms)  # the same for every class: an error without an argmax change
 
     report = compare(trace, fake_session(after=after), FP32)
-    assert report.free_run.p50 > 0.1  # twice that would excuse the flip
-    assert (report.excused_flips, report.unexcused_flips) == (0, 1)
+    assert report.free_run.p50 > 0.1  # twice that would excuse the argmax change
+    assert (report.excused_argmax_changes, report.unexcused_argmax_changes) == (0, 1)
 
 
 def test_the_excuse_does_not_grow_with_another_output() -> None:
-    trace, flip, rms = _flip(4e-4)
+    trace, change, rms = _flip(4e-4)
     entry = fake_spec().entry("step")
     loud = replace(entry.outputs[0], name="loud")
     spec = replace(fake_spec(entries=("step",)), entries=(replace(entry, outputs=(*entry.outputs, loud)),))
     values = np.full_like(trace.outputs["outputs"], 100 * rms)
 
     def after(calls: int, given: Arrays, state: Arrays, before: Arrays) -> None:
-        flip(calls, given, state, before)
+        change(calls, given, state, before)
         given["loud"] = np.full_like(given["outputs"], 100 * rms)
 
     both = replace(trace, outputs={**trace.outputs, "loud": values})
     report = compare(both, fake_session(spec, after=after), FP32)
-    assert (report.excused_flips, report.unexcused_flips) == (0, 1)
+    assert (report.excused_argmax_changes, report.unexcused_argmax_changes) == (0, 1)
 
 
 def _shaped(shape: tuple[int, ...], after: After | None = None) -> tuple[Trace, Session]:
@@ -153,7 +153,11 @@ def test_an_output_of_any_rank_is_compared(shape: tuple[int, ...]) -> None:
     report = compare(*_shaped(shape), FP32)
     report.require()
     assert (report.argmax_agreement, report.kl_mean) == (1.0, 0.0)
-    assert report.curves.flips.shape == report.curves.margins.shape == (4 * 16 * CHUNK * int(np.prod(shape[:-1])),)
+    assert (
+        report.curves.argmax_changes.shape
+        == report.curves.margins.shape
+        == (4 * 16 * CHUNK * int(np.prod(shape[:-1])),)
+    )
     assert np.isfinite(report.curves.margins).all() == (shape[-1:] == (OUTPUTS,))
 
 
@@ -172,7 +176,7 @@ def test_agreement_is_the_share_of_all_decisions_of_a_token() -> None:
     report = compare(*_shaped((2, OUTPUTS), after), FP32)
     decisions = 4 * 16 * CHUNK * 2
     assert report.argmax_agreement == 0.0
-    assert report.unexcused_flips + report.excused_flips == decisions
+    assert report.unexcused_argmax_changes + report.excused_argmax_changes == decisions
     assert any(f"of {decisions} decisions have another argmax" in text for text in report.failures)
 
 
@@ -182,11 +186,17 @@ def test_all_flips_are_counted_and_the_first_are_listed() -> None:
 
     report = compare(*_shaped((2, OUTPUTS), after), FP32)
     data = report.to_json()
-    assert len(report.flips) == MAX_FLIPS == len(data["flips"])
+    assert len(report.argmax_changes) == MAX_LISTED_CHANGES == len(data["argmax_changes"])
     assert (
-        data["flips_left_off"] == report.unexcused_flips + report.excused_flips - MAX_FLIPS == 4 * 16 * CHUNK * 2 - 100
+        data["argmax_changes_left_off"]
+        == report.unexcused_argmax_changes + report.excused_argmax_changes - MAX_LISTED_CHANGES
+        == 4 * 16 * CHUNK * 2 - 100
     )
-    places = [(flip.step, flip.stream, flip.token, flip.decision) for flip in report.flips if not flip.excused]
+    places = [
+        (change.step, change.stream, change.token, change.decision)
+        for change in report.argmax_changes
+        if not change.excused
+    ]
     assert places == sorted(places)
     assert places[:3] == [(0, 0, 0, 0), (0, 0, 0, 1), (0, 0, 1, 0)]
 
@@ -204,15 +214,15 @@ def test_flips_without_excuse_are_listed_before_excused_ones() -> None:
             given["outputs"][0, 3, [low, high]] = top
             given["outputs"][0, 3, max(low, high)] = np.nextafter(top, np.float32(np.inf))
 
-    flips = compare(trace, fake_session(after=both), FP32).flips
-    assert [(flip.step, flip.excused) for flip in flips] == [(5, False), (0, True)]
+    argmax_changes = compare(trace, fake_session(after=both), FP32).argmax_changes
+    assert [(change.step, change.excused) for change in argmax_changes] == [(5, False), (0, True)]
 
 
 def test_a_lower_agreement_may_be_allowed() -> None:
     trace, after, _ = _flip(1e-2)
     loose = Budget("fp32", 1.0, 1e-6, 0.999, 1.0, 1.0)
     report = compare(trace, fake_session(after=after), replace(loose, free_run_p99=1e-3))
-    assert report.unexcused_flips == 1
+    assert report.unexcused_argmax_changes == 1
     report.require()
 
 

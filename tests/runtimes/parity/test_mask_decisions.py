@@ -40,34 +40,34 @@ def checked(
     return report
 
 
-def test_the_same_decisions_are_no_branches() -> None:
+def test_the_same_decisions_are_no_mask_decisions() -> None:
     report = checked(CLOSE, late=False)
     report.require()
-    assert (report.branches, report.mask_mismatches, report.branches_per_1000_steps) == (0, 0, 0.0)
+    assert (report.mask_decisions, report.mask_mismatches, report.mask_decisions_per_1000_steps) == (0, 0, 0.0)
 
 
 def test_a_close_decision_is_excused_and_counted() -> None:
     report = checked(CLOSE)
     report.require()
     assert report.mask_mismatches == 0
-    assert report.branches == 1  # of the free run; the single step from that state is not one of its steps
+    assert report.mask_decisions == 1  # of the free run; the single step from that state is not one of its steps
     steps = STREAMS * 64 - (64 - AT - 1)
-    assert report.branches_per_1000_steps == pytest.approx(1000 / steps)
+    assert report.mask_decisions_per_1000_steps == pytest.approx(1000 / steps)
     data = report.to_json()
-    assert (data["branches"], data["branches_per_1000_steps"]) == (1, report.branches_per_1000_steps)
+    assert (data["mask_decisions"], data["mask_decisions_per_1000_steps"]) == (1, report.mask_decisions_per_1000_steps)
     assert (report.one_step.max, report.free_run.max) == (0.0, 0.0)
 
 
 def test_a_decision_that_was_not_close_is_not_excused() -> None:
     report = checked(FAR)
-    assert (report.branches, report.mask_mismatches) == (0, 2)
+    assert (report.mask_decisions, report.mask_mismatches) == (0, 2)
     assert "2 entries of masks or counters differ" in report.failures
     assert report.free_run.max > 0.01  # its states are compared all the same
 
 
 def test_without_thresholds_nothing_is_excused() -> None:
     report = checked(CLOSE, thresholds=())
-    assert (report.branches, report.mask_mismatches) == (0, 2)
+    assert (report.mask_decisions, report.mask_mismatches) == (0, 2)
     assert not report.passed
 
 
@@ -75,7 +75,7 @@ def test_the_excuse_comes_from_the_budget() -> None:
     trace, session = adaptive_trace(FAR), adaptive_session(FAR)
     loose = replace(FP32, free_run_p99=1e-2)
     report = compare(trace, session, loose, None, THRESHOLDS)
-    assert (report.branches, report.mask_mismatches) == (1, 0)
+    assert (report.mask_decisions, report.mask_mismatches) == (1, 0)
 
 
 def test_a_stream_is_no_longer_compared_after_its_branch() -> None:
@@ -108,11 +108,17 @@ def without_the_branch_among_the_samples(trace: Trace) -> Trace:
     )
 
 
-@pytest.mark.parametrize(("margin", "branches", "mismatches"), [(CLOSE, 1, 0), (FAR, 0, 1)])
-def test_a_branch_between_two_samples_is_judged_where_it_is(margin: float, branches: int, mismatches: int) -> None:
+@pytest.mark.parametrize(("margin", "mask_decisions", "mismatches"), [(CLOSE, 1, 0), (FAR, 0, 1)])
+def test_a_branch_between_two_samples_is_judged_where_it_is(
+    margin: float, mask_decisions: int, mismatches: int
+) -> None:
     trace = without_the_branch_among_the_samples(adaptive_trace(margin))
     report = compare(trace, adaptive_session(margin), FP32, None, THRESHOLDS)
-    assert (report.branches, report.mask_mismatches, report.passed) == (branches, mismatches, branches == 1)
+    assert (report.mask_decisions, report.mask_mismatches, report.passed) == (
+        mask_decisions,
+        mismatches,
+        mask_decisions == 1,
+    )
 
 
 @pytest.mark.parametrize("stream", [0, 30])
@@ -192,7 +198,7 @@ def test_counters_are_exact_after_a_branch_too() -> None:
 
     session.read_state = off  # type: ignore[method-assign]
     report = compare(adaptive_trace(CLOSE), session, FP32, None, THRESHOLDS)
-    assert report.branches == 1
+    assert report.mask_decisions == 1
     assert report.mask_mismatches > 0
 
 
@@ -202,7 +208,7 @@ def test_only_the_first_mismatch_of_a_stream_may_be_excused() -> None:
             state["0.mask"][0] = False  # slot 0, which is far from every threshold
 
     report = checked(CLOSE, spoil=spoil)
-    assert report.branches == 0  # the stream had strayed before
+    assert report.mask_decisions == 0  # the stream had strayed before
     assert report.mask_mismatches > 2
 
 
@@ -211,7 +217,7 @@ def test_more_than_one_branch_in_1000_steps_fails_in_fp32() -> None:
     report = compare(trace, adaptive_session(CLOSE), FP32, None, THRESHOLDS)
     assert report.mask_mismatches == 0
     (failure,) = report.failures
-    assert failure.startswith("1 decision went the other way, 4.")
+    assert failure.startswith("differing mask decisions: 1, 4.")
     int8 = replace(FP32, precision="int8")
     session = adaptive_session(CLOSE, effective_precision="int8")
     compare(trace, session, int8, None, THRESHOLDS).require()

@@ -50,7 +50,7 @@ KEYS = {
     "drift_exponent": (),
     "state_error": ("p99", "max"),
     "argmax_agreement": (),
-    "unexcused_flips": (),
+    "unexcused_argmax_changes": (),
     "kl": ("mean", "p999"),
     "mask_mismatches": (),
     "first_divergence": (),
@@ -232,8 +232,8 @@ def test_the_curves_of_a_state_are_those_of_the_worst_stream() -> None:
 def test_the_curves_hold_the_margins_and_the_flips() -> None:
     report = compare(fake_trace(), fake_session(after=swapped_lanes), FP32)
     curves = report.curves
-    assert curves.margins.shape == curves.flips.shape == (4 * 64 * CHUNK,)
-    assert curves.flips.sum() == report.excused_flips + report.unexcused_flips > 0
+    assert curves.margins.shape == curves.argmax_changes.shape == (4 * 64 * CHUNK,)
+    assert curves.argmax_changes.sum() == report.excused_argmax_changes + report.unexcused_argmax_changes > 0
     assert curves.excused_margin == pytest.approx(2 * FP32.free_run_p99)
 
 
