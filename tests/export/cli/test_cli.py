@@ -29,16 +29,16 @@ from tests.small_models import make_sequences
     ("command", "phrases"),
     [
         ("export", ("verified bundle from MODEL", "--target", "--require-parity", "--dry-run", "5 parity failed")),
-        ("parity", ("Replay the golden trace of BUNDLE", "Needs no torch", "--steps")),
+        ("parity", ("Replay the golden trace of BUNDLE", "not need torch", "--steps")),
         (
             "bench",
-            ("Measure a step of BUNDLE", "--threads", "nsm bench --all model.pt", "--against eager --model model.pt"),
+            ("Measure latency", "--threads", "nsm bench --all model.pt", "--against eager --model model.pt"),
         ),
-        ("roofline", ("Measure what BUNDLE's target reaches", "--threads")),
-        ("build", ("Build a target from the ONNX in BUNDLE", "Needs no torch", "--device")),
+        ("roofline", ("roofline of its target", "--threads")),
+        ("build", ("Build a target from the ONNX graphs in BUNDLE", "not need torch", "--device")),
         ("inspect", ("inputs, outputs, states, sizes, precision and provenance",)),
-        ("doctor", ("what is installed", "what each missing piece needs")),
-        ("run", ("Feed sequences to BUNDLE", "--data", "--output")),
+        ("doctor", ("installed packages", "install each missing package")),
+        ("run", ("Run BUNDLE on sequences", "--data", "--output")),
     ],
 )
 @pytest.mark.parametrize("option", ["--help", "-h"])

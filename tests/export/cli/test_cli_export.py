@@ -107,7 +107,7 @@ def test_of_graphs_that_were_not_run_nothing_is_said_to_be_checked(
     said = text[text.index("onnxruntime-cuda: NOT RUN.") :].splitlines()
     assert said[:2] == [
         "onnxruntime-cuda: NOT RUN. There is no GPU.",
-        f"On a machine that has the hardware: nsm parity {tmp_path / 'm.nsm'} --target onnxruntime-cuda",
+        f"nsm parity {tmp_path / 'm.nsm'} --target onnxruntime-cuda",
     ]
 
 
@@ -118,7 +118,7 @@ def test_an_export_replaces_the_bundle_that_one_is_in(
         refused(invoke(*short(checkpoint, Path())), 2, f"{bundle_copy} exists", "--force")
         result = invoke(*short(checkpoint, Path(), "-t", "ort", "--force"))
     assert f"Wrote {bundle_copy}. Next:" in succeeded(result)
-    assert 'Go into the new one: cd "$PWD"' in result.stderr
+    assert 'cd "$PWD"' in result.stderr
     assert [item.target for item in Bundle(bundle_copy).manifest.artifacts] == ["onnxruntime"]
     Bundle(bundle_copy).verify()
 

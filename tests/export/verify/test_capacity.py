@@ -438,7 +438,7 @@ def test_a_foreign_file_is_exported_with_its_capacity(tmp_path: Path) -> None:
     base: list[str | Path] = ["export", tmp_path / "log.pt2", "-t", "openvino", *states]
     result = invoke(*base, "-o", tmp_path / "a.nsm", "--golden-steps", "300")
     assert "capacity: 100 tokens of a stream, then reset its lane" in succeeded(result)
-    assert "Checked over 100 calls of a stream instead of 300" in " ".join(result.stderr.split())
+    assert "Checked 100 calls per stream instead of 300" in " ".join(result.stderr.split())
     assert Bundle(tmp_path / "a.nsm").manifest.spec.capacity == 100
     succeeded(invoke(*base, "-o", tmp_path / "b.nsm", "--capacity", "20"))
     assert Bundle(tmp_path / "b.nsm").manifest.spec.capacity == 20

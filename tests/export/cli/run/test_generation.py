@@ -190,8 +190,8 @@ def test_lanes_that_cannot_rest_all_have_the_text() -> None:
     [
         (("--prompt", ""), "--prompt is empty"),
         (("--prompt", "a", "--tokens", "0"), "--tokens is at least 1; given 0"),
-        (("--prompt", "a", "--data", "x.npy"), "--data and --output belong to feeding sequences"),
-        (("--prompt", "a", "--output", "x.npz"), "--data and --output belong to feeding sequences"),
+        (("--prompt", "a", "--data", "x.npy"), "--data and --output"),
+        (("--prompt", "a", "--output", "x.npz"), "--data and --output"),
         (("--prompt", "a", "--temperature", "-1"), "temperature is 0 or more"),
         (("--prompt", "a", "--top-k", "0"), "top_k is at least 1"),
         (("--prompt", "a", "--top-p", "1.5"), "top_p is a probability"),
