@@ -208,7 +208,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"num_samples": 0}, {"golden_steps": 0}, {"batch": -2}])
 def test_counts_below_one_are_refused(checkpoint: Path, tmp_path: Path, changes: dict[str, Any], no_work: None) -> None:
-    with pytest.raises(InputError, match="--batch, --num-samples and --golden-steps are at least 1"):
+    with pytest.raises(InputError, match="--batch, --num-samples and --golden-steps must be at least 1"):
         export(checkpoint, short(tmp_path / "m.nsm", **changes))
     assert names(tmp_path) == []
 

@@ -198,10 +198,10 @@ def _one_less(spec: StepSpec) -> StepSpec:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (_other_shape, r"reads past_state\.1\.mask as \(\(2, 6\), 'bool'\); declared is \(\(2, 7\)"),
-        (_other_dtype, r"reads past_state\.0\.mask as \(\(2, 6\), 'bool'\); declared is \(\(2, 6\), 'int64'\)"),
-        (_one_more, r"reads p as absent; declared is"),
-        (_one_less, r"reads past_state\.1\.tail as .*; declared is absent"),
+        (_other_shape, r"parsed past_state\.1\.mask as \(\(2, 6\), 'bool'\); expected \(\(2, 7\)"),
+        (_other_dtype, r"parsed past_state\.0\.mask as \(\(2, 6\), 'bool'\); expected \(\(2, 6\), 'int64'\)"),
+        (_one_more, r"parsed p as absent; expected"),
+        (_one_less, r"parsed past_state\.1\.tail as .*; expected absent"),
     ],
 )
 def test_states_that_do_not_fit_the_spec_are_a_build_error(

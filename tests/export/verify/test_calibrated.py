@@ -88,21 +88,25 @@ def test_what_needs_no_calibration_asks_for_none(bare: Path, target: str, precis
 
 
 def test_without_sequences_the_ways_out_are_named(bare: Path) -> None:
-    with pytest.raises(InputError, match="calibrated on real sequences of at least one call, 8 tokens") as caught:
+    with pytest.raises(
+        InputError, match=r"int8 calibration needs real sequences of at least one call \(8 tokens\)"
+    ) as caught:
         planned(bare)
-    for way in ("MODEL holds none", "--data", "nsm.save(model, path, samples=...)", "--precision int8-weights"):
+    for way in ("MODEL has only", "--data", "nsm.save(model, path, samples=...)", "--precision int8-weights"):
         assert way in str(caught.value)
 
 
 def test_one_target_that_needs_it_is_enough(bare: Path) -> None:
-    with pytest.raises(InputError, match="calibrated on real sequences"):
+    with pytest.raises(InputError, match="int8 calibration needs real sequences"):
         planned(bare, targets=["onnxruntime", "tensorrt"])
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_file_with_none_left_is_refused(checkpoint: Path, tmp_path: Path, count: int) -> None:
     np.save(tmp_path / "ids.npy", make_sequences(count, 40))
-    with pytest.raises(InputError, match=r"ids\.npy holds no more than the 3 that judge\..* lower --num-samples"):
+    with pytest.raises(
+        InputError, match=r"ids\.npy has only the 3 sequences of the parity check\..* lower --num-samples"
+    ):
         planned(checkpoint, data=tmp_path / "ids.npy", num_samples=3)
 
 
@@ -173,7 +177,7 @@ def test_a_dry_run_of_int8_checks_the_calibration_too(checkpoint: Path, bare: Pa
     options = ("-t", "ov", "-p", "int8", "-o", tmp_path / "m.nsm", "--dry-run")
     data = the_json(invoke("export", checkpoint, *options, "--json"))
     assert (data["dry_run"], data["bundle"], data["streams"]) == (True, None, 8)
-    refused(invoke("export", bare, *options), 2, "calibrated on real sequences")
+    refused(invoke("export", bare, *options), 2, "int8 calibration needs real sequences")
     assert names(tmp_path) == before
 
 

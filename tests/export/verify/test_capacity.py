@@ -458,7 +458,7 @@ def test_a_foreign_file_is_exported_with_its_capacity(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_takes_no_capacity(checkpoint: Path) -> None:
-    refused(invoke("export", checkpoint, "-t", "openvino", "--capacity", "9"), 2, "--capacity belong to a foreign")
+    refused(invoke("export", checkpoint, "-t", "openvino", "--capacity", "9"), 2, "--capacity apply to foreign")
 
 
 # -- a target that is added --------------------------------------------------------------------------------------------

@@ -346,7 +346,7 @@ def test_what_is_said_must_fit_the_graph(options: dict[str, Any], message: str, 
 
 @pytest.mark.parametrize("option", ["--input", "--no-state"])
 def test_these_options_belong_to_onnx(option: str, checkpoint: Path) -> None:
-    refused(invoke("export", checkpoint, "-t", "ort", option, "x"), 2, f"{option} belongs to a foreign .onnx")
+    refused(invoke("export", checkpoint, "-t", "ort", option, "x"), 2, f"{option} applies to foreign .onnx")
 
 
 # -- the experiment ----------------------------------------------------------------------------------------------------
