@@ -119,7 +119,7 @@ def configuration(entry: EntrySpec, states: Iterable[StateSpec], initial: Arrays
     """Return the text of config.pbtxt."""
     lines = [
         'backend: "onnxruntime"',
-        "# The lanes are part of every shape: one request contains the tokens of all lanes.",
+        "# The lanes are part of every shape: one request has the tokens of all of them.",
         "max_batch_size: 0",
         *(line for item in entry.inputs for line in ("input {", *_tensor(item), "}")),
         *(line for item in entry.outputs for line in ("output {", *_tensor(item), "}")),

@@ -281,7 +281,7 @@ def _open_rivals(
     mine, theirs = (item.manifest.spec.entry("step").inputs[0] for item in (bundle, other))
     if _inputs(mine) != _inputs(theirs):
         raise InputError(
-            f"{path} takes inputs {_inputs(theirs)}; expected {_inputs(mine)}, as {bundle.path}. Export two models over "
+            f"{path} takes inputs {_inputs(theirs)}; expected {_inputs(mine)}, as {bundle.path}. Export models over "
             "the same tokens with the same --batch and --tokens-per-call."
         )
     wanted = [_rival_of(item, other) for item in entrants]

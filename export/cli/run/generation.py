@@ -107,7 +107,10 @@ def _continue(session: Session, entry: EntrySpec, logits: Array, count: int, sam
 
 
 def _counts(session: Session, entry: EntrySpec, count: int) -> Array | None:
-    """Return valid tokens per lane, [B]: `count` on lane 0, else 0. None if lanes cannot idle: all get the same text."""
+    """Return the valid tokens of each lane, [B]: `count` on lane 0, else 0.
+
+    Returns None for a single lane, and if lanes cannot idle: all lanes then get the same text.
+    """
     if session.batch == 1 or entry.input(VALID) is None:
         return None
     return np.where(np.arange(session.batch) == 0, count, 0)

@@ -90,13 +90,14 @@ def test_the_engine_in_the_bundle_is_pristine_and_says_for_what_it_is(bundle: Bu
 
 def test_a_device_the_package_does_not_know_is_refused(stage: Path, bundle: Bundle, trt: Any) -> None:
     with pytest.raises(
-        UnsupportedError, match=rf"{trt.__name__} {re.escape(trt.__version__)} does not build for sm999\..*sm86"
+        UnsupportedError,
+        match=rf"{trt.__name__} {re.escape(trt.__version__)} does not build for --device sm999\..*sm86",
     ):
         tensorrt.build(request_for(stage, bundle.manifest.spec, "sm999"))
 
 
 def test_none_is_no_device(stage: Path, bundle: Bundle) -> None:
-    with pytest.raises(UnsupportedError, match="does not build for none"):
+    with pytest.raises(UnsupportedError, match="does not build for --device none"):
         tensorrt.build(request_for(stage, bundle.manifest.spec, "none"))
 
 

@@ -71,7 +71,7 @@ def test_a_build_that_fails_ends_with_4_and_names_its_log(bundle_copy: Path) -> 
     ("options", "parts"),
     [
         (["-t", "coreml"], ["There is no target 'coreml'"]),
-        (["-t", "ov", "--device", "npu"], ["has a device 'npu'"]),
+        (["-t", "ov", "--device", "npu"], ["has the device 'npu'"]),
         ([], ["Missing option '-t' / '--target'"]),
     ],
 )

@@ -161,12 +161,12 @@ def test_the_example_in_the_help_is_a_good_request(checkpoint: Path, tmp_path: P
     ("options", "code", "parts"),
     [
         (["-t", "coreml"], 2, ["There is no target 'coreml'", "tensorrt (trt)"]),
-        (["-t", "ort", "-p", "fp8"], 2, ["There is no precision 'fp8'", "fp32, fp16"]),
+        (["-t", "ort", "-p", "fp8"], 2, ["Unknown precision 'fp8'", "fp32, fp16"]),
         (["-t", "onnx", "-p", "int8"], 3, ["onnx is not built in int8. It is built in: fp32."]),
         (["-t", "ort", "-t", "ov", "-p", "bf16"], 3, ["onnxruntime is not built in bf16", "fp32, int8, int8-weights"]),
-        (["-t", "ort", "--max-fp32-share", "-0.1"], 2, ["--max-fp32-share lies in 0 .. 1; given -0.1"]),
-        (["-t", "trt", "--device", "sm12"], 2, ["has a device 'sm12'", "sm86"]),
-        (["-t", "ort", "--device", "cuda"], 2, ["has a device 'cuda'", "cpu"]),
+        (["-t", "ort", "--max-fp32-share", "-0.1"], 2, ["--max-fp32-share must be in 0 .. 1; given -0.1"]),
+        (["-t", "trt", "--device", "sm12"], 2, ["has the device 'sm12'", "sm86"]),
+        (["-t", "ort", "--device", "cuda"], 2, ["has the device 'cuda'", "cpu"]),
         (
             ["-t", "ort", "--tokens-per-call", "12"],
             2,

@@ -213,7 +213,7 @@ def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) 
         (
             ("-t", "ov", "-p", "int9"),
             2,
-            "There is no precision 'int9'. Precisions: fp32, fp16, bf16, int8, int8-weights",
+            "Unknown precision 'int9'. Expected one of: fp32, fp16, bf16, int8, int8-weights",
         ),
         (
             ("-t", "ort", "-p", "bf16"),
@@ -221,7 +221,7 @@ def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) 
             "no such products on a processor. Take int8. It is built in: fp32, int8, int8-weights.",
         ),
         (("-t", "onnx", "-p", "int8"), 3, "onnx is not built in int8. It is built in: fp32."),
-        (("-t", "ort", "-p", "int8", "--max-fp32-share", "2"), 2, "--max-fp32-share lies in 0 .. 1; given 2.0"),
+        (("-t", "ort", "-p", "int8", "--max-fp32-share", "2"), 2, "--max-fp32-share must be in 0 .. 1; given 2.0"),
     ],
 )
 def test_a_wrong_request_to_build_is_refused(int8_bundle: Path, options: tuple[str, ...], code: int, part: str) -> None:

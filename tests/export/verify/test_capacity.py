@@ -352,7 +352,9 @@ def test_a_declared_capacity_is_kept_and_held_against_the_model(tmp_path: Path) 
     assert bundle.trace().steps == 30
     with nsm.open(bundle) as session, pytest.raises(StreamError, match="at most 30 tokens"):
         session.run(frames(31))
-    with pytest.raises(ConfigError, match=r"declared as 101 tokens, and the model itself fails after 100.*Declare 100"):
+    with pytest.raises(
+        ConfigError, match=r"declared capacity is 101 tokens, but the model fails after 100.*Declare 100"
+    ):
         nsm.export_model(stepped(Log, capacity=101), "openvino", tmp_path / "more.nsm")
     with pytest.raises(ConfigError, match="capacity is at least 1 token; given 0"):
         stepped(Log, capacity=0)

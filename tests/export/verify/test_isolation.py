@@ -145,8 +145,8 @@ def test_a_crash_on_opening_is_retried_with_the_remedies_and_the_one_that_helps_
     assert artifact.notes == (
         "a note",
         f"without {shown} the compiler of fragile crashed here (its process was killed by signal 11 (SIGSEGV) while "
-        "opening it): with this compile option every session opens it, and so must any other program that loads its "
-        "files",
+        "opening it): every session sets this compile option, and any other program that loads the files must "
+        "set it too",
     )
     try_artifact(Bundle(bundle_copy), artifact)
     with pytest.raises(BuildError, match=r"another one here\. Build it again on this machine: nsm build BUNDLE"):
