@@ -362,7 +362,7 @@ def test_the_targets_that_passed_are_kept_beside_one_that_is_wrong(
     assert message.startswith("openvino: Parity failed on openvino fp32")
     assert f"kept as {tmp_path / 'm.nsm.failed'}" in message
     assert message.endswith(
-        f"{path} was written with the targets that passed: onnxruntime, onnx. With --strict nothing would have been."
+        f"{path} was written with the targets that passed: onnxruntime, onnx. --strict writes all targets or none."
     )
 
 

@@ -115,7 +115,7 @@ def test_what_is_shorter_than_a_call_does_not_calibrate(checkpoint: Path, tmp_pa
     data = written(tmp_path / "ids.npz", *make_sequences(2, 40), long, short)
     (found,) = planned(checkpoint, data=data, num_samples=2).calibration
     assert len(found) == len(long)
-    with pytest.raises(InputError, match=f"at least one call, {4 * MIN_CALLS * CHUNK} tokens"):
+    with pytest.raises(InputError, match=f"at least one call .{4 * MIN_CALLS * CHUNK} tokens"):
         planned(checkpoint, data=data, num_samples=2, tokens_per_call=4 * MIN_CALLS * CHUNK)
 
 
@@ -148,8 +148,8 @@ def test_bad_ids_among_those_that_calibrate_are_named(
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (np.full((1, 40, 3), np.nan, np.float32), "Sequence 1 holds NaN or infinity"),
-        (np.full((1, 40, 3), np.inf, np.float32), "Sequence 1 holds NaN or infinity"),
+        (np.full((1, 40, 3), np.nan, np.float32), "Sequence 1 contains NaN or infinity"),
+        (np.full((1, 40, 3), np.inf, np.float32), "Sequence 1 contains NaN or infinity"),
         (np.zeros((1, 40, 4), np.float32), r"Sequence 1: The model takes sequences of float32 \['T', 3\]"),
         (np.zeros((1, 40, 3), int), r"Sequence 1: The model takes sequences of float32 \['T', 3\]; given int64"),
     ],

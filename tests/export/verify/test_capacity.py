@@ -378,7 +378,7 @@ def test_a_write_at_a_position_without_a_known_end_needs_a_capacity(tmp_path: Pa
     states = [zero(1, 100, WIDTH), COUNTER]
     torch.manual_seed(0)
     module = Sometimes()
-    with pytest.raises(UnsupportedError, match=r"writes into a state at the position that the state state_1 holds"):
+    with pytest.raises(UnsupportedError, match=r"writes into a state at the position in the state state_1"):
         nsm.export_model(nsm.as_step(module, states, token_shape=(WIDTH,)), "openvino", tmp_path / "m.nsm")
     model = nsm.as_step(module, states, token_shape=(WIDTH,), capacity=100)
     bundle = nsm.export_model(model, TARGETS_HERE, tmp_path / "m.nsm", golden_steps=20)
