@@ -218,7 +218,7 @@ def test_counts_below_one_are_refused(checkpoint: Path, tmp_path: Path, changes:
     [
         ({"targets": ()}, InputError, "No target was given"),
         ({"targets": ("onnx", "coreml")}, InputError, r"no target 'coreml'. Targets: onnx, onnxruntime \(ort\)"),
-        ({"precision": "fp8"}, InputError, "no precision 'fp8'"),
+        ({"precision": "fp8"}, InputError, "Unknown precision 'fp8'"),
         ({"targets": ("onnx",), "precision": "int8"}, UnsupportedError, r"not built in int8\. It is built in: fp32\."),
         ({"precision": "fp16"}, UnsupportedError, "It is built in: fp32, int8, int8-weights"),
         ({"max_fp32_share": 1.1}, InputError, r"--max-fp32-share must be in 0 \.\. 1; given 1\.1"),
@@ -360,7 +360,7 @@ def test_the_targets_that_passed_are_kept_beside_one_that_is_wrong(
     assert json.loads((failed.path / PARITY).read_text())["passed"] is False
     message = str(caught.value)
     assert message.startswith("openvino: Parity failed on openvino fp32")
-    assert f"kept as {tmp_path / 'm.nsm.failed'}" in message
+    assert f"kept in {tmp_path / 'm.nsm.failed'}" in message
     assert message.endswith(
         f"{path} was written with the targets that passed: onnxruntime, onnx. --strict writes all targets or none."
     )

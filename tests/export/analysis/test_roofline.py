@@ -209,9 +209,9 @@ def test_a_machine_is_measured_on_the_target(name: str, monkeypatch: pytest.Monk
 
 
 def test_tensorrt_has_no_roofline_here(bundle: Bundle) -> None:
-    with pytest.raises(UnsupportedError, match="targets that run on a CPU"), products(find_target("tensorrt")):
+    with pytest.raises(UnsupportedError, match="target that runs on a CPU"), products(find_target("tensorrt")):
         pass
-    refused(invoke("roofline", bundle.path, "--target", "tensorrt"), 3, "targets that run on a CPU")
+    refused(invoke("roofline", bundle.path, "--target", "tensorrt"), 3, "target that runs on a CPU")
 
 
 def test_shares_are_paired_with_the_machine_of_their_round(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,7 +134,7 @@ def test_an_adaptive_model_keeps_what_its_own_sequences_use(tmp_path: Path) -> N
 def test_a_model_without_banks_is_refused(tmp_path: Path) -> None:
     nsm.save(RecurrentLM(20, 8, 1), tmp_path / "lstm.pt", samples=make_sequences(2, 40))
     result = invoke("export", tmp_path / "lstm.pt", "-t", "ort", "-o", tmp_path / "lstm.nsm", "--compact", "--json")
-    refused(result, 3, "--compact removes slots of a bank; RecurrentLM models have no bank.")
+    refused(result, 3, "--compact removes slots of a bank; a RecurrentLM has none.")
     assert not (tmp_path / "lstm.nsm").exists()
 
 

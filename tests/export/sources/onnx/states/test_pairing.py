@@ -396,7 +396,9 @@ def test_a_graph_that_does_not_run_on_made_up_inputs_says_so(tmp_path: Path) -> 
     assert pairing.trouble
     result = invoke("inspect", path)
     succeeded(result)
-    assert "The graph was not run with open axes of size 1. ONNX Runtime failed" in " ".join(result.stdout.split())
+    assert "The graph could not be run with dynamic axes of size 1. ONNX Runtime failed" in " ".join(
+        result.stdout.split()
+    )
     assert "--shape x=1,SIZE --state h=hn" in result.stdout
 
 
