@@ -141,7 +141,7 @@ def test_what_kept_in_fp32_is_told_with_its_reason() -> None:
     assert "Kept in fp32" in text
     assert "Scheme of the other linear ops: dynamic." in text
     assert f"<td>{reason}</td><td class='number'>2</td><td><code>route &lt;0&gt;, route 1</code>" in text
-    assert "Nothing. Scheme: fp16." in page(
+    assert "None. Scheme: fp16." in page(
         "model.nsm", [report_of()], {}, {}, {"fake": {"scheme": "fp16", "kept_in_fp32": {}}}
     )
     assert "ept in fp32" not in drawn(report_of())
