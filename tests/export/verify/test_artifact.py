@@ -85,7 +85,7 @@ def test_no_target_is_refused() -> None:
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"no precision 'fp12'.*fp32, fp16, bf16, int8, int8-weights"):
+    with pytest.raises(InputError, match=r"Unknown precision 'fp12'.*fp32, fp16, bf16, int8, int8-weights"):
         check_request([find_target("onnx")], "fp12", None)
 
 
@@ -104,7 +104,7 @@ def test_one_target_without_the_precision_is_enough_to_refuse() -> None:
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"No target has the device 'gpu'.* openvino: cpu"):
         check_request([find_target("openvino")], "fp32", "gpu")
-    with pytest.raises(InputError, match=r"a device 'sm12'.*onnx: cpu; tensorrt: portable, current, .*sm86"):
+    with pytest.raises(InputError, match=r"the device 'sm12'.*onnx: cpu; tensorrt: portable, current, .*sm86"):
         check_request([find_target("onnx"), find_target("tensorrt")], "fp32", "sm12")
 
 

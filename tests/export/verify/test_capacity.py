@@ -317,7 +317,7 @@ def test_the_overhead_needs_room_for_a_few_calls(tmp_path: Path) -> None:
 
 def test_who_serves_a_table_is_told_where_it_ends(tmp_path: Path) -> None:
     bundle = nsm.export_model(stepped(Log), "triton", tmp_path / "log.nsm")
-    assert any("end each sequence after 100 tokens" in note for note in bundle.manifest.artifacts[0].notes)
+    assert any("end each sequence after at most 100 tokens" in note for note in bundle.manifest.artifacts[0].notes)
 
 
 class Short(Placed):
