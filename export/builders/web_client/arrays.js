@@ -1,4 +1,4 @@
-// Arrays as numpy has them: flat numbers in row-major order, a shape, and a dtype.
+// Arrays as in numpy: flat numbers in row-major order, a shape, and a dtype.
 
 import { BundleError } from "./errors.js";
 
@@ -7,8 +7,8 @@ import { BundleError } from "./errors.js";
 /** @typedef {Record<string, NdArray>} Arrays */
 
 /**
- * The dtypes that states and inputs may have: numpy's name, what .npy files call it, and the array that holds it.
- * A bool is a byte that is 0 or 1. ONNX Runtime knows all of them under numpy's name.
+ * The dtypes of states and inputs: numpy's name, the name in .npy files, and the JavaScript array class.
+ * A bool is a byte 0 or 1. ONNX Runtime uses numpy's names.
  */
 const TABLE = [
   { dtype: "float32", descr: "<f4", type: Float32Array },
@@ -45,7 +45,7 @@ export function isFloat(dtype) {
   return dtype.startsWith("float");
 }
 
-/** How many numbers an array of this shape holds. @param {readonly number[]} shape */
+/** Number of elements of a shape. @param {readonly number[]} shape */
 export function sizeOf(shape) {
   return shape.reduce((product, size) => product * size, 1);
 }
@@ -60,12 +60,12 @@ export function copyOf(array) {
   return { data: array.data.slice(), shape: [...array.shape], dtype: array.dtype };
 }
 
-/** An empty object for keys that come from files: `__proto__` is a key like any other. @returns {any} */
+/** An empty object for keys from files; without a prototype, `__proto__` is an ordinary key. @returns {any} */
 export function record() {
   return Object.create(null);
 }
 
-/** Whether every number is finite. Sums of zeros are zero, of anything else NaN. @param {NdArray} array */
+/** Whether every number is finite: finite * 0 is 0, NaN and infinity * 0 are NaN. @param {NdArray} array */
 export function isFinite_(array) {
   if (!isFloat(array.dtype)) return true;
   let sum = 0;
@@ -81,7 +81,7 @@ export function sameBytes(a, b) {
 }
 
 /**
- * The part at `index` on `axis`; that axis is gone from it.
+ * Return the part at `index` on `axis`, without that axis.
  * @param {NdArray} array @param {number} axis @param {number} index @returns {NdArray}
  */
 export function takeAt(array, axis, index) {
@@ -95,7 +95,7 @@ export function takeAt(array, axis, index) {
 }
 
 /**
- * Put a part where `takeAt` would take it from.
+ * Write a part at `index` on `axis`; the inverse of `takeAt`.
  * @param {NdArray} array @param {number} axis @param {number} index @param {NdArray} part
  */
 export function putAt(array, axis, index, part) {
@@ -106,7 +106,7 @@ export function putAt(array, axis, index, part) {
 }
 
 /**
- * The runs of numbers that lie together at `index` on `axis`: (where in the array, where in the part, how many).
+ * Visit the contiguous runs at `index` on `axis`: (start in the array, start in the part, length).
  * @param {NdArray} array @param {number} axis @param {number} index
  * @param {(from: number, to: number, length: number) => void} visit
  */

@@ -1,4 +1,4 @@
-// A bundle as a client reads it: the manifest, and files that have the size and hash that it records.
+// A bundle: its manifest, and its files, checked for the recorded size and hash.
 
 import { BundleError, BundleVersionError } from "./errors.js";
 import { readNpz } from "./npz.js";
@@ -7,13 +7,13 @@ export const FORMAT_VERSION = 1;
 
 /** Reads a file of the bundle by its path. @typedef {(path: string) => Promise<Uint8Array>} Reader */
 
-/** Reads below a URL, which a static file server answers. @param {string | URL} base @returns {Reader} */
+/** Return a reader of files below a URL of a static file server. @param {string | URL} base @returns {Reader} */
 export function fromUrl(base) {
   const root = String(base).endsWith("/") ? String(base) : `${base}/`;
   return async (path) => {
-    const answer = await fetch(root + path, { cache: "no-cache" });
-    if (!answer.ok) throw new BundleError(`${root + path} cannot be read: the server answered ${answer.status}.`);
-    return new Uint8Array(await answer.arrayBuffer());
+    const response = await fetch(root + path, { cache: "no-cache" });
+    if (!response.ok) throw new BundleError(`${root + path} cannot be read: the server answered ${response.status}.`);
+    return new Uint8Array(await response.arrayBuffer());
   };
 }
 
@@ -35,7 +35,7 @@ export class Bundle {
     /** @type {Map<string, {path: string, size: number, sha256: string}>} */
     this._records = new Map();
     const artifacts = /** @type {any[]} */ (manifest.artifacts);
-    /** Tokens that a lane takes from one reset to the next, here; null where there is no end. @type {number | null} */
+    /** Most tokens of a lane between two resets, on this target; null if unlimited. @type {number | null} */
     this.capacity = null;
     for (const most of [manifest.spec.capacity, ...artifacts.filter((item) => item.target === "web").map((item) => item.limit)]) {
       if (most === null) continue;
@@ -69,7 +69,7 @@ export class Bundle {
     return new Bundle(read, manifest);
   }
 
-  /** A file that the manifest lists, checked. @param {string} path */
+  /** Read a file that the manifest lists; check its size and hash. @param {string} path */
   async file(path) {
     const record = this._records.get(inside(path));
     if (record === undefined) throw new BundleError(`The manifest does not list ${path}. Export the bundle again.`);
@@ -83,7 +83,7 @@ export class Bundle {
     return bytes;
   }
 
-  /** The states' initial values, which the spec has to fit: what lies in a file bounds what is asked for. */
+  /** Read the initial states and check the spec against them, so that file sizes bound the memory that the spec asks for. */
   async initial() {
     const { arrays } = await this.arrays("state_init.npz");
     const broken = (/** @type {string} */ what) => new BundleError(`The manifest is invalid: ${what}. Was it edited by hand? Export the bundle again.`);
@@ -119,7 +119,7 @@ export class Bundle {
   }
 }
 
-/** In hexadecimal. @param {Uint8Array} bytes */
+/** SHA-256 in hexadecimal. @param {Uint8Array} bytes */
 export async function sha256(bytes) {
   const digest = await crypto.subtle.digest("SHA-256", /** @type {BufferSource} */ (bytes));
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");

@@ -1,4 +1,4 @@
-// Tokens of each lane since its reset, compared with the capacity; as runtimes/session/lane_tokens.py.
+// Counts the tokens of each lane since its reset, and enforces the capacity; see runtimes/session/lane_tokens.py.
 
 import { InputError, SnapshotError, StreamError } from "./errors.js";
 import { takeAt } from "./arrays.js";
@@ -14,7 +14,7 @@ export class LaneTokens {
     this._initial = initial;
   }
 
-  /** Raise StreamError if a lane would pass the capacity. @param {number[]} counts tokens of a call on each lane */
+  /** Throw StreamError if a lane would exceed the capacity. @param {number[]} counts tokens of a call on each lane */
   check(counts) {
     const full = counts.map((count, lane) => (count > 0 && this.used[lane] + count > this.capacity ? lane : -1)).filter((lane) => lane >= 0);
     if (!full.length) return;
@@ -31,7 +31,7 @@ export class LaneTokens {
     this.used = this.used.map((used, lane) => used + counts[lane]);
   }
 
-  /** What lanes with these whole states have had: as given, or as the states count it. @param {number[] | undefined} tokens @param {Arrays} arrays */
+  /** Return the token count of each lane for these states: `tokens` if given, else counted from the states. @param {number[] | undefined} tokens @param {Arrays} arrays */
   given(tokens, arrays) {
     if (tokens === undefined && this._counters.length) return this._counted(arrays);
     if (tokens?.length !== this.used.length || !tokens.every((count) => Number.isSafeInteger(count) && count >= 0)) {
@@ -44,8 +44,8 @@ export class LaneTokens {
   }
 
   /**
-   * What lanes have had after a snapshot was put into one of them, or into all.
-   * @param {unknown} held what the snapshot says @param {Arrays} arrays the whole states as they are then @param {number} [lane]
+   * Return the token count of each lane after a snapshot is restored to one lane, or to all.
+   * @param {unknown} held the counts in the snapshot @param {Arrays} arrays the whole states after the restore @param {number} [lane]
    */
   restored(held, arrays, lane) {
     let found = held;
@@ -61,7 +61,7 @@ export class LaneTokens {
     return this.used.map((used, index) => (lane === undefined ? found[index] : index === lane ? found[0] : used));
   }
 
-  /** The tokens of the state that counts most of them. @param {Arrays} arrays */
+  /** Return the largest token count of the counting states, by lane. @param {Arrays} arrays */
   _counted(arrays) {
     return this.used.map((_, lane) =>
       Math.max(

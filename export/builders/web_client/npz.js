@@ -1,5 +1,5 @@
-// .npz files, which are .zip files of .npy files: read as numpy's savez writes them, and written byte by byte like it.
-// Nothing is compressed in them, and nothing is ever unpickled.
+// Reads and writes .npz files (.zip files of .npy files) of numpy's savez; the written bytes equal numpy's.
+// The files are not compressed, and nothing is unpickled.
 
 import { descrOf, dtypeOf, record, sizeOf, typeOf } from "./arrays.js";
 import { BundleError } from "./errors.js";
@@ -15,7 +15,7 @@ const MAGIC = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59]; // \x93NUMPY
 const latin1 = new TextDecoder("latin1");
 
 /**
- * All arrays of an .npz by name, and its texts (numpy's scalars of kind U).
+ * Read the arrays of an .npz by name, and its texts (numpy's scalars of kind U).
  * @param {Uint8Array} bytes @param {string} what for messages
  * @returns {{arrays: Arrays, texts: Record<string, string>}}
  */
@@ -39,7 +39,7 @@ export function readNpz(bytes, what) {
 /** @param {Uint8Array} bytes @returns {Iterable<[string, Uint8Array]>} */
 function* entries(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const end = bytes.length - END_SIZE; // numpy writes no comment behind it
+  const end = bytes.length - END_SIZE; // numpy writes no comment after the end record
   if (end < 0 || view.getUint32(end, true) !== END) throw new Error("it does not end like a .zip");
   let at = view.getUint32(end + 16, true);
   for (let left = view.getUint16(end + 10, true); left > 0; left--) {
@@ -67,7 +67,7 @@ function readNpy(bytes) {
   const found = /^\{'descr': '([^']+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \}\s*$/.exec(header);
   if (found === null) throw new Error(`an entry has the header ${header.trim()}`);
   const shape = found[3].split(",").filter((part) => part.trim()).map(Number);
-  const content = bytes.slice(length); // a copy begins at 0, so it is aligned for any type
+  const content = bytes.slice(length); // a copy starts at offset 0, which is aligned for any type
   const text = /^<U(\d+)$/.exec(found[1]);
   if (text !== null) return readText(content, Number(text[1]), shape);
   const dtype = dtypeOf(found[1]);
@@ -79,12 +79,12 @@ function readNpy(bytes) {
 /** @param {Uint8Array} content @param {number} length @param {number[]} shape */
 function readText(content, length, shape) {
   if (shape.length !== 0 || content.length !== 4 * length) throw new Error("an entry is a list of texts");
-  const points = [...new Uint32Array(content.buffer)].filter((point) => point !== 0); // numpy fills up with zeros
+  const points = [...new Uint32Array(content.buffer)].filter((point) => point !== 0); // numpy pads with zeros
   return points.map((point) => String.fromCodePoint(point)).join("");
 }
 
 /**
- * Numbers in column-major order (numpy keeps what it was given), in row-major order.
+ * Convert column-major numbers to row-major order; numpy saves Fortran-ordered arrays in column-major order.
  * @template {import("./arrays.js").Numbers} T @param {T} data @param {number[]} shape @returns {T}
  */
 function fromColumns(data, shape) {
@@ -99,7 +99,7 @@ function fromColumns(data, shape) {
 }
 
 /**
- * The bytes that `np.savez(file, allow_pickle=False, **items)` writes for these items, in their order.
+ * Return the bytes that `np.savez(file, allow_pickle=False, **items)` writes for these items, in order.
  * @param {[string, NdArray | string][]} items
  */
 export function writeNpz(items) {
@@ -113,7 +113,7 @@ export function writeNpz(items) {
     const content = writeNpy(value);
     const crc = crc32(content);
     const common = [[2, 0], [2, 0], [2, 0], [2, 0x21], [4, crc]]; // flags, stored, 1 January 1980
-    const big = 0xffffffff; // numpy asks for 64-bit sizes, whatever they are
+    const big = 0xffffffff; // numpy always uses 64-bit sizes
     const extra = [[2, 1], [2, 16], [8, content.length], [8, content.length]];
     const sizes = [[2, name.length], [2, 20]];
     const local = join([fields([[4, LOCAL], [2, 45], ...common, [4, big], [4, big], ...sizes]), name, fields(extra), content]);
@@ -144,7 +144,7 @@ function writeNpy(value) {
   return join([front, new TextEncoder().encode(header), new Uint8Array(data.buffer, data.byteOffset, data.byteLength)]);
 }
 
-/** Little-endian numbers: [bytes, value] each. @param {number[][]} values */
+/** Encode little-endian numbers, [bytes, value] each. @param {number[][]} values */
 function fields(values) {
   const bytes = new Uint8Array(values.reduce((sum, [width]) => sum + width, 0));
   let at = 0;

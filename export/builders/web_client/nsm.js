@@ -1,4 +1,4 @@
-// A session over a bundle, in a browser or in Node: any split of a stream, any lane, snapshots that Python reads.
+// A session over a bundle, in a browser or in Node: any split of a stream, lanes, and snapshots that Python reads.
 //
 //     import * as ort from "onnxruntime-web/wasm";
 //     import { fromUrl, open } from "./nsm.js";
@@ -23,11 +23,11 @@ const VALID = "valid";
 const OFFSET = "lane.offset";
 const SNAPSHOT_VERSION = 2;
 const MAGIC = new TextEncoder().encode(`nsm-snapshot ${SNAPSHOT_VERSION}\n`);
-const DECODES_PER_STEP = 4; // a call of step takes about as long as so many of decode, as a share of the chunk: 1 / 4
-const FREE_RUN_BUDGET = 1e-4; // of fp32, see runtimes/parity/budgets.py
+const DECODES_PER_STEP = 4; // a call of step takes about as long as decoding 1 / 4 of the chunk
+const FREE_RUN_BUDGET = 1e-4; // for fp32; see runtimes/parity/budgets.py
 
 /**
- * Open a bundle. One whose artifact failed its parity check is refused, unless `allowFailed` is true.
+ * Open a bundle. Throws BundleError if its artifact failed its parity check, unless `allowFailed` is true.
  * @param {import("./bundle.js").Reader} read @param {any} ort onnxruntime-web @param {{allowFailed?: boolean}} options
  * @returns {Promise<Session>}
  */
@@ -43,7 +43,7 @@ export async function open(read, ort, { allowFailed = false } = {}) {
   return new Session(new Runtime(ort, bundle), bundle, await bundle.initial());
 }
 
-/** It takes one call at a time: await each before the next one. */
+/** A session. Await each call before the next one. */
 export class Session {
   /** @param {Runtime} runtime @param {Bundle} bundle @param {Arrays} initial */
   constructor(runtime, bundle, initial) {
@@ -61,7 +61,7 @@ export class Session {
     return this.spec.batch;
   }
 
-  /** Start a lane (default: all) afresh. @param {number} [lane] */
+  /** Reset a lane (default: all) to the initial state. @param {number} [lane] */
   reset(lane) {
     if (lane === undefined) this._put(this.initial, Array(this.batch).fill(0));
     else {
@@ -70,15 +70,15 @@ export class Session {
     }
   }
 
-  /** How many tokens each lane takes until it has to be reset; null where there is no end. */
+  /** Tokens that each lane takes before it must be reset; null if unlimited. */
   get tokensLeft() {
     const tokens = this._tokens;
     return tokens && tokens.used.map((used) => Math.max(tokens.capacity - used, 0));
   }
 
   /**
-   * One call of the graph step, on lanes that stand at a chunk's beginning.
-   * @param {Tokens} tokens [B, K, ...] @param {number[]} [valid] how many count on each lane @returns {Promise<Arrays>}
+   * Run the entry step once; every lane with tokens must be at the beginning of a chunk.
+   * @param {Tokens} tokens [B, K, ...] @param {number[]} [valid] number of valid tokens of each lane @returns {Promise<Arrays>}
    */
   async step(tokens, valid) {
     const [inputs, counts] = this._checked("step", tokens, valid);
@@ -98,7 +98,7 @@ export class Session {
   }
 
   /**
-   * One token a lane, anywhere in a chunk; chunks that are full then are committed.
+   * Run one token per lane, anywhere in a chunk; then commit full chunks.
    * @param {Tokens} tokens [B, 1, ...] @param {number[]} [valid] 1 or 0 for each lane @returns {Promise<Arrays>}
    */
   async decode(tokens, valid) {
@@ -114,9 +114,9 @@ export class Session {
   }
 
   /**
-   * Any number of tokens, from wherever the lanes stand.
-   * @param {Tokens} tokens [B, T, ...] @param {number[]} [valid] how many count on each lane (default: all)
-   * @returns {Promise<Arrays>} [B, T, ...] by name; zero behind a lane's valid tokens
+   * Run any number of tokens, from any position in a chunk.
+   * @param {Tokens} tokens [B, T, ...] @param {number[]} [valid] number of valid tokens of each lane (default: all)
+   * @returns {Promise<Arrays>} [B, T, ...] by name; zero after a lane's valid tokens
    */
   async feed(tokens, valid) {
     const entry = this.runtime.entry("step");
@@ -151,12 +151,12 @@ export class Session {
     return results;
   }
 
-  /** A copy of the whole state by name, lanes included. */
+  /** Return a copy of the whole state by name, with all lanes. */
   readState() {
     return this.runtime.readState();
   }
 
-  /** Put the whole state. @param {Arrays} arrays @param {number[]} [tokens] that each lane has had, of a model with a capacity (default: what a state that counts them says) */
+  /** Replace the whole state. @param {Arrays} arrays @param {number[]} [tokens] token count of each lane, for a model with a capacity (default: read from a state that counts tokens) */
   loadState(arrays, tokens) {
     for (const state of this.spec.states) {
       const given = arrays[state.name];
@@ -167,7 +167,7 @@ export class Session {
     this._put(arrays, this._tokens && this._tokens.given(tokens, arrays));
   }
 
-  /** What a lane (default: all) needs to go on elsewhere, in Python too. @param {number} [lane] @returns {Promise<Uint8Array>} */
+  /** Return the state of a lane (default: all) as bytes, which other sessions and Python can restore. @param {number} [lane] @returns {Promise<Uint8Array>} */
   async snapshot(lane) {
     const whole = this.readState();
     /** @type {[string, NdArray | string][]} */
@@ -180,7 +180,7 @@ export class Session {
     return join([MAGIC, fromHex(await sha256(payload)), payload]);
   }
 
-  /** Go on from a snapshot, of one lane or of all. @param {Uint8Array} bytes @param {number} [lane] */
+  /** Restore a snapshot to one lane, or to all. @param {Uint8Array} bytes @param {number} [lane] */
   async restore(bytes, lane) {
     if (!(bytes instanceof Uint8Array)) throw new SnapshotError("A snapshot is a Uint8Array; given something else.");
     const version = /^nsm-snapshot (\d{1,9})\n/.exec(new TextDecoder("latin1").decode(bytes.subarray(0, 24)));
@@ -214,7 +214,7 @@ export class Session {
   }
 
   /**
-   * Replay the golden streams, every step on the session's own state, and compare outputs and sampled states.
+   * Replay the golden streams in a free run, and compare outputs and sampled states.
    * @param {(done: number, total: number) => void} [progress]
    * @returns {Promise<{passed: boolean, streams: number, steps: number, budget: number, worst: {tensor: string, error: number},
    *   errors: Record<string, number>, exact: number}>} the largest error of each tensor; `exact` counts integers that differ
@@ -280,7 +280,7 @@ export class Session {
     return lane;
   }
 
-  /** The whole state with other parts on one lane. @param {number} lane @param {(state: any) => NdArray} part */
+  /** Return the whole state with one lane replaced. @param {number} lane @param {(state: any) => NdArray} part */
   _replaced(lane, part) {
     this._lane(lane);
     const whole = this.readState();
@@ -288,7 +288,7 @@ export class Session {
     return whole;
   }
 
-  /** Go on from a whole state, of lanes that have had so many tokens where these are counted. @param {Arrays} arrays @param {number[] | null} used */
+  /** Replace the whole state, and the token count of each lane if tokens are counted. @param {Arrays} arrays @param {number[] | null} used */
   _put(arrays, used) {
     this.runtime.loadState(wrapped(this.spec.states, arrays));
     const offsets = arrays[OFFSET];
@@ -297,7 +297,7 @@ export class Session {
     if (this._tokens && used) this._tokens.used = used;
   }
 
-  /** What a lane, or each of them, has had, for a snapshot. @param {number} [lane] */
+  /** Return the token count of a lane (default: all) for a snapshot; null if tokens are not counted. @param {number} [lane] */
   _had(lane) {
     if (!this._tokens) return null;
     return lane === undefined ? this._tokens.used : [this._tokens.used[this._lane(lane)]];
@@ -323,7 +323,7 @@ export class Session {
     return [inputs, counts];
   }
 
-  /** Refuse vectors that count and are not finite. @param {any} spec @param {NdArray} given @param {number[]} counts */
+  /** Throw InputError for valid vectors that are not finite. @param {any} spec @param {NdArray} given @param {number[]} counts */
   _checkTokens(spec, given, counts) {
     if (!isFloat(given.dtype)) return;
     const [length, width] = [given.shape[1], sizeOf(given.shape.slice(2))];
@@ -335,7 +335,7 @@ export class Session {
     if (bad.length) throw new InputError(`${spec.name} holds NaN or infinite numbers on lanes [${bad}].`);
   }
 
-  /** What was given as an array of the input's dtype, in range. @param {any} spec @param {Tokens} tokens @returns {NdArray} */
+  /** Convert tokens to an array of the input's dtype; check their range. @param {any} spec @param {Tokens} tokens @returns {NdArray} */
   _array(spec, tokens) {
     let array = /** @type {NdArray} */ (tokens);
     if (Array.isArray(tokens)) {
@@ -357,7 +357,7 @@ export class Session {
     return array;
   }
 
-  /** How many tokens each lane gives to the next call of step. @param {any} entry @param {number[]} left */
+  /** Return the number of tokens of each lane in the next call of step. @param {any} entry @param {number[]} left */
   _stepped(entry, left) {
     const [length, chunk] = [entry.inputs[0].shape[1], this.spec.chunk_size];
     const ready = left.map((count, lane) => (this.offsets[lane] === 0 ? Math.min(count, length) : 0));
@@ -414,14 +414,14 @@ export class Session {
   }
 }
 
-/** Equal arrays on a new first axis. @param {NdArray[]} parts @returns {NdArray} */
+/** Stack arrays of equal shape on a new first axis. @param {NdArray[]} parts @returns {NdArray} */
 export function stack(parts) {
   const whole = zeros([parts.length, ...parts[0].shape], parts[0].dtype);
   parts.forEach((part, index) => putAt(whole, 0, index, part));
   return whole;
 }
 
-/** Counters as their graph keeps them: values from base + period on, by the period less. @param {any[]} states @param {Arrays} arrays */
+/** Wrap counters as their graph does: subtract the period from values of base + period and more. @param {any[]} states @param {Arrays} arrays */
 function wrapped(states, arrays) {
   /** @type {Arrays} */
   const found = record();
@@ -435,7 +435,7 @@ function wrapped(states, arrays) {
   return found;
 }
 
-/** As Python's json.dumps writes it. @param {string} fingerprint @param {number | null} lanes @param {number[] | null} tokens */
+/** The snapshot header, in the format of Python's json.dumps. @param {string} fingerprint @param {number | null} lanes @param {number[] | null} tokens */
 function header(fingerprint, lanes, tokens) {
   const had = tokens === null ? "" : `, "tokens": [${tokens.join(", ")}]`;
   return `{"fingerprint": ${JSON.stringify(fingerprint)}, "lanes": ${JSON.stringify(lanes)}${had}}`;
@@ -446,7 +446,7 @@ function fromHex(text) {
   return Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
 }
 
-/** The norm that an array of its rows' size would have. @param {NdArray} array [N, T, ...] */
+/** Root mean square norm of the rows. @param {NdArray} array [N, T, ...] */
 function rms(array) {
   const numbers = /** @type {Float32Array} */ (array.data);
   let sum = 0;
