@@ -194,7 +194,7 @@ def compacted(source: Source, sequences: list[Array]) -> Source:
     from nsm.export.sources import TorchSource
 
     if not isinstance(source, TorchSource):
-        raise UnsupportedError(f"--compact removes slots of a bank; {source.kind} models have no bank. Leave it out.")
+        raise UnsupportedError(f"--compact removes slots of a bank; {source.kind} has no bank. Leave it out.")
     return source.compacted(sequences)
 
 

@@ -106,7 +106,7 @@ def _check_debug_outputs(planned: Plan) -> None:
     without, with_them = (source.spec(options.batch, options.tokens_per_call, debug) for debug in (False, True))
     if without == with_them:
         raise UnsupportedError(
-            f"--debug-outputs shows how tokens are routed to the slots of a bank; {source.kind} models have no bank. "
+            f"--debug-outputs shows how tokens are routed to the slots of a bank; {source.kind} has no bank. "
             "Leave it out."
         )
 
@@ -120,7 +120,7 @@ def _check_opset(planned: Plan, opset: int) -> None:
     own = opset_of(planned.source.given.foreign.model)
     if own > opset:
         raise InputError(
-            f"--opset {opset} is older than the operator set of {planned.source.kind}, {own}; a graph can only be "
+            f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; a graph can only be "
             f"converted to a newer one. Give --opset {own} or leave it out, or export the file again in {opset}."
         )
 

@@ -107,7 +107,7 @@ def test_of_graphs_that_were_not_run_nothing_is_said_to_be_checked(
     said = text[text.index("onnxruntime-cuda: NOT RUN.") :].splitlines()
     assert said[:2] == [
         "onnxruntime-cuda: NOT RUN. There is no GPU.",
-        f"nsm parity {tmp_path / 'm.nsm'} --target onnxruntime-cuda",
+        f"To check it, run on a machine with the hardware: nsm parity {tmp_path / 'm.nsm'} --target onnxruntime-cuda",
     ]
 
 
@@ -251,7 +251,7 @@ def _newer(model: onnx.ModelProto) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "parts"),
     [
-        (["--debug-outputs"], 3, ["--debug-outputs shows how tokens are routed", "ONNX graph vad.onnx has none"]),
+        (["--debug-outputs"], 3, ["--debug-outputs shows how tokens are routed", "ONNX graph vad.onnx has no bank"]),
         (["--opset", "20"], 2, ["--opset 20 is older than", "ONNX graph vad.onnx, which is 21", "Give --opset 21 or"]),
     ],
 )
