@@ -109,9 +109,7 @@ def test_parity_for_people(exported: Path) -> None:
 
 @pytest.mark.parametrize("steps", ["0", "-1", "65"])
 def test_steps_that_were_not_recorded_are_refused(exported: Path, steps: str) -> None:
-    refused(
-        invoke("parity", exported, "--steps", steps), 2, "between 1 and 64", f"given {steps}"
-    )
+    refused(invoke("parity", exported, "--steps", steps), 2, "between 1 and 64", f"given {steps}")
 
 
 def test_a_bundle_that_is_another_model_ends_with_5(bundle_copy: Path) -> None:

@@ -222,7 +222,7 @@ def test_counts_below_one_are_refused(options: list[str], message: str, predicto
 def test_nothing_to_score_is_refused(predictor: Path, tmp_path: Path) -> None:
     refused(invoke("score", predictor, tmp_path / "absent", "-o", tmp_path / "s.jsonl"), 2, "is not a folder")
     (tmp_path / "empty").mkdir()
-    refused(invoke("score", predictor, tmp_path / "empty", "-o", tmp_path / "s.jsonl"), 2, "holds no .npy")
+    refused(invoke("score", predictor, tmp_path / "empty", "-o", tmp_path / "s.jsonl"), 2, "has no .npy")
 
 
 def test_workers_without_ray_name_the_extra(
