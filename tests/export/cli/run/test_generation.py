@@ -106,7 +106,7 @@ def test_a_prompt_that_is_no_utf8_is_read_as_its_bytes(byte_model: SimpleNSM, by
     facts = written(byte_bundle, prompt, "--temperature", "0", "--tokens", "20")
     assert facts["prompt"] == "\N{REPLACEMENT CHARACTER}" * 2 + "ab"
     assert facts["text"] == greedy(byte_model, b"\xff\xfeab", 20).decode("ascii")
-    assert "4 bytes read, 3 made" in succeeded(invoke("run", byte_bundle, "--prompt", prompt, "--tokens", "3"))
+    assert "4 bytes read, 3 generated" in succeeded(invoke("run", byte_bundle, "--prompt", prompt, "--tokens", "3"))
 
 
 def test_a_model_over_other_ids_is_refused(exported: Path) -> None:
