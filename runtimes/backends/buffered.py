@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getrefcount
 from typing import NamedTuple
@@ -39,6 +40,9 @@ Bind = Callable[[Arrays, Arrays], BoundGraph]
 Opener = Callable[[], Bind]
 """Opens a graph; called when it is first used, because an open graph holds a copy of the weights."""
 
+COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether `sys.getrefcount` is exact. If not, as in free-threaded builds, each call writes to new memory."""
+
 _LINE = 16
 """Numbers of float32 in a cache line."""
 
@@ -51,8 +55,8 @@ class BufferedRuntime(NotCopyable):
     touches can lie in their two buffers, when that first happens; a call then is a copy of the inputs and a run. A
     state that an entry does not touch stays where it is.
 
-    Outputs are not copied: a caller is given the memory that the graph wrote into, and it is written again only when
-    nothing refers to it any more. Until then the graph is given other memory.
+    Outputs are not copied: the caller gets the memory that the graph wrote, and a later call reuses it only when no
+    reference to it is left. Otherwise the later call writes to new memory.
 
     Args:
         spec: of the model.
@@ -214,16 +218,16 @@ class _Bound:
         self._outputs, self._states = outputs, states
         self._pointed = True  # whether the graph writes into these outputs
         self.written = self._all()
-        # How many references come from here and from asking: the expression is that of `let_go`.
+        # References held here and by the expression itself, which is the same in `let_go`.
         self._unheld = {name: getrefcount(self._outputs[name]) for name in outputs}
 
     def let_go(self) -> None:
-        """Leave the outputs that somebody still refers to as they are, and write into other memory from now on."""
+        """Give the next call new memory for outputs that the caller still refers to."""
         if not self._pointed:  # the last call was interrupted on the way
             for name in self._outputs:
                 self._renew(name)
         for name, unheld in self._unheld.items():
-            if getrefcount(self._outputs[name]) > unheld:
+            if not COUNTED or getrefcount(self._outputs[name]) > unheld:
                 self._renew(name)
 
     def answers(self) -> Arrays:

@@ -34,10 +34,10 @@ from tests.small_models import make_sequences
             "bench",
             ("Measure a step of BUNDLE", "--threads", "nsm bench --all model.pt", "--against eager --model model.pt"),
         ),
-        ("roofline", ("Measure what BUNDLE's target reaches", "--threads")),
+        ("roofline", ("Measure the peak of BUNDLE's target", "--threads")),
         ("build", ("Build a target from the ONNX in BUNDLE", "Needs no torch", "--device")),
         ("inspect", ("inputs, outputs, states, sizes, precision and provenance",)),
-        ("doctor", ("what is installed", "what each missing piece needs")),
+        ("doctor", ("Show the installed packages", "installs each missing package")),
         ("run", ("Feed sequences to BUNDLE", "--data", "--output")),
     ],
 )

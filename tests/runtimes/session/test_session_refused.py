@@ -260,7 +260,7 @@ def test_load_state_refuses_what_is_not_the_whole_state() -> None:
     ):
         with pytest.raises(InputError, match=message):
             session.load_state({**state, **change})
-    with pytest.raises(InputError, match=r"The state 0\.bank is missing; given are"):
+    with pytest.raises(InputError, match=r"The state 0\.bank is missing; given \["):
         session.load_state({name: value for name, value in state.items() if name != "0.bank"})
     assert_same(session.read_state(), state)
 
