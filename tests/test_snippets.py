@@ -1,7 +1,8 @@
-"""The code blocks of the README, of Get started and of the tutorials run as pasted, in order, in one folder."""
+"""The code of the README, of Get started, of the tutorials and of the notebooks runs as pasted, in order."""
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import shutil
@@ -15,6 +16,7 @@ from tests.export.helpers import invoke
 
 ROOT = Path(__file__).resolve().parent.parent
 TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.md"))
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
 # Beginning of a block that does not run here -> the reason.
 NOT_RUN = {
     "make ": "`make demo` trains for minutes; CI itself is `make test`",
@@ -33,6 +35,11 @@ def blocks(page: Path) -> list[str]:
         python, commands = match.groups()
         found.append(python if python is not None else re.sub(r"^    ", "", commands, flags=re.M))
     return found
+
+
+def code_of(notebook: Path) -> list[str]:
+    cells = json.loads(notebook.read_text())["cells"]
+    return ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
 
 
 def run(page: Path) -> int:
@@ -80,6 +87,23 @@ def test_readme_and_get_started_run_as_pasted(here: Path) -> None:
 @pytest.mark.parametrize("page", TUTORIALS, ids=[page.stem for page in TUTORIALS])
 def test_a_tutorial_runs_as_pasted(page: Path, here: Path) -> None:
     assert run(page) >= 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_runs(path: Path, here: Path) -> None:
+    names: dict[str, object] = {"__name__": "__main__"}
+    for source in code_of(path):
+        exec(compile(source, path.name, "exec"), names)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=[path.stem for path in NOTEBOOKS])
+def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
+    assert len(code_of(path)) >= 3
+    for cell in json.loads(path.read_text())["cells"]:
+        assert not cell.get("outputs")
+        assert cell.get("execution_count") is None
 
 
 def test_every_page_has_blocks() -> None:
