@@ -235,7 +235,7 @@ def test_a_lane_that_is_no_whole_number_is_refused(lane: Any) -> None:
     ]
     for call in calls:
         with pytest.raises(
-            InputError, match=rf"A lane is one whole number, 0 \.\. 1; given {re.escape(repr(lane))} of type"
+            InputError, match=rf"A lane is an integer, 0 \.\. 1; given {re.escape(repr(lane))} of type"
         ):
             call()
     assert_same(session.read_state(), before)
