@@ -86,7 +86,7 @@ class Standing:
         self._runtime.close()
 
     def _place(self, arrays: Mapping[str, Array], tokens: LaneTokens | None) -> Place:
-        """Return the offsets in a state; 0 for models without chunks."""
+        """Return the place of lanes with this state; models without chunks have offset 0."""
         offsets = arrays.get(OFFSET, np.zeros(self._spec.batch))
         return Place(np.array(offsets, np.int64), self._spec.chunk_size, tokens or self._none_yet)
 

@@ -172,6 +172,6 @@ def test_an_error_about_nan_names_all_lanes_and_where_it_was_found_first() -> No
 def test_lanes_inside_a_chunk_are_named_too() -> None:
     session = fake_session(fake_spec(3))
     session.step(ids(session), [CHUNK, 1, 2])
-    with pytest.raises(InputError, match="stand inside a chunk") as caught:
+    with pytest.raises(InputError, match="inside a chunk") as caught:
         session.step(ids(session))
     assert caught.value.lanes == (1, 2)

@@ -205,7 +205,7 @@ def test_valid_is_refused_where_the_entry_has_none() -> None:
 def test_valid_for_more_lanes_than_there_are_is_refused_where_the_entry_has_none() -> None:
     """With one lane numpy would take any number of them for it."""
     session = fake_session(fake_spec(batch=1, valid=False))
-    with pytest.raises(InputError, match=rf"count on every lane, valid=\[{CHUNK}\]; given \[4, 4, 4\]"):
+    with pytest.raises(InputError, match=rf"on every lane, valid=\[{CHUNK}\]; given \[4, 4, 4\]"):
         session.step(ids(session), [CHUNK] * 3)
     session.step(ids(session), [CHUNK])
 
