@@ -1,7 +1,7 @@
 """Quantization schemes for linear ops and tables, as functions from one ONNX graph to another.
 
-Matrices are symmetric: a number q stands for scale * q, with no zero point, and there is a scale for each column. So
-are activations whose scale is calibrated, but for those of which hardly any is negative: they may be unsigned, with a
+Matrices are symmetric: a level q means scale * q, without a zero point, with one scale per column. Activations with a
+calibrated scale are symmetric too, except those with hardly any negative value: they may be asymmetric uint8, with a
 zero point, which TensorRT refuses. Biases and all operations between the linear ops are kept in fp32.
 """
 
@@ -99,7 +99,7 @@ def half(model: onnx.ModelProto, linear_ops: Sequence[LinearOp], kind: int = Ten
 
 
 def looked_up(model: onnx.ModelProto, tables: Sequence[LinearOp], kept: Tables) -> onnx.ModelProto:
-    """Tables of embeddings in less room: the rows that a call looks up are made float, and no others.
+    """Store embedding tables in low precision; a call dequantizes only the rows it looks up.
 
     Args:
         model: the graph.
