@@ -66,7 +66,7 @@ class OnCuda(NotCopyable):
         self, files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, precision: str = "fp32"
     ) -> None:
         if any(state.append_axis is not None for state in spec.states):
-            raise UnsupportedError("The onnxruntime-cuda target does not support appended states yet. Build for another target.")
+            raise UnsupportedError("onnxruntime-cuda does not support appended states yet. Build for another target.")
         self._files, self._spec, self._device, self._threads = dict(files), spec, device, threads
         self._watched = Watched(*{path.parent for path in files.values()})
         self._sides = Sides(spec)

@@ -85,7 +85,7 @@ class TensorRt(NotCopyable):
         self._stream = self._check(cuda.cudaStreamCreate())
         try:
             if any(state.append_axis is not None for state in spec.states):
-                raise UnsupportedError("The tensorrt target does not support appended states yet. Build for another target.")
+                raise UnsupportedError("tensorrt does not support appended states yet. Build for another target.")
             self._buffers = {state.name: (self._allocate(state), self._allocate(state)) for state in spec.states}
             self._sides = Sides(spec)
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))

@@ -246,7 +246,7 @@ def read_model(folder: Path) -> Served:
             states=states,
         )
     except Exception as error:  # on an edited text, the parser and numpy may raise any exception
-        raise BundleDamagedError(f"{folder / CONFIG} is not a valid Triton configuration ({error!r}). {_AGAIN}") from error
+        raise BundleDamagedError(f"{folder / CONFIG} is no valid Triton configuration ({error!r}). {_AGAIN}") from error
 
 
 def _inside(folder: Path, path: Path) -> Path:

@@ -62,8 +62,8 @@ def load(
     node = shutil.which("node")
     if node is None:
         raise DeviceUnavailableError(
-            "Checking the web artifact needs Node.js, and the command node was not found. Browsers do not need it. Install "
-            "Node.js 20 or later."
+            "Checking the web artifact needs Node.js, and the command node was not found. Browsers do not need it. "
+            "Install Node.js 20 or later."
         )
     folder = next(iter(files.values())).parent.parent
     _check_client(folder / CLIENT)

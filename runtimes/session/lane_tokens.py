@@ -108,8 +108,8 @@ class Capacity:
         if tokens is None:
             if not self._counters:
                 raise InputError(
-                    f"The model takes at most {self.tokens:,} tokens per lane, and none of its states counts them. Pass "
-                    "the number of tokens of each lane: load_state(arrays, tokens=[...])."
+                    f"The model takes at most {self.tokens:,} tokens per lane, and none of its states counts them. "
+                    "Pass the number of tokens of each lane: load_state(arrays, tokens=[...])."
                 )
             return LaneTokens(self._counted(arrays))
         counts = as_array("tokens", tokens)
@@ -136,8 +136,8 @@ class Capacity:
         """
         if held is None and not self._counters:
             raise SnapshotError(
-                f"The model takes at most {self.tokens:,} tokens per lane, and the snapshot does not contain the number of "
-                "tokens of its lanes, because its session had no limit. Take it from a session with the limit."
+                f"The model takes at most {self.tokens:,} tokens per lane, and the snapshot does not contain the number "
+                "of tokens of its lanes, because its session had no limit. Take it from a session with the limit."
             )
         if lane is None:
             return LaneTokens(np.array(held, np.int64) if held is not None else self._counted(arrays))

@@ -63,8 +63,8 @@ class Place:
             way_out = (
                 "Use feed or run, which align any split, reset these lanes, or give them valid=0."
                 if spec.has("decode")
-                else "This bundle has no entry decode, so a partial chunk ends a stream: reset these lanes, or give them "
-                "valid=0."
+                else "This bundle has no entry decode, so a partial chunk ends a stream: reset these lanes, or give "
+                "them valid=0."
             )
             raise StreamError(
                 f"The streams on lanes {lanes} are inside a chunk of {self.chunk} tokens (offsets "

@@ -192,7 +192,7 @@ class Session(NotCopyable):
         """
         with self._lock:
             state, place = self._standing.at or closed()
-            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # raises if the bundle has no entry `decode`
+            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # raises without one
             inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
             if skipped and not counts.any():
                 return all_skipped(self.spec.entry("decode"), skipped)
@@ -231,8 +231,8 @@ class Session(NotCopyable):
             on_bad_lane: as for `step`. The whole call skips a lane, even if only its last token is bad.
 
         Returns:
-            The outputs by name, [B, T, ...]; zero after the valid tokens of a lane. Only `step` gives debug outputs:
-            they are NaN for tokens that ran through `decode`. With "skip" they have the attribute `skipped`; see `step`.
+            The outputs by name, [B, T, ...]; zero after the valid tokens of a lane. Only `step` gives debug outputs,
+            which are NaN for tokens that ran through `decode`. With "skip" see `step` for the attribute `skipped`.
 
         Raises:
             InputError: as for `step`. The state is unchanged.

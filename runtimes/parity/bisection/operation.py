@@ -66,7 +66,7 @@ def find_operation(
     if fault is None:
         explanation = (
             f"{tensor or 'An output or state'} is over budget, but with every intermediate result exposed no "
-            "operation is. So the backend's fusion of operations causes the error."
+            "operation is. So the error comes from how the backend fuses operations."
         )
         return Bisection("operation", tensor or ends[0], error, limit, explanation)
     node, name, unseen = fault

@@ -72,7 +72,7 @@ def check_bisectable(target: str) -> None:
     if not find_target(target).bisectable:
         able = ", ".join(item.name for item in TARGETS.values() if item.bisectable)
         raise UnsupportedError(
-            f"An artifact of {target} does not expose intermediate results, so --bisect does not support it; it supports "
+            f"An artifact of {target} shows no intermediate results, so --bisect does not support it; it supports "
             f"{able}. Bisect one of these in the bundle, for instance: --target onnxruntime"
         )
 

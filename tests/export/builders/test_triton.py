@@ -385,7 +385,7 @@ def test_a_config_that_the_server_cannot_read_is_damage(copied: Path, old: str, 
         rerecord(copied)
     else:
         change_config(copied, old, new)
-    with pytest.raises(BundleDamagedError, match=r"config\.pbtxt is not a valid Triton configuration"):
+    with pytest.raises(BundleDamagedError, match=r"config\.pbtxt is no valid Triton configuration"):
         nsm.open(copied, target="triton")
 
 
@@ -394,7 +394,7 @@ def test_a_state_of_absurd_size_is_damage(copied: Path, size: int) -> None:
     path = copied / CONFIG
     path.write_text(path.read_text(encoding="utf-8").replace("dims: [2]", f"dims: [{size}, 4]"), encoding="utf-8")
     rerecord(copied)
-    with pytest.raises(BundleDamagedError, match=r"config\.pbtxt is not a valid Triton configuration"):
+    with pytest.raises(BundleDamagedError, match=r"config\.pbtxt is no valid Triton configuration"):
         nsm.open(copied, target="triton")
 
 
@@ -412,7 +412,7 @@ def test_files_of_the_model_that_are_none_or_lie_elsewhere_are_not_read(
     else:
         shutil.move(copied / name, tmp_path / "outside")
         (copied / name).symlink_to(tmp_path / "outside")
-    with pytest.raises(BundleDamagedError, match="is not a file" if kind == "pipe" else "is outside the model's folder"):
+    with pytest.raises(BundleDamagedError, match="not a file" if kind == "pipe" else "is outside the model's folder"):
         nsm.open(copied, target="triton")
 
 

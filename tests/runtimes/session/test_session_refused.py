@@ -215,7 +215,7 @@ def test_run_refuses_a_partial_chunk_where_the_entry_cannot_say_so() -> None:
     session.run(np.zeros((2, 2 * CHUNK), int))
     before = session.read_state()
     with pytest.raises(
-        InputError, match=rf"whole calls of {CHUNK} tokens only; given {CHUNK + 1} tokens\. Give a mult"
+        InputError, match=rf"whole calls of {CHUNK} tokens; given {CHUNK + 1} tokens\. Give a mult"
     ):
         session.run(np.zeros((2, CHUNK + 1), int))
     assert_same(session.read_state(), before)
@@ -234,9 +234,7 @@ def test_a_lane_that_is_no_whole_number_is_refused(lane: Any) -> None:
         lambda: session.fork(0, lane),
     ]
     for call in calls:
-        with pytest.raises(
-            InputError, match=rf"A lane is an integer, 0 \.\. 1; given {re.escape(repr(lane))} of type"
-        ):
+        with pytest.raises(InputError, match=rf"integer in 0 \.\. 1; given {re.escape(repr(lane))} of type"):
             call()
     assert_same(session.read_state(), before)
     assert session.offsets.tolist() == [0, 1]
