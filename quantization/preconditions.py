@@ -93,8 +93,8 @@ def check_bounded(sizes: Sequence[float], steps: int) -> None:
     if len(settled) > 1 and settled[-1] > _EXPLODING * max(settled[0], 1e-6):
         raise UnsupportedError(
             f"The model's states explode: their root mean square grows from {settled[0]:.3g} to {settled[-1]:.3g} "
-            f"within {steps} calls of the model in fp32. Low precision drifts from such a stream early, so the model is "
-            "not quantized. Train on longer streams, or keep fp32."
+            f"within {steps} calls of the model in fp32. Low precision drifts from such a stream early, so the model "
+            "is not quantized. Train on longer streams, or keep fp32."
         )
 
 

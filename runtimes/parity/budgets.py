@@ -53,7 +53,5 @@ def find_budget(precision: str) -> Budget:
         InputError: the precision has no budget.
     """
     if precision not in BUDGETS:
-        raise InputError(
-            f"No parity budget for the precision {precision!r}; expected one of: {', '.join(BUDGETS)}."
-        )
+        raise InputError(f"No parity budget for the precision {precision!r}; expected one of: {', '.join(BUDGETS)}.")
     return BUDGETS[precision]

@@ -58,8 +58,8 @@ class EntryInputs:
         elif valid is not None and not np.array_equal(given := as_array(VALID, valid), counts):
             raise InputError(
                 f"The entry {self._entry.name} has no input valid: all {self._tokens.shape[1]} tokens of a call are "
-                f"valid on every lane, valid={counts.tolist()}; given {given.tolist()}. Omit valid, and use feed or run "
-                "for other numbers of tokens."
+                f"valid on every lane, valid={counts.tolist()}; given {given.tolist()}. Omit valid, and use feed or "
+                "run for other numbers of tokens."
             )
         skipped: tuple[int, ...] = ()
         if fine is None:
