@@ -88,7 +88,7 @@ Options parse(const std::vector<std::string>& arguments) {
 int run(const std::vector<std::string>& arguments) {
     const Options options = parse(arguments);
     if (std::filesystem::is_regular_file(options.output)) {  // it may be the input
-        throw Error(Code::input, options.output + " exists, and the client does not overwrite files. Choose another name.");
+        throw Error(Code::input, options.output + " exists, and is not replaced. Take another name.");
     }
     const Bundle bundle(options.bundle, options.precision, options.allow_failed);
     Session session(bundle, options.threads);

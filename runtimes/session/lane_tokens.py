@@ -137,7 +137,7 @@ class Capacity:
         if held is None and not self._counters:
             raise SnapshotError(
                 f"The model takes at most {self.tokens:,} tokens per lane, and the snapshot does not contain the "
-                "number of tokens of its lanes, because its session had no limit. Take it from a session with the limit."
+                "number of tokens of its lanes, because its session had no limit. Take one in a session with it."
             )
         if lane is None:
             return LaneTokens(np.array(held, np.int64) if held is not None else self._counted(arrays))
