@@ -63,7 +63,7 @@ class Policy:
     """The quantization policy of a precision on a target.
 
     Args:
-        scheme: of the linear ops.
+        scheme: quantization scheme of the linear ops.
         keep: patterns of the names of linear ops kept in fp32, with the reason.
         note: for the user.
         saturation_safe: whether matrices keep to `SAFE_SUM` if activations are int8 too, so that the artifact is right
@@ -111,7 +111,7 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
             tables="fp16",
             note="OpenVINO quantizes the activations of these linear ops too, token by token, where it gains",
         ),
-        ("openvino", "fp16"): Policy("backend", note="all of it is computed in fp16, whose numbers end at 65,504"),
+        ("openvino", "fp16"): Policy("backend", note="everything is computed in fp16, with a largest number of 65,504"),
         ("openvino", "bf16"): Policy("backend"),
         ("onnxruntime", "int8"): Policy(
             "dynamic",

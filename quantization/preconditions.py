@@ -1,4 +1,4 @@
-"""Preconditions for quantization: of the model and of its sequences."""
+"""Preconditions for quantization, on the model and on the calibration sequences."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
 
 
 def check_trace(trace: Trace) -> None:
-    """Refuse a model whose states, as the reference had them in a golden trace, explode.
+    """Refuse a model if its states in the golden trace explode.
 
     Raises:
         UnsupportedError: they do.
@@ -80,10 +80,10 @@ def check_trace(trace: Trace) -> None:
 
 
 def check_bounded(sizes: Sequence[float], steps: int) -> None:
-    """Refuse a model whose states explode.
+    """Refuse a model if its states explode.
 
     Args:
-        sizes: of the states by `size_of`, at ages of a stream that are spread evenly on a logarithmic scale.
+        sizes: sizes of the states from `size_of`, at log-spaced ages of a stream.
         steps: calls of the stream.
 
     Raises:

@@ -52,7 +52,7 @@ def static(
     Args:
         model: the graph.
         linear_ops: those to quantize.
-        scales: of the activations, by the key of the linear op.
+        scales: scales of the activations, by the key of the linear op.
         saturation_safe: the matrices; see `quantised_weight`.
         asymmetric: by key too: activations that become uint8 instead.
     """
@@ -120,7 +120,7 @@ _HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 def _largest_pair(numbers: Array) -> Array:
-    """Of each column, [N]: the largest sum of the magnitudes of numbers of a sign in rows 2 i and 2 i + 1."""
+    """Return, per column [N], the largest sum of magnitudes of one sign in rows 2 i and 2 i + 1."""
     padded = np.pad(numbers, ((0, len(numbers) % 2), (0, 0)))
     found: Array = np.zeros(numbers.shape[1], np.float32)
     for part in (np.maximum(padded, 0), np.maximum(-padded, 0)):
@@ -129,7 +129,7 @@ def _largest_pair(numbers: Array) -> Array:
 
 
 def _scales(largest: Array) -> NDArray[np.float32]:
-    """Of groups whose largest numbers are these; 1 for a group of zeros, or of numbers too small to be divided."""
+    """Return the scales of groups with these largest values; 1 if a value is zero or too small to divide by."""
     scale = (largest / LEVELS).astype(np.float32)
     return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1.0))
 

@@ -47,7 +47,7 @@ class Steppable(Protocol):
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one session, in microseconds.
+    """Latency of one session, in microseconds.
 
     Args:
         p50_us, p90_us, p99_us: percentiles over all timed calls.
@@ -205,7 +205,7 @@ class _Turn:
 
 
 class Calls:
-    """Calls of one entry on a fresh session, whose stream starts again before a call that would pass its capacity.
+    """Time calls of one entry on a fresh session, and restart the stream before it exceeds its capacity.
 
     Args:
         session: fresh.

@@ -84,7 +84,7 @@ class Counters:
         return replace(self, growth=left, steady=self.steady - names) if left else None
 
     def per_token(self) -> dict[str, int]:
-        """Steady counters all of whose numbers grow by the same whole number with each token, by name."""
+        """Return, by name, the integer growth per token of steady counters with uniform growth."""
         found = {}
         for name in self.steady:
             least, most = int(self.growth[name].min()), int(self.growth[name].max())
@@ -102,7 +102,7 @@ def observe(session: Session, tokens: Array, capacity: int | None = None) -> tup
     Args:
         session: over the reference.
         tokens: [T, B, K, ...], in an order in which no id is like a counter.
-        capacity: that was declared; the calls stay within it.
+        capacity: declared capacity; the calls stay within it.
 
     Returns:
         The counters, None without any; the error of the reference after them.
@@ -145,7 +145,7 @@ def reach(session: Session, counters: Counters, tokens: Array) -> tuple[Counters
 
     Args:
         session: over the reference.
-        counters: of the model.
+        counters: counters of the model.
         tokens: [B, K, ...], of one call.
 
     Returns:

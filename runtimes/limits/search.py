@@ -48,8 +48,8 @@ def find_limit(
         reference, target: with the same lanes.
         counters: as `nsm.runtimes.limits.counters.reach` leaves them.
         tokens: [B, K, ...], of one call.
-        budget: of the artifact's precision.
-        capacity: of the model; positions behind it are not tried.
+        budget: budget of the artifact's precision.
+        capacity: capacity of the model; the search tries no later positions.
     """
     last = counters.furthest if capacity is None else capacity - counters.length
     if last < counters.position:  # parity has compared every call within the capacity

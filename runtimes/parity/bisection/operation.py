@@ -40,7 +40,7 @@ def find_operation(
 
     Args:
         bundle, artifact, trace, budget, progress: as for `bisect`.
-        error, tensor: of the worst output or state, named where no operation can be.
+        error, tensor: error and name of the worst output or state, for the case that no operation is found.
     """
     graph = bundle.locate(f"{GRAPHS}/step.onnx")
     nodes = read_nodes(graph)
@@ -82,13 +82,13 @@ def find_operation(
 def first_at_fault(
     nodes: Sequence[Node], errors: Mapping[str, float], ends: Collection[str], limit: float
 ) -> tuple[Node, str, int] | None:
-    """The first operation on a path to a faulty output whose result is over the limit although its inputs are not.
+    """Return the first operation before a faulty output with good inputs and a result over the limit.
 
     Args:
         nodes: in topological order.
-        errors: of the tensors that are known; others are looked through.
+        errors: errors of the exposed tensors; the search passes through the others.
         ends: outputs of the graph.
-        limit: of an error.
+        limit: largest allowed error.
 
     Returns:
         The operation, its faulty result, and how many unknown tensors lie before it;
@@ -182,7 +182,7 @@ def _probe(bundle: Bundle, artifact: Artifact, nodes: Sequence[Node]) -> Probe:
     target = find_target(artifact.target)
     target.require()
     names = [record.path for record in artifact.files if PurePosixPath(record.path).name == target.file("step")]
-    # An artifact may share the portable graphs and have one of its own.
+    # An artifact may use the portable graphs for some entries and its own graph for others.
     path: Path = bundle.locate(next((name for name in names if not name.startswith(f"{GRAPHS}/")), names[0]))
     if target.name == "openvino":
         names_of_results = {name for node in nodes for name in node.outputs}

@@ -37,8 +37,8 @@ def bisect(
     """Find the operation or state at fault in an artifact.
 
     Args:
-        bundle: that the artifact is in, verified.
-        artifact: of a target that can be bisected.
+        bundle: the verified bundle of the artifact.
+        artifact: artifact of a bisectable target.
         session: over the artifact; its streams are reset.
         trace: the bundle's golden trace, or its first steps.
         budget: of the artifact's precision.
