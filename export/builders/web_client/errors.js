@@ -16,7 +16,7 @@ export class InputError extends NsmError {}
 /** The snapshot is damaged, or belongs to another model. */
 export class SnapshotError extends InputError {}
 
-/** The call does not fit where the stream stands. */
+/** The call does not fit the position of the stream. */
 export class StreamError extends InputError {}
 
 /** ONNX Runtime failed while it opened or ran a graph. */
@@ -25,7 +25,7 @@ export class RunError extends NsmError {}
 /** An output or state became NaN or infinite while a stream ran; the lane can be reset. */
 export class NonFiniteError extends RunError {}
 
-/** The bundle is damaged, or asks for what a bundle may not ask for. */
+/** The bundle is damaged, or requests something forbidden. */
 export class BundleError extends NsmError {}
 
 /** The bundle was written in another format version. */

@@ -1,8 +1,8 @@
-// A bundle's graphs in Node, for Python: frames on stdin are calls, frames on stdout are what came of them.
+// Runs a bundle's graphs in Node, for Python: frames on stdin are calls, frames on stdout are the results.
 //
 //     node node.js BUNDLE        a frame: length of a JSON text in 4 bytes, the text, then the arrays that it lists, as bytes
 //
-// nsm.runtimes.backends.web starts it, so that what is checked and measured is what a browser would run.
+// nsm.runtimes.backends.web starts it, so that nsm checks and measures the code that a browser runs.
 
 import { readFile } from "node:fs/promises";
 import { join as joinPath } from "node:path";
@@ -19,9 +19,9 @@ export function fromFolder(folder) {
   return async (path) => new Uint8Array(await readFile(joinPath(folder, path)));
 }
 
-/** ONNX Runtime Web as it lies beside this file, on one thread as on a server without special headers. */
+/** Loads ONNX Runtime Web from this file's folder, on one thread, as on a server without special headers. */
 export async function loadOrt() {
-  // @ts-ignore: it is put there by the builder
+  // @ts-ignore: the builder puts it there
   const ort = await import("./ort/ort.wasm.min.mjs");
   ort.env.wasm.numThreads = 1;
   ort.env.logLevel = "error";

@@ -1,5 +1,5 @@
-// .npz files, which are .zip files of .npy files: read as numpy's savez writes them, and written byte by byte like it.
-// Nothing is compressed in them, and nothing is ever unpickled.
+// Reads and writes .npz files (.zip files of .npy files), byte for byte as numpy's savez does.
+// They are uncompressed, and nothing is unpickled.
 
 import { descrOf, dtypeOf, record, sizeOf, typeOf } from "./arrays.js";
 import { BundleError } from "./errors.js";
@@ -15,7 +15,7 @@ const MAGIC = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59]; // \x93NUMPY
 const latin1 = new TextDecoder("latin1");
 
 /**
- * All arrays of an .npz by name, and its texts (numpy's scalars of kind U).
+ * Returns all arrays of an .npz by name, and its texts (numpy's scalars of kind U).
  * @param {Uint8Array} bytes @param {string} what for messages
  * @returns {{arrays: Arrays, texts: Record<string, string>}}
  */
@@ -84,7 +84,7 @@ function readText(content, length, shape) {
 }
 
 /**
- * Numbers in column-major order (numpy keeps what it was given), in row-major order.
+ * Converts column-major numbers to row-major; numpy keeps the order of the saved array.
  * @template {import("./arrays.js").Numbers} T @param {T} data @param {number[]} shape @returns {T}
  */
 function fromColumns(data, shape) {
@@ -99,7 +99,7 @@ function fromColumns(data, shape) {
 }
 
 /**
- * The bytes that `np.savez(file, allow_pickle=False, **items)` writes for these items, in their order.
+ * Returns the bytes that `np.savez(file, allow_pickle=False, **items)` writes for these items, in their order.
  * @param {[string, NdArray | string][]} items
  */
 export function writeNpz(items) {
@@ -113,7 +113,7 @@ export function writeNpz(items) {
     const content = writeNpy(value);
     const crc = crc32(content);
     const common = [[2, 0], [2, 0], [2, 0], [2, 0x21], [4, crc]]; // flags, stored, 1 January 1980
-    const big = 0xffffffff; // numpy asks for 64-bit sizes, whatever they are
+    const big = 0xffffffff; // numpy always uses 64-bit sizes
     const extra = [[2, 1], [2, 16], [8, content.length], [8, content.length]];
     const sizes = [[2, name.length], [2, 20]];
     const local = join([fields([[4, LOCAL], [2, 45], ...common, [4, big], [4, big], ...sizes]), name, fields(extra), content]);

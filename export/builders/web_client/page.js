@@ -1,20 +1,20 @@
-// The page: a model that reads what you draw or write, token by token, with its state as it changes.
+// The demo page: runs the model on drawings or text, token by token, and shows how its state changes.
 
 import { sizeOf, takeAt } from "./arrays.js";
 import { fromUrl, open } from "./nsm.js";
 import { StateView } from "./state_view.js";
 
 const $ = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
-const ASK = 17; // the token on which the digits example has to answer
+const ASK = 17; // the token that asks the digits example for its prediction
 const pause = (/** @type {number} */ ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Say what went wrong at the top of the page. @param {any} error */
+/** Shows an error at the top of the page. @param {any} error */
 function fail(error) {
   $("what").textContent = String(error.message ?? error);
   $("what").className = "bad";
 }
 
-/** Run what a button starts: the stream is one, so the other buttons wait until it is done. @param {() => Promise<void>} work */
+/** Runs the work of a button and disables the other buttons meanwhile, because they share one stream. @param {() => Promise<void>} work */
 async function alone(work) {
   const buttons = /** @type {HTMLButtonElement[]} */ (Array.from(document.querySelectorAll("button:not(#stop)")));
   buttons.forEach((button) => (button.disabled = true));
@@ -47,7 +47,7 @@ function softmax(values, temperature = 1) {
   return powers.map((value) => value / sum);
 }
 
-/** The only lane with something to do is the first. @param {any} session @param {any[]} tokens */
+/** Runs tokens on the first lane; the other lanes have none. @param {any} session @param {any[]} tokens */
 function feed(session, tokens) {
   const rows = Array.from({ length: session.batch }, () => tokens);
   return session.feed(rows, rows.map((_, lane) => (lane === 0 ? tokens.length : 0)));
@@ -197,7 +197,7 @@ async function check(session, view) {
 
 async function start() {
   const ort = await import(/** @type {any} */ ("./ort/ort.wasm.min.mjs"));
-  ort.env.wasm.numThreads = 1; // more need headers that a plain file server does not send
+  ort.env.wasm.numThreads = 1; // more threads need headers that a plain file server does not send
   const session = await open(fromUrl(new URL("..", import.meta.url)), ort);
   const { model, spec } = session.bundle.manifest;
   const [input] = spec.entries[0].inputs;

@@ -1,4 +1,4 @@
-// The graphs of a bundle on ONNX Runtime Web, and the state between their calls.
+// Runs the graphs of a bundle on ONNX Runtime Web, and keeps the state between calls.
 
 import { copyOf, isFinite_, putAt as put, record, takeAt } from "./arrays.js";
 import { InputError, RunError } from "./errors.js";
@@ -47,7 +47,7 @@ export class Runtime {
     return found;
   }
 
-  /** Run an entry: the outputs, by name; the state goes on. @param {string} name @param {Arrays} inputs @returns {Promise<Arrays>} */
+  /** Runs an entry, advances the state, and returns the outputs by name. @param {string} name @param {Arrays} inputs @returns {Promise<Arrays>} */
   async call(name, inputs) {
     const entry = this.entry(name);
     const session = await this._session(name);
@@ -74,7 +74,7 @@ export class Runtime {
     return outputs;
   }
 
-  /** Whether every number in the state and in these outputs is finite. @param {Arrays} outputs */
+  /** Whether all numbers in the state and in these outputs are finite. @param {Arrays} outputs */
   finite(outputs) {
     return [...Object.values(this._state), ...Object.values(outputs)].every(isFinite_);
   }
@@ -84,7 +84,7 @@ export class Runtime {
     this._sessions.clear();
   }
 
-  /** Graphs are opened when they are first used. @param {string} name */
+  /** Opens a graph at its first use. @param {string} name */
   _session(name) {
     let found = this._sessions.get(name);
     if (found === undefined) {
@@ -112,7 +112,7 @@ export class Runtime {
   }
 
   /**
-   * Put new rows into a ring: row t of a call at (tokens before it + t) modulo its size.
+   * Writes new rows into a ring: row t of a call at (tokens before the call + t) modulo its size.
    * @param {any} state @param {NdArray} rows @param {NdArray} count @param {NdArray | undefined} valid
    */
   _append(state, rows, count, valid) {

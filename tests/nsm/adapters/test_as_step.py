@@ -149,7 +149,7 @@ def test_lanes_that_all_have_to_go_are_not_waited_for_for_ever() -> None:
 
     initial = {name: value.numpy() for name, value in model.initial_state(2).items()}
     session = Session(TorchRuntime(model, whole), whole, initial, "", "pytorch")
-    with pytest.raises(InputError, match=r"whole calls on all lanes at once; given \[4, 0\]"):
+    with pytest.raises(InputError, match=r"whole calls on all lanes; given \[4, 0\]"):
         session.feed(tokens(model, 2, 4), [4, 0])
 
 
