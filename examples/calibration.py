@@ -1,11 +1,11 @@
-"""What int8 loses when it is calibrated on made-up states instead of states from rollouts, and gains by a second pass.
+"""Compare int8 calibration on states from rollouts, on random states, and on states from an int8 rollout.
 
 python examples/calibration.py model.pt
 
-The model is built for OpenVINO in int8 three times. The first gets the ranges of its activations from rollouts of its
-calibration sequences in fp32, as nsm-export does it; the second from as many calls on the same tokens with random
-states; the third from rollouts of the first, that is on the states that int8 itself leads to. All replay the same
-golden sequences, which none has seen.
+The script builds the model for OpenVINO in int8 three times. The first build gets its activation ranges from rollouts
+of the calibration sequences in fp32, as nsm-export does; the second from as many calls on the same tokens with random
+states; the third from rollouts of the first build, which visit the states that int8 leads to. All builds replay the
+same golden sequences, which no calibration used.
 """
 
 from __future__ import annotations
@@ -32,16 +32,16 @@ from nsm.trace import Array, Arrays
 
 
 def random_states(spec: StepSpec, feeds: Arrays, generator: np.random.Generator) -> Arrays:
-    """The feeds of a call with standard normal numbers in place of every floating-point state."""
-    made = dict(feeds)
+    """Replace every floating-point state in the inputs of a call by standard normal numbers."""
+    replaced = dict(feeds)
     for state in spec.states_of(spec.entry("step").reads):
         if state.numpy_dtype.kind == "f":
-            made[state.past] = generator.standard_normal(state.shape).astype(state.numpy_dtype)
-    return made
+            replaced[state.past] = generator.standard_normal(state.shape).astype(state.numpy_dtype)
+    return replaced
 
 
-def made_up(graph: Path, session: Session, sequences: list[Array]) -> Calibration:
-    """Calibrate on as many calls, with random states."""
+def calibrate_on_random_states(graph: Path, session: Session, sequences: list[Array]) -> Calibration:
+    """Calibrate on the tokens of the sequences, with a random state in every call."""
     watched, generator = Watched(graph), np.random.default_rng(0)
     ranges = {linear_op.key: Range() for linear_op in watched.linear_ops}
     calls = 0
@@ -52,8 +52,8 @@ def made_up(graph: Path, session: Session, sequences: list[Array]) -> Calibratio
     return Calibration(*levels_of(ranges), len(sequences), calls, (0,), None)
 
 
-def second_pass(bundle: Bundle, first: Calibration, sequences: list[Array]) -> Calibration:
-    """Calibrate on the states of a rollout in int8, built with the first calibration."""
+def calibrate_on_int8(bundle: Bundle, first: Calibration, sequences: list[Array]) -> Calibration:
+    """Calibrate on a rollout of the int8 artifact that was built with the first calibration."""
     maker = maker_of(bundle, first)
     with open_artifact(bundle, maker.build({})) as session:
         found = calibrate(bundle.path / "graphs" / "step.onnx", session, sequences)
@@ -62,7 +62,7 @@ def second_pass(bundle: Bundle, first: Calibration, sequences: list[Array]) -> C
 
 
 def maker_of(bundle: Bundle, calibration: Calibration) -> Maker:
-    """What builds OpenVINO's int8 with it."""
+    """Return the builder of OpenVINO int8 artifacts with this calibration."""
     policy = find_policy("openvino", "int8")
     assert policy is not None
     return Maker(bundle, find_target("openvino"), None, "int8", policy, calibration)
@@ -70,9 +70,9 @@ def maker_of(bundle: Bundle, calibration: Calibration) -> Maker:
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--steps", default=200, show_default=True, help="Calls of a golden stream.")
+@click.option("--steps", default=200, show_default=True, help="Calls per golden stream.")
 def main(model: Path, steps: int) -> None:
-    """Build MODEL in the three ways and compare over golden streams."""
+    """Calibrate MODEL in three ways, and compare the int8 artifacts over golden streams."""
     sequences = load_checkpoint(model).calibration
     table = Table("calibrated on", "one step p50", "drift, mean", "p50, last quarter", "argmax", "bank p99", box=None)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,9 +83,9 @@ def main(model: Path, steps: int) -> None:
         with nsm.open(path) as session:
             found = {
                 "rollouts": calibrate(graph, session, sequences),
-                "random states": made_up(graph, session, sequences),
+                "random states": calibrate_on_random_states(graph, session, sequences),
             }
-        found["int8 rollouts"] = second_pass(bundle, found["rollouts"], sequences)
+        found["int8 rollouts"] = calibrate_on_int8(bundle, found["rollouts"], sequences)
         for name, calibration in found.items():
             maker = maker_of(bundle, calibration)
             _, report = check_artifact(bundle, maker.build({}), trace)

@@ -1,12 +1,12 @@
-"""Compare an exported NSM with the usual sequence models: time a token, and memory, on one backend, side by side.
+"""Compare time per token and memory of an exported NSM with other sequence models, on one backend.
 
 python examples/compare.py --target openvino --output comparison
 
-All models have about the same number of parameters and go through the same export and parity check. Weights are
-untrained: time does not depend on them. The transformers are in their strong form: a call takes 16 new tokens, reads
-a cache of N earlier ones in place, and gives their keys and values, which are written into it; nothing is copied.
-Every model takes turns with the NSM in blocks, two sessions in a process, so whatever else the machine does hits both.
-Memory is that of a process which does nothing but run the one model: Python, numpy, the backend, weights and state.
+All models have about the same number of parameters and pass the same export and parity check. Weights are untrained:
+time does not depend on them. The transformers use an efficient cache: a call takes 16 new tokens, reads a cache of N
+earlier tokens in place, and returns the new keys and values, which are written into the cache without a copy. The
+script measures each model in turns with the NSM, two sessions in one process, so that other load affects both. Memory
+is that of a process that runs only one model: Python, numpy, the backend, weights and state.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
 BYTES = 256
 CONTEXTS = (512, 1024, 2048, 4096, 16384)
-# NSM against the transformer of the same width, and against the narrow, deep one, as the project's goals and the
-# claims about NSM have them, by context.
+# Speed of NSM relative to the transformer of the same width (the project's goals), and relative to the narrow, deep
+# transformer (the claims about NSM), by context.
 GOALS = {512: 1.15, 1024: 1.45, 2048: 2.2, 4096: 3.3, 16384: 12.0}
 CLAIMS = {512: 1.5, 1024: 2.3, 2048: 3.7, 4096: 5.8}
-# Calls after which a process has all the memory it needs: the state is allocated whole before the first.
+# Calls after which memory is stable: the state is allocated before the first call.
 SETTLED = 50
 
 NSM: Mapping[str, Any] = MappingProxyType(
@@ -62,8 +62,17 @@ NSM: Mapping[str, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Row:
-    """Of one model. Times are medians over rounds, in microseconds; `ratio` is the median of the paired ratios of its
-    time a call to the NSM's, `low` and `high` their quartiles. `resident_mb` is of a process of its own.
+    """Results of one model.
+
+    Args:
+        name, parameters: of the model.
+        context: tokens of a transformer's context, None for other models.
+        state_bytes: size of the state.
+        resident_mb: resident memory of a process that runs only this model.
+        call_us, decode_us: microseconds per call, median over rounds.
+        ratio: median of the paired ratios of the time per call to the NSM's.
+        low, high: quartiles of these ratios.
+        decode_ratio: as `ratio`, for `decode`.
     """
 
     name: str
@@ -80,7 +89,7 @@ class Row:
 
 
 def models(contexts: tuple[int, ...]) -> dict[str, StepModel]:
-    """What is compared, by name; the NSM first."""
+    """Return the compared models by name; the NSM comes first."""
     import torch
 
     from nsm.baselines import RWKVLM, MambaLM, RecurrentLM, TransformerLM
@@ -100,7 +109,7 @@ def models(contexts: tuple[int, ...]) -> dict[str, StepModel]:
 
 
 def make_bundle(model: StepModel, target: str, directory: Path) -> Path:
-    """Export a model, with its parity checked on made-up streams."""
+    """Export a model, with its parity checked on random streams."""
     from nsm.export import ExportOptions, export
 
     checkpoint = directory.with_suffix(".pt")
@@ -111,7 +120,7 @@ def make_bundle(model: StepModel, target: str, directory: Path) -> Path:
 
 
 def measure(sessions: Mapping[str, Session], rounds: int, calls: int) -> dict[str, np.ndarray]:
-    """Microseconds a call of `step` and of `decode`, by session: [2, rounds]."""
+    """Measure microseconds per call of `step` and of `decode`, [2, rounds] by session."""
     times = {name: np.zeros((2, rounds)) for name in sessions}
     generator = np.random.default_rng(0)
     with Progress() as progress:
@@ -134,7 +143,7 @@ def measure(sessions: Mapping[str, Session], rounds: int, calls: int) -> dict[st
 
 
 def memory_of(bundle: Path, target: str, tokens: int) -> dict[str, float]:
-    """Resident memory of a fresh process that streams so many tokens, in MB; see `stream`."""
+    """Return the resident memory in MB of a new process that streams tokens; see `stream`."""
     command = [sys.executable, __file__, "--stream", str(bundle), "--target", target, "--tokens", str(tokens)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     found: dict[str, float] = json.loads(result.stdout)
@@ -142,10 +151,11 @@ def memory_of(bundle: Path, target: str, tokens: int) -> dict[str, float]:
 
 
 def stream(bundle: Path, target: str, tokens: int) -> dict[str, float]:
-    """Stream tokens in this process and watch its resident memory; no torch here, which takes memory of its own.
+    """Stream tokens in this process, and measure its resident memory. Torch, which needs memory, is not imported.
 
-    `rss_mb` is the most that was seen, every 100 steps and at the end; `range_mb` and `slope_mb`, of the second half
-    against the first, are from step 1000 on, NaN for a stream that is shorter.
+    Returns:
+        `rss_mb`, the maximum, sampled every 100 steps and at the end; `range_mb` and `slope_mb` (mean of the second
+        half minus mean of the first half) from step 1000 on, NaN for a shorter stream; `tokens` and `seconds`.
     """
     resident = []
     with nsm.open(bundle, target=target) as session:
@@ -174,9 +184,9 @@ def _resident_mb() -> float:
 
 
 def pairs_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -> dict[str, np.ndarray]:
-    """Times of every model but the first next to the first's, measured in turn: [2 models, 2 entries, rounds].
+    """Measure the first model against each other model, in turns: [2 models, 2 entries, rounds] by name of the other.
 
-    Two sessions at a time: the threads and caches of others would be a part of what is measured.
+    Only two sessions are open at a time: the threads and cache use of more sessions would affect the times.
     """
     base, *others = bundles
     times = {}
@@ -188,7 +198,7 @@ def pairs_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) 
 
 
 def rows_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -> list[Row]:
-    """Measure the times of every model next to the NSM, and then the memory of each by itself."""
+    """Measure the times of every model in turns with the NSM, then the memory of each model alone."""
     times = pairs_of(bundles, target, rounds, calls)
     base = np.concatenate([pair[0] for pair in times.values()], 1)
     rows = []
@@ -219,9 +229,9 @@ def rows_of(bundles: Mapping[str, Path], target: str, rounds: int, calls: int) -
 
 
 def show(rows: list[Row], target: str) -> None:
-    """The tables, for people."""
+    """Print the tables."""
     console = Console(width=140)
-    table = Table(title=f"{target}: 16 tokens a call", header_style="bold", box=None)
+    table = Table(title=f"{target}: 16 tokens per call", header_style="bold", box=None)
     columns = (
         "model",
         "parameters",
@@ -251,7 +261,7 @@ def show(rows: list[Row], target: str) -> None:
         )
     console.print(table)
     base = rows[0]
-    goals = Table(title="against what was hoped for", header_style="bold", box=None)
+    goals = Table(title="measured ratios and goals", header_style="bold", box=None)
     for column in ("context", "same width", "goal", "narrow, deep", "claim", "state saved"):
         goals.add_column(column, justify="right")
     wide = {row.context: row for row in rows if "d=384 L=4" in row.name}
@@ -270,7 +280,7 @@ def show(rows: list[Row], target: str) -> None:
 
 
 def plot(rows: list[Row], target: str, path: Path) -> None:
-    """Time a token over context, one line a family."""
+    """Plot the time per token over the context, one line per model family."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4.2), layout="constrained")
@@ -285,7 +295,7 @@ def plot(rows: list[Row], target: str, path: Path) -> None:
                 {"linewidth": 2.5, "color": "black"} if row.name == "nsm" else {"linestyle": "--", "linewidth": 1.2}
             )
             axes.plot(contexts, [row.call_us / 16] * len(contexts), label=row.name, **style)
-    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=f"us a token ({target})")
+    axes.set(xscale="log", yscale="log", xlabel="tokens of context", ylabel=f"us per token ({target})")
     axes.set_xticks(contexts, [f"{context:,}" for context in contexts])
     low, high = axes.get_ylim()
     ticks = [tick for tick in (20, 50, 100, 200, 500, 1000, 2000, 5000) if low <= tick <= high]
@@ -297,14 +307,14 @@ def plot(rows: list[Row], target: str, path: Path) -> None:
 
 
 def write_facts(output: Path, target: str, rows: list[Row], memory: Mapping[str, Mapping[str, float]]) -> None:
-    """Everything that was measured, as OUTPUT.json."""
+    """Write all measurements to OUTPUT.json."""
     facts = {"target": target, "rows": [asdict(row) for row in rows], "memory": memory}
     with replacing(output.with_suffix(".json")) as file:
         file.write((json.dumps(facts, indent=1) + "\n").encode())
 
 
 def check_output(output: Path) -> None:
-    """Raise `OutputExistsError` where OUTPUT.json or OUTPUT.png would replace what this script did not write."""
+    """Raise `OutputExistsError` if OUTPUT.json or OUTPUT.png would replace a file that this script did not write."""
     facts, picture = output.with_suffix(".json"), output.with_suffix(".png")
     check_output_file(facts, "a table of this script", json_with("target", "rows", "memory"))
     if not facts.exists():
@@ -313,16 +323,20 @@ def check_output(output: Path) -> None:
 
 @click.command()
 @click.option("--target", default="openvino", show_default=True, help="openvino or onnxruntime.")
-@click.option("--contexts", default=",".join(map(str, CONTEXTS)), show_default=True, help="Of the transformers.")
+@click.option(
+    "--contexts", default=",".join(map(str, CONTEXTS)), show_default=True, help="Contexts of the transformers."
+)
 @click.option("--rounds", default=15, show_default=True)
-@click.option("--calls", default=40, show_default=True, help="Calls a round of each model.")
-@click.option("--tokens", default=1_000_000, show_default=True, help="Length of the NSM's stream; 0: leave it out.")
+@click.option("--calls", default=40, show_default=True, help="Calls per round and model.")
+@click.option(
+    "--tokens", default=1_000_000, show_default=True, help="Tokens of the NSM's stream for memory; 0 skips it."
+)
 @click.option("--output", type=click.Path(path_type=Path), help="Write OUTPUT.json and OUTPUT.png.")
 @click.option("--stream", "streamed", type=click.Path(path_type=Path), hidden=True)
 def main(
     target: str, contexts: str, rounds: int, calls: int, tokens: int, output: Path | None, streamed: Path | None
 ) -> None:
-    """Build all models, measure them in turn, and print the tables."""
+    """Export all models, measure them in turns, and print the tables."""
     if streamed is not None:
         click.echo(json.dumps(stream(streamed, target, tokens)))
         return
@@ -332,12 +346,12 @@ def main(
     with tempfile.TemporaryDirectory() as folder:
         bundles = {}
         with Progress() as progress:
-            made = models(chosen)
-            task = progress.add_task("exporting", total=len(made))
-            for index, (name, model) in enumerate(made.items()):
+            compared = models(chosen)
+            task = progress.add_task("exporting", total=len(compared))
+            for index, (name, model) in enumerate(compared.items()):
                 bundles[name] = make_bundle(model, target, Path(folder) / f"{index}.nsm")
                 progress.advance(task)
-            del made
+            del compared
         rows = rows_of(bundles, target, rounds, calls)
         show(rows, target)
         if output is not None:

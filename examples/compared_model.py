@@ -1,4 +1,4 @@
-"""Save the NSM that compare.py measures, or a wider one, untrained, with real text to calibrate and check on.
+"""Save the untrained NSM of compare.py, or a wider one, with real text for calibration and parity.
 
 python examples/compared_model.py --output compared.pt
 nsm bench --all compared.pt
@@ -22,7 +22,7 @@ SEQUENCES, LENGTH = 24, 3360
 
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="compared.pt", show_default=True)
-@click.option("--width", default=compare.NSM["d_model"], show_default=True, help="Of tokens and states.")
+@click.option("--width", default=compare.NSM["d_model"], show_default=True, help="Width of tokens and states.")
 @click.option("--data", type=click.Path(path_type=Path), help="A text file.  [default: Python's library]")
 def main(output: Path, width: int, data: Path | None) -> None:
     """Write the checkpoint."""

@@ -1,11 +1,11 @@
-"""What each design choice of a layer costs: time of a step and of a decode, state, and rounding in bf16.
+"""Measure the cost of each design choice of a layer: time of step and decode, state size, bf16 error.
 
 python examples/design_choices.py
 
-Every row changes one thing about the NSM that examples/compare.py compares with other models. Weights are untrained.
-Times are paired with the base's in one process on OpenVINO in fp32. The bf16 columns run the same graph in bf16 next to
-fp32 for 200 steps, each on its own state: the mean relative error of the logits and of layer 0's bank over the last 50.
-What a choice gives, train_recall.py and train_text.py measure.
+Every row changes one option of the NSM in examples/compare.py. Weights are untrained. Times are paired with the
+unchanged model's, in one process, on OpenVINO in fp32. The bf16 columns compare bf16 with fp32 over 200 steps, each on
+its own state: the mean relative error of the logits and of layer 0's bank over the last 50 steps. train_recall.py and
+train_text.py measure the benefit of a choice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from nsm.models import AdaptiveNSM, SimpleNSM, StepModel
 
 STEPS, LAST = 200, 50
 
-# Where depth and width change, the feed-forward part makes up for it.
+# Changes of depth and width; the size of the feed-forward part keeps the number of parameters equal.
 EQUAL_PARAMETERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "3 layers": {"num_layers": 3, "feed_forward": 4.7},
@@ -72,13 +72,13 @@ CHOICES: Mapping[str, Mapping[str, Any]] = MappingProxyType(
 
 
 def build(changes: Mapping[str, Any]) -> StepModel:
-    """The compared model with these changes."""
+    """Return the compared model with changed options."""
     torch.manual_seed(0)
     return SimpleNSM(**{**compare.NSM, **changes})
 
 
 def adaptive() -> StepModel:
-    """The compared model with banks that adapt."""
+    """Return the compared model with adaptive banks."""
     torch.manual_seed(0)
     arguments = dict(compare.NSM)
     slots = arguments.pop("num_states")
@@ -86,9 +86,9 @@ def adaptive() -> StepModel:
 
 
 def bf16_errors(bundle: Path) -> tuple[float, float] | None:
-    """Mean relative error of the logits and of the bank of layer 0, bf16 against fp32, at the end of a rollout.
+    """Return the mean relative errors of bf16 at the end of a rollout: logits, and the bank of layer 0.
 
-    None on a processor that does not compute in bf16.
+    Returns None on a processor without bf16.
     """
     if "BF16" not in ov.Core().get_property("CPU", props.device.capabilities()):
         return None
@@ -101,7 +101,7 @@ def bf16_errors(bundle: Path) -> tuple[float, float] | None:
 
 
 def _roll(bundle: Path, kind: ov.Type) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Logits and banks of the last steps, flattened to [LAST, ...]."""
+    """Return the logits and banks of the last steps, each flattened to [LAST, ...]."""
     core, folder = ov.Core(), bundle / "openvino"
     config = {props.hint.inference_precision(): kind}
     compiled = core.compile_model(core.read_model(folder / "step.xml", folder / "weights.bin"), "CPU", config)
@@ -123,10 +123,10 @@ def _roll(bundle: Path, kind: ov.Type) -> tuple[NDArray[np.float32], NDArray[np.
 
 @click.command()
 @click.option("--rounds", default=11, show_default=True)
-@click.option("--calls", default=40, show_default=True, help="Calls a round.")
+@click.option("--calls", default=40, show_default=True, help="Calls per round.")
 @click.option("--output", type=click.Path(path_type=Path), help="Write the rows to this .json.")
 def main(rounds: int, calls: int, output: Path | None) -> None:
-    """Build every variant, measure them in turn, and print the table."""
+    """Export every variant, measure them in turns, and print the table."""
     if output is not None:
         check_output_file(output, "a table of this script", json_with("choice", "parameters"))
     rows = []

@@ -1,9 +1,9 @@
-"""Handwritten digits as streams of tokens, shared by the two digit examples.
+"""Handwritten digits as streams of tokens, shared by the digit examples.
 
 scikit-learn's 1797 digits have 8 x 8 pixels of 17 grey levels. A digit becomes 72 tokens: its 64 pixels row by row,
-then 8 times the token ASK, on which the model has to answer. With chunks of 8 tokens a row is a chunk, and the first
-row lies eight commits before the answer, far outside the reach of the model's windows: the answer has to come from
-the bank. Digits follow each other without a reset, so the model must also let go of the digit before.
+then 8 times the token ASK, on which the model predicts the class. A chunk has 8 tokens, so a row is a chunk, and the
+first row lies eight commits before the prediction, far outside the model's windows: the model has to keep it in the
+bank. Digits follow each other without a reset, so the model must also forget the previous digit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Digits:
 
 
 def load() -> tuple[Digits, Digits]:
-    """The digits, split once and for all into training and test."""
+    """Return the training digits and the test digits; the split is fixed."""
     data = load_digits()
     order = np.random.default_rng(0).permutation(len(data.target))
     images, labels = data.images.astype(np.int64)[order], data.target.astype(np.int64)[order]
@@ -45,20 +45,20 @@ def load() -> tuple[Digits, Digits]:
 
 
 def tokens(images: Images) -> NDArray[np.int64]:
-    """[..., 8, 8] -> [..., 72]: the pixels, then the question."""
+    """Convert images [..., 8, 8] to tokens [..., 72]: the pixels, then ASK tokens."""
     pixels = images.reshape(*images.shape[:-2], 64)
     return np.concatenate([pixels, np.full((*pixels.shape[:-1], CHUNK), ASK)], -1)
 
 
 def streams(digits: Digits, count: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Digits chained into `count` equal streams: tokens [count, n * 72], labels [count, n]."""
+    """Chain digits into `count` equal streams: tokens [count, n * 72], labels [count, n]."""
     each = len(digits.labels) // count
     images = digits.images[: count * each].reshape(count, each, 8, 8)
     return tokens(images).reshape(count, -1), digits.labels[: count * each].reshape(count, each)
 
 
-def answers(logits: NDArray[np.float32]) -> NDArray[np.int64]:
-    """[B, n * 72, 10] -> [B, n]: the class at each digit's last token."""
+def predictions(logits: NDArray[np.float32]) -> NDArray[np.int64]:
+    """Return the class at each digit's last token, [B, n], from logits [B, n * 72, 10]."""
     last = logits.reshape(logits.shape[0], -1, TOKENS, CLASSES)[:, :, -1]
     result: NDArray[np.int64] = last.argmax(-1)
     return result
@@ -66,16 +66,16 @@ def answers(logits: NDArray[np.float32]) -> NDArray[np.int64]:
 
 @torch.no_grad()
 def classify(model: StepModel, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """What the PyTorch model answers on streams [B, n * 72]: [B, n]. One digit at a time, the state carried on."""
+    """Classify streams [B, n * 72] with the PyTorch model, digit by digit with carried state; return [B, n]."""
     state, pieces = None, []
     for piece in torch.from_numpy(ids).split(TOKENS, 1):
         logits, state = model(piece, state, return_state=True)
         pieces.append(logits.numpy())
-    return answers(np.concatenate(pieces, 1))
+    return predictions(np.concatenate(pieces, 1))
 
 
 def varied(images: Images, generator: np.random.Generator) -> Images:
-    """The images moved by up to one pixel each way, their ink up to two grey levels lighter or darker."""
+    """Shift the images by up to one pixel, and change the grey of their ink by up to two levels."""
     count = len(images)
     padded = np.pad(images, ((0, 0), (1, 1), (1, 1)))
     rows = generator.integers(0, 3, count)[:, None] + np.arange(8)

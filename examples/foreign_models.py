@@ -1,8 +1,8 @@
-"""Five models of kinds that people have, in plain torch, through as_step and the export: errors, speed, and int8.
+"""Export five common kinds of plain PyTorch models with as_step; print errors, speed, and int8.
 
     python examples/foreign_models.py
 
-Nothing of nsm is in the models. Weights are random; what is shown is that they arrive, and what a step costs.
+The models do not use nsm. Their weights are random: the table shows that the export works, and the time of a step.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TARGETS = ("onnxruntime", "openvino")
 
 
 class VoiceActivity(nn.Module):
-    """Frames of 512 samples [B, 512] -> does somebody speak [B, 1]: convolutions in a frame, a GRU over frames."""
+    """Voice activity [B, 1] of frames of 512 samples [B, 512]: convolutions within a frame, a GRU over frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -108,7 +108,7 @@ class TimeMix(nn.Module):
 
 
 class Cached(nn.Module):
-    """Attention with a cache of the last 64 keys and values, carried: cat, then cut. x [B, 128] -> [B, 128]."""
+    """Attention over a carried cache of the last 64 keys and values: x [B, 128] -> [B, 128]."""
 
     def __init__(self, width: int = 128, heads: int = 4) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ MODELS: dict[str, Callable[[], nsm.adapters.AdaptedModel]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """A line of the table."""
+    """A row of the table."""
 
     model: str
     parameters: int
@@ -175,7 +175,7 @@ class Row:
 
 
 def rows_of(name: str, folder: Path, steps: int) -> list[Row]:
-    """One model: fp32 on all targets, then int8."""
+    """Export one model in fp32 and int8 on all targets, and measure it."""
     torch.manual_seed(0)
     model = MODELS[name]()
     parameters = sum(p.numel() for p in model.module.parameters())
@@ -206,12 +206,12 @@ def rows_of(name: str, folder: Path, steps: int) -> list[Row]:
 
 
 @click.command()
-@click.option("--steps", default=64, show_default=True, help="Calls of the golden streams.")
-@click.option("--only", help="A part of a model's name.")
+@click.option("--steps", default=64, show_default=True, help="Calls per golden stream.")
+@click.option("--only", help="Only models whose name contains this text.")
 def main(steps: int, only: str | None) -> None:
-    """Export all of them, and print a table."""
+    """Export the models, and print a table."""
     console = Console()
-    table = Table("model", "parameters", "precision", "target", "free-run p99, or why not", "us a step", box=None)
+    table = Table("model", "parameters", "precision", "target", "free-run p99, or error", "us per step", box=None)
     names = [name for name in MODELS if only is None or only in name]
     with tempfile.TemporaryDirectory() as folder:
         for name in track(names, "exporting", console=Console(stderr=True)):

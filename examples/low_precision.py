@@ -1,11 +1,12 @@
-"""What low precision does to what a model is for: accuracy, perplexity, recall; and whether its error stays.
+"""Measure the effect of low precision on a model's task (accuracy, perplexity or recall), and its drift.
 
     python examples/low_precision.py digits digits.pt
     python examples/low_precision.py text text.pt --data shakespeare.txt
     python examples/low_precision.py recall tests/data/recall.pt
     python examples/low_precision.py digits digits.pt --steps 4096 --only openvino     (the drift over a long stream)
 
-Each precision is exported as a user would, with calibration, guard and all. What judges is not what calibrates.
+Each precision goes through the normal export, with calibration and acceptance check. The calibration data and the
+evaluation data are disjoint.
 """
 
 from __future__ import annotations
@@ -47,8 +48,9 @@ Measure = Callable[[Session], float]
 
 @dataclass(frozen=True)
 class Row:
-    """One precision of one target; None without an artifact, and `status` has the reason. `argmax_changes` are the
-    unexcused and the excused ones.
+    """Results of one precision on one target. Without an artifact, values are None, and `status` has the reason.
+
+    `argmax_changes` are the numbers of unexcused and excused changes.
     """
 
     target: str
@@ -66,17 +68,17 @@ class Row:
 
 
 def accuracy(_: Path | None) -> Measure:
-    """Of the test digits, chained into eight streams."""
+    """Return a measure of the accuracy on the test digits, chained into eight streams."""
     ids, labels = digits.streams(digits.load()[1], LANES)
 
     def measure(session: Session) -> float:
-        return float((digits.answers(session.feed(ids)["outputs"]) == labels).mean())
+        return float((digits.predictions(session.feed(ids)["outputs"]) == labels).mean())
 
     return measure
 
 
 def perplexity(data: Path | None) -> Measure:
-    """Of held-out text, eight streams of 4096 bytes."""
+    """Return a measure of the perplexity on held-out text, eight streams of 4096 bytes."""
     _, held_out = text.corpus(data)
     ids, wanted = text.batch(held_out, LANES, 4096, np.random.default_rng(7))
 
@@ -90,7 +92,7 @@ def perplexity(data: Path | None) -> Measure:
 
 
 def recall(_: Path | None) -> Measure:
-    """Of 512 fresh streams, four pairs each."""
+    """Return a measure of the recall on 512 new streams with four pairs each."""
     ids, wanted = train_recall.batch(512, np.random.default_rng(123))
 
     def measure(session: Session) -> float:
@@ -103,7 +105,7 @@ def recall(_: Path | None) -> Measure:
     return measure
 
 
-# What is measured, whether larger is better, and the largest change that was hoped for: points, or a share.
+# Measure, its name, and the goal: the largest acceptable change, absolute, or relative for perplexity.
 TASKS: dict[str, tuple[Callable[[Path | None], Measure], str, float]] = {
     "digits": (accuracy, "accuracy", 0.003),
     "text": (perplexity, "perplexity", 0.005),
@@ -129,7 +131,7 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
         return Row(target, precision, artifact.parity["reason"].split(", so ")[0])
     report = next(item for item in bundle.json("parity.json")["results"] if item["target"] == target)
     speed = artifact.quantization.get("speed", {})
-    # Over budget, too: its score shows how much the low precision costs.
+    # Measure artifacts over budget too: their score shows the cost of low precision.
     with nsm.open(bundle, target, allow_failed=True) as session:
         score = measure(session)
     low, high = report["drift_interval"] or (None, None)
@@ -150,11 +152,11 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
 
 
 def show(task: str, steps: int, rows: list[Row]) -> None:
-    """The table, with what each changes against the same target's fp32."""
-    _, name, hoped = TASKS[task]
+    """Print the table, with the change of each precision relative to the same target's fp32."""
+    _, name, goal = TASKS[task]
     console = Console(width=210)
     table = Table(
-        title=f"{task}: {LANES} streams, golden streams of {steps} calls; hoped for: {name} within {hoped:.1%}",
+        title=f"{task}: {LANES} streams, golden streams of {steps} calls; goal: {name} within {goal:.1%}",
         box=None,
     )
     heads = (
@@ -165,7 +167,7 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
         "change",
         "mean error",
         "argmax",
-        "argmax_changes",
+        "argmax changes",
         "drift exponent",
         "step",
         "decode",
@@ -207,11 +209,13 @@ def show(task: str, steps: int, rows: list[Row]) -> None:
 @click.command()
 @click.argument("task", type=click.Choice(list(TASKS)))
 @click.argument("model", type=click.Path(exists=True, path_type=Path))
-@click.option("--data", type=click.Path(exists=True, path_type=Path), help="For text: the file it was trained on.")
-@click.option("--steps", default=200, show_default=True, help="Calls of the golden streams.")
-@click.option("--only", help="One target.")
-@click.option("--precision", "asked", multiple=True, help="Besides fp32; give it several times.  [default: all]")
-@click.option("--output", type=click.Path(path_type=Path), help="Write the rows to this .json as well.")
+@click.option(
+    "--data", type=click.Path(exists=True, path_type=Path), help="For the task text: the text file used in training."
+)
+@click.option("--steps", default=200, show_default=True, help="Calls per golden stream.")
+@click.option("--only", help="Only this target.")
+@click.option("--precision", "asked", multiple=True, help="Precision besides fp32; repeatable.  [default: all]")
+@click.option("--output", type=click.Path(path_type=Path), help="Also write the rows to this .json.")
 def main(
     task: str,
     model: Path,
@@ -221,7 +225,7 @@ def main(
     asked: tuple[str, ...],
     output: Path | None,
 ) -> None:
-    """Export MODEL in every precision, measure TASK on it, and print a table."""
+    """Export MODEL in every precision, measure TASK, and print a table."""
     if output is not None:
         check_output_file(output, "a table of this script", json_with("task", "steps", "rows"))
     measure = TASKS[task][0](data)

@@ -1,4 +1,4 @@
-"""Stream a bundle's graph with plain onnxruntime: nothing of nsm, only the graph and its own description of its states.
+"""Stream a bundle's graph with plain onnxruntime, without nsm: the graph's metadata describes its states.
 
 python examples/plain_onnxruntime.py digits.nsm
 """
@@ -13,7 +13,7 @@ import onnxruntime as ort
 graph = Path(sys.argv[1]) / "graphs" / "step.onnx"
 session = ort.InferenceSession(str(graph))
 table = json.loads(session.get_modelmeta().custom_metadata_map["nsm.states"])
-states = [state for state in table if state["past"]]  # those that this graph reads
+states = [state for state in table if state["past"]]  # states that this graph reads
 initial = np.load(graph.parent / "../state_init.npz")
 
 feed = {}
@@ -25,9 +25,9 @@ names = [output.name for output in session.get_outputs()]
 outputs = [name for name in names if name not in [state["present"] for state in table]]
 inputs = [item for item in session.get_inputs() if item.name not in feed]  # the tokens come first
 random = np.random.default_rng(0)
-for step in range(8):  # a stream has no end; this one has eight steps
+for step in range(8):  # a stream may be endless; this example runs eight steps
     for item in inputs:
-        if item.name == "valid":  # how many of the tokens count, where lanes may differ
+        if item.name == "valid":  # number of valid tokens per lane
             feed["valid"] = np.full(item.shape, inputs[0].shape[1])
         elif item.type == "tensor(int64)":  # ids
             feed[item.name] = np.full(item.shape, step % 2)

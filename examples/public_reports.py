@@ -1,12 +1,11 @@
-"""Export models that show publicly reported faults, and hold every stream against a loop over the module itself.
+"""Export models that show publicly reported faults, and compare every stream with a loop over the original module.
 
     python examples/public_reports.py [--only TEXT] [--output docs/public-reports.json]
 
-Each model of `reported_models.py` is exported with `nsm.as_step`, each file of `reported_files.py` with
-`nsm-export`, to both targets. The stream then runs for 500 tokens per lane, fed unevenly to two lanes where the
-model takes two, each reset now and then. The loop runs every lane alone, in PyTorch or in ONNX Runtime on the
-original file, and uses nothing of nsm. The exit status is 1 if any stream is silently wrong or any verdict is not
-the expected one.
+The script exports each model of `reported_models.py` with `nsm.as_step`, and each file of `reported_files.py` with
+`nsm-export`, to both targets. It then streams 500 tokens per lane, fed unevenly to two lanes if the model takes two,
+with random resets of each lane. The loop runs every lane alone, in PyTorch or in ONNX Runtime on the original file,
+and does not use nsm. The exit status is 1 if a stream is silently wrong or a verdict is not the expected one.
 """
 
 from __future__ import annotations
@@ -53,12 +52,13 @@ class Outcome:
     """The outcome of a case on a target.
 
     Args:
-        verdict: one of `Case.right`, "WRONG" where the stream was silently wrong, or "fails" where it ended in an
-            error of the backend.
+        name, reports, target: case and target.
+        verdict: one of `Case.right`, "WRONG" if the stream was silently wrong, or "fails" if the backend raised an
+            error.
         expected: whether the verdict is right.
-        error: of the outputs, relative to the largest one.
-        tokens: how many were compared, on all lanes.
-        message: the first sentence of the error, if there was one.
+        error: largest error of an output, relative to the largest output.
+        tokens: number of compared tokens on all lanes.
+        message: first sentence of the error, or "".
     """
 
     name: str
@@ -72,7 +72,7 @@ class Outcome:
 
 
 class Loop:
-    """One lane of the module alone, token by token: the reference, which uses nothing of nsm."""
+    """The reference: one lane of the module, token by token, without nsm."""
 
     def __init__(self, module: torch.nn.Module, states: Any, timed: bool) -> None:
         self.module, self.timed = module, timed
@@ -92,7 +92,7 @@ class Loop:
 
 
 class FileLoop:
-    """One lane of an .onnx file alone, in ONNX Runtime, or in ONNX's reference evaluator where that cannot open it."""
+    """One lane of an .onnx file, in ONNX Runtime, or in ONNX's reference evaluator if that cannot open it."""
 
     def __init__(self, path: Path, case: FileCase) -> None:
         self.case = case
@@ -174,7 +174,7 @@ def stream(
     shape: tuple[int, ...],
     steps: int,
 ) -> Outcome:
-    """Feed lanes unevenly, reset them now and then, and compare every output with the loops."""
+    """Feed lanes unevenly, reset them at random, and compare every output with the loops."""
     random = np.random.default_rng(0)
     lanes, long = len(loops), steps > 1000
     done, compared, largest, scale = np.zeros(lanes, int), 0, 0.0, 1e-6
@@ -198,7 +198,7 @@ def stream(
             for index in range(int(count)):
                 try:
                     wanted = loops[lane](tokens[lane, index])
-                except (IndexError, RuntimeError):  # the model itself ends here, and the session went on
+                except (IndexError, RuntimeError):  # the original model fails here, but the session did not
                     return _outcome(case, target, "WRONG", largest / scale, compared, "went on past the model's end")
                 scale = max(scale, float(np.abs(wanted).max()))
                 difference = float(np.abs(given[lane, index] - wanted).max())
@@ -210,7 +210,7 @@ def stream(
 
 
 def shown(outcomes: list[Outcome]) -> Table:
-    """The outcomes as a table."""
+    """Return the outcomes as a table for the terminal."""
     table = Table("case", "target", "verdict", "error", "tokens", "message")
     for one in outcomes:
         error = "" if one.error is None or one.verdict == "refused" else f"{one.error:.1e}"
@@ -220,7 +220,7 @@ def shown(outcomes: list[Outcome]) -> Table:
 
 
 def markdown(outcomes: list[Outcome]) -> str:
-    """The outcomes as a table of a document, a row per case."""
+    """Return the outcomes as a Markdown table, one row per case."""
     by_case: dict[str, dict[str, Outcome]] = {}
     for one in outcomes:
         by_case.setdefault(one.name, {})[one.target] = one

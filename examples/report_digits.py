@@ -1,4 +1,4 @@
-"""Classify the test digits with PyTorch and with every target of a bundle, and put what was measured side by side.
+"""Classify the test digits with PyTorch and with every target of a bundle, and print one table.
 
 python examples/report_digits.py digits.pt digits.nsm
 """
@@ -35,7 +35,7 @@ def main(checkpoint: Path, bundle: Path, steps: int) -> None:
     table = Table(
         title=f"{labels.size} test digits in {STREAMS} streams of {ids.shape[1] // digits.CHUNK} steps", box=None
     )
-    for column in ("target", "size", "one-step", "free-run", "argmax", "accuracy", "same answers", "us/step"):
+    for column in ("target", "size", "one-step", "free-run", "argmax", "accuracy", "agreement", "us/step"):
         table.add_column(column, justify="left" if column == "target" else "right", no_wrap=True)
     table.add_row("pytorch", "", "", "", "", f"{(reference == labels).mean():.2%}", "", "")
     opened = Bundle(bundle)
@@ -47,7 +47,7 @@ def main(checkpoint: Path, bundle: Path, steps: int) -> None:
         except DeviceUnavailableError:
             rows.append([artifact.target, size, "built, not run: no GPU here"])
             continue
-        found = np.concatenate([answer(session, stream) for stream in track(ids, f"classifying on {artifact.target}")])
+        found = np.concatenate([predict(session, stream) for stream in track(ids, f"classifying on {artifact.target}")])
         errors = [f"{parity[key]['p99']:.1e}" for key in ("one_step", "free_run")]
         scores = [
             f"{parity['argmax_agreement']:.2%}",
@@ -65,10 +65,10 @@ def main(checkpoint: Path, bundle: Path, steps: int) -> None:
     console.print(table)
 
 
-def answer(session: nsm.Session, stream: np.ndarray) -> np.ndarray:
-    """The answers [1, n] of one stream, from a fresh state."""
+def predict(session: nsm.Session, stream: np.ndarray) -> np.ndarray:
+    """Classify one stream from a fresh state; return [1, n]."""
     session.reset()
-    return digits.answers(session.run(stream)["outputs"][None])
+    return digits.predictions(session.run(stream)["outputs"][None])
 
 
 if __name__ == "__main__":

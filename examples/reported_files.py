@@ -1,7 +1,7 @@
-"""Small model files, .onnx and .pt2, that show one publicly reported fault each; `FILES` lists them.
+"""Small model files, .onnx and .pt2, that each show one publicly reported fault; `FILES` lists them.
 
-Every writer takes the path to write. The graphs have the input x [B, width] or [1, width], the output y, and states
-named in `FileCase.states`.
+Every writer function takes the path. The graphs have the input x [B, width] or [1, width], the output y, and the
+states of `FileCase.states`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ WIDTH = 6
 
 @dataclass(frozen=True)
 class FileCase:
-    """A file and the reports that it stands for.
+    """A file and the reports that it represents.
 
     Args:
-        name: short, for the table.
-        reports: `owner/repository#number` each; none where the case was found in this project.
-        write: writes the file.
-        right: the verdicts that are right; see `reported_models.Case`.
+        name: short name for the table.
+        reports: `owner/repository#number` each; empty if the case was found in this project.
+        write: function that writes the file.
+        right: the correct verdicts; see `reported_models.Case`.
         suffix: ".onnx" or ".pt2".
-        states: the outputs that the loop feeds back, by input, of an .onnx.
+        states: for an .onnx, the outputs that the loop feeds back, by input.
         options: further arguments of `nsm-export`.
-        shapes: of the states, one lane.
+        shapes: shapes of the states for one lane.
     """
 
     name: str
@@ -76,7 +76,7 @@ def _save(
 
 
 def _tanh(h: str = "past_h") -> list[onnx.NodeProto]:
-    """present_h = tanh(x W + h/2)."""
+    """Compute present_h = tanh(x W + h/2)."""
     return [
         helper.make_node("MatMul", ["x", "w"], ["xw"]),
         helper.make_node("Mul", [h, "half"], ["kept"]),
@@ -94,7 +94,7 @@ _ANY: dict[str, Any] = {"x": ["B", WIDTH], "past_h": ["B", WIDTH]}
 
 
 def canceller(path: Path) -> None:
-    """mic_in and ref give mic_out; state_in gives state_out: mic_in is an input, whatever its name says."""
+    """Maps mic_in and ref to mic_out, and state_in to state_out; mic_in is an input, although named like a state."""
     nodes = [
         helper.make_node("Sub", ["mic_in", "ref"], ["x"]),
         *_tanh("state_in")[:3],
@@ -112,7 +112,7 @@ def canceller(path: Path) -> None:
 
 
 def branch(path: Path) -> None:
-    """One stream, with an If on its own data."""
+    """One stream, with an If on its data."""
     then = helper.make_graph(
         [helper.make_node("Neg", ["present_h"], ["negative"])],
         "then",
@@ -156,7 +156,7 @@ def scalar(path: Path) -> None:
 
 
 def gru_from_zeros(path: Path) -> None:
-    """A GRU over the 6 numbers of a token that starts from zero in every call, beside a state."""
+    """A state, and a GRU over the 6 values of a token that starts from zero in every call."""
     nodes = [
         *_tanh(),
         helper.make_node("Reshape", ["present_h", "column"], ["sequence"]),
@@ -172,7 +172,7 @@ def gru_from_zeros(path: Path) -> None:
 
 
 def layout(path: Path) -> None:
-    """A GRU in the layout [batch, time, width], which few runtimes have."""
+    """A GRU in the layout [batch, time, width], which few runtimes support."""
     nodes = [
         helper.make_node("Unsqueeze", ["x", "axis"], ["sequence"]),
         helper.make_node("Unsqueeze", ["past_h", "axis"], ["start"]),
@@ -193,7 +193,7 @@ def layout(path: Path) -> None:
 
 
 def batch_norm(path: Path) -> None:
-    """BatchNormalization in its training form."""
+    """BatchNormalization in training mode."""
     nodes = [
         *_tanh(),
         helper.make_node(
@@ -211,7 +211,7 @@ def batch_norm(path: Path) -> None:
 
 
 def dropout(path: Path) -> None:
-    """Dropout in its training form."""
+    """Dropout in training mode."""
     nodes = [*_tanh(), helper.make_node("Dropout", ["present_h", "ratio", "training"], ["y"])]
     more = [
         numpy_helper.from_array(np.array(0.2, np.float32), "ratio"),

@@ -1,7 +1,7 @@
-"""Small models that show one publicly reported fault of streaming deployment each; `CASES` lists them.
+"""Small models that each show one publicly reported fault of streaming deployment; `CASES` lists them.
 
-Nothing of nsm is in the models. Every module takes one token x [B, width] and its states, and returns the outputs
-and the new states, unless its docstring says otherwise.
+The models do not use nsm. Every module takes one token x [B, width] and its states, and returns the outputs and the
+new states, unless its docstring says otherwise.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Right = Literal["equal", "refused", "stops"]
 
 @dataclass(frozen=True)
 class Case:
-    """A model and the reports that it stands for.
+    """A model and the reports that it represents.
 
     Args:
-        name: short, for the table.
-        reports: `owner/repository#number` each; none where the case was found in this project.
+        name: short name for the table.
+        reports: `owner/repository#number` each; empty if the case was found in this project.
         build: returns the module in eval mode, and its declared states as `nsm.as_step` takes them.
-        right: the verdicts that are right: outputs equal to the loop, an error before the stream runs, or an error
-            at the end of a table.
+        right: the correct verdicts: "equal" (outputs equal the loop's), "refused" (an error before the stream runs),
+            "stops" (an error at the end of a table).
         options: further arguments of `nsm.as_step`.
         steps: tokens per lane.
     """
@@ -49,7 +49,7 @@ def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def count() -> Tensor:
-    """One counter for a lane, int64 [1]."""
+    """Return a counter for one lane, int64 [1]."""
     return torch.zeros(1, dtype=torch.int64)
 
 
@@ -69,7 +69,7 @@ class Leaky(nn.Module):
 
 
 class HiddenBuffer(nn.Module):
-    """A queue in a registered buffer; `how` says how forward updates it. There is one declared state beside it."""
+    """Keeps a queue in a registered buffer, which forward updates by `how`, and one declared state."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class HiddenBuffer(nn.Module):
 
 
 class ShadowAttribute(Leaky):
-    """An attribute that every call overwrites before it reads it: it carries nothing."""
+    """Has an attribute that every call overwrites before reading it, so it carries no state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class ShadowAttribute(Leaky):
 
 
 class PythonCounter(Leaky):
-    """Counts its calls in a Python attribute and answers differently from call 50 on."""
+    """Counts its calls in a Python attribute, and negates its outputs from call 50 on."""
 
     calls = 0
 
@@ -115,14 +115,14 @@ class PythonCounter(Leaky):
 
 
 class _Window:
-    """A cache class with a Python integer, as libraries for language models have it."""
+    """A cache class with a Python integer, as in libraries for language models."""
 
     def __init__(self) -> None:
         self.seen = 0
 
 
 class PythonWindow(nn.Module):
-    """Attention over the last 16 tokens; how many there are stands in a Python integer, which tracing freezes."""
+    """Attention over the last 16 tokens; their number is a Python integer, which tracing freezes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +151,7 @@ class DroppedState(nn.Module):
 
 
 class NeverRead(Leaky):
-    """Its second state is returned and never read."""
+    """Returns a second state that it never reads."""
 
     def forward(self, x: Tensor, h: Tensor, unused: Tensor) -> Any:  # noqa: ARG002
         y, h = self.advance(x, h)
@@ -159,7 +159,7 @@ class NeverRead(Leaky):
 
 
 class InPlace(Leaky):
-    """Writes into the state that it is given."""
+    """Modifies its state argument in place."""
 
     def forward(self, x: Tensor, h: Tensor) -> Any:
         h.mul_(0.5).add_(self.linear(x))
@@ -167,7 +167,7 @@ class InPlace(Leaky):
 
 
 class GrowingCache(nn.Module):
-    """Concatenates without an end."""
+    """Concatenates to a cache without a limit."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ class GrowingCache(nn.Module):
 
 
 class Random(Leaky):
-    """Draws random numbers, by `how`, in eval mode too."""
+    """Draws random numbers by `how`, even in eval mode."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -194,7 +194,7 @@ class Random(Leaky):
 
 
 class FirstLanePosition(Leaky):
-    """Takes the position of lane 0 for all lanes."""
+    """Uses the position of lane 0 for all lanes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -207,7 +207,7 @@ class FirstLanePosition(Leaky):
 
 
 class MixedLanes(Leaky):
-    """Mixes states over the lanes, by `how`."""
+    """Mixes states over the lanes by `how`."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -250,7 +250,7 @@ class AttentionOverLanes(nn.Module):
 
 
 class OwnPosition(Leaky):
-    """The right form of `FirstLanePosition`: every lane has its own."""
+    """The correct version of `FirstLanePosition`: every lane has its own position."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +301,7 @@ class PositionalCell(nn.Module):
 
 
 class SampleCounter(Leaky):
-    """A phase from a sample counter, 441 samples a frame."""
+    """Computes a phase from a sample counter, 441 samples per frame."""
 
     def forward(self, x: Tensor, n: Tensor, h: Tensor) -> Any:
         phase = (n % 1000).to(torch.float32) / 1000
@@ -310,7 +310,7 @@ class SampleCounter(Leaky):
 
 
 class SampleRing(nn.Module):
-    """A ring whose place is n // 441 % 16."""
+    """A ring buffer whose position is n // 441 % 16."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -324,7 +324,7 @@ class SampleRing(nn.Module):
 
 
 class Table(nn.Module):
-    """Writes each token at its place in a table of 100."""
+    """Writes each token at its position in a table of 100 rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -337,7 +337,7 @@ class Table(nn.Module):
 
 
 class StaticCache(nn.Module):
-    """Attention over a cache of 64 places, written at a position and masked behind it."""
+    """Attention over a cache of 64 positions, written at the current position and masked after it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -365,7 +365,7 @@ class LearnedPositions(Leaky):
 
 
 class Ring(nn.Module):
-    """A ring of 16, written at position % 16, read 13 places on; positions wrap around in the state."""
+    """A ring buffer of 16, written at its position, read 13 positions later; the position wraps around in the state."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -393,7 +393,7 @@ class ScalarCounter(Leaky):
 
 
 class GateOrder(nn.Module):
-    """nn.GRU inside a module, any number of tokens a call: x [B, T, width], h [1, B, width]."""
+    """nn.GRU inside a module, any number of tokens per call: x [B, T, width], h [1, B, width]."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -404,7 +404,7 @@ class GateOrder(nn.Module):
 
 
 class Projected(nn.Module):
-    """nn.LSTM with projections, one token a call."""
+    """nn.LSTM with projections, one token per call."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,7 +416,7 @@ class Projected(nn.Module):
 
 
 class Spectrum(nn.Module):
-    """Overlapping frames and the magnitude of their spectrum; a GRU over it."""
+    """A GRU over the magnitude spectrum of overlapping frames."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -430,7 +430,7 @@ class Spectrum(nn.Module):
 
 
 class ComplexState(nn.Module):
-    """A diagonal complex state, kept as pairs of real numbers."""
+    """A diagonal complex state, carried as pairs of real numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -443,7 +443,7 @@ class ComplexState(nn.Module):
 
 
 class Branch(Leaky):
-    """Branches in Python on the data."""
+    """Branches in Python on the value of a tensor."""
 
     def forward(self, x: Tensor, h: Tensor) -> Any:
         y, h = self.advance(x, h)
@@ -451,7 +451,7 @@ class Branch(Leaky):
 
 
 class Residuals(nn.Module):
-    """Three residual single-head attentions over a block of 4 tokens and a cache of 12: a compiler of OpenVINO dies."""
+    """Three residual single-head attentions over 4 tokens and a cache of 12; crashes a compiler of OpenVINO."""
 
     def __init__(self, layers: int = 3, width: int = 16) -> None:
         super().__init__()
@@ -493,7 +493,7 @@ class Convolutions(nn.Module):
 
 
 class RunningNorm(nn.Module):
-    """Normalises by a running mean and deviation (Welford), counted in float."""
+    """Normalises by a running mean and deviation (Welford), with a float counter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -567,7 +567,7 @@ CASES = (
         "state started anew in every call",
         ("openvinotoolkit/openvino#735", "microsoft/onnxruntime#2960"),
         _leaky(DroppedState),
-        ("equal",),  # it is the module that forgets, in the same way everywhere
+        ("equal",),  # the module itself discards the state, on every target alike
     ),
     Case(
         "state that is never read",

@@ -1,10 +1,10 @@
-"""OpenVINO's own key-value cache against the ring that the compared transformer is given.
+"""Compare OpenVINO's key-value cache with the ring buffer of the transformer in compare.py.
 
 python examples/stateful_cache.py
 
 OpenVINO can keep a growing cache inside the compiled model (`MakeStateful`) and fuse it with the attention that reads
-it. The same weights run both ways, in turn in one process: 16 new tokens a call around N tokens of context. First the
-outputs of both are compared.
+it. The script runs the same weights with both caches, in turns in one process: 16 new tokens per call, around N tokens
+of context. It compares the outputs of both first.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ CHUNK = 16
 
 
 class Growing(nn.Module):
-    """The transformer's weights over a cache that is concatenated to: a graph for OpenVINO to fuse."""
+    """The transformer with a concatenated cache, in a form that OpenVINO can fuse."""
 
     def __init__(self, model: TransformerLM, fused: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class Growing(nn.Module):
             parts = layer.qkv(layer.norm(hidden)).view(1, length, 3, layer.heads, -1).permute(2, 0, 3, 1, 4)
             query, key = (_rotate(part, cos, sin) for part in (parts[0], parts[1]))
             before = past[2 * index : 2 * index + 2]
-            if self.fused:  # the plugin looks for this selection of beams before the concatenation
+            if self.fused:  # the plugin's fusion requires a beam selection before the concatenation
                 before = tuple(part.index_select(0, beam) for part in before)
             key = torch.cat([before[0], key], 2)
             value = torch.cat([before[1], parts[2]], 2)
@@ -74,7 +74,7 @@ def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def compiled(model: TransformerLM, fused: bool) -> ov.CompiledModel:
-    """The growing form as a stateful model, cache and arithmetic in fp32."""
+    """Compile the transformer with a growing cache as a stateful model in fp32."""
     heads, _, width = model.shape
     empty = [torch.zeros(1, heads, 3, width) for _ in range(2 * len(model.layers))]
     tokens = torch.zeros(1, CHUNK, dtype=torch.int64)
@@ -99,7 +99,7 @@ def compiled(model: TransformerLM, fused: bool) -> ov.CompiledModel:
 
 
 class Grow:
-    """A call of the stateful model."""
+    """Calls the stateful model."""
 
     def __init__(self, request: ov.InferRequest) -> None:
         self.request = request
@@ -109,7 +109,7 @@ class Grow:
 
 
 def timed(call: Callable[[Tokens], object], tokens: Tokens) -> float:
-    """Microseconds a call."""
+    """Return the microseconds per call."""
     started = time.perf_counter()
     for piece in np.split(tokens, tokens.shape[1] // CHUNK, 1):
         call(piece)
@@ -119,16 +119,16 @@ def timed(call: Callable[[Tokens], object], tokens: Tokens) -> float:
 @click.command()
 @click.option("--contexts", default="512,1024,2048,4096", show_default=True)
 @click.option("--rounds", default=9, show_default=True)
-@click.option("--fused/--unfused", default=True, help="Whether the cache is fused with the attention.")
+@click.option("--fused/--unfused", default=True, help="Fuse the cache with the attention.")
 def main(contexts: str, rounds: int, fused: bool) -> None:
-    """Compare both caches, at d=384 with 4 layers."""
-    table = Table("context", "ring us", "OpenVINO's cache us", "its time in rings", box=None)
+    """Compare both caches in a transformer of width 384 with 4 layers."""
+    table = Table("context", "ring us", "OpenVINO's cache us", "ratio to ring", box=None)
     for context in (int(text) for text in contexts.split(",")):
         torch.manual_seed(0)
         model = TransformerLM(compare.BYTES, 384, 4, 8, context).eval()
         grow = Grow(compiled(model, fused).create_infer_request())
         generator = np.random.default_rng(0)
-        # Around the context: the growing cache has it on average.
+        # The timed calls lie around `context`, so the growing cache has that length on average.
         tokens = generator.integers(0, compare.BYTES, (1, context + 256))
         with tempfile.TemporaryDirectory() as folder:
             bundle = compare.make_bundle(model, "openvino", Path(folder) / "ring.nsm")

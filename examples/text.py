@@ -1,4 +1,4 @@
-"""Text as streams of bytes, shared by the examples on language: the sources of Python's standard library, or a file."""
+"""Text as streams of bytes, shared by the language examples: Python's standard library, or a file."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _CORPUS_BYTES = 4_000_000
 
 Ids = NDArray[np.int64]
 
-# Models over bytes with 1.0 to 1.2 million parameters, to be trained side by side.
+# Models over bytes with 1.0 to 1.2 million parameters, for comparisons in training.
 SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
     {
         "nsm": (
@@ -56,7 +56,8 @@ SMALL: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyTyp
         "mamba": (MambaLM, {"d_model": 128, "num_layers": 8}),
     }
 )
-# The two of compare.py that have the same width, 7.3 million parameters each; and the NSM twice as wide, 28 million.
+# The NSM and the transformer of the same width in compare.py, 7.3 million parameters each; the NSM twice as wide, 28
+# million.
 COMPARED: Mapping[str, tuple[type[StepModel], Mapping[str, Any]]] = MappingProxyType(
     {
         "nsm-compared": (SimpleNSM, compare.NSM),
@@ -68,13 +69,13 @@ MODELS = MappingProxyType({**SMALL, **COMPARED})
 
 
 def build(name: str) -> StepModel:
-    """A new model of that name."""
+    """Return a new model by name."""
     kind, arguments = MODELS[name]
     return kind(**{"vocab_size": BYTES, **arguments})
 
 
 def corpus(path: Path | None = None) -> tuple[Ids, Ids]:
-    """A text's bytes, split into the first nine tenths and the rest (default: Python's standard library)."""
+    """Return the bytes of a text: nine tenths for training, the rest held out. Default: Python's standard library."""
     if path is not None:
         data = path.read_bytes()
     else:
@@ -86,6 +87,6 @@ def corpus(path: Path | None = None) -> tuple[Ids, Ids]:
 
 
 def batch(ids: Ids, count: int, length: int, generator: np.random.Generator) -> tuple[Ids, Ids]:
-    """Windows [count, length] from anywhere in a text, and the same one byte later."""
+    """Return random windows of a text, [count, length], and the same windows one byte later."""
     starts = generator.integers(0, len(ids) - length - 1, count)[:, None] + np.arange(length)
     return ids[starts], ids[starts + 1]

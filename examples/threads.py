@@ -1,4 +1,4 @@
-"""What another thread is worth: the targets of a bundle with 1 thread and with N, in turn.
+"""Measure the speed-up of N threads over 1 thread on the targets of a bundle, in turns.
 
 python examples/threads.py model.nsm --threads 2
 """
@@ -21,9 +21,9 @@ from nsm.runtimes.bench import Latency, Ratio, bench, paired_ratio
 @click.argument("path", metavar="BUNDLE", type=click.Path(exists=True, file_okay=False, path_type=Path))
 @click.option("--target", "targets", multiple=True, default=("onnxruntime", "openvino"), show_default=True)
 @click.option("--threads", type=click.IntRange(2), default=2, show_default=True, metavar="N")
-@click.option("--steps", type=int, default=1000, show_default=True, help="Timed calls of each.")
+@click.option("--steps", type=int, default=1000, show_default=True, help="Timed calls per thread count.")
 def main(path: Path, targets: tuple[str, ...], threads: int, steps: int) -> None:
-    """Time a call of step, and a single token, with 1 thread and with N."""
+    """Measure a call of step, and of decode, with 1 thread and with N threads."""
     bundle = Bundle(path)
     terminal = Terminal(quiet=False)
     work = bundle.manifest.work["step"]
@@ -42,9 +42,9 @@ def main(path: Path, targets: tuple[str, ...], threads: int, steps: int) -> None
             ]
         )
     terminal.table(
-        ("target", "us, 1 thread", f"us, {threads}", f"{threads} are faster by", "in a decode"),
+        ("target", "us, 1 thread", f"us, {threads}", f"speed-up of {threads}", "in decode"),
         rows,
-        f"{bundle.path.name}: {work.flops / 1e6:.1f} MFLOP and {work.nbytes / 1e6:.1f} MB a call",
+        f"{bundle.path.name}: {work.flops / 1e6:.1f} MFLOP and {work.nbytes / 1e6:.1f} MB per call",
     )
 
 

@@ -1,4 +1,4 @@
-"""Train an NSM to read handwritten digits in a stream, and save it with real sequences for the exporter.
+"""Train an NSM to classify handwritten digits in a stream, and save it with real sequences for the export.
 
 python examples/train_digits.py --output digits.pt
 """
@@ -19,12 +19,12 @@ from torch.nn import functional
 import nsm
 from nsm.models import StreamModel
 
-# Streams are started afresh after so many digits; until then the state is carried on, without gradients.
+# Digits until the streams restart; until then the state is carried from update to update, without gradients.
 DIGITS_PER_STREAM = 8
 
 
 def build(adaptive: bool, width: int = 48, slots: int = 16) -> StreamModel:
-    """A new model: a fixed bank of so many slots a layer, or one that begins with them and adapts within 64."""
+    """Return a new model with `slots` slots per layer; if adaptive, it starts with them and uses up to 64."""
     sizes: dict[str, Any] = {
         "vocab_size": digits.VOCABULARY,
         "d_model": width,
@@ -40,7 +40,7 @@ def build(adaptive: bool, width: int = 48, slots: int = 16) -> StreamModel:
 
 
 def slots_in_use(model: StreamModel, ids: NDArray[np.int64]) -> str:
-    """How many slots a layer has at the end of streams [B, T], on average: "12.5 + 3.0"."""
+    """Return the mean number of active slots per layer at the end of streams [B, T], such as "12.5 + 3.0"."""
     with torch.no_grad():
         _, state = model(torch.from_numpy(ids), return_state=True)
     masks = [value for name, value in state.items() if name.endswith(".mask")]
@@ -50,11 +50,11 @@ def slots_in_use(model: StreamModel, ids: NDArray[np.int64]) -> str:
 @click.command()
 @click.option("--output", type=click.Path(path_type=Path), default="digits.pt", show_default=True)
 @click.option("--steps", default=1600, show_default=True, help="Updates of the weights.")
-@click.option("--batch", default=64, show_default=True, help="Streams side by side.")
-@click.option("--digits-per-update", default=1, show_default=True, help="Length of a gradient, in digits.")
+@click.option("--batch", default=64, show_default=True, help="Streams per batch.")
+@click.option("--digits-per-update", default=1, show_default=True, help="Digits per backpropagation.")
 @click.option("--learning-rate", default=4e-3, show_default=True)
-@click.option("--adaptive", is_flag=True, help="Banks of 64 slots that prune and allocate their own.")
-@click.option("--slots", type=click.IntRange(1, 64), default=16, show_default=True, help="Of a bank, when it begins.")
+@click.option("--adaptive", is_flag=True, help="Use banks that prune and allocate up to 64 slots.")
+@click.option("--slots", type=click.IntRange(1, 64), default=16, show_default=True, help="Initial slots of a bank.")
 @click.option("--width", default=48, show_default=True, help="d_model, a multiple of 8.")
 @click.option("--seed", default=0, show_default=True)
 def main(
@@ -68,7 +68,7 @@ def main(
     width: int,
     seed: int,
 ) -> None:
-    """Train on 1437 digits, test on 360 others, save to OUTPUT."""
+    """Train on 1437 digits, test on 360 others, and save the model to OUTPUT."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     train, test = digits.load()
@@ -98,7 +98,7 @@ def main(
     model.eval()
     test_ids, test_labels = digits.streams(test, 8)
     accuracy = float((digits.classify(model, test_ids) == test_labels).mean())
-    used = f", {slots_in_use(model, test_ids)} slots in use at the end of its streams" if adaptive else ""
+    used = f", {slots_in_use(model, test_ids)} slots in use at the end of the streams" if adaptive else ""
     samples, _ = digits.streams(train, 40)
     nsm.save(model, output, samples=samples)
     parameters = sum(p.numel() for p in model.parameters())

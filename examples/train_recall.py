@@ -1,11 +1,11 @@
-"""Train an NSM on a task that cannot be solved from its windows: recall what was shown long before.
+"""Train an NSM on associative recall over a distance that exceeds its windows.
 
     python examples/train_recall.py --output recall.pt
 
-A stream shows N key-value pairs among noise in its first 4 N tokens, then 48 tokens of noise, and asks for the N values
-in its last 4 N tokens. Pairs and questions lie at least 49 tokens apart, and two layers with windows of 16 tokens and
-convolutions of 4 reach 36 tokens back. So whoever answers has kept the pairs in the bank; and with the bank reset
-before the questions the answers must fall to chance (1 in 32).
+A stream has N key-value pairs among noise in its first 4 N tokens, then 48 tokens of noise, and asks for the N values
+in its last 4 N tokens. Pairs and questions are at least 49 tokens apart; two layers with windows of 16 tokens and
+convolutions of 4 reach 36 tokens back. A model that recalls the values has therefore kept the pairs in the bank. If
+the bank is reset before the questions, the recall must fall to chance (1 in 32).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Ids = NDArray[np.int64]
 
 
 def batch(count: int, generator: np.random.Generator, pairs: int = PAIRS) -> tuple[Ids, Ids]:
-    """Streams [count, 8 * pairs + 48], and the wanted values at the questions, NOT_ASKED elsewhere."""
+    """Return streams and targets, [count, 8 * pairs + 48]: the values at the questions, NOT_ASKED elsewhere."""
     segment = 4 * pairs
     length = 2 * segment + GAP
     ids = generator.integers(1, NOISE, (count, length))
@@ -49,18 +49,18 @@ def batch(count: int, generator: np.random.Generator, pairs: int = PAIRS) -> tup
 
 
 def pairs_at(update: int, updates: int, pairs: int) -> int:
-    """How many pairs to train on when they grow: PAIRS at first, twice as many after every fifth of the updates."""
+    """Return the number of pairs with `--grow`: PAIRS at first, doubled after every fifth of the updates."""
     return min(pairs, PAIRS << 5 * update // updates)
 
 
 def accuracy(logits: NDArray[np.float32], wanted: Ids) -> float:
-    """Share of the questions that were answered right."""
+    """Return the share of correct values at the questions."""
     asked = wanted != NOT_ASKED
     return float((logits.argmax(-1) == wanted)[asked].mean())
 
 
 def chosen_options() -> str:
-    """What the command line says, but for the output, as it would be said again."""
+    """Return the options of the command line, without --output, as text."""
     context, words = click.get_current_context(), []
     for parameter in context.command.params:
         name = parameter.name or ""
@@ -75,25 +75,25 @@ def chosen_options() -> str:
 @click.option("--output", type=click.Path(path_type=Path), default="recall.pt", show_default=True)
 @click.option("--steps", default=2000, show_default=True, help="Updates of the weights.")
 @click.option("--pairs", type=click.IntRange(1, KEYS), default=PAIRS, show_default=True)
-@click.option("--states", default=16, show_default=True, help="Slots of a bank.")
+@click.option("--states", default=16, show_default=True, help="Slots per bank.")
 @click.option("--width", default=64, show_default=True, help="d_model.")
 @click.option("--state-dim", default=128, show_default=True)
 @click.option("--routing-heads", default=4, show_default=True)
 @click.option("--routing", default="softmax", show_default=True, help="softmax, sparsemax, entmax or topk.")
-@click.option("--top-k", type=int, help="For --routing topk.")
+@click.option("--top-k", type=int, help="Slots per token, for --routing topk.")
 @click.option("--gate", default="mingru", show_default=True, help="gru, lstm or mingru.")
 @click.option("--consolidate-every", default=1, show_default=True, help="Chunks between consolidations; 0: never.")
-@click.option("--communication", is_flag=True, help="Slots attend to each other when they are consolidated.")
+@click.option("--communication", is_flag=True, help="Slots attend to each other during consolidation.")
 @click.option(
     "--hierarchy",
     type=int,
     multiple=True,
-    help="A slower bank and its period in chunks; repeatable. They share the slots.",
+    help="Period in chunks of a slower bank; repeatable. The banks share the slots.",
 )
 @click.option("--memory-rows", default=0, show_default=True, help="Rows of an external memory.")
-@click.option("--streams", default=64, show_default=True, help="Streams of an update.")
+@click.option("--streams", default=64, show_default=True, help="Streams per update.")
 @click.option(
-    "--grow", is_flag=True, help=f"Begin with {PAIRS} pairs and double them after every fifth of the updates."
+    "--grow", is_flag=True, help=f"Start with {PAIRS} pairs and double them after every fifth of the updates."
 )
 @click.option("--seed", default=0, show_default=True)
 def main(
@@ -115,7 +115,7 @@ def main(
     grow: bool,
     seed: int,
 ) -> None:
-    """Train on streams made on the fly and save to OUTPUT."""
+    """Train on random streams, and save the model to OUTPUT."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     model = nsm.SimpleNSM(

@@ -1,7 +1,7 @@
-"""Train a byte-level language model: an NSM of a million parameters, or a baseline as large on the same batches.
+"""Train a byte-level language model: an NSM of a million parameters, or a baseline of equal size on the same batches.
 
 python examples/train_text.py --model nsm --output text.pt
-python examples/train_text.py --model nsm-compared --output trained.pt        (that of compare.py, 7.3 million)
+python examples/train_text.py --model nsm-compared --output trained.pt        (the NSM of compare.py, 7.3 million)
 nsm-export text.pt --target openvino && nsm run text.nsm --prompt "def "
 """
 
@@ -28,12 +28,12 @@ _VALIDATION_BATCHES = 16
 @click.option("--output", type=click.Path(path_type=Path), help="Save the model here.")
 @click.option("--data", type=click.Path(exists=True, path_type=Path), help="A text file.  [default: Python's library]")
 @click.option("--steps", type=click.IntRange(1), default=300, show_default=True, help="Updates of the weights.")
-@click.option("--count", default=16, show_default=True, help="Sequences a batch.")
+@click.option("--count", default=16, show_default=True, help="Sequences per batch.")
 @click.option("--learning-rate", default=3e-3, show_default=True)
 @click.option(
     "--embedding-std",
     type=click.FloatRange(0, min_open=True),
-    help="Standard deviation of the embeddings at the start.  [default: the model's own]",
+    help="Standard deviation of the initial embeddings.  [default: the model's]",
 )
 @click.option("--seed", default=0, show_default=True)
 def main(
@@ -46,7 +46,7 @@ def main(
     embedding_std: float | None,
     seed: int,
 ) -> None:
-    """Train on windows of 256 bytes and print the loss on text that was held out, in nats a byte."""
+    """Train on windows of 256 bytes, and print the loss on held-out text in nats per byte."""
     torch.manual_seed(seed)
     generator = np.random.default_rng(seed)
     train, held_out = text.corpus(data)
@@ -56,9 +56,12 @@ def main(
         with torch.no_grad():
             table.mul_(embedding_std / table.std())
     if len(held_out) < 64 * model.chunk_size + 2:
-        raise click.UsageError(f"A tenth of the text is held out, {len(held_out):,} bytes here: give a longer one.")
+        raise click.UsageError(
+            f"The held-out tenth of the text has {len(held_out):,} bytes; expected at least "
+            f"{64 * model.chunk_size + 2:,}. Give a longer text."
+        )
     optimiser = torch.optim.AdamW(model.parameters(), learning_rate, weight_decay=0.1, betas=(0.9, 0.98))
-    # A warm-up of one step only is more than this schedule can do.
+    # OneCycleLR needs a warm-up of at least two steps.
     warm_up = min(0.3, max(0.1, 2 / steps))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, learning_rate, steps, pct_start=warm_up)
     columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
@@ -83,7 +86,7 @@ def main(
     if output is not None:
         nsm.save(model, output, samples=text.batch(held_out, 16, 64 * model.chunk_size, fixed)[0])
     parameters = sum(p.numel() for p in model.parameters())
-    click.echo(f"{name}: {parameters:,} parameters, held out {np.mean(losses):.4f} nats a byte, {took:.0f} s")
+    click.echo(f"{name}: {parameters:,} parameters, held out {np.mean(losses):.4f} nats per byte, {took:.0f} s")
 
 
 def _loss(model: StepModel, ids: text.Ids, wanted: text.Ids) -> torch.Tensor:

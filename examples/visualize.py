@@ -1,9 +1,9 @@
-"""Draw how a trained model routes tokens to slots, from its checkpoint, or from an exported bundle without torch.
+"""Plot how a trained model routes tokens to slots, from a checkpoint, or from a bundle without torch.
 
     python examples/visualize.py recall.pt --output pictures
     python examples/visualize.py recall.nsm --output pictures
 
-A checkpoint runs one of its golden sequences; a bundle shows the golden trace that was recorded with it.
+For a checkpoint, the script runs one of its golden sequences; for a bundle, it plots the recorded golden trace.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from nsm.utils import AdvancedNSMVisualizer
 
 @click.command()
 @click.argument("source", type=click.Path(exists=True, path_type=Path))
-@click.option("--output", type=click.Path(path_type=Path), default="pictures", show_default=True, help="A folder.")
-@click.option("--stream", default=0, show_default=True, help="Which of the golden sequences.")
+@click.option("--output", type=click.Path(path_type=Path), default="pictures", show_default=True, help="Output folder.")
+@click.option("--stream", default=0, show_default=True, help="Index of the golden sequence.")
 def main(source: Path, output: Path, stream: int) -> None:
-    """Write the pictures of SOURCE, a checkpoint or a bundle, to a folder."""
+    """Write the plots of SOURCE, a checkpoint or a bundle, to a folder."""
     try:
         for path in draw(source, output, stream):
             click.echo(f"Wrote {path}")
@@ -38,7 +38,9 @@ def draw(source: Path, output: Path, stream: int) -> list[Path]:
 
         checkpoint = load_checkpoint(source)
         if not 0 <= stream < len(checkpoint.golden):
-            raise InputError(f"{source} has {len(checkpoint.golden)} golden sequences; asked for number {stream}.")
+            raise InputError(
+                f"{source} has {len(checkpoint.golden)} golden sequences, counted from 0; given --stream {stream}."
+            )
         visualizer, tokens, stream = AdvancedNSMVisualizer(checkpoint.model), checkpoint.golden[stream], 0
     output.mkdir(parents=True, exist_ok=True)
     routing, heads, entropy, states = (output / f"{name}.png" for name in ("routing", "heads", "entropy", "states"))

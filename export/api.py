@@ -1,4 +1,4 @@
-"""Export a model that is in memory, such as a module with its own code."""
+"""`export_model`: export a PyTorch model that is in memory."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ def export_model(
     data: str | os.PathLike[str] | None = None,
     **options: Any,
 ) -> Bundle:
-    """Build a verified bundle from a model in memory; `nsm-export` does the same from a file.
+    """Build a verified bundle from a model in memory; `nsm-export` does so from a file.
 
     Args:
-        model: a model of nsm, or the result of `nsm.as_step`; float32. A model on another device is copied to the CPU.
-        targets: "onnx", "onnxruntime", "openvino", "tensorrt", or several of them.
-        output: the bundle to write.
-        samples: real sequences, [T] ids or [T, *token] numbers each. Some are used for the parity check, the others
+        model: an nsm model, or the result of `nsm.as_step`, in float32. A model on another device is copied to the CPU.
+        targets: name or names of targets: "onnx", "onnxruntime", "openvino", "tensorrt", ...
+        output: path of the bundle to write.
+        samples: real sequences, each [T] ids or [T, *token] float32. Some are used for the parity check, the others
             for int8 calibration. Without samples, the parity check uses random sequences.
         data: a file of sequences (.npy, .npz, .txt), instead of samples.
-        options: further `nsm.export.options.ExportOptions`: precision="int8", batch=4, force=True, ...
+        options: other fields of `nsm.export.options.ExportOptions`: precision="int8", batch=4, force=True, ...
 
     Returns:
         The bundle; open it with `nsm.open`.
@@ -49,7 +49,7 @@ def export_model(
     given: Any = model
     if not isinstance(given, StepModel):
         raise InputError(
-            f"export_model expects a model of nsm, or the result of nsm.as_step; given {type(given).__name__}. "
+            f"export_model expects an nsm model or the result of nsm.as_step; given {type(given).__name__}. "
             "Wrap a module first: nsm.as_step(module, ...)."
         )
     model.check_float32()

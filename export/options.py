@@ -19,28 +19,35 @@ class ExportOptions:
     """Options of an export; the names are those of the command line.
 
     Args:
-        targets: names or aliases.
+        targets: names or aliases of targets.
+        precision: fp32, fp16, bf16, int8 or int8-weights.
         output: the bundle to write (default: the model's name with `.nsm`, in the current directory).
-        tokens_per_call: K of a call, a multiple of the model's chunk (default: one chunk).
-        data: sequences to check on instead of those in the checkpoint.
+        tokens_per_call: K, a multiple of the model's chunk (default: one chunk).
+        batch: number of lanes.
+        opset: ONNX operator set of the graphs.
+        device: hardware to build for; None for the target's default.
+        data: file of sequences for the parity check, instead of those in the checkpoint.
         num_samples: streams of the golden trace.
-        golden_steps: its steps (default: 64, and 200 in low precision, which may drift; of a foreign model as many more
-            as it takes until no state is filling any more); fewer where the model's capacity ends before.
+        golden_steps: calls per stream of the golden trace. The default is 64, and 200 in low precision, which may
+            drift; for a foreign model, more until its states are full. The model's capacity limits both.
         debug_outputs: add the debug outputs of `StepModel.spec` to the graph of `step`.
+        compact: remove slots that no sequence uses; see `nsm.models.compaction`.
+        states: states of a foreign model, `past=present[:init]` each; see `nsm.export.sources.state_options`.
+        constants: inputs of a foreign ONNX graph with a fixed value, `name=value` each.
+        shapes: sizes of dynamic axes of its inputs, `name=size,size,...` each.
+        input: the input of a foreign ONNX graph that takes the tokens, if the graph does not show it.
+        no_states: outputs of a foreign ONNX graph that are not states, although their names suggest it.
+        vocab_size: number of ids of a foreign model over ids that does not state it.
+        capacity: tokens that a lane of a foreign model takes between two resets (default: found by experiment).
+        offline: a .pt2 or .onnx of a foreign model over whole sequences, to compare the step with.
         max_fp32_share, allow_slower: see `nsm.export.verify.acceptance.Limits`.
-        compact: whether slots that are never used are removed first; see `nsm.models.compaction`.
-        states: of a foreign model, `past=present[:init]` each; see `nsm.export.sources.state_options`.
-        constants: inputs of a foreign ONNX graph that are always the same, `name=value` each.
-        shapes: sizes of open axes of its inputs, `name=size,size,...` each.
-        input: of a foreign ONNX graph, the input that takes tokens, where nothing else tells.
-        no_states: outputs of a foreign ONNX graph that are no states, whatever they are called.
-        vocab_size: of a foreign model over ids that does not say how many there are.
-        capacity: tokens that a lane of a foreign file takes from one reset to the next (default: found by experiment).
-        strict: of several targets, all or none; otherwise those that pass are kept.
-        offline: a .pt2 or .onnx of a foreign model over whole sequences; its step is compared with it.
+        require_parity: fail if a target cannot be checked on this machine.
+        strict: with several targets, write all or none (default: the targets that pass).
+        force: replace the bundle if it exists.
+        command: the command line, for the manifest.
 
     Raises:
-        InputError: a size or share that is no number.
+        InputError: a size or share is not a number.
     """
 
     targets: Sequence[str]
@@ -79,7 +86,7 @@ class ExportOptions:
 
     @property
     def steps(self) -> int:
-        """Steps of the golden trace."""
+        """Steps of the golden trace, before the model's capacity limits them."""
         if self.golden_steps is not None:
             return self.golden_steps
         return _GOLDEN_STEPS if self.precision == "fp32" else DRIFT_STEPS

@@ -49,11 +49,11 @@ _PACKAGES = tuple(
 """Packages whose versions are recorded in a bundle."""
 
 _PAST_FILLING = 16
-"""Tokens of a golden trace, at least, after the states of a foreign model are full."""
+"""Minimum number of tokens in a golden trace after the states of a foreign model are full."""
 
 
 class Stages(Protocol):
-    """Whoever shows progress: every stage is a `with` block that may report steps."""
+    """Protocol of a progress display: every stage is a `with` block that may report steps."""
 
     def stage(self, name: str) -> AbstractContextManager[Progress]: ...
 
@@ -65,11 +65,18 @@ class _Silent:
 
 @dataclass(frozen=True)
 class Plan:
-    """An export with everything checked that can be checked without work.
+    """A checked export request with its loaded model; nothing is built yet.
 
-    `sequences` are for the parity check, `calibration` for int8; `origin` says whether the former are real. `steps` is
-    the length of the golden trace, `examination` the experiments on a foreign model. `larger` is the `source` before
-    `--compact`.
+    Args:
+        options: the request.
+        source: the model.
+        sequences: sequences for the parity check, [T] ids or [T, *token] each.
+        origin: whether `sequences` are recorded or synthetic.
+        output: the bundle to write.
+        calibration: sequences for int8 calibration.
+        steps: calls per stream of the golden trace.
+        examination: results of the experiments on a foreign model.
+        larger: the `source` before `--compact`; None without it.
     """
 
     options: ExportOptions
@@ -84,12 +91,12 @@ class Plan:
 
 
 def open_source(model: Path, options: ExportOptions) -> Source:
-    """The model in a file: a checkpoint, a program of torch.export (`.pt2`), or an ONNX graph (`.onnx`).
+    """Load a model file: a checkpoint, a torch.export program (`.pt2`) or an ONNX graph (`.onnx`).
 
     Raises:
-        CheckpointError: it is none that can be used.
-        InputError, UnsupportedError: its states cannot be found, or it is no step.
-        MissingDependencyError: a package needed to read it is not installed.
+        CheckpointError: the checkpoint is invalid.
+        InputError, UnsupportedError: the states cannot be found, or the model is not a step.
+        MissingDependencyError: a package that reads the file is not installed.
     """
     suffix = model.suffix.lower()
     states = parse_states(options.states)
@@ -118,7 +125,7 @@ def open_source(model: Path, options: ExportOptions) -> Source:
         ("--no-state", options.no_states),
     ):
         if given:
-            raise InputError(f"{option} belongs to a foreign .onnx; {model} is none.")
+            raise InputError(f"{option} applies to foreign .onnx files only; given {model}. Leave it out.")
     if suffix == ".pt2":
         from nsm.export.sources import load_program
 
@@ -126,8 +133,8 @@ def open_source(model: Path, options: ExportOptions) -> Source:
         return TorchSource(checkpoint, remarks)
     if states or options.vocab_size is not None or options.capacity is not None:
         raise InputError(
-            f"--state, --vocab-size and --capacity belong to a foreign .pt2 or .onnx; {model} is a checkpoint, which "
-            "says itself what its states are."
+            f"--state, --vocab-size and --capacity apply to foreign .pt2 and .onnx files only; {model} is a "
+            "checkpoint, which declares its states. Leave them out."
         )
     from nsm.models import load_checkpoint
 
@@ -135,19 +142,24 @@ def open_source(model: Path, options: ExportOptions) -> Source:
 
 
 def plan(model: Path | Source, options: ExportOptions) -> Plan:
-    """Check the request and load the model.
+    """Check the request and load the model; write nothing.
 
     Args:
-        model: a file, or a source; the latter needs `options.output`.
+        model: a file, or a source; a source needs `options.output`.
+        options: the request.
 
     Raises:
         InputError and subclasses: invalid request, checkpoint or data.
-        UnsupportedError, MissingDependencyError: not possible in this installation.
+        UnsupportedError: a target lacks the precision, or the model lacks a requested feature.
+        MissingDependencyError: a package is not installed.
     """
     targets = [find_target(name) for name in dict.fromkeys(find_target(name).name for name in options.targets)]
     check_request(targets, options.precision, options.device)
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
-        raise InputError("--batch, --num-samples and --golden-steps are at least 1.")
+        raise InputError(
+            f"--batch, --num-samples and --golden-steps must be at least 1; given {options.batch}, "
+            f"{options.num_samples} and {options.steps}."
+        )
     Limits(options.max_fp32_share)  # checks the range
     source = open_source(model, options) if isinstance(model, Path) else model
     source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
@@ -173,26 +185,38 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
 
 
 def compacted(source: Source, sequences: list[Array]) -> Source:
-    """The model without the slots that neither these sequences nor its own for calibration ever use.
+    """Remove the slots that neither `sequences` nor the model's calibration sequences use.
 
     Raises:
-        UnsupportedError: a model without banks.
-        ConfigError, InputError: as `nsm.models.compaction.compact`.
+        UnsupportedError: the model has no bank.
+        ConfigError, InputError: see `nsm.models.compaction.compact`.
     """
     from nsm.export.sources import TorchSource
 
     if not isinstance(source, TorchSource):
-        raise UnsupportedError(f"--compact removes slots of a bank; a model of the kind {source.kind} has none.")
+        raise UnsupportedError(f"--compact removes slots of a bank; {source.kind} has no bank. Leave it out.")
     return source.compacted(sequences)
 
 
 def export(model: Path | Source, options: ExportOptions, stages: Stages | None = None) -> Bundle:
-    """Export a checkpoint to one bundle with one or several targets.
+    """Export a model to one bundle with one or several targets.
+
+    If only some targets fail and `options.strict` is not set, the bundle is written with the other targets before the
+    error of the first failed target is raised.
+
+    Args:
+        model: a file, or a source; a source needs `options.output`.
+        options: the request.
+        stages: shows the progress; None shows nothing.
+
+    Returns:
+        The bundle with all targets.
 
     Raises:
-        The errors of `plan`; OutputExistsError; BuildError; ParityError (then the bundle lies aside as
-        `{output}.failed`). Where only some of the targets failed and `strict` is not set, the bundle is written with
-        the others before the error of the first is raised.
+        ParityError: a target is over budget; the bundle is kept as `{output}.failed`.
+        BuildError: a target cannot be built.
+        OutputExistsError: the bundle exists, and `options.force` is not set.
+        NsmError: see `plan`.
     """
     bundle, error = run(plan(model, options), stages or _Silent())
     if error is not None:
@@ -201,7 +225,7 @@ def export(model: Path | Source, options: ExportOptions, stages: Stages | None =
 
 
 def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
-    """Carry out a plan: the bundle, and the error of a target that is not in it."""
+    """Export as planned; return the bundle and the error of the first failed target, or None."""
     options, source = planned.options, planned.source
     spec = source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
     targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
@@ -258,15 +282,15 @@ def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
 
 
 def _steps_within(spec: StepSpec, steps: int) -> int:
-    """Calls of the golden trace: as many as were asked for, or as the model's capacity has room for."""
+    """Return the calls of the golden trace: `steps`, limited by the model's capacity."""
     return steps if spec.capacity is None else min(steps, spec.capacity // spec.entry("step").tokens)
 
 
 def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> StepSpec:
-    """The spec of a model without a capacity, whose counters are kept small where that makes no difference.
+    """Return the spec of a model without a capacity, after bounding its counters in the graphs if that is exact.
 
     Raises:
-        UnsupportedError: it writes at a position of which nobody knows the end.
+        UnsupportedError: a graph writes at a position that grows without a known end.
     """
     from nsm.export.graphs import wrap_counters
     from nsm.export.verify import check_positions
@@ -276,7 +300,7 @@ def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> Step
 
 
 def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | None:
-    """Calibrate on the fp32 graph of a bundle, and write the scales to it; None if no artifact needs them."""
+    """Calibrate on the fp32 graph of a bundle and save the scales; None if no artifact needs them."""
     if not planned.calibration:
         return None
     from nsm.quantization import calibrate
@@ -292,7 +316,7 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
 
 
 def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
-    """The manifest before the build."""
+    """Return the manifest without artifacts."""
     from nsm.export.graphs import entry_work
 
     source = planned.source
@@ -312,18 +336,18 @@ def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
 
 
 def _require(packages: Sequence[str], extra: str) -> None:
-    """Raise `MissingDependencyError` where one of the packages is not installed."""
+    """Raise `MissingDependencyError` if one of the packages is not installed."""
     missing = [name for name in packages if importlib.util.find_spec(name) is None]
     if missing:
         raise MissingDependencyError(
             f"Exporting needs {', '.join(missing)}, which {'is' if len(missing) == 1 else 'are'} not installed. "
             f'Install with: pip install "nsm-toolkit[{extra}]". '
-            "(For a bundle that exists already, nsm build makes further targets without torch.)"
+            "(nsm build adds targets to an existing bundle without torch.)"
         )
 
 
 def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that had a part in it."""
+    """Return the versions of Python and of the installed packages that an export uses."""
     found = {"python": platform.python_version(), "nsm": importlib.metadata.version("nsm-toolkit")}
     for name in _PACKAGES:
         try:
@@ -334,7 +358,7 @@ def versions() -> dict[str, str]:
 
 
 def _golden_steps(source: Source, options: ExportOptions) -> int:
-    """Steps of the golden trace: where nobody says how many, enough that no state is filling any more."""
+    """Return the steps of the golden trace; by default enough to fill the states of a foreign model."""
     if options.golden_steps is not None or source.examination is None:
         return options.steps
     tokens = source.examination.filled + _PAST_FILLING
@@ -342,7 +366,7 @@ def _golden_steps(source: Source, options: ExportOptions) -> int:
 
 
 def _sequences(source: Source, options: ExportOptions, static: bool, steps: int) -> tuple[list[Array], Origin]:
-    """Sequences that judge; with `static` a text is cut in two, and they are of its first half."""
+    """Return the sequences of the parity check; with `static`, from the first half of a text file."""
     if options.data is not None:
         parts = 2 * options.num_samples if static else options.num_samples
         axes = 1 + len(source.token_spec.shape)
@@ -354,14 +378,14 @@ def _sequences(source: Source, options: ExportOptions, static: bool, steps: int)
 
 
 def _calibration(source: Source, options: ExportOptions) -> list[Array]:
-    """Sequences to calibrate on: those that came with the model, or those of `--data` that do not judge.
+    """Return the calibration sequences: the model's own, or those of `--data` that the parity check does not use.
 
     Raises:
-        InputError: there are none, too few or too short ones, or the model does not take them.
+        InputError: no sequence, too few or too short sequences, or sequences that the model does not accept.
     """
     if options.data is not None:
         count = 2 * options.num_samples if options.data.suffix.lower() == ".txt" else None
-        # All are checked, so that a message counts as the file does.
+        # Check all sequences, so that an error counts them as the file does.
         axes = 1 + len(source.token_spec.shape)
         found = checked_sequences(source, read_sequences(options.data, count, axes))[options.num_samples :]
     else:
@@ -370,15 +394,15 @@ def _calibration(source: Source, options: ExportOptions) -> list[Array]:
     found = [sequence for sequence in found if len(sequence) >= length]
     if not found:
         where = (
-            f"{options.data} holds no more than the {options.num_samples}"
+            f"{options.data} has only the {options.num_samples} sequences of the parity check"
             if options.data
-            else "MODEL holds none but those"
+            else "MODEL has only the sequences of the parity check"
         )
         raise InputError(
-            f"int8 activations are calibrated on real sequences of at least one call, {length} tokens, others than "
-            f"those that judge the result; {where} that judge. Give more with --data, save some with "
-            "nsm.save(model, path, samples=...), lower --num-samples, or take --precision int8-weights, which needs "
-            "none. Made-up ones are not offered: their ranges may be far from those of your streams."
+            f"int8 calibration needs real sequences of at least one call ({length} tokens) that the parity check does "
+            f"not use; {where}. Give more with --data, save some with nsm.save(model, path, samples=...), lower "
+            "--num-samples, or give --precision int8-weights, which needs no calibration. Random sequences are not "
+            "used: their ranges may differ from those of your streams."
         )
     check_enough(found, length)
     return found

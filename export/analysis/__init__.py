@@ -1,4 +1,4 @@
-"""Analysis: rooflines, savings by compaction, installed packages, states of ONNX files."""
+"""Analysis: rooflines, savings of `--compact`, installed packages, states of ONNX files."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""The installation: packages, devices, and how to install what is missing."""
+"""The installation: packages, devices, and how to install missing packages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsm.runtimes.opening import int8_dot_products
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the report; `mend` is the command that helps if `found` is None."""
+    """One line of `nsm doctor`; `mend` is the fix if `found` is None."""
 
     piece: str
     found: str | None
@@ -24,7 +24,7 @@ class Finding:
 
 
 def examine() -> list[Finding]:
-    """Examine this installation; imports only the packages that list devices."""
+    """Examine this installation; import only the packages that list devices."""
     findings = [
         Finding("python", platform.python_version(), "3.11 or newer", ""),
         _package("torch", "reading checkpoints, exporting", 'pip install "nsm-toolkit[export]"'),
@@ -60,7 +60,7 @@ def examine() -> list[Finding]:
 
 
 def usable() -> dict[str, dict[str, Any]]:
-    """For each target: whether its package is installed, and the command that installs it."""
+    """Return for each target whether its package is installed, its extra, and its packages."""
     return {
         name: {"installed": target.installed() is not None, "extra": target.extra, "packages": list(target.packages)}
         for name, target in TARGETS.items()
@@ -82,7 +82,7 @@ def _package(name: str, purpose: str, mend: str, distribution: str | None = None
 
 
 def _cuda_provider() -> str | None:
-    """Of the ONNX Runtime that is installed: the version of its package with CUDA has the same import name."""
+    """Whether the installed ONNX Runtime has CUDA; its packages with and without share an import name."""
     try:
         ort: Any = importlib.import_module("onnxruntime")
     except ImportError:

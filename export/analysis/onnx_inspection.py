@@ -29,7 +29,7 @@ def inspect_onnx(path: Path, as_json: bool) -> None:
     """Describe an ONNX file; see `nsm inspect --help`.
 
     Raises:
-        InputError, UnsupportedError: it cannot be read, or has operators that are no step's.
+        InputError, UnsupportedError: the file cannot be read, or has operators that a step must not have.
     """
     model = read_onnx(path)
     settle_ours(path, model)
@@ -54,15 +54,15 @@ def inspect_onnx(path: Path, as_json: bool) -> None:
     rows = [[pair.past, pair.present, "a state", pair.found] for pair in pairing.states]
     rows += [[pair.past, pair.present, verdict(pair), pair.found] for pair in pairing.doubtful]
     if rows:
-        terminal.table(("input", "output", "", "found by"), rows, "\nOutputs that may be fed back")
+        terminal.table(("input", "output", "", "found by"), rows, "\nStates: inputs and the outputs fed back to them")
     if pairing.trouble:
-        terminal.say(f"\nThe graph was not run with open axes of size 1. {pairing.trouble}", "yellow")
+        terminal.say(f"\nThe graph could not be run with dynamic axes of size 1. {pairing.trouble}", "yellow")
     for one in anew:
         terminal.say(f"\n{one[0].upper()}{one[1:]} starts anew in every call: no state reaches its initial state.")
     found = choices(path, pairing)
     if not found:
         terminal.say(
-            "\nNo states were found. A step has one at least: an input, and the output that is fed back to it."
+            "\nNo states were found. A step needs at least one: an input, and the output that is fed back to it."
         )
     for condition, advice in found:
         terminal.say(f"\nIf {condition}:" if condition else "\nTo export it:")

@@ -1,8 +1,8 @@
-"""The share of the roofline that an entry reaches on this machine. Needs onnx, and no torch.
+"""The share of the roofline that an entry reaches on this machine. Needs onnx, not torch.
 
 The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth) (Williams et al. 2009).
 Linear ops count with all their operands. All other operations could be fused into them, so only the inputs, outputs and
-states that they read and write count. The result is a lower bound that does not depend on intermediate results.
+states that they read and write count. The roofline is a lower bound of the time, independent of intermediate results.
 """
 
 from __future__ import annotations
@@ -27,16 +27,20 @@ from nsm.runtimes.opening import entry_files
 from nsm.runtimes.session import Session
 from nsm.spec import EntrySpec, StepSpec, TensorSpec
 
-# Large enough that neither fits in a cache, or is over before the threads have started.
+# Large enough to exceed the caches, and to run longer than threads need to start.
 _PEAK_SIDE, _STREAM_BYTES = 1024, 256_000_000
 
 
 @dataclass(frozen=True)
 class Reached:
-    """How an entry does, over rounds in which it took turns with the products that measure the machine.
+    """Result of an entry, measured in turns with the MatMuls that measure the machine.
 
-    Seconds and machine are medians; `share` is the median over rounds of the roofline's time divided by
-    the entry's time in the same round; `low` and `high` are its quartiles.
+    Args:
+        machine: median peak FLOP/s and bandwidth.
+        least: the roofline's time in seconds.
+        took: median time of a call in seconds.
+        share: median over rounds of the roofline's time divided by the entry's time in the same round.
+        low, high: quartiles of the share.
     """
 
     machine: Machine
@@ -49,7 +53,9 @@ class Reached:
 
 @contextlib.contextmanager
 def products(target: Target, threads: int | None = None) -> Iterator[Callable[[], Machine]]:
-    """A large MatMul and a large matrix-vector product on a target; each call measures both, a few calls each.
+    """Yield a function that measures a large MatMul and a large matrix-vector product on a target.
+
+    Each call of the function runs both a few times.
 
     Raises:
         UnsupportedError: the target does not run on a CPU.
@@ -71,7 +77,7 @@ def measure_reached(
     rounds: int = 9,
     progress: Progress | None = None,
 ) -> dict[str, Reached]:
-    """Let the machine's products and the entries take turns, an entry from the beginning of a stream; by entry."""
+    """Measure the machine and the entries in turns; each entry starts a new stream. Return results by entry."""
     machines, times = [], np.zeros((len(calls), rounds))
     for number in range(rounds):
         machines.append(machine())
@@ -94,7 +100,7 @@ def measure_reached(
 
 
 def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -> float:
-    """Median over rounds of the mean time of a call, in seconds."""
+    """Return the median over rounds of the mean time of a call, in seconds."""
     for _ in range(calls):
         call()
     times = []
@@ -107,9 +113,9 @@ def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -
 
 
 def calls_of(session: Session) -> dict[str, Callable[[], object]]:
-    """The calls to measure: each entry that takes tokens, on zeros; `decode` with its commits.
+    """Return the calls to measure: each entry that takes tokens, on zeros; `decode` includes its commits.
 
-    Streams start again before a call that would pass the model's capacity.
+    A call that would exceed the model's capacity resets the streams first.
     """
     tokens = {name: np.zeros(spec.shape, spec.numpy_dtype) for name, spec in _token_inputs(session.spec).items()}
 
@@ -129,16 +135,19 @@ def _token_inputs(spec: StepSpec) -> dict[str, TensorSpec]:
 def _product(
     target: Target, rows: int, depth: int, columns: int, threads: int | None
 ) -> Iterator[Callable[[], object]]:
-    """x[rows, depth] @ constant[depth, columns] on a target, to be called."""
+    """Yield a function that runs x[rows, depth] @ constant[depth, columns] on a target."""
     if "cpu" not in target.devices:
-        raise UnsupportedError("The roofline is measured on targets that run on a CPU.")
+        raise UnsupportedError(
+            f"The roofline needs a target that runs on a CPU; given {target.name}, which runs on "
+            f"{', '.join(target.devices)}."
+        )
     weight = np.random.default_rng(0).standard_normal((depth, columns), np.float32)
     spec = StepSpec(
         (
             EntrySpec(
                 "step",
                 (TensorSpec("tokens", (1, rows, depth), "float32", 1),),
-                # Only one column comes out, so that writing the product is no part of the work.
+                # A single output column, so that writing the result takes no time.
                 (TensorSpec("outputs", (1, rows, 1), "float32", 1),),
                 (),
                 (),

@@ -1,4 +1,4 @@
-"""The savings of `--compact`: the model before and after, measured side by side on a target."""
+"""The savings of `--compact`: the model before and after, measured in turns on a target."""
 
 from __future__ import annotations
 
@@ -25,9 +25,15 @@ _ROUNDS = 5
 
 @dataclass(frozen=True)
 class Savings:
-    """Before and after: slots of all layers, parameters, bytes of state a lane, FLOPs and microseconds of a step.
+    """Values before and after compaction.
 
-    The last, and the target, are None where none of the bundle's artifacts runs here.
+    Args:
+        target: the measured target; None if no artifact of the bundle runs here.
+        slots: slots of all layers.
+        parameters: parameters of the model.
+        state_bytes: bytes of state per lane.
+        flops: FLOPs per step.
+        step_us: microseconds per step; None without a target.
     """
 
     target: str | None
@@ -39,9 +45,10 @@ class Savings:
 
 
 def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
-    """Compare the bundle of a compacted model with the model it was made from.
+    """Compare the bundle of a compacted model with the original model.
 
-    The larger model is exported again; where an artifact of the bundle runs here, so is the larger one's, in turn.
+    Exports the original model to ONNX. If an artifact of the bundle runs here, builds the same target for the original
+    model, and measures both in turns.
     """
     old, new = planned.larger, planned.source
     assert isinstance(old, TorchSource)
@@ -75,7 +82,7 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
 
 
 def _open(source: Source, spec: StepSpec, directory: Path, name: str, threads: int | None) -> Session:
-    """A session over the graphs in a directory, built for a target there."""
+    """Build a target from the graphs in a directory, and open a session on it."""
     target = find_target(name)
     spec = target.served(spec)
     np.savez(directory / STATE_INIT, allow_pickle=False, **dict(source.initial_arrays(spec.batch)))
@@ -87,7 +94,7 @@ def _open(source: Source, spec: StepSpec, directory: Path, name: str, threads: i
 
 
 def _times(old: Session, new: Session) -> tuple[float, float]:
-    """Median microseconds of a step of each."""
+    """Return the median microseconds per step of both sessions."""
     calls = [calls_of(session)["step"] for session in (old, new)]
     rounds = [[measure_call(call, rounds=1) for call in calls] for _ in range(_ROUNDS)]
     micro = np.median(np.array(rounds) * 1e6, 0)

@@ -17,10 +17,10 @@ class Request:
 
     Args:
         directory: the bundle's directory.
-        folder: the target's own folder in it, made by the builder if it writes files.
-        spec: of the model, as the target serves it.
-        device: one of the target's devices; None leaves it to the builder.
-        low: where the graphs in low precision lie; None for the bundle's own.
+        folder: the target's folder in `directory`; the builder creates it if it writes files.
+        spec: the spec of the model, with the entries that the target supports.
+        device: one of the target's devices; None for the builder's default.
+        low: folder of the graphs in low precision; None for the bundle's fp32 graphs.
     """
 
     directory: Path
@@ -31,9 +31,11 @@ class Request:
 
     @property
     def graphs(self) -> Path:
+        """Folder of the ONNX graphs to convert."""
         return self.low or self.directory / GRAPHS
 
     def graph(self, entry: str) -> Path:
+        """Path of the ONNX graph of an entry."""
         return self.graphs / f"{entry}.onnx"
 
 
@@ -47,16 +49,16 @@ class Built:
 
 
 def lacking(target: str, graph: Path, nodes: Sequence[tuple[str, str]], reason: str) -> UnsupportedError:
-    """The error of a builder for operators that its target does not support.
+    """Return the error for operators that a target does not support.
 
     Args:
-        target: for people, as its makers write it.
-        graph: that has them.
-        nodes: operator and name of each, the name "" where it is not known.
-        reason: in the words of the target's own converter.
+        target: display name of the target, such as "OpenVINO".
+        graph: path of the ONNX graph.
+        nodes: operator and name of each node; "" for an unknown name.
+        reason: message of the target's converter.
     """
     named = ", ".join(f"{operator} (the node {name})" if name else operator for operator, name in nodes)
     return UnsupportedError(
-        f"{target} does not support these operators of {graph.name} as they are: {named}. Build the model for another "
-        "target, for instance onnxruntime, or without them. The converter says: " + " ".join(reason.split())
+        f"{target} does not support these operators of {graph.name}: {named}. Build another target, for instance "
+        "onnxruntime, or change the model. The converter says: " + " ".join(reason.split())
     )

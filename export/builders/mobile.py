@@ -1,4 +1,4 @@
-"""The target mobile: graphs in ONNX Runtime's own format, and the list of operators that a reduced build needs."""
+"""The target mobile: graphs in the ORT format, and the list of operators for a reduced ONNX Runtime build."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ from nsm.errors import BuildError
 from nsm.export.builders.base import Built, Request
 
 CONFIGS = {"required_operators.config": False, "required_operators_and_types.config": True}
-"""Name of a list of operators -> whether it has their types as well."""
+"""File name of a list of operators -> whether it includes their types."""
 
 
 def build(request: Request) -> Built:
-    """Convert every entry to `.ort`, optimised as far as it holds on every processor, and list the operators.
+    """Convert every entry to `.ort`, and list the operators.
 
-    A file of this format holds its weights, so they are there once for each entry.
+    The graphs get the optimisations that are valid on every processor (`ORT_ENABLE_EXTENDED`). An `.ort` file
+    contains its weights, so each entry has its own copy.
 
     Raises:
         BuildError: ONNX Runtime refuses a graph.
@@ -36,13 +37,13 @@ def build(request: Request) -> Built:
         options.add_session_config_entry("session.save_model_format", "ORT")
         try:
             ort.InferenceSession(str(request.graph(entry.name)), options, providers=["CPUExecutionProvider"])
-        except Exception as error:  # the binding's classes have no common base of their own
+        except Exception as error:  # ONNX Runtime's exceptions share no base class but Exception
             raise BuildError(f"ONNX Runtime cannot convert {entry.name}.onnx: {error}") from error
         graphs.append(path)
     configs = [_config(graphs, request.folder / name, types) for name, types in CONFIGS.items()]
     notes = (
-        f"each of the {len(graphs)} graphs holds the weights; an application that only steps whole chunks needs "
-        "step.ort alone",
+        f"each of the {len(graphs)} graphs contains the weights; an application that only runs whole chunks needs "
+        "only step.ort",
     )
     files = [*graphs, *configs]
     return Built(
@@ -58,7 +59,7 @@ def _config(graphs: list[Path], path: Path, types: bool) -> Path:
     with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.simplefilter("ignore", ResourceWarning)  # it leaves files open
         create_config_from_models(graphs, path, types)
-    # The tool writes where the graphs lay when they were read.
+    # Remove comments: the tool writes the path of the graphs there, which is temporary.
     lines = [line for line in path.read_text().splitlines() if not line.startswith("#")]
     path.write_text("\n".join(lines) + "\n")
     return path

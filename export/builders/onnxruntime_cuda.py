@@ -1,4 +1,4 @@
-"""The target onnxruntime-cuda: the graphs as they are, for a GPU."""
+"""The target onnxruntime-cuda: the portable graphs, unchanged, for a GPU."""
 
 from __future__ import annotations
 
@@ -9,5 +9,5 @@ from nsm.export.builders.base import Built, Request
 
 
 def build(request: Request) -> Built:
-    """Nothing is converted; ONNX Runtime chooses its kernels when it opens the graphs."""
+    """Return the graphs as the artifact; ONNX Runtime chooses CUDA kernels when it opens them."""
     return replace(onnxruntime.build(request), device="cuda")

@@ -1,4 +1,4 @@
-"""The target openvino: the graphs as OpenVINO IR, over one file of fp32 weights."""
+"""The target openvino: the graphs as OpenVINO IR, with one shared file of fp32 weights."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def build(request: Request) -> Built:
     """Convert every entry to files for `openvino.Core().read_model("step.xml", "weights.bin")`.
 
     Raises:
-        UnsupportedError: OpenVINO lacks an operator; names the nodes.
-        BuildError: OpenVINO refuses the graph otherwise.
+        UnsupportedError: OpenVINO lacks an operator; the message names the nodes.
+        BuildError: OpenVINO rejects the graph for another reason.
     """
     request.folder.mkdir(exist_ok=True)
     graphs = []
@@ -46,7 +46,7 @@ def build(request: Request) -> Built:
 
 
 def _nodes_of(graph: Path, operators: Sequence[str]) -> list[tuple[str, str]]:
-    """The nodes that these operators are, where there is a package that reads the graph; else the operators alone."""
+    """Return (operator, node name) of these operators; the names are "" if onnx is not installed."""
     if importlib.util.find_spec("onnx") is None:
         return [(operator, "") for operator in operators]
     import onnx
@@ -58,9 +58,9 @@ def _nodes_of(graph: Path, operators: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def share_weights(graphs: list[Path], weights: Path) -> None:
-    """Replace each graph's own `.bin` by one file for all; equal constants are stored once.
+    """Replace the `.bin` of each graph by one shared file that stores equal constants once.
 
-    A constant of the IR names the place of its numbers in the file, so only these places change.
+    A constant of the IR refers to its data by offset, so only the offsets change.
     """
     places: dict[bytes, int] = {}
     with weights.open("wb") as file:

@@ -1,4 +1,4 @@
-"""The target tensorrt: engines by TensorRT, or by TensorRT for RTX if that is installed."""
+"""The target tensorrt: engines of TensorRT, or of TensorRT for RTX if that is installed."""
 
 from __future__ import annotations
 
@@ -21,14 +21,13 @@ LAYERS = "layers.json"
 def build(request: Request) -> Built:
     """Build one engine per entry, strongly typed and without TF32, so that the graph decides the precision.
 
-    TensorRT for RTX needs no GPU to build: by default its engine is portable (every supported GPU from compute
-    capability 8.0 on), and a device such as sm86 narrows it. The full TensorRT needs a GPU: by default it builds
-    for the one in the machine; "portable" is its compatibility mode for Ampere and later.
+    TensorRT for RTX builds without a GPU. By default its engine is portable: it runs on every supported GPU from
+    compute capability 8.0 on; a device such as sm86 restricts it. TensorRT needs a GPU. By default it builds for the
+    GPU of this machine; "portable" selects its compatibility mode for Ampere and later.
 
     Raises:
-        UnsupportedError: a device that the installed package cannot build for, or an operator that it lacks.
-        BuildError: parsing or building failed; the builder's log, with the layers that were parsed, is kept beside the
-            place of the bundle.
+        UnsupportedError: the installed package cannot build for the device, or lacks an operator.
+        BuildError: parsing or building failed. The builder's log, with the parsed layers, is kept beside the bundle.
     """
     package = find_target("tensorrt").require()
     trt = importlib.import_module(package)
@@ -59,7 +58,7 @@ def build(request: Request) -> Built:
 def _build_entry(
     trt: Any, logger: Any, request: Request, entry: EntrySpec, device: str, layers: list[str]
 ) -> memoryview:
-    """The serialised engine; `layers` gets one line per layer of the parsed network, also where building fails."""
+    """Return the serialised engine; append a line per parsed layer to `layers`, even if building fails."""
     builder = trt.Builder(logger)
     flags = trt.NetworkDefinitionCreationFlag
     strongly = getattr(flags, "STRONGLY_TYPED", None)
@@ -91,14 +90,16 @@ def _set_device(trt: Any, config: Any, device: str) -> None:
             config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
         elif device != "current":
             raise UnsupportedError(
-                f"TensorRT {trt.__version__} builds for the GPU in this machine (current) or for Ampere and later "
-                f"(portable); given --device {device}. TensorRT for RTX builds for others: pip install tensorrt-rtx"
+                f"TensorRT {trt.__version__} builds for the GPU of this machine (current) or for Ampere and later "
+                f"(portable); given --device {device}. For other devices, install TensorRT for RTX: pip install "
+                "tensorrt-rtx"
             )
     elif device != "portable":
         names = {name.lower(): value for name, value in known.__members__.items() if name != "NONE"}
         if device not in names:
             raise UnsupportedError(
-                f"{trt.__name__} {trt.__version__} does not build for {device}. It builds for: {', '.join(names)}."
+                f"{trt.__name__} {trt.__version__} does not build for --device {device}. Expected one of: "
+                f"{', '.join(names)}."
             )
         config.num_compute_capabilities = 1
         config.set_compute_capability(names[device], 0)
@@ -116,12 +117,12 @@ def _check_network(trt: Any, network: Any, spec: StepSpec, entry: EntrySpec) -> 
     for name in sorted(wanted.keys() | given.keys()):
         if wanted.get(name) != given.get(name):
             raise BuildError(
-                f"TensorRT reads {name} as {given.get(name, 'absent')}; declared is {wanted.get(name, 'absent')}."
+                f"TensorRT parsed {name} as {given.get(name, 'absent')}; expected {wanted.get(name, 'absent')}."
             )
 
 
 class _Log:
-    """TensorRT's messages from information upwards, as lines."""
+    """Collects TensorRT's messages of severity INFO and above as lines."""
 
     def __init__(self, trt: Any) -> None:
         lines: list[str] = []
@@ -144,7 +145,7 @@ class _Log:
         path.write_text("\n".join(self.lines) + "\n", encoding="utf-8")
 
     def keep(self, request: Request, device: str) -> Path:
-        """Write the log where it outlives the unfinished bundle; others of its name stay, it gets a number then."""
+        """Write the log beside the unfinished bundle, which is deleted; number it if the name is taken."""
         for number in itertools.count(1):
             path = request.directory.parent / f"tensorrt-{device}-build{f'-{number}' if number > 1 else ''}.log"
             if not os.path.lexists(path):

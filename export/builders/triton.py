@@ -2,8 +2,8 @@
 
     triton/nsm/config.pbtxt   triton/nsm/initial_state/   triton/nsm/1/model.onnx   triton/nsm/1/weights.bin
 
-The folder `nsm` may be renamed: a configuration without a name takes the folder's. docs/serving.md
-lists the rules and sources of the server that this follows.
+The folder `nsm` may be renamed: the server uses the folder's name for a configuration without a name. docs/serving.md
+lists the server's rules that this module follows, with their sources.
 """
 
 from __future__ import annotations
@@ -30,24 +30,24 @@ MODEL = "nsm"
 """Name of the model in the repository."""
 
 SEQUENCES = 64
-"""Sequences whose state the server holds at once; more wait until one ends."""
+"""Number of sequences that the server runs at once; others wait until one ends."""
 
 IDLE_MICROSECONDS = 60_000_000
-"""After so long without a request the server forgets a sequence."""
+"""Time without a request after which the server drops a sequence."""
 
 _WEIGHTS = "weights.bin"
 
 
 def build(request: Request) -> Built:
-    """Write the model of `step`, with every state that it touches as implicit state.
+    """Write the model of `step`, with every state that it reads or writes as implicit state.
 
     Raises:
-        UnsupportedError: a state that the server cannot carry.
+        UnsupportedError: the server does not support a state of the model.
         MissingDependencyError: onnx is not installed.
     """
     if importlib.util.find_spec("onnx") is None:
         raise MissingDependencyError(
-            "The target triton completes the graph of step, which needs the package onnx; it is not installed. "
+            "The target triton edits the graph of step, which needs the package onnx; it is not installed. "
             'Install it with: pip install "nsm-toolkit[triton]"'
         )
     from nsm.export.graphs import load_shared, save_shared
@@ -74,34 +74,35 @@ def build(request: Request) -> Built:
 
 
 def check_states(states: Iterable[StateSpec]) -> None:
-    """Raise `UnsupportedError` for states that the server cannot carry."""
+    """Raise `UnsupportedError` for states that the server does not support."""
     states = tuple(states)
-    way_out = "Serve this model with nsm.open on another target, for instance onnxruntime."
+    remedy = "Serve this model with nsm.open on another target, for instance onnxruntime."
     rings = [state.name for state in states if state.append_axis is not None]
     if rings:
         raise UnsupportedError(
-            f"Triton replaces a state by the graph's output as it is; of {', '.join(rings)} the graph gives new rows "
-            f"only, which whoever runs it writes into a ring. {way_out}"
+            f"Triton replaces a state by an output of the graph; for {', '.join(rings)} the graph outputs only the new "
+            f"rows of a ring buffer. {remedy}"
         )
     odd = [f"{s.name} ({s.dtype} {list(s.shape)})" for s in states if s.dtype not in KINDS]
     if odd:
         raise UnsupportedError(
-            f"Triton carries states of the types {', '.join(KINDS)}; given {', '.join(odd)}. {way_out}"
+            f"Triton supports states of the dtypes {', '.join(KINDS)}; given {', '.join(odd)}. {remedy}"
         )
     pairs = [(state.past, state.present) for state in states]
     wrong = [pair for pair in as_paired(pairs) if pair not in pairs]
     if wrong:
         past, present = wrong[0]
         raise UnsupportedError(
-            f"Triton pairs states sorted by name: it would give the output {present} back as the input {past}. Name "
-            "the states so that sorted inputs pair with sorted outputs, as past_state.NAME and present_state.NAME do."
+            f"Triton pairs the inputs and outputs of states in sorted order: it would feed the output {present} back "
+            f"as the input {past}. Name the states so that the sorted orders match, such as past_state.NAME and "
+            "present_state.NAME."
         )
 
 
 def complete(graph: onnx.GraphProto, entry: EntrySpec, states: Iterable[StateSpec]) -> None:
-    """Give every state both an input and an output, which the server needs to carry it.
+    """Give every state both an input and an output, which the server requires.
 
-    A state that `step` only reads is handed on as it is; one that it only writes gets an input that nothing reads.
+    A state that `step` only reads is copied to its output; a state that it only writes gets an unused input.
     """
     from onnx import helper
 
@@ -115,7 +116,7 @@ def complete(graph: onnx.GraphProto, entry: EntrySpec, states: Iterable[StateSpe
 
 
 def configuration(entry: EntrySpec, states: Iterable[StateSpec], initial: Arrays) -> str:
-    """The text of config.pbtxt."""
+    """Return the text of config.pbtxt."""
     lines = [
         'backend: "onnxruntime"',
         "# The lanes are part of every shape: one request has the tokens of all of them.",
@@ -161,20 +162,20 @@ def _file(state: StateSpec) -> str:
 
 
 def _is_zero(initial: Arrays, state: StateSpec) -> bool:
-    """Whether a sequence starts from zeros, bit by bit."""
+    """Whether the initial value of a state is zero in every bit."""
     return not any(initial[state.name].tobytes())
 
 
 def _notes(request: Request) -> tuple[str, ...]:
     lanes = request.spec.batch
     notes: tuple[str, ...] = (
-        "the server was not run: its model.onnx was, in ONNX Runtime, with the state carried as config.pbtxt says",
+        "the server was not run: parity ran its model.onnx in ONNX Runtime, with states fed back as in config.pbtxt",
     )
     if request.spec.capacity is not None:
         notes += (
-            f"the server does not count tokens: end each sequence after {request.spec.capacity:,} tokens at most, "
-            "which is the model's capacity, and begin another",
+            f"the server does not count tokens: end each sequence after at most {request.spec.capacity:,} tokens, the "
+            "model's capacity, and start a new one",
         )
     if lanes > 1:
-        notes += (f"a sequence of the server is {lanes} streams that start and end together; --batch 1 gives one",)
+        notes += (f"a sequence of the server contains {lanes} streams, which start and end together; --batch 1: one",)
     return notes

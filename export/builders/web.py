@@ -1,4 +1,4 @@
-"""The target web: the bundle's own folder becomes one that any static file server can serve."""
+"""The target web: a browser client in the bundle, which any static file server can serve."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from nsm.files import sha256
 from nsm.runtimes.backends.web import CLIENT, ORT, client_files
 
 VERSION = "1.30.0"
-"""Of onnxruntime-web."""
+"""Version of onnxruntime-web."""
 
 PACKAGE = "NSM_ONNXRUNTIME_WEB"
 """Environment variable that names a folder with the npm package onnxruntime-web."""
 
 
 def build(request: Request) -> Built:
-    """Put the client, the page and ONNX Runtime Web into the folder `web`; the graphs stay where they are.
+    """Copy the client, the page and ONNX Runtime Web to the folder `web`; they load the bundle's graphs.
 
     Raises:
-        MissingDependencyError: onnxruntime-web is neither here nor to be had.
-        BuildError: npm gave something else.
+        MissingDependencyError: onnxruntime-web is not installed, and npm cannot download it.
+        BuildError: the downloaded package has unexpected files.
     """
     folder = request.directory / CLIENT
     shutil.rmtree(folder, ignore_errors=True)
@@ -40,20 +40,20 @@ def build(request: Request) -> Built:
 
 
 def find_package() -> Path:
-    """The folder of the npm package onnxruntime-web in the version that was tested.
+    """Return the folder of the npm package onnxruntime-web, in the tested version.
 
-    It is looked for where the environment variable says, in `node_modules` of the working directory, and in the user's
-    cache, where npm puts it if it is nowhere. Files count by their hashes.
+    Searches the folder of the environment variable `PACKAGE`, then `node_modules` in the working directory, then the
+    user's cache; downloads the package to the cache with npm if all lack it. The files are identified by their hashes.
 
     Raises:
-        MissingDependencyError: the variable names a folder without it, or it is nowhere and npm cannot get it.
-        BuildError: npm gave something else.
+        MissingDependencyError: the variable names a folder without the package, or npm cannot download it.
+        BuildError: the downloaded package has unexpected files.
     """
     named = os.environ.get(PACKAGE)
     if named and not _is_package(Path(named)):
         raise MissingDependencyError(
-            f"{PACKAGE} names {named}, whose folder dist does not hold {', '.join(ORT)} of onnxruntime-web {VERSION}. "
-            "Name a folder that does, or unset the variable."
+            f"{PACKAGE}={named}: expected {', '.join(ORT)} of onnxruntime-web {VERSION} in its folder dist. Set it to "
+            "a folder that has them, or unset the variable."
         )
     for place in _places():
         if _is_package(place):
@@ -82,9 +82,8 @@ def _fetched(place: Path) -> Path:
     npm = shutil.which("npm")
     if npm is None:
         raise MissingDependencyError(
-            f"The target web needs the npm package onnxruntime-web {VERSION}, and there is no npm here to get it. "
-            "Install "
-            f"Node.js with npm, or name a folder that has the package with the environment variable {PACKAGE}."
+            f"The target web needs the npm package onnxruntime-web {VERSION}, and npm is not installed. Install "
+            f"Node.js with npm, or set the environment variable {PACKAGE} to a folder with the package."
         )
     place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent) as folder:
@@ -94,17 +93,17 @@ def _fetched(place: Path) -> Path:
         if result.returncode or not archives:
             last = (result.stderr.strip().splitlines() or ["no reason given"])[-1]
             raise MissingDependencyError(
-                f"npm could not get onnxruntime-web {VERSION}: {last}. Install it (npm install "
-                f"onnxruntime-web@{VERSION}) "
-                f"and start here again, or name its folder with the environment variable {PACKAGE}."
+                f"npm could not download onnxruntime-web {VERSION}: {last}. Install it (npm install "
+                f"onnxruntime-web@{VERSION}) and run the command again, or set the environment variable {PACKAGE} to "
+                "its folder."
             )
         with tarfile.open(archives[0]) as archive:
             archive.extractall(folder, filter="data")
         found = Path(folder) / "package"
         if not _is_package(found):
             raise BuildError(
-                f"What npm gave for onnxruntime-web {VERSION} does not hold {', '.join(ORT)} with the known hashes. Is "
-                "the registry that npm is set up with the one you mean?"
+                f"The package onnxruntime-web {VERSION} from npm does not have {', '.join(ORT)} with the expected "
+                "hashes. Check which registry npm is configured to use: npm config get registry"
             )
         shutil.rmtree(place, ignore_errors=True)
         os.replace(found, place)

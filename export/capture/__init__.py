@@ -1,4 +1,4 @@
-"""Capture: a PyTorch module as a program of `torch.export`, in operators that every target has."""
+"""Capture: trace a PyTorch module with `torch.export`, in operators that every target supports."""
 
 from nsm.export.capture.program import DETAILS, capture, first_line, quiet
 from nsm.export.capture.retrace import Retrace, move_modules

@@ -13,9 +13,9 @@ class Cause:
     Args:
         error: pattern of `{type}: {message}` of torch's error.
         cause, fix: one sentence each, for users.
-        code: pattern of the line of the user's code that the error passed through.
-        read: pattern of the error that torch gives where it reads the code instead of running it.
-        source: pattern by which the line is found in the module's classes, where the error does not tell it.
+        code: pattern of the line of the user's code in the traceback.
+        read: pattern of torch's error in strict mode, which reads the code instead of running it.
+        source: pattern that finds the line in the module's classes, if the error has no line.
     """
 
     error: str
@@ -33,82 +33,82 @@ class Cause:
 _GUARD = r"Could not guard on data-dependent"
 _SIZE = r"Could not extract specialized integer"
 _NUMBER = (
-    "A number taken out of a tensor becomes a size, an index or a count here; in a graph these are fixed.",
+    "forward takes a number out of a tensor and uses it as a size, an index or a count; a graph has fixed ones.",
     "Index with the tensor itself (table[index], torch.gather), or keep a fixed size and mask with torch.where.",
 )
-_ONE_PATH = "a graph holds one path for all values"
+_ONE_PATH = "a graph has one path for all values"
 
 CAUSES = (
     Cause(
         _GUARD + "|" + _SIZE,
-        "Packed sequences are cut and sorted by lengths that are known only while a stream runs.",
-        "Give the padded tensor to the layer itself; a session masks lanes that have no token.",
+        "Packed sequences need lengths that are known only at run time.",
+        "Pass the padded tensor to the layer itself; a session masks lanes that have no token.",
         read="pack_padded_sequence",
     ),
     Cause(
         _GUARD,
-        "This loop runs until a tensor has some value, and a graph has a fixed number of operations.",
-        "Loop a fixed number of times, and keep values with torch.where(condition, new, old).",
+        "This loop runs until a tensor has a certain value; a graph has a fixed number of operations.",
+        "Loop a fixed number of times, and select values with torch.where(condition, new, old).",
         code=r"^while\b",
     ),
     Cause(_GUARD, *_NUMBER, code=r"^(?!.*\b(if|and|or|not|assert)\b).*\b(int|float|round|item)\("),
     Cause(
         _GUARD,
-        f"Python decides here by the value of a tensor, and {_ONE_PATH}.",
+        f"forward branches on the value of a tensor; {_ONE_PATH}.",
         "Compute both sides and select with torch.where(condition, a, b).",
     ),
     Cause(
         r"DataDependentOutputException",
-        f"Python takes a result out of tensors here, and {_ONE_PATH}.",
-        "Compare with operations that give tensors, such as ==, torch.isclose and .all(), and select with torch.where.",
+        f"forward takes a Python result out of tensors; {_ONE_PATH}.",
+        "Compare with operations that return tensors, such as ==, torch.isclose and .all(); select with torch.where.",
     ),
     Cause(_SIZE, *_NUMBER),
     Cause(
         r"\bSym(Float|Int|Bool)\b",
-        "Python code takes a number out of a tensor here (.item(), .tolist(), float()), which has no value in a graph.",
-        "Keep the number a tensor, and leave what is not computed with torch out of forward.",
+        "forward takes a number out of a tensor (.item(), .tolist(), float()), which has no value in a graph.",
+        "Keep the number as a tensor, and move code that does not compute with torch out of forward.",
     ),
     Cause(
         r"\.?numpy\(?\)?.* is not supported for tensor subclasses|numpy\(\) on",
-        "NumPy computes on the values of a tensor here, and a graph holds operations of torch only.",
-        "Use the operations of torch of the same name.",
+        "forward computes with NumPy on a tensor; a graph contains torch operations only.",
+        "Use the torch operations of the same name.",
     ),
     Cause(
         r"functorch|functional_call|vmap",
-        "forward transforms functions with torch.func, whose tensors torch.export cannot follow.",
-        "Write the derivative or the batched function out with operations of torch.",
+        "forward transforms functions with torch.func, which torch.export cannot trace.",
+        "Write the derivative or the batched function with torch operations.",
         source=r"torch\.func|functorch|vmap|jacrev|jacfwd|functional_call",
     ),
     Cause(
         r"fake tensor in the exported program constant|autograd",
-        "forward computes gradients with torch.autograd, which torch.export cannot follow.",
-        "Write the derivative out with operations of torch.",
+        "forward computes gradients with torch.autograd, which torch.export cannot trace.",
+        "Write the derivative with torch operations.",
     ),
     Cause(
         r"data is not allocated yet|data pointer|doesn't have storage",
-        "Code that is not torch's reads the values of a tensor here, which has none while it is traced.",
-        "Use operations of torch; torch.stack makes one tensor of several numbers.",
+        "Code outside torch reads the values of a tensor, which has no values during tracing.",
+        "Use torch operations; torch.stack makes one tensor of several numbers.",
     ),
     Cause(
         r"no fake impl registered|fake impl",
-        "This calls a custom operator, which ONNX does not have.",
-        "Compute it from operations of torch.",
+        "forward calls a custom operator, which ONNX does not have.",
+        "Compute it from torch operations.",
     ),
     Cause(
         r"UnsupportedOperatorException",
-        "torch.export does not know what shape the result of this operator has.",
-        "Compute it from other operations of torch.",
+        "torch.export does not know the shape of this operator's result.",
+        "Compute it from other torch operations.",
     ),
     Cause(
         r"RecursionError",
         "forward calls itself more often than Python allows.",
-        "Write the recursion as a loop with a fixed number of rounds.",
+        "Write the recursion as a loop with a fixed number of iterations.",
     ),
 )
 
 SCRIPTED = Cause(
     "",
     "The module {} is TorchScript, which torch.export cannot trace.",
-    "Put the nn.Module that it was scripted from in its place.",
+    "Replace it by the nn.Module that it was scripted from.",
 )
-"""For a module with a part that `torch.jit.script` made, whatever the error says."""
+"""The cause for a module with a `torch.jit.script` part, regardless of the error."""

@@ -24,7 +24,7 @@ class Pair:
 
 
 def operation_of(name: str, target: Any) -> Callable[..., Any] | None:
-    """The replacement of a torch operator for `Pair`s, by its name without `aten.`; None if there is none."""
+    """Return the replacement of a torch operator for `Pair`s by its name without `aten.`, or None."""
     return _OPERATIONS.get(name) or (partial(_by_parts, target) if name in _BY_PARTS else None)
 
 
@@ -35,13 +35,13 @@ _BY_PARTS = frozenset(
     "repeat roll select select_scatter slice slice_scatter split split_with_sizes squeeze stack sum t transpose tril "
     "triu unbind unfold unsqueeze view where".split()
 )
-"""Operators that do the same to the real and to the imaginary part."""
+"""Operators that apply to the real and to the imaginary part separately."""
 
 
 def _by_parts(target: Any, *args: Any, **kwargs: Any) -> Any:
     def imaginary(value: Any) -> Any:
         if isinstance(value, Tensor) and value.is_floating_point():
-            return torch.zeros_like(value)  # a real number among complex ones; conditions and indices are not floats
+            return torch.zeros_like(value)  # a real operand; conditions and indices are not floats
         return value.imag if isinstance(value, Pair | complex) else value
 
     def real(value: Any) -> Any:
@@ -57,12 +57,12 @@ def _by_parts(target: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _parts(value: Any) -> tuple[Any, Any]:
-    """Real and imaginary part; the latter is None where the value is real."""
+    """Return the real and imaginary part; the imaginary part is None for a real value."""
     return (value.real, value.imag) if isinstance(value, Pair | complex) else (value, None)
 
 
 def _joined(re: Any, im: Any) -> Pair:
-    """A pair of two parts that broadcast together; either may be a number."""
+    """Broadcast two parts to a pair; one of them may be a number."""
     tensor = re if isinstance(re, Tensor) else im
     re, im = (part if isinstance(part, Tensor) else torch.full_like(tensor, part) for part in (re, im))
     re, im = torch.broadcast_tensors(re, im)
@@ -82,7 +82,7 @@ def _sub(a: Any, b: Any, alpha: float = 1) -> Pair:
 
 
 def _product_of(multiply: Callable[[Any, Any], Any]) -> Callable[..., Pair]:
-    """A complex product, of whatever is linear in either factor."""
+    """Return the complex version of `multiply`, which must be linear in both factors."""
 
     def product(a: Any, b: Any, *others: Any, **named: Any) -> Pair:
         def times(x: Any, y: Any) -> Any:
@@ -130,7 +130,7 @@ def _polar(size: Tensor, angle: Tensor) -> Pair:
 
 def _sqrt(z: Pair) -> Pair:
     size = _abs(z)
-    large = ((size + z.real.abs()) / 2).sqrt()  # the larger part; the other one by division, for it would cancel
+    large = ((size + z.real.abs()) / 2).sqrt()  # the larger part; division gives the other without cancellation
     small = z.imag.abs() / torch.where(large > 0, 2 * large, torch.ones_like(large))
     real, imag = torch.where(z.real < 0, small, large), torch.where(z.real < 0, large, small)
     return Pair(real, torch.where(z.imag < 0, -imag, imag))
@@ -142,7 +142,7 @@ def _pow(z: Any, exponent: Any) -> Any:
         for _ in range(exponent - 1):
             made = _mul(made, z)
         return made
-    # Else by way of logarithms: z^w = exp(w log z).
+    # Otherwise z^w = exp(w log z).
     base = Pair(_abs(z).log(), _angle(z)) if isinstance(z, Pair) else torch.log(torch.as_tensor(z))
     return _exp(
         _mul(base, exponent)
@@ -185,7 +185,7 @@ def _number(value: Any) -> tuple[float, float]:
 
 
 def _filled(make: Callable[..., Tensor]) -> Callable[..., Pair]:
-    """A constant, of the arguments of `make` without dtypes, the last of which is a number."""
+    """Return a function that fills a complex constant with `make`; its last positional argument is the number."""
 
     def fill(*args: Any, dtype: Any = None, **_others: Any) -> Pair:
         *shape, value = args
@@ -290,7 +290,7 @@ _OPERATIONS: dict[str, Callable[..., Any]] = {
     "scalar_tensor": _filled(torch.scalar_tensor),
     "fill": _fill,
     "copy": _fill,
-    "_assert_tensor_metadata": lambda *_args, **_named: None,  # of the complex tensor; a pair is another
+    "_assert_tensor_metadata": lambda *_args, **_named: None,  # describes the complex tensor, not the pair
     "zeros": lambda size, **named: _filled(torch.full)(size, 0, **named),
     "ones": lambda size, **named: _filled(torch.full)(size, 1, **named),
     "zeros_like": lambda z, **named: _filled(torch.full_like)(z, 0, **named),

@@ -1,7 +1,7 @@
-"""Complex numbers as pairs of real tensors: a program of torch.export run with `Pair`s in their place.
+"""Replace complex tensors of a torch.export program by `Pair`s of real tensors.
 
 ONNX has no complex arithmetic. `nsm.export.capture.complex_operators` lists the replacement of each operator; an
-operator without a replacement is refused by name.
+operator without a replacement raises an error that names it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nsm.export.capture.source_line import line_of_node, module_of
 
 
 def is_complex(node: fx.Node) -> bool:
-    """Whether an operation of a program gives complex numbers."""
+    """Whether an operation of a program returns complex tensors."""
     return any(isinstance(value, Tensor) and value.is_complex() for value in pytree.tree_leaves(node.meta.get("val")))
 
 
 class RealPairs(nn.Module):
-    """A program over real inputs and outputs, computed without complex tensors. Its flat inputs are its arguments."""
+    """Runs a program with real inputs and outputs without complex tensors; takes the program's flat inputs."""
 
     def __init__(self, program: ExportedProgram) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Run(Retrace):
         try:
             with fx.traceback.set_current_meta(_marked(n) if name.startswith("_fft") else n):
                 return operation(*args, **kwargs)
-        except Exception as error:  # arguments of a kind that the tables do not think of
+        except Exception as error:  # arguments that the replacement does not support
             raise _refusal(n) from error
 
 
@@ -79,21 +79,21 @@ def _refusal(node: fx.Node) -> UnsupportedError:
     line, module = line_of_node(node), module_of(node)
     return UnsupportedError(
         f"The operator {str(node.target).removesuffix('.default')} on complex numbers"
-        f"{f' in the module {module}' if module else ''} has no form in real numbers here, and ONNX has no complex ones"
+        f"{f' in the module {module}' if module else ''} has no real-valued replacement; ONNX has no complex numbers"
         f"{f': {line}' if line else '. '}Compute it from the real and the imaginary part, torch.view_as_real(z), or "
         "from z.abs() and z.angle()."
     )
 
 
 def _marked(node: fx.Node) -> Any:
-    """A node as if it came from a module `fourier_transform`: its products are known by it, and stay in fp32."""
+    """Add a module `fourier_transform` to the node's path, so that quantization keeps its MatMuls in fp32."""
     stack = dict(node.meta.get("nn_module_stack") or {})
     path = list(stack.values())[-1][0] if stack else "model"
     return _Meta({**node.meta, "nn_module_stack": {**stack, "fourier": (f"{path}.fourier_transform", "")}}, node)
 
 
 class _Meta:
-    """The attributes of a node that `set_current_meta` reads."""
+    """Has the attributes of a node that `set_current_meta` reads."""
 
     def __init__(self, meta: dict[str, Any], node: fx.Node) -> None:
         self.meta, self.name, self.graph, self.op, self.target = meta, node.name, node.graph, node.op, node.target

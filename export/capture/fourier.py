@@ -1,7 +1,7 @@
 """Discrete Fourier transforms of constant length as MatMuls with constant matrices.
 
-TensorRT has no `DFT`, and OpenVINO converts a one-sided one incorrectly. Every target multiplies matrices fast. A long
-transform is split into two shorter ones, of the factors of its length, which keeps the matrices small [1].
+TensorRT has no `DFT`, and OpenVINO converts a one-sided `DFT` incorrectly; every target has a fast MatMul. A long
+transform is split into two shorter transforms, whose lengths are factors of its length, to keep the matrices small [1].
 
 [1] W. M. Gentleman, G. Sande, "Fast Fourier transforms: for fun and profit", 1966.
 """
@@ -16,13 +16,19 @@ import torch
 from torch import Tensor
 
 LONGEST = 512
-"""Length of a transform above which it is made of two shorter ones, where it has factors."""
+"""Longest transform that is one MatMul; a longer transform is split if its length has factors."""
 
 Parts = tuple[Tensor, Tensor]
 
 
 def transform(real: Tensor, imag: Tensor | None, axis: int, inverse: bool = False, count: int | None = None) -> Parts:
-    """The first `count` numbers of the transform of a complex or real tensor along an axis, not normalised.
+    """Transform a complex or real tensor along an axis, without normalisation.
+
+    Args:
+        real, imag: real and imaginary part, of equal shapes; an `imag` of None means zero.
+        axis: axis to transform.
+        inverse: compute the inverse transform.
+        count: number of frequencies to return, from the first; None for all.
 
     Returns:
         The real and the imaginary part.
@@ -40,7 +46,7 @@ def transform(real: Tensor, imag: Tensor | None, axis: int, inverse: bool = Fals
 
 
 def real_to_complex(real: Tensor, axes: Sequence[int], normalization: int, onesided: bool) -> Parts:
-    """`aten._fft_r2c`: the last axis first, of which `onesided` keeps the first half."""
+    """Compute `aten._fft_r2c`: transform the last axis first; `onesided` keeps its first half."""
     *others, last = axes
     length = math.prod(real.shape[axis] for axis in axes)
     parts = transform(real, None, last, count=real.shape[last] // 2 + 1 if onesided else None)
@@ -50,7 +56,7 @@ def real_to_complex(real: Tensor, axes: Sequence[int], normalization: int, onesi
 
 
 def complex_to_complex(parts: Parts, axes: Sequence[int], normalization: int, forward: bool) -> Parts:
-    """`aten._fft_c2c`."""
+    """Compute `aten._fft_c2c`."""
     length = math.prod(parts[0].shape[axis] for axis in axes)
     for axis in axes:
         parts = transform(*parts, axis, not forward)
@@ -58,7 +64,7 @@ def complex_to_complex(parts: Parts, axes: Sequence[int], normalization: int, fo
 
 
 def complex_to_real(parts: Parts, axes: Sequence[int], normalization: int, last_size: int) -> Tensor:
-    """`aten._fft_c2r`: of a spectrum whose last axis has the first half, `last_size // 2 + 1` numbers."""
+    """Compute `aten._fft_c2r` of a one-sided spectrum, with `last_size // 2 + 1` values on its last axis."""
     *others, last = axes
     for axis in others:
         parts = transform(*parts, axis, inverse=True)
@@ -69,11 +75,14 @@ def complex_to_real(parts: Parts, axes: Sequence[int], normalization: int, last_
 
 
 def overlap_add(frames: Tensor, sizes: Sequence[int], axis: int, size: int, step: int) -> Tensor:
-    """`aten.unfold_backward`: the sum of frames [..., F, ..., size], each at its place, as in `torch.istft`.
+    """Compute `aten.unfold_backward`: overlap-add of frames [..., F, ..., size], as in `torch.istft`.
 
     Args:
-        frames: F on `axis`, the samples of a frame on the last axis.
-        sizes: of the result, in which `axis` has the frames, each `step` after the other.
+        frames: F frames on `axis`, the samples of each frame on the last axis.
+        sizes: shape of the result.
+        axis: axis of the result along which the frames are added.
+        size: samples of a frame.
+        step: distance between the starts of two frames, in samples.
     """
     axis = axis % len(sizes)
     total = frames.new_zeros(list(sizes))
@@ -86,7 +95,7 @@ def overlap_add(frames: Tensor, sizes: Sequence[int], axis: int, size: int, step
 
 
 def _from_half(real: Tensor, imag: Tensor, length: int) -> Tensor:
-    """[..., N / 2 + 1] times the matrix of the inverse transform, in which the other half is counted too."""
+    """Multiply [..., N / 2 + 1] by the matrix of the inverse transform, which also counts the mirrored half."""
     half = real.shape[-1]
     cos, sin = _waves(np.outer(np.arange(half), np.arange(length)), length, inverse=True)
     twice = np.full((half, 1), 2, np.float32)
@@ -95,7 +104,7 @@ def _from_half(real: Tensor, imag: Tensor, length: int) -> Tensor:
 
 
 def _mirrored(real: Tensor, imag: Tensor, length: int) -> Tensor:
-    """The inverse transform of [..., N / 2 + 1] and of its mirror image, which is conjugate."""
+    """Append the conjugate mirror image to [..., N / 2 + 1], and compute the inverse transform."""
     mirror = torch.arange((length - 1) // 2, 0, -1)
     own = torch.ones(real.shape[-1])
     own[_own_images(length)] = 0
@@ -106,12 +115,12 @@ def _mirrored(real: Tensor, imag: Tensor, length: int) -> Tensor:
 
 
 def _own_images(length: int) -> list[int]:
-    """The places of a spectrum that are their own mirror images, where it is real."""
+    """Return the indices of a spectrum that are their own mirror images; they are real."""
     return [0] if length % 2 else [0, length // 2]
 
 
 def _product(real: Tensor, imag: Tensor | None, inverse: bool, count: int) -> Parts:
-    """[..., N] times the first columns of the matrix of the transform."""
+    """Multiply [..., N] by the first `count` columns of the matrix of the transform."""
     length = real.shape[-1]
     cos, sin = _waves(np.outer(np.arange(length), np.arange(count)), length, inverse)
     if imag is None:
@@ -123,7 +132,7 @@ def _product(real: Tensor, imag: Tensor | None, inverse: bool, count: int) -> Pa
 
 
 def _in_two(real: Tensor, imag: Tensor | None, first: int, inverse: bool) -> Parts:
-    """A transform of length A B: those of length A, a rotation, and those of length B."""
+    """Compute a transform of length A B: transforms of length A, twiddle factors, transforms of length B."""
     length = real.shape[-1]
     second = length // first
     shape = (*real.shape[:-1], first, second)
@@ -136,14 +145,14 @@ def _in_two(real: Tensor, imag: Tensor | None, first: int, inverse: bool) -> Par
 
 
 def _waves(turns: np.ndarray, length: int, inverse: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Real and imaginary part of exp(-2 pi i turns / length); of the inverse without the sign."""
+    """Return the real and imaginary part of exp(-2 pi i turns / length), or of its conjugate for the inverse."""
     angles = 2 * np.pi * (turns % length) / length
     sign = 1 if inverse else -1
     return np.cos(angles).astype(np.float32), (sign * np.sin(angles)).astype(np.float32)
 
 
 def _factor(length: int) -> int:
-    """The factor of a length next to its root; the length itself where that is short, or prime."""
+    """Return the largest factor of a length up to its root, or the length if it is short or prime."""
     if length <= LONGEST:
         return length
     factors = [size for size in range(2, math.isqrt(length) + 1) if length % size == 0]
@@ -151,7 +160,7 @@ def _factor(length: int) -> int:
 
 
 def _narrowed(parts: Parts, axis: int, size: int) -> Parts:
-    """The first numbers along an axis; zeros where it has fewer."""
+    """Cut an axis to `size` values, or pad it with zeros."""
     given = parts[0].shape[axis]
     if given < size:
         missing = list(parts[0].shape)
@@ -162,7 +171,7 @@ def _narrowed(parts: Parts, axis: int, size: int) -> Parts:
 
 
 def _normalised(parts: Parts, normalization: int, length: int) -> Parts:
-    """0: as it is; 1: divided by the root of the length; 2: by the length."""
+    """Normalise: 0 does nothing, 1 divides by the root of the length, 2 by the length."""
     if normalization == 0:
         return parts
     scale = 1 / (math.sqrt(length) if normalization == 1 else length)

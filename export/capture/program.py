@@ -1,4 +1,4 @@
-"""A module as a program of torch.export, or the reason why it is none, with the line of the user's code."""
+"""Trace a module with torch.export, or explain why this fails, with the line of the user's code."""
 
 from __future__ import annotations
 
@@ -18,34 +18,37 @@ from nsm.errors import BuildError, NsmError, UnsupportedError
 from nsm.export.capture.causes import CAUSES, SCRIPTED
 from nsm.export.capture.source_line import causes, line_of_error, line_of_module
 
-DETAILS = "--verbose shows all that torch says; in Python it is the `__cause__` of this error."
+DETAILS = "--verbose shows torch's full error; in Python it is the `__cause__` of this error."
 _LOGGERS = ("torch", "torch._dynamo", "torch.export", "torch.fx", "torch.onnx")
 
 
 def capture(module: nn.Module, examples: tuple[Tensor, ...], name: str) -> ExportedProgram:
-    """Trace a module: by running it, or, where that fails, by reading its Python code.
+    """Trace a module by running it; if that fails, trace it in strict mode, which reads its Python code.
 
     Args:
-        module: in eval mode.
-        examples: its arguments, whose shapes become fixed.
-        name: of the module, for messages.
+        module: a module in eval mode.
+        examples: its arguments; their shapes become fixed.
+        name: name of the module for messages.
+
+    Returns:
+        The traced program.
 
     Raises:
-        UnsupportedError: a known cause; names the line and the code to write instead.
-        BuildError: any other failure; names the line and quotes torch's first sentence.
+        UnsupportedError: a known cause; the message has the line and the code to write instead.
+        BuildError: any other failure; the message has the line and torch's first sentence.
     """
     failures: list[Exception] = []
     for strict in (False, True):
         try:
             with quiet():
                 return torch.export.export(module, examples, strict=strict)
-        except Exception as error:  # whatever torch, or the module, raises
+        except Exception as error:  # torch and the module raise errors of any class
             failures.append(error)
     raise explained(failures, module, name) from failures[0]
 
 
 def explained(failures: Sequence[Exception], module: nn.Module, name: str) -> NsmError:
-    """The error for failures of torch.export in its two modes; see `capture`."""
+    """Return the error for the failures of torch.export in its two modes; see `capture`."""
     line = next(filter(None, map(line_of_error, failures)), None)
     texts, read = ([f"{type(cause).__name__}: {cause}" for cause in causes(error)] for error in failures)
     code = line.code if line else ""
@@ -63,16 +66,16 @@ def explained(failures: Sequence[Exception], module: nn.Module, name: str) -> Ns
 
 
 def first_line(text: str) -> str:
-    """The first line of a message that says something, as a sentence."""
+    """Return the first non-empty line of a message, with a full stop."""
     line = next((line.strip() for line in text.splitlines() if line.strip()), "")
     return line if line.endswith((".", "!", "?")) else f"{line}."
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep torch from writing to the terminal: its warnings, logs, and pictures of half-made graphs.
+    """Suppress torch's warnings, logs and dumps of partial graphs on the terminal.
 
-    They concern the exporter's own use of torch; failures are raised.
+    They concern the exporter's use of torch; failures are raised.
     """
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]

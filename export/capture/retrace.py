@@ -1,4 +1,4 @@
-"""Tracing a traced graph again: each operation keeps the module and the line of code that it came from."""
+"""Trace a traced graph again; each operation keeps its original module and line of code."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ class Retrace(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule) -> None:
         super().__init__(module)
-        self.extra_traceback = False  # errors keep their own words
+        self.extra_traceback = False  # do not append fx's traceback to error messages
 
     def retrace(self, *leaves: Any) -> Any:
-        """Results of the graph, flat, for its flat arguments."""
+        """Return the flat results of the graph for its flat arguments."""
         with fx.traceback.preserve_node_meta():
             return self.run(*leaves, enable_io_processing=False)
 
@@ -25,7 +25,7 @@ class Retrace(fx.Interpreter):
 
 
 def move_modules(graph: fx.Graph, prefix: str) -> None:
-    """Put a prefix before the paths of the modules that the operations of a graph come from."""
+    """Prepend a prefix to the module paths of a graph's operations."""
     for node in graph.nodes:
         stack = node.meta.get("nn_module_stack")
         if stack:

@@ -1,4 +1,4 @@
-"""Programs of torch.export in operators that every target has: no LSTM with projections, no complex numbers."""
+"""Rewrite torch.export programs without LSTM projections and complex numbers, which some targets lack."""
 
 from __future__ import annotations
 
@@ -19,13 +19,20 @@ _OVERLAP_ADD = torch.ops.aten.unfold_backward.default
 
 
 def rewritten(program: ExportedProgram, examples: tuple[Tensor, ...]) -> ExportedProgram:
-    """The same program, with operations that ONNX or a target lacks decomposed.
+    """Decompose the operations of a program that ONNX or a target lacks.
 
     1. An LSTM with projections becomes its steps.
-    2. Complex numbers become pairs of real tensors, and Fourier transforms products with constant matrices.
+    2. Complex numbers become pairs of real tensors, and Fourier transforms become MatMuls with constant matrices.
+
+    Args:
+        program: the traced program.
+        examples: its inputs.
+
+    Returns:
+        The rewritten program, or `program` if nothing needs a rewrite.
 
     Raises:
-        UnsupportedError: an operation on complex numbers that has no form in pairs; names it and its line.
+        UnsupportedError: a complex operation has no replacement; the message has the operation and its line.
     """
     nodes = list(program.graph.nodes)
     projected = any(

@@ -1,4 +1,4 @@
-"""The line of a user's code that an error, or an operation of a traced program, comes from."""
+"""Find the line of the user's code that an error, or an operation of a traced program, comes from."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pathlib import Path
 from torch import fx, nn
 
 _WIDTH = 120
-"""Characters of a line of code that are shown."""
+"""Longest line of code that messages show, in characters."""
 
 
 @dataclass(frozen=True)
 class SourceLine:
-    """A line of Python code; as text, `file:number, in function:` and the code below."""
+    """A line of Python code; `str()` gives `file:number, in function:` and the code below."""
 
     file: str
     number: int
@@ -32,7 +32,7 @@ class SourceLine:
 
 
 def line_of_error(error: BaseException) -> SourceLine | None:
-    """The innermost line of the user's code in the traceback or the text of an error and its causes."""
+    """Return the innermost line of the user's code in the traceback or text of an error and its causes."""
     for cause in causes(error):
         frames = traceback.extract_tb(cause.__traceback__)
         found = _innermost(SourceLine(f.filename, f.lineno or 0, f.name, f.line or "") for f in frames)
@@ -43,16 +43,16 @@ def line_of_error(error: BaseException) -> SourceLine | None:
 
 
 def line_of_node(node: fx.Node) -> SourceLine | None:
-    """The innermost line of the user's code that an operation was traced from."""
+    """Return the innermost line of the user's code that an operation was traced from."""
     return _innermost(_lines_of_text(str(node.meta.get("stack_trace") or "")))
 
 
 def line_of_module(module: nn.Module, pattern: str) -> SourceLine | None:
-    """The first line that has a pattern in the classes of a module and its parts, in the user's files."""
+    """Return the first line that matches a pattern in the user's classes of a module and its submodules."""
     for kind in dict.fromkeys(type(part) for part in module.modules()):
         try:
             file, (lines, start) = inspect.getfile(kind), inspect.getsourcelines(kind)
-        except (OSError, TypeError):  # made at run time, or in C
+        except (OSError, TypeError):  # a class created at run time, or in C
             continue
         found = next((index for index, line in enumerate(lines) if re.search(pattern, line)), None)
         if found is not None and _is_users(file):
@@ -61,14 +61,14 @@ def line_of_module(module: nn.Module, pattern: str) -> SourceLine | None:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, and those that it was raised from."""
+    """Yield an error and the errors that caused it."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__
 
 
 def _lines_of_text(text: str) -> Iterator[SourceLine]:
-    """The frames in a text, each as Python writes it: `File "name", line N, in function`, and the code below."""
+    """Yield the frames of a traceback in a text: `File "name", line N, in function`, and the code below."""
     for file, number, function, code in re.findall(r'^ *File "(.+)", line (\d+), in (.+)\n(.*)', text, re.MULTILINE):
         yield SourceLine(file, int(number), function, code.strip())
 
@@ -79,7 +79,7 @@ def _innermost(lines: Iterable[SourceLine]) -> SourceLine | None:
 
 
 def _is_users(file: str) -> bool:
-    """Whether a file is neither ours, nor torch's or numpy's, nor of Python itself, nor generated."""
+    """Whether a file is the user's: not part of nsm, torch, numpy or Python, and not generated."""
     if file.startswith("<") and not file.startswith(("<stdin", "<ipython", "<string")):
         return False
     if "site-packages" not in file and file.startswith(sysconfig.get_path("stdlib")):
@@ -89,7 +89,7 @@ def _is_users(file: str) -> bool:
 
 
 def module_of(node: fx.Node) -> str:
-    """The module that an operation comes from, `blocks.1 (Spread)`; "" where it is not known."""
+    """Return the module of an operation, such as `blocks.1 (Spread)`; "" if unknown."""
     stack = list((node.meta.get("nn_module_stack") or {}).values())
     if not stack:
         return ""

@@ -1,4 +1,4 @@
-"""The command line: `nsm` and `nsm-export`. `app` declares the commands; a module runs each."""
+"""The command line: `nsm` and `nsm-export`. `app` declares the commands; one module runs each."""
 
 from nsm.export.cli.app import export_main, main
 

@@ -24,13 +24,13 @@ from nsm.files import settled
 
 _TARGET_HELP = "onnx, onnxruntime (ort), openvino (ov), tensorrt (trt), onnxruntime-cuda (cuda), mobile, web or triton."
 _DEVICE_HELP = (
-    "For tensorrt: portable, current, or a compute capability such as sm86. For int8 on processors: cpu-dot, for those "
-    "with VNNI (or dotprod on Arm) only, where int8 is more exact.  [default: any of the kind]"
+    "Hardware to build for. tensorrt: portable, current, or a compute capability such as sm86. int8 on CPUs: cpu-dot, "
+    "only CPUs with VNNI (dotprod on Arm), where int8 is more accurate.  [default: any device of the target]"
 )
 
 
 class _NsmCommand(click.Command):
-    """A command whose errors become one message on stderr and the error's exit code; SIGTERM ends it cleanly."""
+    """Print an error as one message on stderr, exit with its code; clean up on SIGTERM."""
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -39,7 +39,7 @@ class _NsmCommand(click.Command):
         except (NsmError, OSError) as error:
             if ctx.params.get("verbose"):
                 traceback.print_exc()
-            # An error of the operating system, such as a full disk, is a failed build.
+            # OSErrors, such as a full disk, have no exit code: they count as a failed build.
             code = error.exit_code if isinstance(error, NsmError) else BuildError.exit_code
             click.echo(f"Error: {error}", err=True)
             ctx.exit(code)
@@ -67,7 +67,7 @@ class _NsmGroup(click.Group):
 
 
 def _shared(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that every command has."""
+    """Add the options that every command has."""
 
     @click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout and nothing else there.")
     @click.option("-v", "--verbose", is_flag=True, help="Show the traceback of an error.")
@@ -80,48 +80,50 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
-    """The options that limit the cost of low precision."""
+    """Add the options of the acceptance check of low precision."""
     share = click.option(
         "--max-fp32-share",
         type=float,
         default=0.3,
         show_default=True,
         metavar="X",
-        help="Largest share of the weights that may stay in fp32 to meet the error budget.",
+        help="Largest share of the weights that the acceptance check may keep in fp32 to meet the error budget.",
     )
-    slower = click.option("--allow-slower", is_flag=True, help="Keep low precision that is not faster than fp32 here.")
+    slower = click.option(
+        "--allow-slower", is_flag=True, help="Accept low precision that is not faster than fp32 on this machine."
+    )
     return share(slower(command))
 
 
 def _precision(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """The option that says in which precision an artifact is; `default` is the help for leaving it out."""
-    text = f"Of the artifact: fp32, fp16, bf16, int8 or int8-weights.  [default: {default}]"
+    """Add the option for the precision of an artifact; `default` is the help text for its default."""
+    text = f"Precision of the artifact: fp32, fp16, bf16, int8 or int8-weights.  [default: {default}]"
     return click.option("-p", "--precision", metavar="P", help=text)
 
 
-_ONE = "fp32 where the target is there in it, or else its only one"
+_ONE = "fp32 if the bundle has it for this target, otherwise the target's only precision"
 
 _PRECISIONS = click.option(
-    "-p", "--precision", "precisions", multiple=True, metavar="P", help="Only in this precision. Repeatable."
+    "-p", "--precision", "precisions", multiple=True, metavar="P", help="Only artifacts of this precision. Repeatable."
 )
 
 
 def with_mobile(targets: tuple[str, ...]) -> tuple[str, ...]:
-    """The targets of `--mobile`: onnxruntime in its .ort form as well."""
+    """Return the targets plus `mobile`, which converts the onnxruntime graphs to .ort files."""
     from nsm.errors import InputError
     from nsm.runtimes import find_target
 
     if "onnxruntime" not in [find_target(name).name for name in targets]:
-        raise InputError("--mobile belongs to --target onnxruntime. Give that too, or --target mobile alone.")
+        raise InputError("--mobile requires --target onnxruntime. Add it, or give --target mobile alone.")
     return (*targets, "mobile")
 
 
 def _say_if_replaced() -> None:
-    """Tell a person whose current directory was in a bundle that another took its place."""
+    """Print a hint if the current directory was inside a bundle that has been replaced."""
     try:
         Path.cwd()
     except FileNotFoundError:
-        click.echo('The folder you are in was replaced. Go into the new one: cd "$PWD"', err=True)
+        click.echo('Your current directory was replaced. Enter the new one: cd "$PWD"', err=True)
 
 
 _HELP = {"help_option_names": ["-h", "--help"]}
@@ -130,17 +132,17 @@ _HELP = {"help_option_names": ["-h", "--help"]}
 @click.group(cls=_NsmGroup, context_settings=_HELP)
 @click.version_option(package_name="nsm-toolkit", prog_name="nsm")
 def main() -> None:
-    """Take a stateful sequence model from PyTorch to where it runs, with proof over a whole stream.
+    """Export stateful sequence models from PyTorch, and verify them over whole streams.
 
     \b
-    nsm export model.pt --target openvino     build and verify an artifact
-    nsm parity model.nsm                      verify it again, where it is deployed
-    nsm bench model.nsm                       measure it
-    nsm run model.nsm --data sequences.npy    use it
+    nsm export model.pt --target openvino     build an artifact and verify it
+    nsm parity model.nsm                      verify it again on the deployment machine
+    nsm bench model.nsm                       measure latency, throughput and memory
+    nsm run model.nsm --data sequences.npy    run it on sequences
     """
 
 
-@main.command(short_help="Build a verified bundle from a checkpoint.")
+@main.command(short_help="Build a verified bundle from a model.")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
     "-t", "--target", "targets", multiple=True, required=True, metavar="T", help=_TARGET_HELP + " Repeatable."
@@ -151,10 +153,10 @@ def main() -> None:
     default="fp32",
     show_default=True,
     metavar="P",
-    help="fp32, fp16, bf16, int8 or int8-weights; see docs/precision.md.",
+    help="Precision to build: fp32, fp16, bf16, int8 or int8-weights; see docs/precision.md.",
 )
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), help="The bundle to write.  [default: MODEL's name .nsm]"
+    "-o", "--output", type=click.Path(path_type=Path), help="Bundle to write.  [default: the name of MODEL with .nsm]"
 )
 @click.option(
     "--tokens-per-call",
@@ -162,85 +164,92 @@ def main() -> None:
     metavar="K",
     help="Tokens per call, a multiple of the model's chunk.  [default: one chunk]",
 )
-@click.option("--batch", type=int, default=1, show_default=True, metavar="B", help="Streams side by side (lanes).")
+@click.option(
+    "--batch", type=int, default=1, show_default=True, metavar="B", help="Lanes: streams that one call processes."
+)
 @click.option(
     "--opset",
     type=click.IntRange(18, 23),
     metavar="N",
-    help="ONNX operator set.  [default: 20, or that of a foreign .onnx if it is newer]",
+    help="ONNX operator set.  [default: 20, or the operator set of a foreign .onnx if newer]",
 )
 @click.option("--device", metavar="D", help=_DEVICE_HELP)
 @click.option(
     "--data",
     type=click.Path(path_type=Path),
-    help="Sequences to check on: .npy, .npz or .txt.  [default: those in MODEL]",
+    help="Sequences for the parity check: .npy, .npz or .txt.  [default: the sequences in MODEL]",
 )
-@click.option("--num-samples", type=int, default=8, show_default=True, metavar="N", help="Streams to check on.")
+@click.option("--num-samples", type=int, default=8, show_default=True, metavar="N", help="Streams in the parity check.")
 @click.option(
-    "--golden-steps", type=int, metavar="N", help="Calls per stream to check.  [default: 64; 200 in low precision]"
+    "--golden-steps",
+    type=int,
+    metavar="N",
+    help="Calls per stream in the parity check.  [default: 64; 200 in low precision]",
 )
 @click.option(
     "--state",
     "states",
     multiple=True,
     metavar="PAST=PRESENT[:INIT]",
-    help="Of a foreign model: an input, the output that comes back as it, and a .npy it starts from. Repeatable: with "
-    "one, name all.",
+    help="Foreign model: a state as its input, its output, and optionally a .npy file with its initial value. "
+    "Repeatable; if given, name all states.",
 )
-@click.option("--input", metavar="NAME", help="Of a foreign ONNX graph: the input that takes tokens.")
+@click.option("--input", metavar="NAME", help="Foreign .onnx: the input that takes the tokens.")
 @click.option(
     "--no-state",
     "no_states",
     multiple=True,
     metavar="NAME",
-    help="Of a foreign ONNX graph: an output that is no state, whatever it is called. Repeatable.",
+    help="Foreign .onnx: an output that is not a state, although its name suggests one. Repeatable.",
 )
 @click.option(
     "--constant",
     "constants",
     multiple=True,
     metavar="NAME=VALUE",
-    help="Of a foreign ONNX graph: an input that never changes. Repeatable.",
+    help="Foreign .onnx: an input with a fixed value, for example sr=16000. Repeatable.",
 )
 @click.option(
     "--shape",
     "shapes",
     multiple=True,
     metavar="NAME=SIZES",
-    help="Of a foreign ONNX graph: sizes of an input's open axes, say input=batch,576. Repeatable.",
+    help="Foreign .onnx: the sizes of an input's dynamic axes, for example input=batch,576. Repeatable.",
 )
 @click.option(
     "--offline",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Of a foreign model: its .pt2 or .onnx over whole sequences [1, T, ...]; the step is compared with it.",
+    help="Foreign model: its .pt2 or .onnx over whole sequences [1, T, ...], to compare the step with.",
 )
-@click.option("--vocab-size", type=int, metavar="N", help="Of a foreign model over ids: how many there are.")
+@click.option("--vocab-size", type=int, metavar="N", help="Foreign model over ids: the number of ids.")
 @click.option(
     "--capacity",
     type=int,
     metavar="N",
-    help="Of a foreign model: tokens that a stream may have until its reset.  [default: found by experiment]",
+    help="Foreign model: the most tokens of a stream before a reset.  [default: found by experiment]",
 )
 @_low_precision
 @click.option(
     "--debug-outputs",
     is_flag=True,
-    help="Add outputs to look inside: routing.{layer} [B, K, heads, slots] and, where slots adapt, mask.{layer}.",
+    help="Add outputs for debugging: routing.{layer} [B, K, heads, slots] and, for adaptive slots, mask.{layer}.",
 )
 @click.option("--compact", is_flag=True, help="Remove slots that no calibration sequence uses, and report the savings.")
-@click.option("--mobile", is_flag=True, help="With onnxruntime: build its .ort form as well, the target mobile.")
-@click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target could not be checked on this machine.")
-@click.option("--strict", is_flag=True, help="Of several targets, keep all or none.  [default: those that pass]")
+@click.option("--mobile", is_flag=True, help="With onnxruntime: build the target mobile (.ort files) as well.")
+@click.option("--require-parity", is_flag=True, help="Fail (exit 5) if a target cannot be checked on this machine.")
+@click.option(
+    "--strict", is_flag=True, help="With several targets: write all or none.  [default: the targets that pass]"
+)
 @click.option("--dry-run", is_flag=True, help="Check the request, the model and the data; write nothing.")
 @click.option("--force", is_flag=True, help="Replace the bundle if it exists.")
 @_shared
 def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: Any) -> None:
     """Build a verified bundle from MODEL: a .pt written by nsm.save, a .pt2 of torch.export, or an .onnx.
 
-    The model is exported to ONNX, built for every target, and run there over whole streams next to the PyTorch
-    reference. The bundle contains the targets whose errors are within the budget. The manifest lists the others with
-    the reason, and the exit code is that of the first failure.
+    The command exports the model to ONNX, builds each target, and compares each target with the PyTorch reference
+    over whole streams. The bundle contains the targets whose errors are within the budget. The manifest lists the
+    other targets with the reason; the exit code is that of the first failure.
 
     \b
     nsm-export model.pt --target openvino
@@ -265,8 +274,8 @@ def export(model: Path, as_json: bool, dry_run: bool, mobile: bool, **options: A
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: all in the bundle]")
 @_precision("all in the bundle")
 @click.option("--steps", type=int, metavar="N", help="Compare only the first N steps.  [default: all recorded]")
-@click.option("--bisect", "bisected", is_flag=True, help="Name the operation or the state that is at fault.")
-@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a page with the pictures to FILE.")
+@click.option("--bisect", "bisected", is_flag=True, help="Find the operation or state that causes the error.")
+@click.option("--html", type=click.Path(path_type=Path), metavar="FILE", help="Write a report with plots to FILE.")
 @_shared
 def parity(
     bundle: Path,
@@ -277,26 +286,26 @@ def parity(
     html: Path | None,
     as_json: bool,
 ) -> None:
-    """Replay the golden trace of BUNDLE on its targets and compare. Needs no torch.
+    """Replay the golden trace of BUNDLE on its targets and compare with the reference. Does not need torch.
 
     \b
     nsm parity model.nsm                              all targets that run here
-    nsm parity model.nsm -t openvino --bisect         and which operation or state is at fault
-    nsm parity model.nsm --html parity.html           and a page to look at
+    nsm parity model.nsm -t openvino --bisect         find the operation or state that causes the error
+    nsm parity model.nsm --html parity.html           write a report with plots
 
-    --bisect steps the target from the reference's states. If that is over budget, it names the first operation whose
-    output differs although its inputs agree. If only the free run is over budget, it names the state whose
-    replacement by the reference's state helps most. It needs onnx and onnxruntime, and works for onnx,
-    onnxruntime and openvino.
+    --bisect runs each step from the reference's states. If the one-step error is over budget, it reports the first
+    operation whose output differs although its inputs agree. If only the free-run error is over budget, it reports
+    the state that reduces the error most when it is replaced by the reference's. --bisect needs onnx and onnxruntime,
+    and works for onnx, onnxruntime and openvino.
 
-    Exits with 5 if a target is over budget, or if none could be compared.
+    Exits with 5 if a target is over budget, or if no target could be compared.
     """
     from nsm.export.cli import parity as parity_command
 
     parity_command.parity(bundle, target, precision, steps, as_json, bisected, html)
 
 
-@main.command(short_help="Measure a bundle, or all that can be made of a model.")
+@main.command(short_help="Measure a bundle, or every target and precision of a model.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
     "-t",
@@ -318,12 +327,12 @@ def parity(
 @click.option(
     "--overhead", "wrapper", is_flag=True, help="Measure the time that a session adds to a call of the backend."
 )
-@click.option("--steps", type=int, metavar="N", help="Timed calls of each.  [default: 500; 2500 with --overhead]")
+@click.option("--steps", type=int, metavar="N", help="Timed calls per artifact.  [default: 500; 2500 with --overhead]")
 @click.option(
     "--threads",
     type=int,
     metavar="N",
-    help="Threads of the backend and torch.  [default: one for a small model, else their own choice]",
+    help="Threads of the backend and torch.  [default: 1 for a small model, otherwise the library's default]",
 )
 @_shared
 def bench(
@@ -338,21 +347,22 @@ def bench(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure a step of BUNDLE on its targets, on its recorded inputs: latency, single tokens, memory.
+    """Measure latency, single-token latency and memory of BUNDLE's targets on the recorded inputs.
 
-    All that is measured takes turns, so that whatever else the machine does reaches all alike. A speed is the median
-    over rounds of a ratio within the round, with its 95 % interval: where that holds 1, no difference was found.
+    The targets are measured in turns within each round, so that other load on the machine affects all of them alike.
+    A speed is the median over rounds of the ratio within a round, with its 95 % interval. An interval that contains 1
+    means: no difference found.
 
     \b
-    nsm bench model.nsm                                      its targets, side by side
-    nsm bench model.nsm -t openvino --threads 1              one of them, on one core
+    nsm bench model.nsm                                      all targets of a bundle
+    nsm bench model.nsm -t openvino --threads 1              one target, on one core
     nsm bench small.nsm --against model.nsm                  two bundles, target by target
-    nsm bench model.nsm --against eager --model model.pt     PyTorch; or compile, for torch.compile
-    nsm bench --all model.pt                                 every target and precision, built and measured
+    nsm bench model.nsm --against eager --model model.pt     against PyTorch; or compile, for torch.compile
+    nsm bench --all model.pt                                 build and measure every target and precision
     nsm bench model.nsm --overhead                           the time that a session adds to a call
 
-    The table of --all shows the size, the speed relative to fp32 on the same target, and the error of each precision; a
-    combination that cannot be built has the reason in its line. Give --steps 2000 for narrower intervals.
+    The table of --all shows the size, the speed relative to fp32 on the same target, and the error of each precision.
+    If a combination cannot be built, its row gives the reason. Give --steps 2000 for narrower intervals.
     """
     from nsm.errors import InputError
 
@@ -367,8 +377,8 @@ def bench(
     if everything:
         if against is not None or model is not None:
             raise InputError(
-                "--all compares each precision with the target's fp32; --against and --model belong to measuring a "
-                "bundle. Give one or the other."
+                "--all compares each precision with the target's fp32; --against and --model compare a bundle. Give "
+                "one or the other."
             )
         from nsm.export.cli.bench import bench_all
 
@@ -387,13 +397,14 @@ def bench(
     "--threads",
     type=int,
     metavar="N",
-    help="Threads of the backend.  [default: one for a small model, else its own choice]",
+    help="Threads of the backend.  [default: 1 for a small model, otherwise the backend's default]",
 )
 @_shared
 def roofline(bundle: Path, target: str | None, precision: str | None, threads: int | None, as_json: bool) -> None:
-    """Measure the peak of BUNDLE's target on large MatMuls, and the share of it that each entry reaches.
+    """Measure how close each entry of BUNDLE comes to the roofline of its target on this machine.
 
-    The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth).
+    The roofline of a graph is the sum over its operations of max(FLOPs / peak, bytes / bandwidth). The command
+    measures the peak and the bandwidth on large MatMuls of the same target.
     """
     from nsm.export.cli.bench import roofline as roofline_command
 
@@ -404,9 +415,16 @@ def roofline(bundle: Path, target: str | None, precision: str | None, threads: i
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", required=True, metavar="T", help=_TARGET_HELP)
 @click.option("--device", metavar="D", help=_DEVICE_HELP)
-@click.option("-p", "--precision", default="fp32", show_default=True, metavar="P", help="As of nsm-export.")
+@click.option(
+    "-p",
+    "--precision",
+    default="fp32",
+    show_default=True,
+    metavar="P",
+    help="Precision to build: fp32, fp16, bf16, int8 or int8-weights.",
+)
 @_low_precision
-@click.option("--force", is_flag=True, help="Replace the artifact of that target and precision if there is one.")
+@click.option("--force", is_flag=True, help="Replace an existing artifact of this target and precision.")
 @_shared
 def build(
     bundle: Path,
@@ -418,14 +436,14 @@ def build(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Build a target from the ONNX in BUNDLE, on the machine that will run it. Needs no torch.
+    """Build a target from the ONNX graphs in BUNDLE, on the machine that will run it. Does not need torch.
 
-    The artifact is checked on the golden trace and added to the bundle. A bundle holds one for each target and
-    precision; with --force that one is replaced.
+    The command checks the artifact on the golden trace and adds it to the bundle. A bundle holds one artifact per
+    target and precision; --force replaces an existing one.
 
     \b
-    nsm build model.nsm -t openvino -p int8       beside the one in fp32
-    nsm run model.nsm -t openvino -p int8         and used
+    nsm build model.nsm -t openvino -p int8       add int8 beside fp32
+    nsm run model.nsm -t openvino -p int8         run it
     """
     from nsm.export.cli.build import build as build_command
     from nsm.export.verify import Limits
@@ -439,14 +457,14 @@ def build(
 @main.command(short_help="Score a folder of long sequences.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.argument("folder", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The file of results, .jsonl.")
+@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="File for the scores, .jsonl.")
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
 @_precision(_ONE)
 @click.option(
-    "--workers", type=int, default=1, show_default=True, metavar="N", help="Processes, by Ray Data (extra ray)."
+    "--workers", type=int, default=1, show_default=True, metavar="N", help="Processes; more than 1 needs the extra ray."
 )
-@click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads of each.")
-@click.option("--force", is_flag=True, help="Start over, whatever the file of results has.")
+@click.option("--threads", type=int, default=1, show_default=True, metavar="N", help="Threads per process.")
+@click.option("--force", is_flag=True, help="Start over: discard the scores in the output file.")
 @_shared
 def score(
     bundle: Path,
@@ -461,9 +479,10 @@ def score(
 ) -> None:
     """Score every sequence in FOLDER (.npy, .npz, .txt) with BUNDLE, each from a fresh state.
 
-    A model that predicts the next id gives nats a token and perplexity, any other its last answer and the means of its
-    outputs. One line of JSON is appended per finished sequence, so the same command continues an
-    interrupted run. Sequences that cannot be scored are listed at the end (exit code 2) and retried by the next run.
+    For a model that predicts the next id, the score is nats per token and perplexity; for any other model, the last
+    output and the mean of each output. The command appends one line of JSON per finished sequence, so the same command
+    continues an interrupted run. Sequences that cannot be scored are listed at the end (exit code 2); the next run
+    tries them again.
 
     \b
     nsm score language.nsm texts/ -o scores.jsonl
@@ -482,9 +501,9 @@ def score(
 @_PRECISIONS
 @_shared
 def inspect(path: Path, targets: tuple[str, ...], precisions: tuple[str, ...], as_json: bool) -> None:
-    """Show inputs, outputs, states, sizes, precision and provenance of BUNDLE, after verifying its files.
+    """Verify the files of BUNDLE, and show its inputs, outputs, states, sizes, precision and provenance.
 
-    For FILE.onnx: show inputs, outputs, likely states with the evidence, and the command that exports it.
+    For FILE.onnx: show inputs, outputs, likely states with the evidence, and the command that exports the file.
     """
     if path.suffix.lower() == ".onnx":
         if targets or precisions:
@@ -501,30 +520,41 @@ def inspect(path: Path, targets: tuple[str, ...], precisions: tuple[str, ...], a
 @main.command(short_help="Show installed and missing packages and devices.")
 @_shared
 def doctor(as_json: bool) -> None:
-    """Show the installed packages, the devices, and the command that installs each missing package."""
+    """Show the installed packages, the available devices, and how to install each missing package."""
     from nsm.export.cli.doctor import doctor as doctor_command
 
     doctor_command(as_json)
 
 
-@main.command(short_help="Feed sequences to a bundle.")
+@main.command(short_help="Run a bundle on sequences, or generate text.")
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("-t", "--target", metavar="T", help=_TARGET_HELP + "  [default: the first that passed and runs here]")
 @_precision(_ONE)
 @click.option(
-    "--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the recorded ones]"
+    "--data", type=click.Path(path_type=Path), help="Sequences: .npy, .npz or .txt.  [default: the golden trace]"
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the outputs to this .npz.")
-@click.option("--force", is_flag=True, help="Replace the output if it exists.")
+@click.option("--force", is_flag=True, help="Replace the output file if it exists.")
 @click.option("--allow-failed", is_flag=True, help="Run an artifact that failed its parity check.")
-@click.option("--prompt", metavar="TEXT", help="Generate: text that a model over bytes goes on with.")
+@click.option("--prompt", metavar="TEXT", help="Generate text after this prompt, with a model over bytes.")
 @click.option("--tokens", type=int, default=200, show_default=True, metavar="N", help="Tokens to generate.")
-@click.option("--temperature", type=float, default=1.0, show_default=True, help="0 takes the most likely token.")
-@click.option("--top-k", type=int, metavar="K", help="Draw from the K most likely tokens.  [default: all]")
 @click.option(
-    "--top-p", type=float, default=1.0, show_default=True, metavar="P", help="Draw from the likeliest share P."
+    "--temperature",
+    type=float,
+    default=1.0,
+    show_default=True,
+    help="Sampling temperature; 0 takes the most likely token.",
 )
-@click.option("--seed", type=int, metavar="N", help="The same seed draws the same tokens.")
+@click.option("--top-k", type=int, metavar="K", help="Sample from the K most likely tokens.  [default: all]")
+@click.option(
+    "--top-p",
+    type=float,
+    default=1.0,
+    show_default=True,
+    metavar="P",
+    help="Sample from the most likely tokens of total probability P.",
+)
+@click.option("--seed", type=int, metavar="N", help="Random seed; the same seed generates the same tokens.")
 @_shared
 def run(
     bundle: Path,
@@ -542,9 +572,9 @@ def run(
     seed: int | None,
     as_json: bool,
 ) -> None:
-    """Feed sequences to BUNDLE, each from the initial state, and write or summarize the outputs.
+    """Run BUNDLE on sequences, each from the initial state, and write or summarize the outputs.
 
-    With --prompt a model over bytes writes text instead, token by token:
+    With --prompt, generate text with a model over bytes instead, token by token:
 
     \b
     nsm run language.nsm --prompt "ROMEO:" --tokens 300 --temperature 0.8 --seed 1
@@ -560,18 +590,18 @@ def run(
         given = [name for name in names if context.get_parameter_source(name) is not ParameterSource.DEFAULT]
         if given:
             options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-            raise InputError(f"{options} belong to generating text. Give a --prompt to begin with, or leave them out.")
+            raise InputError(f"{options} require --prompt. Give --prompt to generate text, or leave them out.")
         run_command(bundle, target, precision, data, output, force, allow_failed, as_json)
         return
     if data is not None or output is not None:
         raise InputError(
-            "--prompt generates text; --data and --output belong to feeding sequences. Give one or the other."
+            "--prompt generates text; --data and --output run the model on sequences. Give one or the other."
         )
     sampler = Sampler(temperature, top_k, top_p, seed)
     generate(bundle, target, precision, allow_failed, prompt, tokens, sampler, as_json)
 
 
 def export_main() -> None:
-    """Entry point of `nsm-export`: the command `nsm export` by itself."""
+    """Run `nsm export` as the command `nsm-export`."""
     export.context_settings = _HELP
     export.main(prog_name="nsm-export")

@@ -1,4 +1,4 @@
-"""`nsm build BUNDLE`: another target, from the bundle's ONNX. Needs no torch."""
+"""`nsm build BUNDLE`: add a target, built from the bundle's ONNX graphs. Does not need torch."""
 
 from __future__ import annotations
 

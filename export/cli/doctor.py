@@ -1,4 +1,4 @@
-"""`nsm doctor`: installed packages, devices, and how to install the rest."""
+"""`nsm doctor`: show installed packages, devices, and how to install missing packages."""
 
 from __future__ import annotations
 
@@ -18,4 +18,4 @@ def doctor(as_json: bool) -> None:
         click.echo(json.dumps({"findings": [asdict(item) for item in findings], "targets": usable()}))
         return
     rows = [[item.piece, item.found or "missing", item.purpose, "" if item.found else item.mend] for item in findings]
-    Terminal().table(("piece", "found", "for", "to get it"), rows)
+    Terminal().table(("component", "found", "needed for", "to install"), rows)

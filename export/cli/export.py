@@ -27,8 +27,10 @@ if TYPE_CHECKING:
 
 
 def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -> None:
-    """Export MODEL; see `nsm-export --help`. The options are those of `ExportOptions`; an `opset` of None is the
-    default.
+    """Export a model; see `nsm-export --help`.
+
+    Args:
+        options: the fields of `ExportOptions`; an `opset` of None means the default.
     """
     terminal = Terminal(quiet=as_json)
     opset, output = options["opset"], options["output"]
@@ -43,8 +45,8 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         terminal.announce(summary(planned.examination))
     if planned.origin == "synthetic":
         terminal.remark(
-            "The model came without sequences, so parity is checked on made-up tokens (synthetic). "
-            "Give real ones with --data, or with nsm.save(model, path, samples=...).",
+            "The model has no sequences, so parity is checked on random tokens (synthetic). "
+            "Give real sequences with --data, or with nsm.save(model, path, samples=...).",
             "yellow",
         )
     steps = planned.steps
@@ -54,7 +56,7 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
         facts = {"output": str(planned.output), "source": planned.origin, "streams": len(planned.sequences)}
         if as_json:
             click.echo(json.dumps({"dry_run": True, "bundle": None, "artifacts": [], **facts}))
-        terminal.say(f"The request is good; nothing was written. It would write {planned.output}.")
+        terminal.say(f"The request is valid. The export would write {planned.output}; nothing was written.")
         return
     try:
         bundle, failure = pipeline.run(planned, terminal)
@@ -97,20 +99,20 @@ def _show(terminal: Terminal, planned: Plan, bundle: Bundle, saved: Savings | No
 
 
 def _check_debug_outputs(planned: Plan) -> None:
-    """Raise `UnsupportedError` where the model has none to give."""
+    """Raise `UnsupportedError` if the model has no debug outputs."""
     options, source = planned.options, planned.source
     if not options.debug_outputs:
         return
     without, with_them = (source.spec(options.batch, options.tokens_per_call, debug) for debug in (False, True))
     if without == with_them:
         raise UnsupportedError(
-            f"--debug-outputs shows how tokens are routed to the slots of a bank; a model of the kind {source.kind} "
-            "has none. Leave it out."
+            f"--debug-outputs shows how tokens are routed to the slots of a bank; {source.kind} has no bank. "
+            "Leave it out."
         )
 
 
 def _check_opset(planned: Plan, opset: int) -> None:
-    """Raise `InputError` where the graph of a foreign file would stay in a newer operator set than was asked for."""
+    """Raise `InputError` if a foreign file has a newer operator set than `opset`."""
     from nsm.export.sources.onnx import OnnxSource
     from nsm.export.sources.onnx.file import opset_of
 
@@ -118,8 +120,8 @@ def _check_opset(planned: Plan, opset: int) -> None:
     own = opset_of(planned.source.given.foreign.model)
     if own > opset:
         raise InputError(
-            f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; a graph is "
-            f"converted to newer ones only. Give --opset {own} or leave it out, or export the file again in {opset}."
+            f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; graph conversion "
+            f"supports newer ones only. Give --opset {own} or leave it out, or export the file in {opset} again."
         )
 
 
@@ -127,12 +129,12 @@ def _show_savings(terminal: Terminal, saved: Savings) -> None:
     columns = [
         ("slots", *saved.slots, "{:,}"),
         ("parameters", *saved.parameters, "{:,}"),
-        ("state of a lane, bytes", *saved.state_bytes, "{:,}"),
-        ("FLOPs of a step", *saved.flops, "{:,.0f}"),
+        ("state per lane, bytes", *saved.state_bytes, "{:,}"),
+        ("FLOPs per step", *saved.flops, "{:,.0f}"),
     ]
     if saved.step_us is not None:
-        columns.append((f"us of a step, {saved.target}", *saved.step_us, "{:,.0f}"))
-    lines = [[what, f.format(old), f.format(new), f"{1 - new / old:.0%}"] for what, old, new, f in columns]
+        columns.append((f"us per step, {saved.target}", *saved.step_us, "{:,.0f}"))
+    lines = [[name, f.format(old), f.format(new), f"{1 - new / old:.0%}"] for name, old, new, f in columns]
     terminal.table(("compact", "before", "after", "saved"), lines)
     terminal.say()
 
@@ -149,7 +151,7 @@ def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
             for note in artifact.notes:
                 terminal.say(f"{note[0].upper()}{note[1:]}.")
             terminal.say(
-                "On a machine that has the hardware: " + f"nsm parity {bundle.path} --target {artifact.target}"
+                f"To check it, run on a machine with the hardware: nsm parity {bundle.path} --target {artifact.target}"
             )
     for artifact in bundle.manifest.artifacts:
         for line in low_precision_lines(artifact):
@@ -157,19 +159,19 @@ def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
 
 
 def _say_fewer_steps(terminal: Terminal, planned: Plan, bundle: Bundle) -> None:
-    """Say so where the capacity ended the golden streams before the number of calls that was asked for."""
+    """Print a remark if the model's capacity allows fewer calls than `--golden-steps`."""
     spec, asked = bundle.manifest.spec, planned.options.golden_steps
     if asked is None or spec.capacity is None:
         return
     most = spec.capacity // spec.entry("step").tokens
     if asked > most:
         terminal.remark(
-            f"Checked over {most:,} calls of a stream instead of {asked:,}: its capacity ends there.", "yellow"
+            f"Checked {most:,} calls per stream instead of {asked:,}: the model's capacity ends there.", "yellow"
         )
 
 
 def _measure_savings(terminal: Terminal, planned: Plan, bundle: Bundle) -> Savings:
     from nsm.export.analysis import measure_savings
 
-    with terminal.stage("Measuring what was saved"):
+    with terminal.stage("Measuring the savings"):
         return measure_savings(planned, bundle)

@@ -29,16 +29,16 @@ def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_js
     terminal, spec = Terminal(), manifest.spec
     terminal.say(
         f"{path}: {manifest.model['class']}, {manifest.model['parameters']:,} parameters, fingerprint "
-        f"{manifest.fingerprint[:12]}; {lanes_of(spec.batch)}, chunks of {spec.chunk_size} tokens; all files verified"
+        f"{manifest.fingerprint[:12]}; {lanes_of(spec.batch)}, chunk of {spec.chunk_size} tokens; all files verified"
     )
-    terminal.say(f"made {manifest.created} by: {manifest.command}")
+    terminal.say(f"created {manifest.created} by: {manifest.command}")
     terminal.say("with " + ", ".join(f"{name} {version}" for name, version in manifest.versions.items()) + "\n")
     for entry in spec.entries:
         tensors = [("input", item) for item in entry.inputs] + [("output", item) for item in entry.outputs]
         rows = [[kind, item.name, item.dtype, str(list(item.shape)), _range(item)] for kind, item in tensors]
         work = manifest.work.get(entry.name)
-        does = "" if work is None else f": {work.flops / 1e6:,.1f} MFLOP, {size(work.nbytes)} read and written a call"
-        terminal.table(("", "name", "dtype", "shape", "values"), rows, f"Entry {entry.name}{does}")
+        cost = "" if work is None else f": {work.flops / 1e6:,.1f} MFLOP, {size(work.nbytes)} read and written per call"
+        terminal.table(("", "name", "dtype", "shape", "values"), rows, f"Entry {entry.name}{cost}")
     states = [
         [
             s.name,
@@ -50,10 +50,10 @@ def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_js
         for s in spec.states
     ]
     title = f"\nStates, {size(spec.state_nbytes)} in all"
-    terminal.table(("name", "dtype", "shape", "starts from", "written by"), states, title)
+    terminal.table(("name", "dtype", "shape", "initial value", "written by"), states, title)
     if manifest.examination:
         lines = [[item.name, item.status, item.detail] for item in manifest.examination]
-        terminal.table(("experiment", "", "what it showed, or why it was skipped"), lines, "\nExamination")
+        terminal.table(("experiment", "", "result, or reason for skipping"), lines, "\nExamination")
     rows = [parity_row(asdict(artifact), artifact.nbytes) for artifact in manifest.artifacts]
     terminal.table(PARITY_COLUMNS, rows, "\nArtifacts")
     for artifact in manifest.artifacts:

@@ -1,4 +1,4 @@
-"""`nsm parity`: replay, compare and, on request, bisect and write a page. Needs no torch."""
+"""`nsm parity`: replay and compare; optionally bisect and write an HTML report. Does not need torch."""
 
 from __future__ import annotations
 
@@ -34,17 +34,17 @@ def parity(
     """Replay the golden trace; see `nsm parity --help`.
 
     Args:
-        path: of the bundle.
-        target: name or alias; None takes all that are in the bundle.
-        precision: that of the artifacts; None takes all.
-        steps: how many steps of the trace to compare; None takes all.
+        path: the bundle.
+        target: name or alias of a target; None for all in the bundle.
+        precision: precision of the artifacts; None for all.
+        steps: number of steps of the trace to compare; None for all.
         as_json: print one JSON object, and nothing else on stdout.
-        bisected: whether to search for the operation or state at fault.
-        html: where to write the page; None writes none.
+        bisected: search for the operation or state that causes the error.
+        html: path of the report; None writes no report.
 
     Raises:
-        ParityError: a target is over budget, or none could be compared. The page is written all the same.
-        UnsupportedError: the one target that was asked for cannot be bisected.
+        ParityError: a target is over budget, or no target could be compared. The report is written first.
+        UnsupportedError: `target` cannot be bisected.
     """
     terminal = Terminal(quiet=as_json)
     names = [] if target is None else [find_target(target).name]
@@ -53,14 +53,14 @@ def parity(
             check_bisectable(name)
     if html is not None:
         if not html.parent.is_dir():
-            raise InputError(f"The folder {html.parent} of --html does not exist. Make it first.")
+            raise InputError(f"The folder {html.parent} of --html does not exist. Create it first.")
         check_page(html)
     bundle = Bundle(path)
     bundle.verify()
     trace = bundle.trace()
     if steps is not None:
         if not 1 <= steps <= trace.steps:
-            raise InputError(f"--steps must be between 1 and the {trace.steps} that were recorded; given {steps}.")
+            raise InputError(f"--steps must be between 1 and {trace.steps}, the recorded steps; given {steps}.")
         trace = trace.first(steps)
     thresholds = thresholds_of(bundle.manifest.model.get("config", {}))
     results: list[dict[str, Any]] = []
@@ -79,14 +79,14 @@ def parity(
                 if artifact.quantization:
                     results[-1]["quantization"] = dict(artifact.quantization)
                 if bisected and not find_target(artifact.target).bisectable:
-                    terminal.remark(f"{name}: not bisected; it shows no intermediate results.")
+                    terminal.remark(f"{name}: not bisected; the target exposes no intermediate results.")
                 elif bisected:
                     with terminal.stage(f"Bisecting {name}") as progress:
                         bisections[name] = bisect(bundle, artifact, session, trace, budget, progress)
                     results[-1]["bisect"] = bisections[name].to_json()
         except (DeviceUnavailableError, MissingDependencyError) as error:
             if reports and reports[-1].label == name:
-                raise  # the bisection needs the missing package
+                raise  # the comparison succeeded: a package that the bisection needs is missing
             not_run[name] = str(error)
             facts = {"target": artifact.target, "precision": artifact.precision}
             results.append({**facts, "status": "not_run", "reason": str(error)})
@@ -102,7 +102,7 @@ def parity(
     for report in reports:
         report.require()
     if not reports:
-        raise ParityError("Nothing could be compared on this machine.")
+        raise ParityError("No target could be compared on this machine.")
 
 
 def _print(
@@ -131,7 +131,7 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
     drift = report.drift
     terminal.say(
         f"\n{report.label}: {report.coverage}; worst tensor one-step {report.one_step.tensor}, "
-        f"free-run {report.free_run.tensor}; rounding of fp32 itself {number(report.reference_floor)}"
+        f"free-run {report.free_run.tensor}; fp32 rounding error of the reference {number(report.reference_floor)}"
     )
     mask_decisions = f", mask decisions excused {report.mask_decisions}" if report.mask_decisions else ""
     gain = "-" if report.gain is None else f"{report.gain.ratio:.2f} of {report.gain.tensor}"
@@ -144,7 +144,7 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
         + f", gain {gain}"
     )
     for change in [change for change in report.argmax_changes if not change.excused][:_NAMED_CHANGES]:
-        terminal.say(f"  argmax change without excuse: {change}")
+        terminal.say(f"  argmax change, not excused: {change}")
     if report.unexcused_argmax_changes > _NAMED_CHANGES:
         terminal.say(
             f"  and {report.unexcused_argmax_changes - _NAMED_CHANGES:,} more; --json and --html list the first "

@@ -1,4 +1,4 @@
-"""A command that is told to end cleans up first, as it does after Ctrl-C."""
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: it cleans up first."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ _ENDING = ("SIGTERM", "SIGHUP")
 
 @contextlib.contextmanager
 def ending_cleanly() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP end the block with `SystemExit`, whose code is 128 and the signal's number.
+    """Raise `SystemExit` in the block on SIGTERM and SIGHUP, with 128 plus the signal's number as exit code.
 
-    A signal that is handled or ignored already stays so (nohup), and all do outside the main thread.
+    The block leaves a signal alone that is already handled or ignored (nohup). Outside the main thread it changes
+    nothing.
     """
     found = [getattr(signal, name) for name in _ENDING if hasattr(signal, name)]
     here = threading.current_thread() is threading.main_thread()

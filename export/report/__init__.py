@@ -1,4 +1,4 @@
-"""Results for people: tables and progress on a terminal, the parity page in HTML, numbers as text."""
+"""Reports: tables and progress on a terminal, the parity report in HTML, formatting of numbers."""
 
 from nsm.export.report.console import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row, stream_lines
 from nsm.export.report.format import lanes_of, number, size

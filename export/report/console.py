@@ -20,21 +20,22 @@ _ALARMING = ("missing", "not_run", "failed")
 
 
 class Terminal:
-    """Output of one command. With `quiet` (for --json), only errors and announcements are printed.
+    """Output of one command: results to stdout, progress and remarks to stderr, so that pipes get results only.
 
-    Results go to stdout, progress and remarks to stderr, so that a pipe carries results only.
+    Args:
+        quiet: print announcements only, for --json.
     """
 
     def __init__(self, quiet: bool = False) -> None:
         self.out = Console(quiet=quiet, soft_wrap=True, highlight=False)
-        # A table that does not fit is easier to read with its lines wrapped by the terminal than with folded cells.
+        # A table that is too wide is easier to read if the terminal wraps its lines than with folded cells.
         self.out.width = max(self.out.width, _TABLE_WIDTH)
         self.err = Console(stderr=True, quiet=quiet, highlight=False)
         self._always = Console(stderr=True, highlight=False)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[Step]:
-        """A line with a bar while the block runs; the bar fills as the block reports steps."""
+        """Show a progress bar while the block runs; the block reports (done, total) to the yielded function."""
         columns = (
             TextColumn("{task.description:<26}"),
             BarColumn(bar_width=24),
@@ -52,17 +53,19 @@ class Terminal:
             progress.update(task, total=total, completed=total)
 
     def say(self, text: str = "", style: str = "") -> None:
+        """Print a result to stdout."""
         self.out.print(Text(text, style))
 
     def remark(self, text: str, style: str = "") -> None:
+        """Print a remark to stderr."""
         self.err.print(Text(text, style))
 
     def announce(self, text: str, style: str = "") -> None:
-        """A remark that a person has to see before the work is done, and a log beside the JSON too."""
+        """Print a remark to stderr, even if quiet: users need it before the work is done, and in logs."""
         self._always.print(Text(text, style))
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
-        """Text columns to the left, columns whose cells start with a digit to the right; "missing" stands out."""
+        """Print a table; align numbers right and text left, and highlight alarming cells such as "missing"."""
         if title is not None:
             self.say(title, "italic")
         table = Table(header_style="bold", box=None, pad_edge=False, padding=(0, 1))
@@ -76,7 +79,7 @@ class Terminal:
 
 
 def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
-    """One line of the table that an export ends with."""
+    """Return the cells of `PARITY_COLUMNS` for an artifact."""
     parity = artifact["parity"]
     row = [artifact["target"], artifact["device"], artifact["precision"], size(nbytes), parity["status"]]
     if parity["status"] == "not_run":
@@ -89,7 +92,7 @@ PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step",
 
 
 def stream_lines(manifest: Manifest) -> list[str]:
-    """How many tokens a stream may have, of the model and on each target; nothing where there is no end."""
+    """Return a line for the model's capacity and for each target's limit; none for an unlimited model."""
     capacity = manifest.spec.capacity
     lines = [] if capacity is None else [f"capacity: {capacity:,} tokens of a stream, then reset its lane"]
     return lines + [
@@ -100,7 +103,7 @@ def stream_lines(manifest: Manifest) -> list[str]:
 
 
 def low_precision_lines(artifact: Artifact) -> list[str]:
-    """Lines about an artifact in low precision: speed, and ops kept in fp32 with the reason; none for fp32."""
+    """Return lines about low precision: speed, and linear ops kept in fp32 with the reason; none for fp32."""
     facts = artifact.quantization
     if not facts:
         return []

@@ -1,4 +1,4 @@
-"""The parity page: one HTML file that a person reads in a minute. It loads nothing, and follows the system's theme."""
+"""The parity report: one self-contained HTML file, which follows the system's light or dark theme."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nsm.files import check_output_file, replacing
 from nsm.runtimes.parity import MASK_DECISIONS_PER_1000, Bisection, ParityReport
 
 _MARK = "<meta name='generator' content='nsm parity'>"
-"""By which a page is known again, in its first `_HEAD` bytes."""
+"""Identifies a parity report; it is within the first `_HEAD` bytes."""
 _HEAD = 1024
 
 _STYLE = """
@@ -67,19 +67,19 @@ def write_page(
     bisections: Mapping[str, Bisection],
     low_precision: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write the page, whole or not at all.
+    """Write the report atomically.
 
     Args:
-        path: of the HTML file; an earlier page is replaced.
-        bundle: that was checked.
-        reports: one an artifact.
-        not_run: why, by the label of the artifact.
+        path: the HTML file; an earlier report is replaced.
+        bundle: name of the bundle.
+        reports: parity reports, one per artifact.
+        not_run: reasons of artifacts that were not run, by label.
         bisections: results of `--bisect`, by label.
-        low_precision: by label, the `quantization` of its artifact in the manifest.
+        low_precision: the `quantization` of artifacts in the manifest, by label.
 
     Raises:
-        InputError: the folder is not there, or may not be written to.
-        OutputExistsError: the file is there, and is no such page.
+        InputError: the folder does not exist, or is not writable.
+        OutputExistsError: the file exists and is not a parity report.
     """
     check_page(path)
     with replacing(path) as file:
@@ -87,7 +87,7 @@ def write_page(
 
 
 def check_page(path: Path) -> None:
-    """Raise `OutputExistsError` where a page would replace a file that is none."""
+    """Raise `OutputExistsError` if the report would replace a file that is not a parity report."""
     check_output_file(path, "a parity page", lambda file: _MARK.encode() in file.read(_HEAD))
 
 
@@ -98,7 +98,7 @@ def page(
     bisections: Mapping[str, Bisection],
     low_precision: Mapping[str, Mapping[str, Any]],
 ) -> str:
-    """The page as text; the arguments are those of `write_page`."""
+    """Return the HTML; see `write_page` for the arguments."""
     verdicts = [_verdict(report.label, "passed" if report.passed else "failed") for report in reports]
     verdicts += [_verdict(label, "not_run") for label in not_run]
     sections = [
@@ -113,8 +113,9 @@ def page(
         "<meta name='viewport' content='width=device-width, initial-scale=1'>"
         f"<title>Parity of {escape(bundle)}</title><style>{_STYLE}</style></head><body><main>"
         f"<h1>Parity of {escape(bundle)}</h1>"
-        "<p class='soft'>Recorded streams were replayed on every target and compared with what the PyTorch reference "
-        "answered. Errors are relative. One-step: from the reference's state. Free-run: on the target's own state.</p>"
+        "<p class='soft'>Every target replayed the recorded streams; its outputs and states are compared with the "
+        "reference's. Errors are relative. One-step: from the reference's state. Free-run: on the target's own "
+        "state.</p>"
         f"<p>{' &nbsp; '.join(verdicts)}</p>{''.join(sections)}</main></body></html>\n"
     )
 
@@ -135,7 +136,7 @@ def _section(report: ParityReport, bisection: Bisection | None, low_precision: M
         )
     if bisection is not None:
         parts.append(f"<p><b>Bisected:</b> {escape(bisection.explanation)}</p>")
-    parts += [_against_budget(report), *_charts(report), _flips(report)]
+    parts += [_against_budget(report), *_charts(report), _argmax_changes(report)]
     if low_precision:
         parts.append(_kept_in_fp32(low_precision))
     return f"<section>{''.join(parts)}</section>"
@@ -147,7 +148,7 @@ def _verdict(target: str, status: str) -> str:
 
 
 def _against_budget(report: ParityReport) -> str:
-    """The table of measurements with a budget, and of those without."""
+    """Return the table of measurements, with their budgets where they have one."""
     budget = report.budget
     rows = [
         (f"one-step error p99, of {report.one_step.tensor}", report.one_step.p99, budget.one_step_p99),
@@ -156,14 +157,14 @@ def _against_budget(report: ParityReport) -> str:
         ("KL p99.9", report.kl_p999, budget.kl_p999),
     ]
     if report.split is not None:
-        rows.insert(2, (f"in single tokens p99, of {report.split.tensor}", report.split.p99, budget.free_run_p99))
+        rows.insert(2, (f"fed in single tokens p99, of {report.split.tensor}", report.split.p99, budget.free_run_p99))
     if report.staggered is not None:
         staggered = report.staggered
         rows.insert(2, (f"lanes of different age p99, of {staggered.tensor}", staggered.p99, budget.free_run_p99))
     counted = [
         ("argmax agreement", f"{report.argmax_agreement:.4%}", f"{budget.agreement:.2%}"),
         (
-            "changed argmax, unexcused + excused",
+            "argmax changes, unexcused + excused",
             f"{report.unexcused_argmax_changes} + {report.excused_argmax_changes}",
             "",
         ),
@@ -182,7 +183,7 @@ def _against_budget(report: ParityReport) -> str:
         ),
         ("drift exponent", f"{drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "-", ""),
         ("error of active slots, p99", number(report.state_error_p99), ""),
-        ("rounding of fp32 itself", number(report.reference_floor), ""),
+        ("conditioning floor: fp32 rounding error of the reference", number(report.reference_floor), ""),
     ]
     lines = [
         f"<tr><td>{escape(name)}</td><td class='number'>{number(value)}</td><td class='number'>{number(limit)}</td>"
@@ -195,12 +196,12 @@ def _against_budget(report: ParityReport) -> str:
     ]
     return (
         "<div class='wide'><table><tr><th>measured</th><th class='number'>value</th><th class='number'>budget</th>"
-        f"<th>share of it (log)</th></tr>{''.join(lines)}</table></div>"
+        f"<th>share of budget (log)</th></tr>{''.join(lines)}</table></div>"
     )
 
 
 def _gauge(value: float, limit: float) -> str:
-    """How near to the limit, over four decades; full and red beyond it."""
+    """Return a bar for value / limit on a log scale of four decades; full and red beyond the limit."""
     within = value <= limit
     share = 100.0 if not within else 100 * max(0.02, min(1.0, 1 + np.log10(max(value, 1e-30) / limit) / 4))
     return f"<span class='gauge'><i class='{'' if within else 'bad'}' style='width:{share:.0f}%'></i></span>"
@@ -211,30 +212,33 @@ def _charts(report: ParityReport) -> list[str]:
     parts = []
     stream = _stream_chart(report)
     if stream:
-        text = "Flat is bounded; a slope of 1/2 is a random walk, of 1 linear growth."
-        text += " The gap between free run and one step is what the stream makes of the error of its calls."
+        text = "A flat curve is a bounded error; a slope of 1/2 is a random walk, a slope of 1 linear growth."
+        text += " The gap between free run and one step is the error that the stream accumulates."
         parts.append(_headed("Error of the first output over the stream", text, stream))
     states = _states_chart(report)
     if states:
-        text = "The largest of all states and streams: after one step from the reference's state, and in the free run."
+        text = "Largest error over states and streams: after one step from the reference's state, and in the free run."
         parts.append(_headed("Error of the worst state, one step against free run", text, states))
     if curves.states:
         columns = [str(step) for step in curves.sampled.tolist()]
         shown = {name: errors for name, errors in curves.states.items() if np.nan_to_num(errors, nan=1.0).any()}
         exact = len(curves.states) - len(shown)
-        text = "The stronger, the nearer to the budget; over it: red, with a cross. The palest is four decades below."
-        text += f" {exact} of {len(curves.states)} states have no error at all and are left out." if exact else ""
+        text = (
+            "Darker cells are closer to the budget; the palest is four decades below. Over budget: red, with a cross."
+        )
+        text += f" {exact} of {len(curves.states)} states are exact and not shown." if exact else ""
         chart = heat_map(shown, columns, report.budget.free_run_p99, "sampled step") if shown else ""
         parts.append(_headed("Error of every state, free run, the worst stream", text, chart))
     if report.state_error_by_age:
-        parts.append(_headed("Error of active slots by age", "Does a slot get worse while it lives?", _ages(report)))
+        text = "Does the error of a slot grow with its age?"
+        parts.append(_headed("Error of active slots by age", text, _ages(report)))
     margins = histogram(
-        curves.margins, curves.argmax_changes, curves.excused_margin, "margin, in units of the outputs' rms", "answers"
+        curves.margins, curves.argmax_changes, curves.excused_margin, "margin, in units of the outputs' rms", "outputs"
     )
     if margins:
         argmax_changes = int(curves.argmax_changes.sum())
         text = (
-            f"The reference's lead of the first answer over the second, {len(curves.argmax_changes):,} answers; "
+            f"Margin of the reference's largest logit over the second, for {len(curves.argmax_changes):,} outputs; "
             f"{argmax_changes} with another argmax on the target{' (red)' if argmax_changes else ''}."
         )
         parts.append(_headed("Margins and agreement", text, margins))
@@ -252,7 +256,7 @@ def _stream_chart(report: ParityReport) -> str:
         Line("budget of the free run (p99)", ends, np.full(2, report.budget.free_run_p99), "budget"),
     ]
     if report.reference_floor is not None:
-        lines.append(Line("rounding of fp32 itself", ends, np.full(2, report.reference_floor), "floor"))
+        lines.append(Line("conditioning floor (fp32 rounding)", ends, np.full(2, report.reference_floor), "floor"))
     if report.drift is not None:
         fitted = steps[report.steps // 4 :]
         level = float(np.median(curves.free_run_p50[report.steps // 2 :]))
@@ -284,11 +288,11 @@ def _ages(report: ParityReport) -> str:
         Line("p50", middle, np.array([item.p50 for item in report.state_error_by_age]), "one"),
         Line("p99", middle, np.array([item.p99 for item in report.state_error_by_age]), "two"),
     ]
-    return log_chart(lines, "age of the slot, steps", "relative error") or "<p>No error at all.</p>"
+    return log_chart(lines, "age of the slot, steps", "relative error") or "<p>All slots are exact.</p>"
 
 
-def _flips(report: ParityReport) -> str:
-    """A table of the decisions that the target makes another way; open where one is without excuse."""
+def _argmax_changes(report: ParityReport) -> str:
+    """Return the table of argmax changes; it is open if one is not excused."""
     if not report.argmax_changes:
         return ""
     rows = []
@@ -303,33 +307,33 @@ def _flips(report: ParityReport) -> str:
             f"{change.margin:.2e}",
         )
         cells = "".join(f"<td class='number'>{place}</td>" for place in places)
-        verdict = "excused" if change.excused else "<span class='failed'>no excuse</span>"
+        verdict = "excused" if change.excused else "<span class='failed'>not excused</span>"
         rows.append(f"<tr>{cells}<td>{verdict}</td></tr>")
     names = ("stream", "step", "token", "decision", "reference", "target", "margin")
     head = "".join(f"<th class='number'>{name}</th>" for name in names)
-    left = (
-        f"<p class='soft'>{report.argmax_changes_left_off:,} more are left off.</p>"
+    omitted = (
+        f"<p class='soft'>{report.argmax_changes_left_off:,} more are not listed.</p>"
         if report.argmax_changes_left_off
         else ""
     )
     return (
         f"<details{' open' if report.unexcused_argmax_changes else ''}><summary>Argmax changes: "
-        f"{report.unexcused_argmax_changes:,} without excuse, {report.excused_argmax_changes:,} excused</summary>"
-        "<p class='soft'>A margin of up to "
-        f"{report.curves.excused_margin:.2e} is excused, in units of the rms of the outputs.</p><div class='wide'>"
-        f"<table><tr>{head}<th></th></tr>{''.join(rows)}</table></div>{left}</details>"
+        f"{report.unexcused_argmax_changes:,} not excused, {report.excused_argmax_changes:,} excused</summary>"
+        "<p class='soft'>A change is excused up to a margin of "
+        f"{report.curves.excused_margin:.2e}, in units of the rms of the outputs.</p><div class='wide'>"
+        f"<table><tr>{head}<th></th></tr>{''.join(rows)}</table></div>{omitted}</details>"
     )
 
 
 def _kept_in_fp32(facts: Mapping[str, Any]) -> str:
-    """The linear ops of an artifact in low precision that are kept in fp32, with the reasons."""
+    """Return the section on linear ops that a low-precision artifact keeps in fp32, with the reasons."""
     rows = "".join(
         f"<tr><td>{escape(reason)}</td><td class='number'>{len(names)}</td>"
         f"<td><code>{escape(', '.join(names))}</code></td></tr>"
         for reason, names in kept_in_fp32(facts).items()
     )
-    head = "<tr><th>because</th><th class='number'>linear ops</th><th>which</th></tr>"
-    text = f"Scheme of the others: {facts['scheme']}." if rows else f"Nothing. Scheme: {facts['scheme']}."
+    head = "<tr><th>reason</th><th class='number'>linear ops</th><th>nodes</th></tr>"
+    text = f"Scheme of the other linear ops: {facts['scheme']}." if rows else f"None. Scheme: {facts['scheme']}."
     return _headed("Kept in fp32", text, f"<table>{head}{rows}</table>" if rows else "")
 
 

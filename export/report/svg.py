@@ -1,4 +1,4 @@
-"""Charts as SVG text, for a page that needs nothing else. Colours are CSS classes, so a page may be light or dark."""
+"""Charts as SVG text, for a self-contained page. Colours are CSS classes, so that the page may be light or dark."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 16, 14, 44
 
 @dataclass(frozen=True)
 class LogAxis:
-    """From values to pixels, logarithmically; values outside are put on the edge."""
+    """Maps values to pixels on a log scale; values outside the range map to its edge."""
 
     low: float
     high: float
@@ -25,13 +25,13 @@ class LogAxis:
     end: float
 
     def at(self, value: float) -> float:
-        """The pixel of a value > 0."""
+        """Return the pixel of a value > 0."""
         inside = min(max(value, self.low), self.high)
         span = math.log10(self.high / self.low)
         return self.start + (self.end - self.start) * math.log10(inside / self.low) / span
 
     def ticks(self) -> list[float]:
-        """Powers of ten, at most about eight."""
+        """Return powers of ten in the range, at most about eight."""
         first, last = math.ceil(math.log10(self.low) - 1e-9), math.floor(math.log10(self.high) + 1e-9)
         every = max(1, -(-(last - first) // 8))
         return [10.0**power for power in range(first, last + 1, every)]
@@ -39,7 +39,7 @@ class LogAxis:
 
 @dataclass(frozen=True)
 class Line:
-    """A curve with its name; `style` is a class of the page's CSS. Points that are not positive are left out."""
+    """A named curve; `style` is a CSS class of the page. Points that are not positive are not drawn."""
 
     name: str
     x: Array
@@ -48,12 +48,12 @@ class Line:
 
 
 def log_chart(lines: Sequence[Line], x_title: str, y_title: str, mark: tuple[float, float, str] | None = None) -> str:
-    """Curves on two logarithmic axes, each named in a legend below; "" where there is no point to draw.
+    """Draw curves on two log axes, with a legend below; return "" if no point can be drawn.
 
     Args:
-        lines: to draw; x and y of a line have the same shape.
-        x_title, y_title: of the axes.
-        mark: x, y and text of a point to point out.
+        lines: curves; x and y of a curve have the same shape.
+        x_title, y_title: titles of the axes.
+        mark: x, y and label of a point to mark.
     """
     known = [line for line in lines if _drawable(line).any()]
     if not known:
@@ -85,15 +85,15 @@ def log_chart(lines: Sequence[Line], x_title: str, y_title: str, mark: tuple[flo
 
 
 def heat_map(rows: Mapping[str, Array], columns: Sequence[str], limit: float, x_title: str) -> str:
-    """A cell per row and column; the stronger, the closer to the limit, on a logarithmic scale of four decades.
+    """Draw a cell per row and column; darker cells are closer to the limit, on a log scale of four decades.
 
-    Cells over the limit look different and carry a mark; a cell of NaN is empty.
+    Cells over the limit have another colour and a cross; NaN cells are empty.
 
     Args:
-        rows: by name, [columns]: values >= 0.
-        columns: their names.
+        rows: values >= 0, [columns], by name of the row.
+        columns: names of the columns.
         limit: the value of full strength.
-        x_title: of the columns.
+        x_title: title of the columns.
     """
     left, cell = 150, 18
     wide = (WIDTH - left - _RIGHT) / max(len(columns), 1)
@@ -128,13 +128,13 @@ def heat_map(rows: Mapping[str, Array], columns: Sequence[str], limit: float, x_
 
 
 def histogram(values: Array, marked: Array, bound: float, x_title: str, y_title: str) -> str:
-    """How often values fall between powers of 10^(1/4), both axes logarithmic; marked ones as bars of their own.
+    """Draw a histogram with bins of powers of 10^(1/4) on two log axes; marked values have separate bars.
 
     Args:
-        values: > 0; values below a millionth of the largest are drawn as that, non-finite values are skipped.
+        values: values > 0; values below a millionth of the largest count as that, non-finite values are skipped.
         marked: [values] bool.
-        bound: a value to draw a line at.
-        x_title, y_title: of the axes.
+        bound: value at which to draw a line.
+        x_title, y_title: titles of the axes.
     """
     kept = np.isfinite(values)
     if not kept.any() or not values[kept].max() > 0:
@@ -144,10 +144,10 @@ def histogram(values: Array, marked: Array, bound: float, x_title: str, y_title:
     edges = across.low * 10 ** (np.arange(25) / 4)
     inside = np.clip(values[kept], edges[0], edges[-1])
     everything, _ = np.histogram(inside, edges)
-    flipped, _ = np.histogram(inside[marked[kept]], edges)
+    of_marked, _ = np.histogram(inside[marked[kept]], edges)
     up = LogAxis(0.7, _decade(float(everything.max()), down=False), HEIGHT - _BOTTOM, _TOP)
     parts = [*_frame(across, up, x_title, y_title)]
-    for counts, style in ((everything, "bar"), (flipped, "bar bad")):
+    for counts, style in ((everything, "bar"), (of_marked, "bar bad")):
         for index, count in enumerate(counts.tolist()):
             if not count:
                 continue
@@ -170,13 +170,13 @@ def _drawable(line: Line) -> Array:
 
 
 def _decade(value: float, down: bool) -> float:
-    """The power of ten below or above, at least a little away."""
+    """Return the next power of ten below or above, with a small gap."""
     power = math.log10(value)
     return 10.0 ** (math.floor(power - 0.05) if down else math.ceil(power + 0.05))
 
 
 def _strength(value: float, limit: float) -> float:
-    """Of a cell's colour: 0.06 four decades below the limit, 0.85 at it."""
+    """Return the opacity of a cell: 0.06 at four decades below the limit, 0.85 at the limit."""
     if value <= 0:
         return 0.03
     return 0.06 + 0.79 * min(max(1 + math.log10(value / limit) / 4, 0.0), 1.0)

@@ -1,4 +1,4 @@
-"""Verification: golden traces, artifacts compared with them, acceptance in low precision."""
+"""Verification: golden traces, comparison of artifacts with them, acceptance of low precision."""
 
 from typing import TYPE_CHECKING
 

@@ -1,8 +1,8 @@
-"""Building an artifact and holding it to its budget: parity over whole streams and, in low precision, speed.
+"""The acceptance check: build an artifact, compare it over whole streams and, in low precision, measure its speed.
 
-In low precision two more things can go wrong. The error may be over budget: then the linear ops
-that contribute most to the error are kept in fp32, one after the other, as far as `max_fp32_share` allows. And it may
-not be faster than fp32, by the rule of `nsm.runtimes.bench.rounds.not_faster`: then the export refuses it.
+If the error of low precision is over budget, the check keeps the linear ops that contribute most to the error in fp32,
+one after the other, up to `max_fp32_share`. If low precision is not faster than fp32 by the rule of
+`nsm.runtimes.bench.rounds.not_faster`, the check rejects it.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from nsm.spec import VALID
 from nsm.trace import Array, Trace
 
 DRIFT_STEPS = 200
-"""Calls of a stream over which low precision is judged: fewer do not tell whether its error grows with the stream."""
+"""Calls per stream in the check of low precision: fewer do not show whether the error grows with the stream."""
 SPEED_STEPS = 250
-"""Calls of each that the speed is measured with: ten rounds, for an interval."""
+"""Timed calls per artifact in the speed check: ten rounds, enough for an interval."""
 SENSITIVITY_STEPS = 48
-"""Calls of a stream over which the drift of a single linear op is measured."""
+"""Calls per stream over which the error of a single linear op is measured."""
 _LOW, _BASE, _TRIAL = ".low", ".fp32", ".trial"
 
 
@@ -41,8 +41,11 @@ class Limits:
     """Limits on the cost of low precision.
 
     Args:
-        max_fp32_share: largest share of the weights that may stay in fp32.
-        allow_slower: whether an artifact that is not faster than fp32 is kept.
+        max_fp32_share: largest share of the weights, 0 .. 1, that the acceptance check may keep in fp32.
+        allow_slower: accept an artifact that is not faster than fp32.
+
+    Raises:
+        InputError: the share is not in 0 .. 1.
     """
 
     max_fp32_share: float = 0.3
@@ -50,7 +53,7 @@ class Limits:
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_fp32_share <= 1.0:
-            raise InputError(f"--max-fp32-share lies in 0 .. 1; given {self.max_fp32_share}.")
+            raise InputError(f"--max-fp32-share must be in 0 .. 1; given {self.max_fp32_share}.")
 
 
 def build_checked(
@@ -63,16 +66,26 @@ def build_checked(
     trace: Trace,
     progress: Progress | None = None,
 ) -> tuple[Artifact, ParityReport | None]:
-    """Build a target in the directory of a bundle, compare it with the trace, and measure its speed.
+    """Build a target in a bundle's directory, compare it with the trace, and measure its speed.
+
+    Args:
+        bundle: the bundle with the portable graphs.
+        target: the target to build.
+        device: one of the target's devices; None for the builder's default.
+        precision: precision of the artifact.
+        calibration: scales for static quantization; None for other schemes.
+        limits: limits on the cost of low precision.
+        trace: the golden trace.
+        progress: called with (done, total) while comparing.
 
     Returns:
-        The artifact; the report of its parity, passed or not, None where it cannot run here.
+        The artifact, and its parity report, passed or not; the report is None if the artifact cannot run here.
 
     Raises:
         BuildError: the converter or builder failed.
-        UnsupportedError: there is nothing to compute in low precision, or the model's states explode.
+        UnsupportedError: the model has no op for low precision, or its states explode.
         MissingDependencyError: onnx is not installed.
-        SlowerError: it is not faster than the same target in fp32.
+        SlowerError: the artifact is not faster than the same target in fp32.
     """
     policy = find_policy(target.name, precision, device)
     if policy is None:
@@ -96,16 +109,16 @@ def build_checked(
 
 
 def _most_steps(bundle: Bundle) -> int:
-    """Calls that a stream of the model can have."""
+    """Return the most calls of a stream: `DRIFT_STEPS`, or the model's capacity in calls."""
     spec = bundle.manifest.spec
     return DRIFT_STEPS if spec.capacity is None else spec.capacity // spec.entry("step").tokens
 
 
 def judged_briefly(steps: int) -> str:
-    """The note of an artifact in low precision that was judged over fewer calls than `DRIFT_STEPS`."""
+    """Return the note for low precision that was checked over fewer calls than `DRIFT_STEPS`."""
     return (
-        f"judged over {steps} calls of a stream: fewer than {DRIFT_STEPS} do not tell whether its error grows with the "
-        f"stream. Export with --golden-steps {DRIFT_STEPS} or more where streams are longer"
+        f"checked over {steps} calls per stream: fewer than {DRIFT_STEPS} do not show whether its error grows with the "
+        f"stream. For longer streams, export with --golden-steps {DRIFT_STEPS} or more"
     )
 
 
@@ -127,9 +140,8 @@ class Over:
     """The measurement of a report that is furthest over its budget.
 
     Args:
-        kind: of error, "one_step", "free_run", "split" or "staggered"; "" where no tensor's error is over budget, but
-            choices or KL are.
-        tensor: whose error it is.
+        kind: "one_step", "free_run", "split" or "staggered"; "" if no tensor is over budget, but argmax changes or KL.
+        tensor: name of the tensor; "" if `kind` is "".
     """
 
     kind: str
@@ -137,7 +149,7 @@ class Over:
 
     @classmethod
     def of(cls, report: ParityReport) -> Over:
-        """The tensor and kind of error with the largest share of its budget."""
+        """Return the tensor and kind of error with the largest ratio of error to budget."""
         budget = report.budget
         limits = dict.fromkeys(("one_step", "free_run", "split", "staggered"), budget.free_run_p99)
         limits["one_step"] = budget.one_step_p99
@@ -151,9 +163,9 @@ class Over:
         return cls(kind, tensor) if shares[kind, tensor] > 1.0 else cls("", "")
 
     def share(self, alone: Alone) -> float:
-        """The share of one linear op in it."""
-        made = alone.per_tensor.get(self.tensor, {}).get(f"{self.kind}_p99", np.nan) if self.kind else alone.drift
-        return _infinite_if_nan(made)
+        """Return the error of this kind that one linear op causes alone; infinity if unknown."""
+        error = alone.per_tensor.get(self.tensor, {}).get(f"{self.kind}_p99", np.nan) if self.kind else alone.drift
+        return _infinite_if_nan(error)
 
     def __str__(self) -> str:
         return f"{self.kind.replace('_', '-')} error of {self.tensor}" if self.kind else "drift"
@@ -177,7 +189,7 @@ class Maker:
         if policy.scheme != "backend":
             if importlib.util.find_spec("onnx") is None:
                 raise MissingDependencyError(
-                    f"{precision} rewrites the bundle's graphs, which needs the package onnx; it is not installed. "
+                    f"{precision} rewrites the bundle's graphs with the package onnx, which is not installed. "
                     'Install it with: pip install "nsm-toolkit[quantize]"'
                 )
             from nsm.export.graphs import check_step, linear_ops_of_step
@@ -186,7 +198,7 @@ class Maker:
             self.lowered = linear_ops_of_step(bundle.path, policy)
 
     def build(self, excluded: Mapping[str, str], folder: str | None = None) -> Artifact:
-        """Build the artifact with these linear ops, by key with the reason, kept in fp32."""
+        """Build the artifact with the linear ops of `excluded` (key -> reason) kept in fp32."""
         directory, spec = self.bundle.path, self.bundle.manifest.spec
         place = directory / (folder or self.target.place(self.precision))
         if self.lowered is None:
@@ -213,29 +225,29 @@ class Maker:
     def within_budget(
         self, trace: Trace, limits: Limits, progress: Progress | None
     ) -> tuple[Artifact, ParityReport | None]:
-        """Build the artifact with as few linear ops kept in fp32 as the budget requires, up to the limit."""
+        """Keep linear ops in fp32, worst first, until the artifact is within budget or at the limit."""
         excluded: dict[str, str] = {}
         alone: Mapping[str, Alone] = {}
         while True:
             artifact, report = check_artifact(self.bundle, self.build(excluded), trace, progress)
             if report is None or report.passed or self.lowered is None:
                 return artifact, report
-            if report.effective_precision != self.precision:  # which more in float does not mend
+            if report.effective_precision != self.precision:  # keeping ops in fp32 does not fix a wrong precision
                 return artifact, report
             alone = alone or self._alone(trace)
             over = Over.of(report)
-            left = [
+            candidates = [
                 key
                 for key in alone
                 if key not in excluded and self.lowered.fp32_share({*excluded, key}) <= limits.max_fp32_share
             ]
-            if not left:
+            if not candidates:
                 return replace(artifact, notes=(*artifact.notes, self._culprits(over, alone))), report
-            worst = max(left, key=lambda key: over.share(alone[key]))
-            excluded[worst] = f"alone it makes the {over} {over.share(alone[worst]):.2g}"
+            worst = max(candidates, key=lambda key: over.share(alone[key]))
+            excluded[worst] = f"alone it causes a {over} of {over.share(alone[worst]):.2g}"
 
     def speed(self, artifact: Artifact, trace: Trace) -> dict[str, Ratio]:
-        """How many times as fast as the same target in fp32, `step` and `decode`, in the same process and in turn."""
+        """Measure the speed of `step` and `decode` relative to the target's fp32, in one process, in turns."""
         directory, spec = self.bundle.path, self.bundle.manifest.spec
         folder = directory / (GRAPHS if self.target.folder == GRAPHS else _BASE)
         base = build_target(directory, spec, self.target, self.device, folder=folder)
@@ -247,17 +259,17 @@ class Maker:
         return found
 
     def complaint(self, short: Mapping[str, Ratio]) -> str:
-        """The message for an artifact that is not faster than fp32 in these entries."""
+        """Return the error message for an artifact that is not faster than fp32 in these entries."""
         found = ", ".join(f"{entry} {ratio}" for entry, ratio in short.items())
         in_int8 = self.policy.scheme in ("static", "dynamic") and "cpu" in self.target.devices
         reason = (
-            "The likely cause is the processor: it has neither VNNI nor dotprod, which make linear ops in int8 fast. "
+            "The likely cause: this processor has neither VNNI nor dotprod, the instructions for fast int8 linear ops. "
             if in_int8 and int8_dot_products() is False
             else ""
         )
         return (
-            f"{self.target.name} in {self.precision} is not faster here than in fp32: {found}. {reason}Keep fp32, try "
-            "another precision, or give --allow-slower if size is what counts."
+            f"{self.target.name} in {self.precision} is not faster than in fp32 on this machine: {found}. {reason}Use "
+            "fp32, try another precision, or give --allow-slower if you need the smaller size."
         )
 
     def clean(self) -> None:
@@ -266,13 +278,13 @@ class Maker:
             shutil.rmtree(self.bundle.path / name, ignore_errors=True)
 
     def _alone(self, trace: Trace) -> dict[str, Alone]:
-        """The error of each linear op alone, by key."""
+        """Measure the error of each linear op alone in low precision; by key."""
         assert self.lowered is not None
         short = trace.first(min(trace.steps, SENSITIVITY_STEPS))
         found = {}
         for linear_op in self.lowered.low:
             others = {other.key: "" for other in self.lowered.low if other.key != linear_op.key}
-            # In a separate folder, so that the artifact that is over budget is kept unchanged.
+            # Build in a separate folder: the artifact that is over budget stays unchanged.
             _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
             found[linear_op.key] = (
                 Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
@@ -290,8 +302,8 @@ class Maker:
         notes = [*artifact.notes, self.policy.note]
         if self.policy.saturation_safe and self.policy.scheme in ("static", "dynamic") and int8_dot_products():
             notes.append(
-                f"for processors like this one alone, --device {CPU_DOT} is more exact, and may keep fewer linear ops "
-                "in fp32"
+                f"for processors with VNNI or dotprod only, --device {CPU_DOT} is more exact, and may keep fewer "
+                "linear ops in fp32"
             )
         return tuple(note for note in notes if note)
 
@@ -301,7 +313,7 @@ def _infinite_if_nan(value: float) -> float:
 
 
 def _calls(trace: Trace, batch: int) -> Array:
-    """Real inputs for the benchmark, [T, B, K, ...]."""
+    """Return the recorded inputs for the benchmark, [T, B, K, ...]."""
     (tokens,) = (value for name, value in trace.inputs.items() if name != VALID)
     lanes = tokens[np.resize(np.arange(len(tokens)), batch)]
     return np.moveaxis(lanes, 0, 1)

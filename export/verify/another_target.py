@@ -1,4 +1,4 @@
-"""`nsm build`: another target for a bundle that is there, from its ONNX. Nothing here needs torch."""
+"""`nsm build`: add a target to an existing bundle, built from its ONNX graphs. Does not need torch."""
 
 from __future__ import annotations
 
@@ -28,15 +28,30 @@ def add_target(
     limits: Limits | None = None,
     force: bool = False,
 ) -> Artifact:
-    """Build a target in a precision from a bundle's ONNX into the bundle, on the machine that will run it.
+    """Build a target from a bundle's ONNX graphs and add it to the bundle.
 
-    Artifacts of other targets and precisions are kept. With `force`, an artifact of the same target and precision is
-    replaced, after the new one is complete and checked.
+    Artifacts of other targets and precisions are kept. With `force`, the new artifact replaces an artifact of the same
+    target and precision after it is complete and checked.
+
+    Args:
+        path: the bundle.
+        name: name or alias of the target.
+        device: one of the target's devices; None for the builder's default.
+        progress: called with (done, total) while comparing.
+        precision: precision of the artifact.
+        limits: limits on the cost of low precision; None for the defaults.
+        force: replace an existing artifact.
+
+    Returns:
+        The new artifact.
 
     Raises:
-        InputError: the bundle holds no calibration, and the precision needs one.
-        OutputExistsError: the bundle holds such an artifact, and `force` is not set.
-        BuildError, ParityError, SlowerError, and the errors of `check_request` and `Bundle`.
+        InputError: the precision needs a calibration, and the bundle has none.
+        OutputExistsError: the bundle has an artifact of this target and precision, and `force` is not set.
+        BuildError: the target cannot be built.
+        ParityError: the artifact is over budget.
+        SlowerError: the artifact is not faster than fp32.
+        NsmError: see `check_request` and `Bundle`.
     """
     target = find_target(name)
     check_request([target], precision, device)
@@ -44,7 +59,7 @@ def add_target(
     bundle.verify()
     if bundle.holds(target.name, precision) and not force:
         raise OutputExistsError(
-            f"{path} holds an artifact for {target.name} in {precision} already. Give --force to replace it."
+            f"{path} already has an artifact for {target.name} in {precision}. Give --force to replace it."
         )
     policy = find_policy(target.name, precision)
     calibration = read_calibration(bundle) if policy is not None and policy.scheme == "static" else None
@@ -56,7 +71,7 @@ def add_target(
         if report is None or report.passed:
             artifact = _limited(bundle, artifact)
         before = {item.label: item for item in bundle.manifest.artifacts}
-        after = {**before, artifact.label: artifact}  # one that is replaced keeps its place
+        after = {**before, artifact.label: artifact}  # a replaced artifact keeps its position
         _remove_unused(stage, before.values(), after.values())
         merge_parity(bundle, [] if report is None else [report])
         failed = tuple(item for item in bundle.manifest.failed if item.target != target.name)
@@ -66,7 +81,7 @@ def add_target(
 
 
 def _limited(bundle: Bundle, artifact: Artifact) -> Artifact:
-    """The artifact with the limit of its counters, beside the portable graph as it is written."""
+    """Return the artifact with the limit of its counters, measured against the portable graph."""
     spec = bundle.manifest.spec
     if not may_count(spec):
         return artifact
@@ -82,7 +97,7 @@ def _limited(bundle: Bundle, artifact: Artifact) -> Artifact:
 
 
 def _remove_unused(stage: Path, before: Iterable[Artifact], after: Iterable[Artifact]) -> None:
-    """Remove the files of artifacts that none has any more; the portable graphs stay."""
+    """Remove files that no artifact uses any more; the portable graphs stay."""
     gone = {record.path for item in before for record in item.files}
     gone -= {record.path for item in after for record in item.files}
     for path in sorted(stage / name for name in gone if PurePosixPath(name).parts[0] != GRAPHS):

@@ -1,4 +1,4 @@
-"""Building a target's artifact from a bundle's ONNX, and checking it. Nothing here needs torch."""
+"""Build a target's artifact from a bundle's ONNX graphs, and check it. Does not need torch."""
 
 from __future__ import annotations
 
@@ -28,36 +28,36 @@ from nsm.spec import StepSpec
 from nsm.trace import Trace
 
 CULPRITS = "most of the "
-"""How the note begins that names the products at fault, of an artifact in low precision that failed."""
+"""Prefix of the note that names the linear ops with the largest error, in a failed low-precision artifact."""
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
 """Values of `--precision`; `nsm.quantization.policy` lists them by target."""
 
 
 def check_request(targets: list[Target], precision: str, device: str | None) -> None:
-    """Refuse a request that cannot be built, before any work is done.
+    """Check that targets, precision and device can be built, before any work is done.
 
     Raises:
-        InputError: unknown precision or device, or none of the targets.
-        UnsupportedError: a precision that one of the targets is not built in.
+        InputError: no target, or an unknown precision or device.
+        UnsupportedError: a target does not support the precision.
         MissingDependencyError: a target's package is not installed.
     """
     if not targets:
-        raise InputError("No target was given. Name one with --target, for instance: --target openvino")
+        raise InputError("No target was given. Give one, for instance: --target openvino")
     check_precision(precision)
     for target in targets:
         find_policy(target.name, precision)
     if device is not None and not any(_knows(target, device) for target in targets):
         known = "; ".join(f"{target.name}: {', '.join(target.devices)}" for target in targets)
-        raise InputError(f"None of the targets has a device {device!r}. Devices of {known}.")
+        raise InputError(f"No target has the device {device!r}. Expected one of {known}.")
     for target in targets:
         target.require()
 
 
 def check_precision(name: str) -> None:
-    """Raise `InputError` for a precision that there is not."""
+    """Raise `InputError` for an unknown precision."""
     if name not in PRECISIONS:
-        raise InputError(f"There is no precision {name!r}. Precisions: {', '.join(PRECISIONS)}.")
+        raise InputError(f"Unknown precision {name!r}. Expected one of: {', '.join(PRECISIONS)}.")
 
 
 def _knows(target: Target, device: str) -> bool:
@@ -73,25 +73,28 @@ def build_target(
     low: Path | None = None,
     folder: Path | None = None,
 ) -> Artifact:
-    """Build one target's files in the bundle directory; its parity is not yet known.
+    """Build one target's files in the bundle directory; do not compare them yet.
 
     Args:
-        directory: of the bundle, with its graphs.
-        spec: of the model.
-        target: to build.
-        device: of the target, None for the builder's default.
-        precision: of the artifact.
-        low: where the graphs in that precision lie (default: the bundle's own are built).
-        folder: where the files go (default: the target's own folder of that precision in the bundle).
+        directory: the bundle's directory, with its graphs.
+        spec: the spec of the model.
+        target: the target to build.
+        device: one of the target's devices; None for the builder's default.
+        precision: precision of the artifact.
+        low: folder of the graphs in that precision (default: the bundle's fp32 graphs).
+        folder: output folder (default: the target's folder for that precision in the bundle).
+
+    Returns:
+        The artifact, with parity "not_run".
 
     Raises:
         UnsupportedError: the target lacks an operator of the graphs.
-        BuildError: the converter or builder failed; its log is kept and named. Or its process crashed; names the
-            signal.
+        BuildError: the converter or builder failed (the message names its log), or its process crashed (the message
+            names the signal).
     """
     folder = folder or directory / target.place(precision)
     if folder not in (directory / GRAPHS, low):
-        # A builder writes new files: those of a bundle that is being replaced may be links to files in use.
+        # Delete the files instead of overwriting them: they may be hard links to files of a bundle in use.
         shutil.rmtree(folder, ignore_errors=True)
     asked = device.lower() if device is not None and _knows(target, device) else None
     served = target.served(spec)
@@ -109,29 +112,31 @@ def build_target(
         precision=precision,
         effective_precision="unknown",  # until a session reads it back
         files=tuple(file_record(directory, name) for name in built.files),
-        parity={"status": "not_run", "reason": "it was not compared yet"},
+        parity={"status": "not_run", "reason": "not compared yet"},
         notes=built.notes,
         options=options,
     )
 
 
 def _built(target: Target, tried: Tried) -> Built:
-    """The result of a child process; the notes mention a crash, and the compile options that avoid it."""
+    """Return the result of a child process, with a note if compile options avoided a crash."""
     reply = tried.reply
     if not tried.crash:
         return Built(reply.files, reply.device, reply.notes)
     note = (
-        f"without {shown_options(tried.options)} the compiler of {target.name} crashed here ({tried.crash}): with this "
-        "compile option every session opens it, and so must any other program that loads its files"
+        f"without {shown_options(tried.options)} the compiler of {target.name} crashed here ({tried.crash}): every "
+        "session sets this compile option, and any other program that loads the files must set it too"
     )
     return Built(reply.files, reply.device, (*reply.notes, note))
 
 
 def try_artifact(bundle: Bundle, artifact: Artifact) -> None:
-    """Open an artifact in a child process, where its target says so: in another place its compiler may crash.
+    """Open an artifact in a child process: on another machine the target's compiler may crash.
+
+    Targets with `in_process` set compile nothing, and are not tried.
 
     Raises:
-        BuildError: it crashed; names the signal.
+        BuildError: the child crashed; the message names the signal.
     """
     target = find_target(artifact.target)
     if target.in_process or target.installed() is None:
@@ -146,10 +151,16 @@ def try_artifact(bundle: Bundle, artifact: Artifact) -> None:
 def check_artifact(
     bundle: Bundle, artifact: Artifact, trace: Trace, progress: Progress | None = None
 ) -> tuple[Artifact, ParityReport | None]:
-    """Replay the golden trace on an artifact, where its hardware is present.
+    """Replay the golden trace on an artifact, if its hardware is present.
+
+    Args:
+        bundle: the bundle with the artifact.
+        artifact: the artifact to check.
+        trace: the golden trace.
+        progress: called with (done, total) while comparing.
 
     Returns:
-        The artifact with its parity and effective precision; the report, None where it could not run.
+        The artifact with its parity and effective precision, and the report; None if it cannot run here.
     """
     try:
         session = open_artifact(bundle, artifact)
@@ -163,7 +174,7 @@ def check_artifact(
 
 
 def summary(report: ParityReport) -> dict[str, Any]:
-    """The part of a report that stands in the manifest."""
+    """Return the part of a report that the manifest records."""
     data = report.to_json()
     keys = (
         "status",
@@ -184,7 +195,7 @@ def summary(report: ParityReport) -> dict[str, Any]:
 
 
 def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_parity: bool) -> None:
-    """Raise `ParityError` if a comparison failed, or was not made although it was required."""
+    """Raise `ParityError` if a comparison failed, or if a required comparison was not made."""
     for report in reports:
         if not report.passed:
             culprits = [note for item in artifacts if item.target == report.target for note in item.notes]
@@ -199,23 +210,23 @@ def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_
 
 
 def write_parity(directory: Path, reports: list[ParityReport]) -> None:
-    """Write `parity.json`: the full reports."""
+    """Write the full reports to `parity.json`."""
     _write_results(directory, [report.to_json() for report in reports])
 
 
 def merge_parity(bundle: Bundle, reports: list[ParityReport]) -> None:
-    """Update `parity.json`; the reports of other targets and precisions are kept.
+    """Update `parity.json`; keep the reports of other targets and precisions.
 
     Raises:
-        BundleDamagedError: it holds something else than reports.
+        BundleDamagedError: the file does not contain reports.
     """
     new = {(report.target, report.precision): report.to_json() for report in reports}
     held = bundle.json(PARITY)
     old = [] if held is None else held.get("results") if isinstance(held, dict) else None
     if not isinstance(old, list) or not all(map(_is_report, old)):
         raise BundleDamagedError(
-            f"{bundle.path / PARITY} is no object with the list results, of reports with target, precision and status. "
-            "Was it edited by hand? Export the bundle again."
+            f"Invalid {bundle.path / PARITY}: expected an object with the list results, whose items have target, "
+            "precision and status. Export the bundle again."
         )
     kept = [item for item in old if (item["target"], item["precision"]) not in new]
     _write_results(bundle.path, [*kept, *new.values()])

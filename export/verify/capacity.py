@@ -1,4 +1,4 @@
-"""The capacity of a model and the limits of its artifacts: found before streams are recorded, held by every session."""
+"""The capacity of a model and the limits of its artifacts, which every session enforces."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ _CALLS = 16
 
 @dataclass(frozen=True)
 class Reach:
-    """How far a model counts.
+    """The capacity and the counters of a model, as found by experiment.
 
     Args:
-        capacity: tokens a lane takes from one reset to the next, None where there is no end.
-        counters: states that grow with the tokens, up to the capacity; None without any.
-        tokens: [T, B, K, ...], of the calls that it was found with.
-        bounded: states that grow at first and were seen to turn, as the place in a ring.
+        capacity: tokens that a lane takes between two resets; None if unlimited.
+        counters: states that grow with the tokens, up to the capacity; None if the model has none.
+        tokens: [T, B, K, ...], the inputs of the experiment.
+        bounded: states that grow at first and then wrap around, such as the position in a ring buffer.
     """
 
     capacity: int | None
@@ -39,28 +39,28 @@ class Reach:
     bounded: frozenset[str] = frozenset()
 
     def of(self, spec: StepSpec) -> StepSpec:
-        """The spec with the capacity and with the states that count tokens."""
+        """Return `spec` with the capacity, and with the growth per token of each counter."""
         grows = {} if self.counters is None else self.counters.per_token()
         states = tuple(replace(state, per_token=grows.get(state.name)) for state in spec.states)
         return replace(spec, states=states, capacity=self.capacity)
 
 
 def may_count(spec: StepSpec, bounded: Collection[str] = ()) -> bool:
-    """Whether an integer state may grow, other than those of our own streams and `bounded`, which end by themselves."""
-    whole = {state.name for state in spec.states if state.numpy_dtype.kind in "iu"}
-    return bool(whole - {OFFSET, FILLED, CHUNK, *bounded})
+    """Whether a model has integer states that may grow, other than nsm's own stream states and `bounded`."""
+    integers = {state.name for state in spec.states if state.numpy_dtype.kind in "iu"}
+    return bool(integers - {OFFSET, FILLED, CHUNK, *bounded})
 
 
 def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Reach:
-    """Find the counters of the reference, and the position at which each one ends.
+    """Find the counters of the reference, and the capacity that they imply.
 
     Args:
         source: the model.
-        spec: of the export, with the capacity where one was declared.
-        sequences: real ones, or made up.
+        spec: the spec of the export, with the declared capacity if any.
+        sequences: recorded or synthetic sequences.
 
     Raises:
-        ConfigError: the reference fails before the capacity that was declared.
+        ConfigError: the reference fails before the declared capacity.
         UnsupportedError: a call has more tokens than the model takes.
     """
     free = replace(spec, capacity=None)
@@ -74,13 +74,13 @@ def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Re
 
 
 def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Reach:
-    """The same over a session without a capacity."""
+    """Do as `find_reach`, on a session whose spec has no capacity."""
     counters, failed = observe(session, tokens, declared)
     if counters is None:
         if failed is not None and tokens.shape[2] > 1:
             raise UnsupportedError(
                 f"The model fails in a call of {tokens.shape[2]} tokens, or soon after it: {failed} If its table or "
-                "cache is shorter than that, ask for fewer tokens a call (--tokens-per-call 1)."
+                "cache is shorter, give fewer tokens per call (--tokens-per-call 1)."
             ) from failed
         return Reach(declared, None, tokens)
     capacity: int | None = counters.position
@@ -89,20 +89,20 @@ def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Re
         kept, capacity = reach(session, counters, tokens[0])
     if declared is not None and capacity is not None and capacity < declared:
         raise ConfigError(
-            f"The capacity is declared as {declared:,} tokens, and the model itself fails after {capacity:,}: its "
-            f"table or cache ends there. Declare {capacity} or less, or leave it out: it is found."
+            f"The declared capacity is {declared:,} tokens, but the model fails after {capacity:,}: its table or cache "
+            f"ends there. Declare {capacity} or less, or leave it out, and the export finds it."
         )
     bounded = frozenset(counters.growth) - frozenset(() if kept is None else kept.growth)
     return Reach(capacity if declared is None else declared, kept, tokens, bounded)
 
 
 def with_limit(bundle: Bundle, artifact: Artifact, reference: Session | None, found: Reach) -> Artifact:
-    """The artifact with the limit that its target has beside the model's capacity.
+    """Return the artifact with the limit that its target adds to the model's capacity.
 
     Args:
-        bundle: that holds it.
-        artifact: with its parity.
-        reference: to compare with, which is closed then; of the same lanes and tokens a call, without a capacity.
+        bundle: the bundle with the artifact.
+        artifact: the artifact, with its parity.
+        reference: session to compare with, of the same lanes and tokens per call, without a capacity. It is closed.
         found: counters of the model.
     """
     if found.counters is None:
@@ -116,12 +116,12 @@ def with_limit(bundle: Bundle, artifact: Artifact, reference: Session | None, fo
 
 
 def with_assumed_limit(artifact: Artifact, counters: Counters | None, capacity: int | None) -> Artifact:
-    """An artifact that cannot be compared here, with the limit up to which integers are exact on every target."""
+    """Return an artifact that cannot be compared here, limited to integers that are exact on every target."""
     return _limited(artifact, None if counters is None else assumed_limit(counters), capacity)
 
 
 def declared_counters(spec: StepSpec, initial: Mapping[str, Array]) -> Counters | None:
-    """The counters that a spec declares, at the beginning of a stream."""
+    """Return the counters that a spec declares, with their values at the beginning of a stream."""
     length = spec.entry("step").tokens
     growth = {
         state.name: np.full(state.shape, state.per_token * length, state.numpy_dtype)
@@ -134,12 +134,12 @@ def declared_counters(spec: StepSpec, initial: Mapping[str, Array]) -> Counters 
 def _limited(artifact: Artifact, limit: Limit | None, capacity: int | None) -> Artifact:
     if limit is None or (capacity is not None and limit.tokens >= capacity):
         return artifact
-    note = f"behind {limit.tokens:,} tokens of a stream {limit.cause}; a session asks for a reset before that"
+    note = f"after {limit.tokens:,} tokens of a stream {limit.cause}; a session requires a reset before that"
     return replace(artifact, limit=limit.tokens, notes=(*artifact.notes, note))
 
 
 def shuffled(sequences: Sequence[Array], spec: StepSpec) -> Array:
-    """Calls [T, B, K, ...] tokens of the sequences in a random order, so that ids that rise are no counter."""
+    """Return calls [T, B, K, ...] of randomly drawn tokens, so that rising ids do not look like a counter."""
     pool = np.concatenate(list(sequences))
     count = spec.entry("step").tokens
     drawn = np.random.default_rng(0).integers(0, len(pool), (_CALLS, spec.batch, count))

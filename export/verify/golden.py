@@ -1,4 +1,4 @@
-"""Record the golden trace: outputs and states of the reference over whole streams. Needs no torch."""
+"""Record the golden trace: outputs and states of the reference over whole streams. Does not need torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays, Origin, Trace
 
 MIN_SAMPLED, MAX_SAMPLED = 8, 16
-"""Steps that states are kept around: fewer say little of how an error ages, more take room that streams need."""
+"""Steps with recorded states: fewer do not show how an error grows, more take space that streams need."""
 MIN_TRACE_BYTES = 4_000_000
-"""Room of a small model's trace; that of a larger one may be as large as the model."""
+"""Size limit of a small model's trace; a larger model's trace may be as large as the model."""
 MIN_STATE_STREAMS = 2
-"""Streams whose states are kept even beyond the limit: one stream alone may be a special case."""
+"""Streams with recorded states, even beyond the size limit: one stream alone may be a special case."""
 MAX_EXTRA_BYTES = 64_000_000
-"""Most bytes of states beyond the limit, so that the trace fits in a repository (100 MB per file on GitHub)."""
+"""Most bytes of states beyond the size limit: the trace must fit in a repository (100 MB per file on GitHub)."""
 
 
 def record(
@@ -35,30 +35,33 @@ def record(
     progress: Progress | None = None,
     debug_outputs: bool = False,
 ) -> Trace:
-    """Run the model over sequences in fp32, and keep the outputs and states that parity needs.
+    """Run the model over sequences in fp32, and record the outputs and states that parity needs.
 
-    Every stream gets `steps` calls from the initial state without a reset; a sequence too short for that is
-    repeated. Full states are kept around 8 to 16 steps, log-spaced, the first and the last among them. Where outputs
-    and states would take more than max(4 MB, the model's size), outputs are kept for fewer tokens of a call, then
-    states around fewer steps, and for fewer streams.
+    Every stream gets `steps` calls from the initial state without a reset; a shorter sequence is repeated. Full states
+    are recorded around 8 to 16 steps, log-spaced, including the first and the last. The size limit is max(4 MB, the
+    model's size). Over the limit, the trace has outputs of fewer tokens per call, then states around fewer steps and
+    of fewer streams.
 
-    Some are kept whatever they take, since fewer would check too little: the inputs, the outputs for one token of
-    every call, and the states of 2 streams around 8 steps. Where the latter would be over 64 MB and over the room,
-    they are of one stream, and around as many steps as the larger of the two holds, at least 2. The masks that a model
-    changes at run time, and the values that decide it, are kept at every step of every stream.
+    A minimum is recorded regardless of size: the inputs, the outputs of one token per call, and the states of 2
+    streams around 8 steps. If these states are over 64 MB and over the limit, the trace has states of one stream only,
+    around as many steps as the larger of the two limits allows, at least 2. The masks that a model changes at run
+    time, and the values that decide them, are recorded at every step of every stream.
 
     Args:
         source: the model.
         sequences: one per stream, [T] ids or [T, *token] vectors.
-        steps: T of the trace, calls.
+        steps: calls per stream.
         tokens_per_call: K, a multiple of the chunk size (default: one chunk).
-        origin: "recorded" where the sequences are real, "synthetic" where they are made up.
-        progress: called after every step.
-        debug_outputs: whether to record these too; see `Source.spec`.
+        origin: "recorded" for real sequences, "synthetic" for random sequences.
+        progress: called with (done, total) after every step.
+        debug_outputs: record the debug outputs too; see `Source.spec`.
+
+    Returns:
+        The trace.
 
     Raises:
-        InputError: no sequences, or ones the model does not take.
-        NonFiniteError: the reference itself produces NaN or infinity.
+        InputError: no sequences, or sequences that the model does not accept.
+        NonFiniteError: the reference produces NaN or infinity.
     """
     if not len(sequences) or steps < 1:
         raise InputError(f"A trace needs at least one sequence and one step; given {len(sequences)} and {steps}.")
@@ -76,12 +79,12 @@ def record(
     advance = _counter(progress, sum(session is not None for session in sessions) * steps * len(_groups(tokens, spec)))
     try:
         rolled = _roll(sessions[0], batched, positions, sampled, kept, advance)
-        # The floor: the error of fp32 itself, against the same weights in fp64.
+        # The conditioning floor: the error of fp32 against the same weights in fp64.
         exact = _exact(sessions[1], batched, positions, advance)
     except NonFiniteError as error:
         raise NonFiniteError(
-            "The reference itself produces NaN or infinity on the golden sequences, so there is nothing to "
-            f"compare with. Check the weights and the sequences. {error}"
+            "The reference produces NaN or infinity on the golden sequences, so parity cannot be checked. Check the "
+            f"weights and the sequences. {error}"
         ) from error
     first = entry.outputs[0].name
     return Trace(
@@ -99,7 +102,7 @@ def record(
 
 
 def synthetic(source: Source, streams: int, length: int, seed: int = 0) -> list[Array]:
-    """Made-up sequences: uniform ids, or standard normal vectors."""
+    """Return random sequences: uniform ids [length], or standard normal vectors [length, *token]."""
     spec = source.token_spec
     generator = np.random.default_rng(seed)
     shape = (length, *spec.shape)
@@ -109,10 +112,10 @@ def synthetic(source: Source, streams: int, length: int, seed: int = 0) -> list[
 
 
 def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Array]:
-    """The sequences as the model takes them: [T] int64 or [T, *token] float32 each.
+    """Convert sequences to the model's input: [T] int64 or [T, *token] float32 each.
 
     Raises:
-        InputError: names the first one that the model does not take, and why.
+        InputError: the model does not accept a sequence; the message gives the index and the reason.
     """
     spec, checked = source.token_spec, []
     for index, sequence in enumerate(sequences):
@@ -125,7 +128,7 @@ def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Ar
             )
         array = array.astype(spec.dtype)
         if not np.isfinite(array).all():
-            raise InputError(f"Sequence {index} holds NaN or infinity. Take it out, or mend what wrote it.")
+            raise InputError(f"Sequence {index} contains NaN or infinity. Remove or correct it.")
         try:
             source.check_sequence(array)
         except InputError as error:
@@ -135,7 +138,7 @@ def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Ar
 
 
 def _exact(session: Session | None, tokens: Array, positions: Array, advance: Callable[[], None]) -> Arrays:
-    """The outputs in fp64; none where a foreign module does not compute in it."""
+    """Return the outputs in fp64; an empty dict if a foreign module does not run in fp64."""
     try:
         return _roll(session, tokens, positions, np.empty(0, np.int64), 0, advance).outputs
     except NonFiniteError:
@@ -145,8 +148,12 @@ def _exact(session: Session | None, tokens: Array, positions: Array, advance: Ca
 
 
 class _Rolled(NamedTuple):
-    """Results of a run: outputs [N, T, P, ...] of all steps, states [kept, n, ...] around the sampled ones, and the
-    decisions, [N, T + 1, ...], at the beginning and after every step.
+    """Results of a run over all streams.
+
+    Args:
+        outputs: [N, T, P, ...], of all steps.
+        before, after: states [kept, n, ...] before and after the sampled steps.
+        decisions: [N, T + 1, ...], masks and deciding values at the beginning and after every step.
     """
 
     outputs: Arrays
@@ -163,7 +170,7 @@ def _roll(
     kept: int,
     advance: Callable[[], None],
 ) -> _Rolled:
-    """Run all streams; nothing where there is no session, and no states or decisions where no step is sampled."""
+    """Run all streams. Without a session, return nothing; without sampled steps, no states and no decisions."""
     if session is None:
         return _Rolled({}, {}, {}, {})
     decided = decided_states(session.spec) if len(sampled) else ()
@@ -217,12 +224,12 @@ def _counter(progress: Progress | None, total: int) -> Callable[[], None]:
 
 
 def _stack(steps: list[Arrays], count: int | None = None) -> Arrays:
-    """[lanes, steps, ...] by name, of the first `count` lanes."""
+    """Stack steps to [lanes, steps, ...] by name; keep the first `count` lanes."""
     return {name: np.stack([step[name][:count] for step in steps], 1) for name in steps[0]} if steps else {}
 
 
 def _joined(parts: Sequence[Arrays], count: int | None = None) -> Arrays:
-    """The first `count` streams of all groups, by name."""
+    """Concatenate groups of streams by name; keep the first `count` streams."""
     return {name: np.concatenate([group[name] for group in parts])[:count] for name in parts[0]}
 
 
@@ -231,37 +238,37 @@ def _stretch(sequence: Array, length: int) -> Array:
 
 
 def _floor(outputs: Array, exact: Array) -> float:
-    """The largest error of a stream's step, fp32 against fp64."""
+    """Return the largest error over streams and steps, fp32 against fp64."""
     scale = 0.01 * rms_norm(exact)
     pairs = zip(outputs.reshape(-1, *outputs.shape[2:]), exact.reshape(-1, *exact.shape[2:]), strict=True)
     return max(relative_error(given, wanted, scale) for given, wanted in pairs)
 
 
 def kept_of(spec: StepSpec, streams: int, steps: int, width: int, limit: int) -> tuple[Array, int, Array]:
-    """The parts of a trace to keep: positions of outputs, number of streams with states, and steps of states.
+    """Choose the parts of a trace to record within a size limit.
 
     Outputs take at most half the limit, and leave enough for the states of `MIN_STATE_STREAMS` streams, or of one
-    stream if these do not fit. States take the rest, at least half, and more if those streams need it.
+    stream if these do not fit. States take the rest: at least half, and more if those streams need it.
 
     Args:
-        spec: of the model.
-        streams: N, how many are recorded.
-        steps: T, calls of each.
-        width: numbers that the outputs have for a token.
-        limit: the room, in bytes.
+        spec: the spec of the model.
+        streams: N, number of streams.
+        steps: T, calls per stream.
+        width: number of output values per token.
+        limit: size limit in bytes.
 
     Returns:
-        [P] positions in a call, M <= N, and [n] steps.
+        Positions of outputs in a call [P], number of streams with states M <= N, and steps with states [n].
     """
     count = spec.entry("step").inputs[0].shape[1]
     per_position = streams * steps * width * 4
     per_sample = 2 * spec.state_nbytes // spec.batch
     fewest, most = min(MIN_SAMPLED, steps), min(MAX_SAMPLED, steps)
     wanted = min(MIN_STATE_STREAMS, streams) * fewest * per_sample
-    left = wanted if wanted < limit else fewest * per_sample
-    positions = int(np.clip(min(limit // 2, limit - left) // per_position, 1, count))
+    reserved = wanted if wanted < limit else fewest * per_sample
+    positions = int(np.clip(min(limit // 2, limit - reserved) // per_position, 1, count))
     room = max(limit - positions * per_position, limit // 2, min(wanted, MAX_EXTRA_BYTES))
-    # First as many streams as can have the fewest steps, then as many steps as these streams can have.
+    # Maximize the number of streams with the fewest steps first, then the steps of these streams.
     kept_streams = int(np.clip(room // (fewest * per_sample), 1, streams))
     samples = int(np.clip(room // (kept_streams * per_sample), min(2, steps), most))
     chosen = np.linspace(count - 1, 0, positions).round().astype(np.int64)
@@ -269,12 +276,12 @@ def kept_of(spec: StepSpec, streams: int, steps: int, width: int, limit: int) ->
 
 
 def log_spaced(steps: int, count: int) -> Array:
-    """[count] of the steps 0 .. `steps` - 1, the first and the last among them, and closer together at the beginning.
+    """Return [count] log-spaced steps of 0 .. `steps` - 1, including the first and the last.
 
     Args:
-        steps: how many there are.
-        count: how many of them, at most `steps`.
+        steps: number of steps.
+        count: number of steps to choose, at most `steps`.
     """
     spaced = np.geomspace(1, steps, count).round().astype(np.int64)
-    # Rounded, the first ones fall together: there every step is taken until the spacing is wider than one.
+    # Rounding makes the first steps equal. Take every step there, until the spacing exceeds one.
     return np.maximum(spaced, np.arange(1, count + 1)) - 1

@@ -1,4 +1,4 @@
-"""Builds and first opens an artifact in a child process, which a crash in a compiler ends alone."""
+"""Build and open an artifact in a child process, so that a crash of a compiler ends only the child."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ class Trial:
     """The request to the child process.
 
     Args:
-        target: its row of the table, since the child may not know a row that was added at run time.
-        spec: of the model, as the target serves it.
+        target: the target's row of the table; the child does not know rows that were added at run time.
+        spec: the spec of the model, with the entries that the target supports.
         directory, folder, low, device: see `nsm.export.builders.base.Request`.
-        precision: of the artifact.
-        threads: numbers of threads of the backend that the artifact is opened with, one after the other.
-        files: of an artifact that is built already, relative to `directory`; () builds it first.
-        options: compile options that it is opened with.
+        precision: precision of the artifact.
+        threads: thread counts; the child opens the artifact with each of them.
+        files: files of an existing artifact, relative to `directory`; () builds the artifact first.
+        options: compile options for opening the artifact.
     """
 
     target: Target
@@ -57,8 +57,8 @@ class Reply:
 
     Args:
         files, device, notes: see `nsm.export.builders.base.Built`.
-        failure: the error of the backend when it opened the artifact and ran every entry once, or "". The caller opens
-            it again to raise the error in its own words.
+        failure: the backend's error when it opened the artifact and ran every entry once, or "". The caller opens the
+            artifact again to raise the original error.
     """
 
     files: tuple[str, ...]
@@ -69,7 +69,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Tried:
-    """A reply, and the compile options without which the backend crashed; `crash` says how it did, or is ""."""
+    """A reply, the compile options that avoided a crash, and a description of the crash, or ""."""
 
     reply: Reply
     options: Mapping[str, str]
@@ -77,7 +77,7 @@ class Tried:
 
 
 class _CrashError(Exception):
-    """The child died; `reply` is its result so far, or None."""
+    """The child process crashed; `reply` is its result so far, or None."""
 
     def __init__(self, message: str, reply: Reply | None) -> None:
         super().__init__(message)
@@ -85,14 +85,14 @@ class _CrashError(Exception):
 
 
 def try_target(trial: Trial) -> Tried:
-    """The reply of a child process that builds an artifact and opens it.
+    """Build an artifact and open it in a child process; return its reply.
 
-    Where the child crashes while it opens the artifact, it is tried again with each set of compile options that the
-    target's row lists as a remedy.
+    If the child crashes while opening the artifact, it tries again with each set of compile options that the target's
+    row lists as a remedy.
 
     Raises:
-        BuildError: the child crashed with each of them; names the target, the signal and the activity.
-        NsmError: the error of the builder.
+        BuildError: the child crashed with every set of options; the message names the target, the signal and the stage.
+        NsmError: the builder's error.
     """
     first: _CrashError | None = None
     failures: list[str] = []
@@ -101,7 +101,7 @@ def try_target(trial: Trial) -> Tried:
             reply = _reply(replace(trial, options=options))
         except _CrashError as crash:
             first = first or crash
-            if crash.reply is None:  # no compile option changes how the files are made
+            if crash.reply is None:  # crashed while building, which compile options do not affect
                 break
             trial = replace(trial, files=crash.reply.files)
             if options:
@@ -118,7 +118,7 @@ def try_target(trial: Trial) -> Tried:
             (
                 f"The target {trial.target.name} crashed: {first}.",
                 *failures,
-                f"This is a fault of the package {trial.target.installed()}. Build another target, try another version "
+                f"This is a bug of the package {trial.target.installed()}. Build another target, try another version "
                 "of the package, or change the model.",
             )
         )
@@ -126,19 +126,19 @@ def try_target(trial: Trial) -> Tried:
 
 
 def try_opening(trial: Trial) -> None:
-    """Raise `BuildError` where a child process crashes that opens an artifact."""
+    """Raise `BuildError` if a child process crashes while opening an artifact."""
     try:
         _reply(trial)
     except _CrashError as crash:
         raise BuildError(
-            f"The target {trial.target.name} crashed: {crash}. The artifact was opened where it was built, so the "
-            f"package {trial.target.installed()} or the processor is another one here. Build it again on this machine: "
+            f"The target {trial.target.name} crashed: {crash}. The artifact opened on the machine that built it, so "
+            f"the package {trial.target.installed()} or the processor differs here. Build it again on this machine: "
             f"nsm build BUNDLE --target {trial.target.name}"
         ) from crash
 
 
 def shown_options(options: Mapping[str, str]) -> str:
-    """Compile options for a message."""
+    """Format compile options for a message."""
     return ", ".join(f"{name}={value}" for name, value in options.items())
 
 
@@ -151,8 +151,8 @@ def _reply(trial: Trial) -> Reply:
     """Run the child once.
 
     Raises:
-        _CrashError: it died.
-        NsmError: the error of the builder.
+        _CrashError: the child crashed.
+        NsmError: the builder's error.
     """
     with tempfile.TemporaryDirectory(prefix="nsm-build-") as name:
         place = Path(name)
@@ -166,13 +166,16 @@ def _reply(trial: Trial) -> Reply:
             return reply
         doing = (place / STAGE).read_text("utf-8") if (place / STAGE).is_file() else "starting"
         last = (place / _LOG).read_text("utf-8", errors="replace").strip().splitlines()[-1:]
-        said = f" (it last wrote: {last[0][:300]})" if last else ""
+        said = f" (its last output: {last[0][:300]})" if last else ""
         raise _CrashError(f"{_ended(code)} while {doing}{said}", reply)
 
 
 def _run(place: Path) -> int:
-    """The exit status of the child, negative for a signal. It ends with this process: its standard input ends then."""
-    # -P: modules in the current folder are not imported by accident.
+    """Run the child and return its exit status, negative for a signal.
+
+    The child exits when its standard input closes, so it does not outlive this process.
+    """
+    # -P: do not import modules from the current folder.
     command = [sys.executable, "-P", "-m", "nsm.export.verify.trial", str(place)]
     folders = [*filter(None, sys.path), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
@@ -194,7 +197,7 @@ def _ended(code: int) -> str:
 
 
 def raised(data: Mapping[str, Any]) -> NsmError:
-    """The error that the builder raised, of the same class."""
+    """Recreate the error of the builder, with its class."""
     kind = getattr(errors, data["error"], BuildError)
     error: NsmError = kind(data["message"])
     if isinstance(error, BuildError):

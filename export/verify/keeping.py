@@ -1,4 +1,4 @@
-"""Several targets in one export: those that passed are kept, and the manifest says which failed and why."""
+"""Several targets in one export: keep the targets that passed; the manifest lists the others with the reason."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ class Outcome:
     """The outcome of one target.
 
     Args:
-        target: its name.
-        artifact: None where it was not built.
-        report: None where it was not compared.
-        error: why it is not kept; None where it is.
+        target: name of the target.
+        artifact: the artifact; None if it was not built.
+        report: the parity report; None if it was not compared.
+        error: why the target is not kept; None if it is kept.
     """
 
     target: str
@@ -33,7 +33,7 @@ class Outcome:
     error: NsmError | None = None
 
     def judged(self, require_parity: bool) -> Outcome:
-        """With the error of a comparison that failed, or was not made although it was required."""
+        """Return the outcome with the error of a failed or missing required comparison."""
         if self.artifact is None:
             return self
         try:
@@ -44,22 +44,22 @@ class Outcome:
 
 
 def settle(stage: Path, output: Path, manifest: Manifest, outcomes: Sequence[Outcome], strict: bool) -> NsmError | None:
-    """Write the manifest and the reports of the targets that are kept.
+    """Write the manifest and the reports of the kept targets.
 
-    Where others failed the comparison, everything is kept beside the bundle as `{output}.failed` as well.
+    If other targets failed the comparison, all files are also kept as `{output}.failed`, beside the bundle.
 
     Args:
-        stage: where the bundle is being written.
-        output: its final place.
-        manifest: without artifacts.
-        outcomes: of all targets; where none is kept, all of them are written, for the caller to put aside.
-        strict: whether one that failed leaves none.
+        stage: folder in which the bundle is written.
+        output: final path of the bundle.
+        manifest: the manifest without artifacts.
+        outcomes: outcomes of all targets. If no target is kept, all are written, and the caller moves them aside.
+        strict: keep no target if one failed.
 
     Returns:
-        The error to end with: that of the first target that failed, None where none did.
+        The error of the first failed target, or None.
 
     Raises:
-        NsmError: none is kept; of several errors the first that has evidence, else the first.
+        NsmError: no target is kept. The first `ParityError` is raised, which has evidence; otherwise the first error.
     """
     good = [item for item in outcomes if item.error is None]
     bad = [item for item in outcomes if item.error is not None]
@@ -76,14 +76,14 @@ def settle(stage: Path, output: Path, manifest: Manifest, outcomes: Sequence[Out
         with staged(aside, force=True) as evidence:
             shutil.copytree(stage, evidence, copy_function=_link, dirs_exist_ok=True)
             _write(evidence, manifest, outcomes)
-        kept_as = f" What failed the comparison is kept as {aside}."
+        kept_as = f" The targets that failed the comparison are kept in {aside}."
     _remove_unused(stage, [item.artifact for item in good if item.artifact is not None])
     failed = tuple(FailedTarget(item.target, str(item.error), _code(item)) for item in bad)
     _write(stage, replace(manifest, failed=failed), good)
     others = "".join(f" {item.target} failed too: {item.error}" for item in bad[1:])
     error.args = (
         f"{bad[0].target}: {error}{others}{kept_as} {output} was written with the targets that passed: "
-        f"{', '.join(item.target for item in good)}. With --strict nothing would have been.",
+        f"{', '.join(item.target for item in good)}. --strict writes all targets or none.",
     )
     return error
 
@@ -106,7 +106,7 @@ def _write(directory: Path, manifest: Manifest, outcomes: Sequence[Outcome]) -> 
 
 
 def _remove_unused(stage: Path, artifacts: Sequence[Artifact]) -> None:
-    """Remove the files of targets that are not kept; the portable graphs stay."""
+    """Remove the files of failed targets; the portable graphs stay."""
     used = {record.path for artifact in artifacts for record in artifact.files}
     for folder, _, names in os.walk(stage, topdown=False):
         inside = PurePosixPath(Path(folder).relative_to(stage))

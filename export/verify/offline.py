@@ -1,4 +1,4 @@
-"""`--offline FILE`: compare a foreign step with a program of the same model over whole sequences."""
+"""`--offline FILE`: compare a foreign step with the same model over whole sequences."""
 
 from __future__ import annotations
 
@@ -15,26 +15,31 @@ from nsm.manifest import Experiment
 from nsm.trace import Array
 
 MOST = 1024
-"""Tokens of a sequence that are compared at most, where the program takes any number."""
+"""Most tokens of a sequence that are compared, if the program takes any number."""
 
 Whole = Callable[[Array], Array]
-"""A sequence [1, T, *token] -> the main output [1, T, ...]."""
+"""Function from a sequence [1, T, *token] to the main output [1, T, ...]."""
 
 
 def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> tuple[Experiment, ...]:
-    """The experiments of a foreign model, with that of its program over whole sequences.
+    """Compare a foreign step with its program over whole sequences; return its experiments with the result.
 
     Args:
         source: the step.
-        path: a .pt2 or .onnx with one input, a sequence [1, T, *token]; its first output is the main one, [1, T, ...].
-        sequences: [T, *token] each; as many tokens of them as the program takes are compared.
+        path: a .pt2 or .onnx with one input, a sequence [1, T, *token], and the main output [1, T, ...] first.
+        sequences: [T, *token] each; as many tokens as the program takes are compared.
+
+    Returns:
+        The experiments of `source`, with the experiment "offline" passed.
 
     Raises:
-        InputError: no such file, or a model of ours, or a program that does not take the sequences.
-        UnsupportedError: the step gives something else than the program.
+        InputError: the file does not exist, `source` is an nsm model, or the program does not accept the sequences.
+        UnsupportedError: the outputs of the step and the program differ.
     """
     if source.examination is None:
-        raise InputError(f"--offline belongs to a foreign .pt2 or .onnx; {source.kind} is a model of ours.")
+        raise InputError(
+            f"--offline applies to foreign .pt2 and .onnx files only; {source.kind} is an nsm model. Leave it out."
+        )
     run, length = _open(path)
     spec = source.spec(source.lanes or 1, 1 if source.chunk_size > 1 else None)
     name = spec.entry("step").outputs[0].name
@@ -42,8 +47,8 @@ def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> 
         tokens = sequence[: length or MOST]
         if length is not None and len(tokens) < length:
             raise InputError(
-                f"{path} takes sequences of {length} tokens; given one of {len(tokens)}. Give longer ones with "
-                "--data, or export it with a dynamic axis 1."
+                f"{path} takes sequences of {length} tokens; given {len(tokens)}. Give longer sequences with --data, "
+                "or export the file with a dynamic axis 1."
             )
         session = source.reference(spec)
         assert session is not None  # only a reference in fp64 may be missing
@@ -53,13 +58,13 @@ def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> 
             wanted = run(tokens[None])
         except NsmError:
             raise
-        except Exception as error:  # whatever a framework raises
+        except Exception as error:  # frameworks raise errors of any class
             raise InputError(
                 f"{path} does not take a sequence {tokens.dtype}{[1, *tokens.shape]}: {type(error).__name__}: {error}. "
-                "Expected one input, [1, T, *token], in the dtype of the step's."
+                "Expected one input, [1, T, *token], of the step's dtype."
             ) from error
         check_offline(source.kind, name, given, wanted)
-    shown = f"the same as {path.name} over {len(sequences)} whole sequences"
+    shown = f"equal to {path.name} over {len(sequences)} whole sequences"
     return tuple(
         replace(item, status="passed", detail=shown) if item.name == "offline" else item
         for item in source.examination.experiments
@@ -67,7 +72,7 @@ def compared_offline(source: Source, path: Path, sequences: Sequence[Array]) -> 
 
 
 def _open(path: Path) -> tuple[Whole, int | None]:
-    """A function that runs a program, and the number of tokens that it takes; None for any number."""
+    """Return a function that runs the program, and the number of tokens it takes; None for any number."""
     if path.suffix.lower() == ".onnx":
         from nsm.export.sources.onnx import whole_graph
 

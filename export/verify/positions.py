@@ -1,4 +1,4 @@
-"""Writes at a position: scatters whose indices come from a state that grows, which some backends do not check."""
+"""Find scatters whose indices come from a growing state; some backends do not check such indices."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nsm.spec import StepSpec
 
 _SCATTERS = ("ScatterND", "ScatterElements", "Scatter", "TensorScatter")
 
-# Through these an index remains the number that it was, or moves with it.
+# Operators that pass an index on, or shift it.
 _KEEP = (
     "Add",
     "Cast",
@@ -33,44 +33,47 @@ _KEEP = (
     "Transpose",
     "Unsqueeze",
 )
-# Behind one of these a number has an end.
+# Operators whose results are bounded.
 _BOUND = ("ArgMax", "ArgMin", "BitwiseAnd", "Clip", "Min", "Mod")
 
 
 class Write(NamedTuple):
-    """A scatter whose place comes from a state: its node, and the state's name."""
+    """A scatter whose indices come from a state: names of the node and of the state."""
 
     node: str
     state: str
 
 
 def check_positions(graph: Path, spec: StepSpec, bounded: Collection[str]) -> None:
-    """Raise `UnsupportedError` for a write at a position that nobody knows the end of.
+    """Raise `UnsupportedError` for a write at a position without a known bound.
 
     Args:
-        graph: of `step`.
-        spec: of the model, without a capacity.
-        bounded: states that grow at first and were seen to turn, as the place in a ring.
+        graph: path of the graph of `step`.
+        spec: the spec of the model, without a capacity.
+        bounded: states that grow at first and then wrap around, such as the position in a ring buffer.
+
+    Raises:
+        UnsupportedError: a scatter writes at the position of an unbounded state.
     """
     writes = position_writes(onnx.load(str(graph), load_external_data=False), spec)
     write = next((write for write in writes if write.state not in bounded), None)
     if write is not None:
         raise UnsupportedError(
-            f"The node {write.node} writes into a state at the position that the state {write.state} holds, and where "
-            "that ends was not found: a backend that does not check it writes outside its memory. Say how many tokens "
-            "a stream may have: capacity=N of as_step, or --capacity N."
+            f"The node {write.node} writes into a state at the position in the state {write.state}, which grows "
+            "without a known limit: a backend that does not check the position writes outside its memory. Give the "
+            "most tokens of a stream: capacity=N of as_step, or --capacity N."
         )
 
 
 def position_writes(model: onnx.ModelProto, spec: StepSpec) -> Iterator[Write]:
-    """Scatters whose indices come from an integer state, with nothing between that bounds them."""
+    """Yield scatters whose indices come from an integer state without an operator that bounds them."""
     nodes = list(model.graph.node)
     made_by = {name: node for node in nodes for name in node.output}
     for state in spec.states:
         if state.numpy_dtype.kind not in "iu" or _bounded(state.present, made_by):
             continue
         reached = {state.past}
-        for node in nodes:  # in an order in which values come before their uses
+        for node in nodes:  # ONNX nodes are in topological order
             if node.op_type in _SCATTERS and len(node.input) > 1 and node.input[1] in reached:
                 yield Write(node_name(node), state.name)
             if node.op_type in _KEEP and reached.intersection(node.input):
@@ -78,7 +81,7 @@ def position_writes(model: onnx.ModelProto, spec: StepSpec) -> Iterator[Write]:
 
 
 def _bounded(present: str, made_by: dict[str, onnx.NodeProto]) -> bool:
-    """Whether the next value of a state passes an operation that bounds it."""
+    """Whether an operator bounds the next value of a state."""
     waiting, seen = [present], set[str]()
     while waiting:
         node = made_by.get(waiting.pop())

@@ -1,6 +1,4 @@
-"""The child process that builds and first opens an artifact: python -m nsm.export.verify.trial FOLDER. See
-`isolation`.
-"""
+"""The child process of `isolation`: python -m nsm.export.verify.trial FOLDER builds and opens an artifact."""
 
 from __future__ import annotations
 
@@ -27,7 +25,7 @@ from nsm.trace import Array, load_arrays
 
 
 def main(folder: str) -> None:
-    """Execute FOLDER/request.json, and write FOLDER/reply.json."""
+    """Read FOLDER/request.json, build and open the artifact, and write FOLDER/reply.json."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     place = Path(folder)
     trial = decode(Trial, json.loads(json_bytes(place / REQUEST)), REQUEST)
@@ -38,7 +36,7 @@ def main(folder: str) -> None:
     try:
         stage("building it")
         built = Built(trial.files, trial.device or "") if trial.files else build(trial)
-    except Exception as error:  # a builder's own fault, too, is told to the parent
+    except Exception as error:  # report any error of the builder, a bug included, to the parent
         write_json(place / REPLY, told(trial, error))
         return
     reply = Reply(built.files, built.device, built.notes)
@@ -46,13 +44,13 @@ def main(folder: str) -> None:
     try:
         for threads in trial.threads:
             _open(trial, built, threads, stage)
-    except Exception as error:  # the parent opens it again, and raises it
+    except Exception as error:  # the parent opens the artifact again and raises the error
         reply = replace(reply, failure=f"{type(error).__name__}: {error}")
     write_json(place / REPLY, asdict(reply))
 
 
 def told(trial: Trial, error: Exception) -> dict[str, str | None]:
-    """An error of the builder, for the parent to raise."""
+    """Return an error of the builder as JSON, for the parent to raise."""
     if isinstance(error, NsmError):
         log = error.log if isinstance(error, BuildError) else None
         name, log_name = type(error).__name__, None if log is None else str(log)
@@ -62,8 +60,8 @@ def told(trial: Trial, error: Exception) -> dict[str, str | None]:
 
 
 def _end_with_parent() -> None:
-    """End this process when its standard input does, which the parent holds open as long as it lives."""
-    os.read(0, 1)  # sys.stdin has a lock that the end of the interpreter trips over
+    """Exit when standard input closes, which happens when the parent exits."""
+    os.read(0, 1)  # not sys.stdin: its lock breaks the interpreter's shutdown
     os._exit(1)
 
 
@@ -93,7 +91,7 @@ def _open(trial: Trial, built: Built, threads: int | None, stage: Callable[[str]
 
 
 def _lowest(item: TensorSpec) -> Array:
-    """An input that the model takes: the lowest id, or zeros."""
+    """Return a valid input: the lowest id, or zeros."""
     return np.full(item.shape, item.minimum or 0, item.numpy_dtype)
 
 

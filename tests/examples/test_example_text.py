@@ -26,7 +26,7 @@ TINY: dict[str, tuple[type[StepModel], dict[str, Any]]] = {
     "lstm": (RecurrentLM, {"d_model": 8, "num_layers": 1}),
 }
 MODELS = ("nsm", "nsm-2", "transformer", "lstm", "gru", "rwkv", "mamba")
-SHOWN = re.compile(r"(\w+): ([\d,]+) parameters, held out (\d+\.\d{4}) nats a byte, \d+ s")
+SHOWN = re.compile(r"(\w+): ([\d,]+) parameters, held out (\d+\.\d{4}) nats per byte, \d+ s")
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_text_that_is_too_short_is_refused_before_any_work(train_text: ModuleT
     (tmp_path / "short.txt").write_text("a" * 5000)
     result = trained(train_text, tmp_path / "short.txt")
     assert result.exit_code == 2
-    assert "A tenth of the text is held out, 500 bytes here: give a longer one." in result.stderr
+    assert "The held-out tenth of the text has 500 bytes" in " ".join(result.stderr.split())
 
 
 def test_the_script_runs_by_itself(data: Path, tmp_path: Path) -> None:

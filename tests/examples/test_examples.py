@@ -114,7 +114,7 @@ def test_openvinos_own_cache_gives_the_same_answers(tmp_path: Path) -> None:
 
 def test_one_thread_is_compared_with_two(exported: Path, tmp_path: Path) -> None:
     shown = _run(tmp_path, str(EXAMPLES / "threads.py"), str(exported), "--steps", "50", "--target", "onnxruntime")
-    assert re.search(r"[\d.]+ MFLOP and [\d.]+ MB a call", shown)
+    assert re.search(r"[\d.]+ MFLOP and [\d.]+ MB per call", shown)
     assert re.search(r"onnxruntime +\d+ +\d+ +[\d.]+x \([\d.]+-[\d.]+\) +[\d.]+x", shown)
 
 

@@ -208,7 +208,7 @@ def no_work(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("changes", [{"batch": 0}, {"num_samples": 0}, {"golden_steps": 0}, {"batch": -2}])
 def test_counts_below_one_are_refused(checkpoint: Path, tmp_path: Path, changes: dict[str, Any], no_work: None) -> None:
-    with pytest.raises(InputError, match="--batch, --num-samples and --golden-steps are at least 1"):
+    with pytest.raises(InputError, match="--batch, --num-samples and --golden-steps must be at least 1"):
         export(checkpoint, short(tmp_path / "m.nsm", **changes))
     assert names(tmp_path) == []
 
@@ -218,12 +218,12 @@ def test_counts_below_one_are_refused(checkpoint: Path, tmp_path: Path, changes:
     [
         ({"targets": ()}, InputError, "No target was given"),
         ({"targets": ("onnx", "coreml")}, InputError, r"no target 'coreml'. Targets: onnx, onnxruntime \(ort\)"),
-        ({"precision": "fp8"}, InputError, "no precision 'fp8'"),
+        ({"precision": "fp8"}, InputError, "Unknown precision 'fp8'"),
         ({"targets": ("onnx",), "precision": "int8"}, UnsupportedError, r"not built in int8\. It is built in: fp32\."),
         ({"precision": "fp16"}, UnsupportedError, "It is built in: fp32, int8, int8-weights"),
-        ({"max_fp32_share": 1.1}, InputError, r"--max-fp32-share lies in 0 \.\. 1; given 1\.1"),
-        ({"max_fp32_share": float("nan")}, InputError, r"--max-fp32-share lies in 0 \.\. 1; given nan"),
-        ({"device": "sm1"}, InputError, "has a device 'sm1'"),
+        ({"max_fp32_share": 1.1}, InputError, r"--max-fp32-share must be in 0 \.\. 1; given 1\.1"),
+        ({"max_fp32_share": float("nan")}, InputError, r"--max-fp32-share must be in 0 \.\. 1; given nan"),
+        ({"device": "sm1"}, InputError, "has the device 'sm1'"),
         ({"tokens_per_call": 12}, InputError, "multiple of the model's chunk of 8 tokens; given 12. Take 16"),
         ({"tokens_per_call": 3}, InputError, "given 3. Take 8"),
         ({"data": Path("absent.npy")}, InputError, r"absent\.npy cannot be read as sequences"),
@@ -360,9 +360,9 @@ def test_the_targets_that_passed_are_kept_beside_one_that_is_wrong(
     assert json.loads((failed.path / PARITY).read_text())["passed"] is False
     message = str(caught.value)
     assert message.startswith("openvino: Parity failed on openvino fp32")
-    assert f"kept as {tmp_path / 'm.nsm.failed'}" in message
+    assert f"kept in {tmp_path / 'm.nsm.failed'}" in message
     assert message.endswith(
-        f"{path} was written with the targets that passed: onnxruntime, onnx. With --strict nothing would have been."
+        f"{path} was written with the targets that passed: onnxruntime, onnx. --strict writes all targets or none."
     )
 
 

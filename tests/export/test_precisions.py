@@ -130,7 +130,7 @@ def test_they_are_measured_side_by_side(several: Path) -> None:
 def test_one_that_is_there_is_replaced_with_force_alone(several: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(several, tmp_path / "model.nsm"))
     before = (path / "manifest.json").read_bytes()
-    message = "holds an artifact for openvino in fp32 already. Give --force to replace it."
+    message = "already has an artifact for openvino in fp32. Give --force to replace it."
     refused(invoke("build", path, *OPTIONS), 2, message)
     with pytest.raises(OutputExistsError, match="Give --force"):
         add_target(path, "ov")

@@ -1,1 +1,1 @@
-"""The client in JavaScript and the page, as data: `nsm.export.builders.web` puts them into a bundle."""
+"""The JavaScript client and its page, as data files that `nsm.export.builders.web` copies to a bundle."""

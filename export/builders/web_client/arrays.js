@@ -7,8 +7,8 @@ import { BundleError } from "./errors.js";
 /** @typedef {Record<string, NdArray>} Arrays */
 
 /**
- * The dtypes that states and inputs may have: numpy's name, what .npy files call it, and the array that holds it.
- * A bool is a byte that is 0 or 1. ONNX Runtime knows all of them under numpy's name.
+ * The dtypes of states and inputs: numpy's name, the name in .npy files, and the JavaScript array class.
+ * A bool is a byte 0 or 1. ONNX Runtime uses numpy's names.
  */
 const TABLE = [
   { dtype: "float32", descr: "<f4", type: Float32Array },
@@ -60,12 +60,12 @@ export function copyOf(array) {
   return { data: array.data.slice(), shape: [...array.shape], dtype: array.dtype };
 }
 
-/** An empty object for keys that come from files: `__proto__` is a key like any other. @returns {any} */
+/** An empty object for keys from files; without a prototype, `__proto__` is an ordinary key. @returns {any} */
 export function record() {
   return Object.create(null);
 }
 
-/** Whether every number is finite. Sums of zeros are zero, of anything else NaN. @param {NdArray} array */
+/** Whether every number is finite: finite * 0 is 0, NaN and infinity * 0 are NaN. @param {NdArray} array */
 export function isFinite_(array) {
   if (!isFloat(array.dtype)) return true;
   let sum = 0;

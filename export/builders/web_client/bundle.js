@@ -11,9 +11,9 @@ export const FORMAT_VERSION = 1;
 export function fromUrl(base) {
   const root = String(base).endsWith("/") ? String(base) : `${base}/`;
   return async (path) => {
-    const answer = await fetch(root + path, { cache: "no-cache" });
-    if (!answer.ok) throw new BundleError(`${root + path} cannot be read: the server answered ${answer.status}.`);
-    return new Uint8Array(await answer.arrayBuffer());
+    const response = await fetch(root + path, { cache: "no-cache" });
+    if (!response.ok) throw new BundleError(`${root + path} cannot be read: the server answered ${response.status}.`);
+    return new Uint8Array(await response.arrayBuffer());
   };
 }
 
@@ -119,7 +119,7 @@ export class Bundle {
   }
 }
 
-/** In hexadecimal. @param {Uint8Array} bytes */
+/** SHA-256 in hexadecimal. @param {Uint8Array} bytes */
 export async function sha256(bytes) {
   const digest = await crypto.subtle.digest("SHA-256", /** @type {BufferSource} */ (bytes));
   return [...new Uint8Array(digest)].map((byte) => byte.toString(16).padStart(2, "0")).join("");

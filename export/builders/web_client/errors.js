@@ -1,7 +1,6 @@
-// The errors that nsm.js raises on purpose; the names are those of Python's. A message says what was given, what was
-// expected, and what to do.
+// The errors of nsm.js, with the names of the Python classes. A message gives the value, the expectation and the remedy.
 
-/** Root of the tree; never raised itself. */
+/** Base class; never raised itself. */
 export class NsmError extends Error {
   /** @param {string} message @param {ErrorOptions} [options] */
   constructor(message, options) {
@@ -10,7 +9,7 @@ export class NsmError extends Error {
   }
 }
 
-/** An argument or an input is not what the call accepts. */
+/** Invalid argument or input. */
 export class InputError extends NsmError {}
 
 /** The snapshot is damaged, or belongs to another model. */
@@ -28,5 +27,5 @@ export class NonFiniteError extends RunError {}
 /** The bundle is damaged, or requests something forbidden. */
 export class BundleError extends NsmError {}
 
-/** The bundle was written in another format version. */
+/** The bundle has another format version. */
 export class BundleVersionError extends BundleError {}

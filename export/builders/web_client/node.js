@@ -1,6 +1,6 @@
 // Runs a bundle's graphs in Node, for Python: frames on stdin are calls, frames on stdout are the results.
 //
-//     node node.js BUNDLE        a frame: length of a JSON text in 4 bytes, the text, then the arrays that it lists, as bytes
+//     node node.js BUNDLE        a frame: length of a JSON text in 4 bytes, the text, then the bytes of the arrays it lists
 //
 // nsm.runtimes.backends.web starts it, so that nsm checks and measures the code that a browser runs.
 
@@ -14,7 +14,7 @@ import { Runtime } from "./runtime.js";
 
 /** @typedef {import("./arrays.js").Arrays} Arrays */
 
-/** Reads files of a folder. @param {string} folder @returns {import("./bundle.js").Reader} */
+/** Return a reader of files in a folder. @param {string} folder @returns {import("./bundle.js").Reader} */
 export function fromFolder(folder) {
   return async (path) => new Uint8Array(await readFile(joinPath(folder, path)));
 }
@@ -72,20 +72,20 @@ async function* frames(stream) {
 /** @param {string} folder */
 async function serve(folder) {
   const runtime = new Runtime(await loadOrt(), await Bundle.open(fromFolder(folder)));
-  const answers = {
+  const operations = {
     load: (/** @type {any} */ _, /** @type {Arrays} */ arrays) => (runtime.loadState(arrays), record()),
     read: () => runtime.readState(),
     call: (/** @type {any} */ head, /** @type {Arrays} */ arrays) => runtime.call(head.entry, arrays),
   };
   for await (const [head, arrays] of frames(process.stdin)) {
-    let answer;
+    let reply;
     try {
-      const found = await answers[/** @type {keyof typeof answers} */ (head.op)](head, arrays);
-      answer = frame({ ok: true, finite: runtime.finite(head.op === "call" ? found : record()) }, found);
+      const found = await operations[/** @type {keyof typeof operations} */ (head.op)](head, arrays);
+      reply = frame({ ok: true, finite: runtime.finite(head.op === "call" ? found : record()) }, found);
     } catch (error) {
-      answer = frame({ ok: false, error: String(error instanceof Error ? error.message : error) }, record());
+      reply = frame({ ok: false, error: String(error instanceof Error ? error.message : error) }, record());
     }
-    if (!process.stdout.write(answer)) await new Promise((resolve) => process.stdout.once("drain", resolve));
+    if (!process.stdout.write(reply)) await new Promise((resolve) => process.stdout.once("drain", resolve));
   }
 }
 

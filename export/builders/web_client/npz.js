@@ -39,7 +39,7 @@ export function readNpz(bytes, what) {
 /** @param {Uint8Array} bytes @returns {Iterable<[string, Uint8Array]>} */
 function* entries(bytes) {
   const view = new DataView(bytes.buffer, bytes.byteOffset, bytes.byteLength);
-  const end = bytes.length - END_SIZE; // numpy writes no comment behind it
+  const end = bytes.length - END_SIZE; // numpy writes no comment after the end record
   if (end < 0 || view.getUint32(end, true) !== END) throw new Error("it does not end like a .zip");
   let at = view.getUint32(end + 16, true);
   for (let left = view.getUint16(end + 10, true); left > 0; left--) {
@@ -67,7 +67,7 @@ function readNpy(bytes) {
   const found = /^\{'descr': '([^']+)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \}\s*$/.exec(header);
   if (found === null) throw new Error(`an entry has the header ${header.trim()}`);
   const shape = found[3].split(",").filter((part) => part.trim()).map(Number);
-  const content = bytes.slice(length); // a copy begins at 0, so it is aligned for any type
+  const content = bytes.slice(length); // a copy starts at offset 0, which is aligned for any type
   const text = /^<U(\d+)$/.exec(found[1]);
   if (text !== null) return readText(content, Number(text[1]), shape);
   const dtype = dtypeOf(found[1]);
@@ -79,7 +79,7 @@ function readNpy(bytes) {
 /** @param {Uint8Array} content @param {number} length @param {number[]} shape */
 function readText(content, length, shape) {
   if (shape.length !== 0 || content.length !== 4 * length) throw new Error("an entry is a list of texts");
-  const points = [...new Uint32Array(content.buffer)].filter((point) => point !== 0); // numpy fills up with zeros
+  const points = [...new Uint32Array(content.buffer)].filter((point) => point !== 0); // numpy pads with zeros
   return points.map((point) => String.fromCodePoint(point)).join("");
 }
 
@@ -144,7 +144,7 @@ function writeNpy(value) {
   return join([front, new TextEncoder().encode(header), new Uint8Array(data.buffer, data.byteOffset, data.byteLength)]);
 }
 
-/** Little-endian numbers: [bytes, value] each. @param {number[][]} values */
+/** Encode little-endian numbers, [bytes, value] each. @param {number[][]} values */
 function fields(values) {
   const bytes = new Uint8Array(values.reduce((sum, [width]) => sum + width, 0));
   let at = 0;

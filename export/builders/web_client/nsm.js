@@ -1,4 +1,4 @@
-// A session over a bundle, in a browser or in Node: any split of a stream, any lane, snapshots that Python reads.
+// A session over a bundle, in a browser or in Node: any split of a stream, lanes, and snapshots that Python reads.
 //
 //     import * as ort from "onnxruntime-web/wasm";
 //     import { fromUrl, open } from "./nsm.js";
@@ -414,14 +414,14 @@ export class Session {
   }
 }
 
-/** Equal arrays on a new first axis. @param {NdArray[]} parts @returns {NdArray} */
+/** Stack arrays of equal shape on a new first axis. @param {NdArray[]} parts @returns {NdArray} */
 export function stack(parts) {
   const whole = zeros([parts.length, ...parts[0].shape], parts[0].dtype);
   parts.forEach((part, index) => putAt(whole, 0, index, part));
   return whole;
 }
 
-/** Counters as their graph keeps them: values from base + period on, by the period less. @param {any[]} states @param {Arrays} arrays */
+/** Wrap counters as their graph does: subtract the period from values of base + period and more. @param {any[]} states @param {Arrays} arrays */
 function wrapped(states, arrays) {
   /** @type {Arrays} */
   const found = record();
@@ -435,7 +435,7 @@ function wrapped(states, arrays) {
   return found;
 }
 
-/** As Python's json.dumps writes it. @param {string} fingerprint @param {number | null} lanes @param {number[] | null} tokens */
+/** The snapshot header, in the format of Python's json.dumps. @param {string} fingerprint @param {number | null} lanes @param {number[] | null} tokens */
 function header(fingerprint, lanes, tokens) {
   const had = tokens === null ? "" : `, "tokens": [${tokens.join(", ")}]`;
   return `{"fingerprint": ${JSON.stringify(fingerprint)}, "lanes": ${JSON.stringify(lanes)}${had}}`;
@@ -446,7 +446,7 @@ function fromHex(text) {
   return Uint8Array.from(text.match(/../g) ?? [], (pair) => parseInt(pair, 16));
 }
 
-/** The norm that an array of its rows' size would have. @param {NdArray} array [N, T, ...] */
+/** Root mean square norm of the rows. @param {NdArray} array [N, T, ...] */
 function rms(array) {
   const numbers = /** @type {Float32Array} */ (array.data);
   let sum = 0;

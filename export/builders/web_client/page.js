@@ -34,7 +34,7 @@ function put(html) {
   $("input").hidden = false;
 }
 
-/** Logits of the last token of a lane. @param {import("./arrays.js").NdArray} outputs @param {number} [at] */
+/** Logits of the first lane at a token (default: the last). @param {import("./arrays.js").NdArray} outputs @param {number} [at] */
 function logits(outputs, at = outputs.shape[1] - 1) {
   return Array.from(/** @type {Float32Array} */ (takeAt(takeAt(outputs, 0, 0), 0, at).data));
 }
@@ -57,8 +57,8 @@ function feed(session, tokens) {
 function digits(session, view) {
   put(`<h2>Draw a digit</h2><canvas id="pixels" width="240" height="240" aria-label="8 by 8 pixels to draw in"></canvas>
     <div class="row"><button class="main" id="read">Read it</button><button id="clear">Clear</button><button id="fresh">Reset the stream</button></div>
-    <div class="quiet">It is read row by row. The first row lies eight chunks before the answer: out of reach of the model's
-    windows, so that what it answers comes from the bank. Digits follow each other without a reset.</div>
+    <div class="quiet">The model reads the digit row by row. The first row lies eight chunks before the prediction, outside the
+    model's windows, so the prediction comes from the bank. Digits follow each other without a reset.</div>
     <div class="bars" id="bars"></div>`);
   const grid = new Float32Array(64);
   const canvas = $("pixels");
@@ -116,7 +116,7 @@ function digits(session, view) {
 
 /** @param {any} session @param {StateView} view */
 function text(session, view) {
-  put(`<h2>Go on with a text</h2><textarea id="prompt" aria-label="The beginning of a text">ROMEO:</textarea>
+  put(`<h2>Continue a text</h2><textarea id="prompt" aria-label="The beginning of a text">ROMEO:</textarea>
     <div class="row"><label>temperature <input id="heat" type="number" value="0.7" min="0" max="2" step="0.1"></label>
     <label>seed <input id="seed" type="number" value="1" min="0"></label></div>
     <div class="row"><button class="main" id="write">Write</button><button id="stop" disabled>Stop</button><span id="speed" class="quiet"></span></div>
@@ -187,8 +187,8 @@ async function check(session, view) {
   const found = await session.check((/** @type {number} */ done, /** @type {number} */ total) => ($("progress").textContent = `${done} of ${total} steps`));
   const { passed, streams, steps, budget, worst, exact } = found;
   const number = (/** @type {number} */ value) => value.toExponential(1);
-  $("verdict").innerHTML = `<b class="${passed ? "good" : "bad"}">${passed ? "Yes" : "No"}.</b> ${streams} streams of ${steps} steps; the largest
-    error is ${number(worst.error)}, of ${worst.tensor}, and ${number(budget)} is allowed${exact ? `; ${exact} masks or counters differ` : ""}.`;
+  $("verdict").innerHTML = `<b class="${passed ? "good" : "bad"}">${passed ? "Yes" : "No"}.</b> ${streams} streams of ${steps} steps; largest
+    error ${number(worst.error)} (${worst.tensor}), budget ${number(budget)}${exact ? `; ${exact} masks or counters differ` : ""}.`;
   $("progress").textContent = `${((performance.now() - started) / 1000).toFixed(1)} s`;
   document.documentElement.dataset.checked = passed ? "passed" : "failed";
   document.documentElement.dataset.worst = String(worst.error);
@@ -203,7 +203,7 @@ async function start() {
   const [input] = spec.entries[0].inputs;
   const [output] = spec.entries[0].outputs;
   const state = spec.states.reduce((/** @type {number} */ sum, /** @type {any} */ item) => sum + sizeOf(item.shape) * 4, 0);
-  $("what").textContent = `${model.class}, ${model.parameters.toLocaleString("en")} parameters, on ONNX Runtime Web; ${(state / 1000).toFixed(1)} kB of state, however long the stream`;
+  $("what").textContent = `${model.class}, ${model.parameters.toLocaleString("en")} parameters, on ONNX Runtime Web; ${(state / 1000).toFixed(1)} kB of state, for a stream of any length`;
   const view = new StateView($("state"), $("legend"), $("stateTitle"), spec);
   view.draw(session.readState());
   const classes = output.shape[2];

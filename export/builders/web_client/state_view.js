@@ -1,4 +1,4 @@
-// Pictures of the state: a bank as a row of numbers for each slot, masked slots hatched; other states as one field each.
+// Draws the state: a bank as a row per slot, with masked slots hatched; other states as one block each.
 
 import { isFloat, takeAt } from "./arrays.js";
 
@@ -15,8 +15,8 @@ export class StateView {
     legend.innerHTML = banks.length
       ? `<span><i class="swatch" style="background:#c2603a"></i>below zero</span><span><i class="swatch" style="background:#2a7fa8"></i>above zero</span>
          <span><i class="swatch" style="background:repeating-linear-gradient(135deg, var(--quiet) 0 1px, transparent 1px 4px)"></i>masked</span>
-         <span>a row is a slot: its address, a gap, its content; at the left, what changed since the last picture</span>`
-      : "numbers of the first lane, as they are carried";
+         <span>a row is a slot: its address, a gap, its content; at the left, its change since the last picture</span>`
+      : "values of the first lane's states";
     /** @type {Map<string, {canvas: HTMLCanvasElement, before: Float32Array | null}>} */
     this._views = new Map();
     for (const { name } of this._shown) {
@@ -45,7 +45,7 @@ export class StateView {
   }
 }
 
-/** A bank [G, S, f] as S rows of numbers, G * f each. @param {NdArray} bank */
+/** Convert a bank [G, S, f] to S rows of G * f numbers. @param {NdArray} bank */
 function slots(bank) {
   const [parts, count, width] = bank.shape;
   const numbers = /** @type {Float32Array} */ (bank.data);
@@ -59,7 +59,7 @@ function slots(bank) {
   });
 }
 
-/** Any other state as rows of up to 128 numbers. @param {NdArray} part */
+/** Convert any other state to rows of up to 128 numbers. @param {NdArray} part */
 function fields(part) {
   const numbers = /** @type {Float32Array} */ (part.data);
   const width = Math.min(128, part.shape.at(-1) ?? 1);

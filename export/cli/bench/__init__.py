@@ -1,4 +1,4 @@
-"""`nsm bench` and `nsm roofline`: targets side by side, all targets of a model, overhead."""
+"""`nsm bench` and `nsm roofline`: measure a bundle, all targets of a model, or a session's overhead."""
 
 from typing import TYPE_CHECKING
 

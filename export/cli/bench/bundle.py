@@ -1,4 +1,4 @@
-"""`nsm bench BUNDLE`: the targets of a bundle side by side, or against another bundle or PyTorch."""
+"""`nsm bench BUNDLE`: measure a bundle's targets, also against another bundle or PyTorch."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ COLUMNS = ("target", "precision", "p50 us", "p90 us", "p99 us", "tokens/s", "spe
 
 @dataclass(frozen=True)
 class Entrant:
-    """One entrant of a benchmark, and the facts known before the measurement.
+    """One participant of a benchmark, and the facts known before the measurement.
 
     Args:
-        name: for people, and for others' `ratio.against`.
-        target: of the artifact; "eager" or "compile" for PyTorch.
-        precision, effective_precision: of the artifact.
-        stream: a session, or the like.
-        artifact_mb: size of its files; None where it has none.
-        peak_rss_mb: of a process of its own; None where there was none.
-        threads: that it was given; None where it chose itself.
+        name: display name, also used for `ratio.against` of other entrants.
+        target: target of the artifact; "eager" or "compile" for PyTorch.
+        precision, effective_precision: requested and effective precision of the artifact.
+        stream: a session, or an object with the same calls.
+        artifact_mb: size of the artifact's files in MB; None for PyTorch.
+        peak_rss_mb: peak memory in MB of a process that runs only this artifact; None for PyTorch.
+        threads: number of threads; None if the library chose it.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Measured:
     decode_ratio: Ratio | None = None
 
     def to_json(self, steps: int) -> dict[str, Any]:
-        """The result under the keys that other tools rely on."""
+        """Return the result; other tools rely on these keys."""
         entrant, latency, decode = self.entrant, self.latency, self.latency.decode
         spec = entrant.stream.spec
         return {
@@ -105,8 +105,8 @@ def bench_bundle(
     terminal = Terminal(quiet=as_json)
     if path.is_file():
         raise InputError(
-            f"{path} is a file; a bundle is a directory written by nsm-export. If it is a checkpoint, measure all that "
-            f"can be made of it: nsm bench --all {path}"
+            f"{path} is a file; a bundle is a directory written by nsm-export. To measure every target of a "
+            f"checkpoint: nsm bench --all {path}"
         )
     bundle = Bundle(path)
     bundle.verify()
@@ -139,14 +139,14 @@ def bench_bundle(
 
 
 def check_options(steps: int, threads: int | None) -> None:
-    """Raise `InputError` for numbers that no benchmark takes."""
+    """Raise `InputError` for an invalid number of steps or threads."""
     check_steps(steps)
     if threads is not None and threads < 1:
-        raise InputError(f"--threads is at least 1; given {threads}.")
+        raise InputError(f"--threads must be at least 1; given {threads}.")
 
 
 def lane_tokens(bundle: Bundle) -> Array:
-    """Recorded inputs for every lane: [T, B, K, ...]."""
+    """Return the recorded inputs for every lane, [T, B, K, ...]."""
     inputs = dict(bundle.trace().inputs)
     inputs.pop(VALID, None)
     (tokens,) = inputs.values()
@@ -155,10 +155,10 @@ def lane_tokens(bundle: Bundle) -> Array:
 
 
 def open_entrant(bundle: Bundle, artifact: Artifact, name: str, threads: int | None, stack: ExitStack) -> Entrant:
-    """Open an artifact whose files have been verified, and measure its memory; the stack closes it.
+    """Open an artifact with verified files, and measure its memory; `stack` closes it.
 
     Raises:
-        DeviceUnavailableError, MissingDependencyError: it does not run here.
+        DeviceUnavailableError, MissingDependencyError: the artifact does not run on this machine.
         RunError: the process that measures the memory failed.
     """
     session = stack.enter_context(open_artifact(bundle, artifact, threads=threads))
@@ -169,7 +169,7 @@ def open_entrant(bundle: Bundle, artifact: Artifact, name: str, threads: int | N
 
 
 def compared(entrant: Entrant, latency: Latency, against: tuple[str, Latency] | None) -> Measured:
-    """Put an entrant beside another of the same `bench`, given by name."""
+    """Compare an entrant with `against`, the name and latency of another entrant of the same `bench`."""
     if against is None:
         return Measured(entrant, latency)
     name, other = against
@@ -179,34 +179,32 @@ def compared(entrant: Entrant, latency: Latency, against: tuple[str, Latency] | 
 
 
 def heading(found: Sequence[Measured], steps: int) -> str:
-    """The title of a table of results."""
+    """Return the title of a table of results."""
     entry = found[0].entrant.stream.spec.entry("step").inputs[0]
     threads = {item.entrant.threads for item in found}
     (same,) = threads if len(threads) == 1 else (None,)
     used = "" if same is None else f", {same} thread" + "s" * (same > 1)
     return (
         f"{steps} calls of {entry.shape[1]} tokens on {lanes_of(entry.shape[0])}{used}, "
-        f"in {len(found[0].latency.rounds_us)} rounds of turns"
+        f"in {len(found[0].latency.rounds_us)} rounds, in turns"
     )
 
 
 def speed(ratio: Ratio | None) -> str:
-    """`1.31x (1.28-1.36)`, a dash where there is none."""
+    """Format a ratio as `1.31x (1.28-1.36)`; a dash for None."""
     return "-" if ratio is None else f"{ratio.median:.2f}x ({ratio.low:.2f}-{ratio.high:.2f})"
 
 
 def decode_us(latency: Latency) -> str:
-    """Microseconds a single token, a dash for a model without `decode`."""
+    """Format the microseconds per single token; a dash for a model without `decode`."""
     return "-" if latency.decode is None else f"{latency.decode.call_us:.0f}"
 
 
 def explain(terminal: Terminal, against: str) -> None:
     """Print the legend of the table; `against` is the baseline of `speed`, if any."""
-    lines = ["decode: microseconds a single token, commits included"]
+    lines = ["decode: microseconds per single token, commits included"]
     if against:
-        lines.insert(
-            0, f"speed: how many times as fast as {against} in the same round, median and 95 % interval over rounds"
-        )
+        lines.insert(0, f"speed: relative to {against} in the same round, median and 95 % interval over rounds")
     terminal.say("\n" + ";\n".join(lines) + ".")
 
 
@@ -234,8 +232,8 @@ def _check_against(against: str | None, model: Path | None) -> None:
     if against in PYTORCH:
         if model is None:
             raise InputError(
-                f"--against {against} runs the model in PyTorch, so it needs the checkpoint that the bundle was made "
-                f"from. Give it: --against {against} --model model.pt"
+                f"--against {against} runs the model in PyTorch and needs the checkpoint of the bundle. Give it: "
+                f"--against {against} --model model.pt"
             )
         if importlib.util.find_spec("torch") is None:
             raise MissingDependencyError(
@@ -244,7 +242,7 @@ def _check_against(against: str | None, model: Path | None) -> None:
             )
     elif model is not None:
         raise InputError(
-            f"--model is the checkpoint for --against {' or '.join(PYTORCH)}. Give one of them, or leave it out."
+            f"--model is used with --against {' or '.join(PYTORCH)} only. Add one of them, or leave out --model."
         )
 
 
@@ -256,7 +254,7 @@ def _open_targets(
     terminal: Terminal,
     stack: ExitStack,
 ) -> list[Entrant]:
-    """The artifacts of these targets and precisions. Without a target: all that run here."""
+    """Open the artifacts of these targets and precisions; without targets, all that run on this machine."""
     entrants: list[Entrant] = []
     failed: ParityError | None = None
     for artifact in bundle.artifacts([find_target(name).name for name in targets], precisions):
@@ -277,14 +275,14 @@ def _open_targets(
 def _open_rivals(
     path: Path, bundle: Bundle, entrants: Sequence[Entrant], threads: int | None, terminal: Terminal, stack: ExitStack
 ) -> tuple[list[Entrant], list[int]]:
-    """Another bundle's artifacts, and for each entrant which of them; see `_rival_of`."""
+    """Open another bundle's artifacts; return them, and the index of the rival of each entrant. See `_rival_of`."""
     other = Bundle(path)
     other.verify()
     mine, theirs = (item.manifest.spec.entry("step").inputs[0] for item in (bundle, other))
     if _inputs(mine) != _inputs(theirs):
         raise InputError(
-            f"{path} takes other inputs than {bundle.path}: {_inputs(theirs)}, not {_inputs(mine)}. Export both with "
-            "the same --batch and --tokens-per-call, of models over the same tokens."
+            f"{path} takes inputs {_inputs(theirs)}; expected {_inputs(mine)}, as {bundle.path}. Export models over "
+            "the same tokens with the same --batch and --tokens-per-call."
         )
     wanted = [_rival_of(item, other) for item in entrants]
     rivals = {}
@@ -298,9 +296,7 @@ def _open_rivals(
 
 
 def _rival_of(entrant: Entrant, other: Bundle) -> Artifact:
-    """The artifact of another bundle that is of the same target and precision, or of the same target, or the first that
-    passed parity.
-    """
+    """Choose an artifact of another bundle: same target and precision, else same target, else first that passed."""
     same = [item for item in other.manifest.artifacts if item.target == entrant.target]
     exact = [item for item in same if item.precision == entrant.precision]
     return exact[0] if exact else other.preferred(same) if same else other.artifact()

@@ -1,4 +1,4 @@
-"""`nsm bench --all MODEL`: every target and precision of a model, built, measured, and in one table."""
+"""`nsm bench --all MODEL`: build and measure every target and precision of a model, in one table."""
 
 from __future__ import annotations
 
@@ -50,12 +50,12 @@ COLUMNS = (
     "status",
 )
 
-# Characters of a reason that the table shows; all of it is in the JSON.
+# Longest reason that the table shows, in characters; the JSON has the full text.
 _REASON = 90
 
 NOT_FASTER = "not faster than fp32"
 
-# Results that need a run.
+# Keys of the JSON that are null if nothing was measured.
 _MEASURED = (
     "steps",
     "batch",
@@ -83,10 +83,10 @@ class Combination:
     Args:
         target, precision: as requested.
         status: `ok`, `not faster than fp32` (see `nsm.runtimes.bench.rounds.not_faster`), or why it was not measured.
-        reason: the message of the error, where there was one.
+        reason: the error message; None without an error.
         bundle: the built bundle, None if the build failed.
-        artifact: the one in the bundle, or in the bundle kept by a failed export.
-        measured: None if it was not.
+        artifact: the artifact in the bundle, or in the bundle that a failed export kept.
+        measured: the measurement; None if it was not measured.
     """
 
     target: str
@@ -98,7 +98,7 @@ class Combination:
     measured: Measured | None = None
 
     def to_json(self, steps: int) -> dict[str, Any]:
-        """As the results of a bundle, with status, reason and parity; unknown values are null."""
+        """Return the keys of `Measured.to_json`, plus status, reason and parity; unknown values are null."""
         known: dict[str, Any] = {} if self.measured is None else self.measured.to_json(steps)
         artifact = self.artifact
         return {
@@ -114,7 +114,7 @@ class Combination:
         }
 
     def row(self) -> list[str]:
-        """Cells of `COLUMNS`."""
+        """Return the cells of `COLUMNS`."""
         artifact, found = self.artifact, self.measured
         parity: Mapping[str, Any] = {} if artifact is None else artifact.parity
         agreement = parity.get("argmax_agreement")
@@ -152,12 +152,12 @@ def bench_all(
     terminal = Terminal(quiet=as_json)
     if not pipeline.open_source(model, ExportOptions(())).golden:
         terminal.remark(
-            "The model came without sequences, so errors are those on made-up tokens (synthetic). "
-            "Give real ones with nsm.save(model, path, samples=...).",
+            "The model has no sequences, so errors are measured on random tokens (synthetic). "
+            "Give real sequences with nsm.save(model, path, samples=...).",
             "yellow",
         )
     names = [find_target(name).name for name in targets] or _targets_here(terminal)
-    with ExitStack() as stack:  # sessions are closed before their files go
+    with ExitStack() as stack:  # closes the sessions before it deletes their files
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="nsm-bench-")))
         found = []
         for target in dict.fromkeys(names):
@@ -171,11 +171,11 @@ def bench_all(
     else:
         _show(terminal, model, found, steps)
     if all(item.measured is None for item in found):
-        raise UnsupportedError("None of the combinations could be measured here; each one's status says why.")
+        raise UnsupportedError("No combination could be measured on this machine; the status column says why.")
 
 
 class _Within:
-    """The stages of an export, all shown in one bar."""
+    """Shows all stages of an export in one progress bar."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -185,7 +185,7 @@ class _Within:
 
 
 def _targets_here(terminal: Terminal) -> list[str]:
-    """The targets that this machine can run, with a remark on the others."""
+    """Return the targets that this machine can run, and print a remark on the others."""
     gpu = any(item.piece == "NVIDIA GPU" and item.found for item in examine())
     here = []
     for target in TARGETS.values():
@@ -193,17 +193,17 @@ def _targets_here(terminal: Terminal) -> list[str]:
             continue
         if target.installed() is None:
             terminal.remark(
-                f'{target.name}: left out, not installed. Install it with: pip install "nsm-toolkit[{target.extra}]"'
+                f'{target.name}: skipped, not installed. Install it with: pip install "nsm-toolkit[{target.extra}]"'
             )
         elif "cpu" not in target.devices and not gpu:
-            terminal.remark(f"{target.name}: left out, there is no NVIDIA GPU in this machine.")
+            terminal.remark(f"{target.name}: skipped, this machine has no NVIDIA GPU.")
         else:
             here.append(target.name)
     return here
 
 
 def _built(model: Path, target: str, precision: str, folder: Path, progress: Progress) -> Combination:
-    """Export one combination to a bundle of its own, or say why not."""
+    """Export one combination to its own bundle; on failure, return the reason."""
     output = folder / f"{target}-{precision}.nsm"
     options = ExportOptions([target], precision=precision, output=output, allow_slower=True)
     try:
@@ -221,7 +221,7 @@ def _built(model: Path, target: str, precision: str, folder: Path, progress: Pro
 def _measured(
     found: Sequence[Combination], steps: int, threads: int | None, terminal: Terminal, stack: ExitStack
 ) -> list[Combination]:
-    """The combinations, with the measurements of those that were built, in turn."""
+    """Measure the built combinations in turns; return all combinations."""
     entrants: dict[tuple[str, str], Entrant] = {}
     bundles: list[Bundle] = []
     with terminal.stage("Opening") as progress:
@@ -254,7 +254,7 @@ def _show(terminal: Terminal, model: Path, found: Sequence[Combination], steps: 
     terminal.say()
     title = heading(measured, steps) if measured else str(model)
     rows = [item.row() for item in found]
-    # As wide as it is: the last column, which may be long, is then wrapped by the terminal and not cut.
+    # Make the table as wide as its text: the terminal then wraps the long last column instead of cutting it.
     widths = [max(len(cell) for cell in column) for column in zip(COLUMNS, *rows, strict=True)]
     terminal.out.width = max(terminal.out.width, sum(widths) + 2 * len(widths))
     terminal.table(COLUMNS, rows, title)
@@ -263,10 +263,10 @@ def _show(terminal: Terminal, model: Path, found: Sequence[Combination], steps: 
     if good:
         _, best = min(good, key=lambda pair: pair[0])
         command = f"nsm-export {model} --target {best.target} --precision {best.precision}"
-        terminal.say(f"\nThe fastest that is ok: {command}")
+        terminal.say(f"\nFastest with status ok: {command}")
 
 
 def _first_sentence(text: str) -> str:
-    """Without its full stop, and cut where it is too long for a table."""
+    """Return the first sentence without its full stop, cut to `_REASON` characters."""
     sentence = text.splitlines()[0].split(". ")[0].rstrip(".")
     return sentence if len(sentence) <= _REASON else sentence[: _REASON - 3] + "..."

@@ -28,12 +28,12 @@ def measure_overhead(
     threads: int | None,
     as_json: bool,
 ) -> None:
-    """Measure; see `nsm bench --help`. Without `steps`, `OVERHEAD_ROUNDS` rounds."""
+    """Measure; see `nsm bench --help`. `steps` of None means `OVERHEAD_ROUNDS` rounds."""
     steps = OVERHEAD_ROUNDS * CALLS if steps is None else steps
     if steps < ROUNDS * CALLS:
         raise InputError(
-            f"--overhead is measured in at least {ROUNDS} rounds of {CALLS} calls; given --steps {steps}. Give "
-            f"{ROUNDS * CALLS} or more, or leave it out: {OVERHEAD_ROUNDS * CALLS}."
+            f"--overhead needs at least {ROUNDS} rounds of {CALLS} calls; given --steps {steps}. Give --steps "
+            f"{ROUNDS * CALLS} or more; the default is {OVERHEAD_ROUNDS * CALLS}."
         )
     check_options(steps, threads)
     rounds = -(-steps // CALLS)
@@ -76,6 +76,7 @@ def measure_overhead(
     ]
     terminal.table(COLUMNS, lines, f"A call of step, {rounds} rounds of {CALLS} calls of each in turn")
     terminal.say(
-        "\nsession: inputs checked and copied, the call, finiteness looked at; bare: the graph alone, "
-        "bound once.\nwrapper: the median over rounds of their difference, and its 95 % interval."
+        "\nsession: a call of the session, which checks and copies inputs, runs the graph and checks that outputs are "
+        "finite;\nbare: the graph alone, with buffers bound once;\nwrapper: session minus bare, median over rounds and "
+        "its 95 % interval."
     )

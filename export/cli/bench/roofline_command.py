@@ -19,7 +19,7 @@ def roofline(path: Path, target: str | None, precision: str | None, threads: int
     """Compare with the roofline; see `nsm roofline --help`."""
     if importlib.util.find_spec("onnx") is None:
         raise MissingDependencyError(
-            "The roofline is counted on the bundle's graphs, which needs the package onnx; it is not installed. "
+            "The roofline is computed from the bundle's graphs, which needs the package onnx; it is not installed. "
             'Install it with: pip install "nsm-toolkit[quantize]"'
         )
     from nsm.export.analysis import calls_of, measure_reached, products
@@ -61,7 +61,7 @@ def roofline(path: Path, target: str | None, precision: str | None, threads: int
         )
         return
     terminal.say(
-        f"\n{artifact.label} here: {facts['gflop_per_second']:.0f} GFLOP/s on a large product, "
+        f"\n{artifact.label} on this machine: {facts['gflop_per_second']:.0f} GFLOP/s on a large MatMul, "
         f"{facts['gb_per_second']:.0f} GB/s reading a large matrix.\n"
     )
     rows = [

@@ -1,4 +1,4 @@
-"""`nsm run` and `nsm score`: sequences through a session, text generation, scoring."""
+"""`nsm run` and `nsm score`: run sequences, generate text, score a folder."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""`nsm run BUNDLE`: sequences through a session, outputs to a file."""
+"""`nsm run BUNDLE`: run sequences through a session and write the outputs to a file."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ def run(
     allow_failed: bool,
     as_json: bool,
 ) -> None:
-    """Feed sequences; see `nsm run --help`."""
+    """Run sequences; see `nsm run --help`."""
     terminal = Terminal(quiet=as_json)
     if output is not None:
         if not output.parent.is_dir():
-            raise InputError(f"The folder {output.parent} of --output does not exist. Make it first.")
+            raise InputError(f"The folder {output.parent} of --output does not exist. Create it first.")
         check_output_file(output, _OUTPUTS, _is_outputs, force)
     bundle = Bundle(path)
     with open_bundle(bundle, target, precision=precision, allow_failed=allow_failed) as session:
@@ -67,7 +67,7 @@ def run(
 
 
 def _is_outputs(file: IO[bytes]) -> bool:
-    """Whether an .npz has arrays of the names that `run` gives them, `0/outputs` for instance, and no others."""
+    """Whether all arrays of an .npz have names that `run` writes, such as `0/outputs`."""
     try:
         with zipfile.ZipFile(file) as archive:
             return all(re.fullmatch(r"\d+/.+\.npy", name) for name in archive.namelist())
@@ -76,10 +76,10 @@ def _is_outputs(file: IO[bytes]) -> bool:
 
 
 def _feed(session: Session, sequence: Array) -> dict[str, Array]:
-    """One sequence on lane 0, from a fresh state; the other lanes idle."""
+    """Run one sequence on lane 0 from a fresh state; the other lanes are idle."""
     spec = session.spec.entry("step").inputs[0]
     if sequence.shape[1:] != spec.shape[2:]:
-        raise InputError(f"The model takes sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
+        raise InputError(f"Expected sequences of shape {['T', *spec.shape[2:]]}; given {list(sequence.shape)}.")
     session.reset()
     tokens = np.zeros((session.batch, *sequence.shape), sequence.dtype)
     tokens[0] = sequence
@@ -89,7 +89,7 @@ def _feed(session: Session, sequence: Array) -> dict[str, Array]:
 
 
 def _recorded(bundle: Bundle) -> list[Array]:
-    """The golden sequences, without padding."""
+    """Return the sequences of the golden trace, [T, ...] each."""
     inputs = dict(bundle.trace().inputs)
     inputs.pop(VALID, None)
     (tokens,) = inputs.values()

@@ -1,4 +1,4 @@
-"""`nsm run --prompt`: a byte-level model goes on with a text, token by token."""
+"""`nsm run --prompt`: generate text with a byte-level model, token by token."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def generate(
     sampler: Sampler,
     as_json: bool,
 ) -> None:
-    """Write the text that follows a prompt, as it comes; see `nsm run --help`."""
+    """Generate text after a prompt, and print it while it is generated; see `nsm run --help`."""
     if tokens < 1:
-        raise InputError(f"--tokens is at least 1; given {tokens}.")
+        raise InputError(f"--tokens must be at least 1; given {tokens}.")
     if not prompt:
-        raise InputError("--prompt is empty: give the model at least one character to begin with.")
-    # An argument that is no UTF-8 comes with its odd bytes as surrogates.
+        raise InputError("--prompt is empty. Give at least one character.")
+    # Python decodes invalid UTF-8 in an argument to surrogates; this restores the bytes.
     read = prompt.encode(errors="surrogateescape")
     prompt = read.decode(errors="replace")
     terminal = Terminal(quiet=as_json)
@@ -53,7 +53,7 @@ def generate(
         for token in _continue(session, entry, logits, tokens, sampler):
             made.append(token)
             if not as_json:
-                # Text goes out as it is made: that is its own display of progress.
+                # Printing each token also shows the progress.
                 click.echo(decoder.decode(bytes([token])), nl=False)
         took = time.perf_counter() - start
         if as_json:
@@ -62,16 +62,18 @@ def generate(
             click.echo(json.dumps({**facts, "tokens_per_second": tokens / took}))
             return
         click.echo(decoder.decode(b"", final=True))
-        terminal.say(f"\n{len(given)} bytes read, {tokens} made on {session.target}: {tokens / took:,.0f} a second.")
+        terminal.say(
+            f"\n{len(given)} bytes read, {tokens} generated on {session.target}: {tokens / took:,.0f} per second."
+        )
 
 
 def _single(session: Session) -> EntrySpec:
-    """The entry that takes single tokens: `decode`, or `step` where a call of it has one token."""
+    """Return the entry that takes single tokens: `decode`, or `step` if a call has one token."""
     entry = session.spec.entry("decode" if session.spec.has("decode") else "step")
     if entry.tokens != 1:
         raise UnsupportedError(
-            f"There is no entry `decode` for {session.target}, so the model cannot go on by itself there: it is not "
-            "causal, or the target runs whole chunks only."
+            f"{session.target} has no entry `decode`, which generating text needs: the model is not causal, or the "
+            "target runs whole chunks only."
         )
     return entry
 
@@ -80,14 +82,14 @@ def _check_bytes(entry: EntrySpec) -> None:
     takes, gives = entry.inputs[0], entry.outputs[0]
     if takes.maximum != BYTES - 1 or gives.shape[2:] != (BYTES,):
         raise UnsupportedError(
-            f"--prompt needs a model over bytes: {BYTES} ids in and {BYTES} logits out. This one takes "
-            f"{'vectors' if takes.maximum is None else f'{takes.maximum + 1} ids'} and gives outputs of shape "
-            f"{list(gives.shape[2:])} a token. Feed it sequences with --data."
+            f"--prompt needs a model over bytes: {BYTES} ids in and {BYTES} logits out. This model takes "
+            f"{'vectors' if takes.maximum is None else f'{takes.maximum + 1} ids'} and returns outputs of shape "
+            f"{list(gives.shape[2:])} per token. Run it on sequences with --data."
         )
 
 
 def _prefill(session: Session, entry: EntrySpec, ids: Array) -> Array:
-    """Logits after the ids, on lane 0."""
+    """Feed the ids to lane 0, and return the logits after the last id."""
     outputs = session.feed(np.tile(ids, (session.batch, 1)), _counts(session, entry, len(ids)))
     logits: Array = next(iter(outputs.values()))[0, -1]
     return logits
@@ -105,7 +107,10 @@ def _continue(session: Session, entry: EntrySpec, logits: Array, count: int, sam
 
 
 def _counts(session: Session, entry: EntrySpec, count: int) -> Array | None:
-    """[B], so many tokens on lane 0 alone; None where lanes cannot rest, which all have the same text then."""
+    """Return the valid tokens of each lane, [B]: `count` on lane 0, else 0.
+
+    Returns None for a single lane, and if lanes cannot idle: all lanes then get the same text.
+    """
     if session.batch == 1 or entry.input(VALID) is None:
         return None
     return np.where(np.arange(session.batch) == 0, count, 0)

@@ -1,4 +1,4 @@
-"""`nsm score`: a folder of long sequences, in one process or in many, resumable."""
+"""`nsm score`: score a folder of long sequences in one or several processes; resumable."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Task:
-    """One sequence: the n-th of a file."""
+    """One sequence: its file, and its index in the file."""
 
     folder: str
     file: str
@@ -45,7 +45,7 @@ class Task:
 
 
 class Scorer:
-    """Scores tasks with a session of its own; a worker of Ray Data has one."""
+    """Scores tasks with its own session; each worker of Ray Data has one."""
 
     def __init__(self, options: Options) -> None:
         self._session = open_bundle(
@@ -56,7 +56,7 @@ class Scorer:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         task = Task(**row)
         path = Path(task.folder) / task.file
-        if self._read[0] != path:  # the sequences of a file follow each other
+        if self._read[0] != path:  # tasks are sorted by file, so caching one file is enough
             self._read = path, read_sequences(path, axes=sequence_axes(self._session.spec))
         line = {"file": task.file, "index": task.index, "sha256": task.sha256}
         try:
@@ -79,7 +79,7 @@ def score_folder(
     """Score; see `nsm score --help`."""
     terminal = Terminal(quiet=as_json)
     if workers < 1 or threads < 1:
-        raise InputError(f"--workers and --threads are at least 1; given {workers} and {threads}.")
+        raise InputError(f"--workers and --threads must be at least 1; given {workers} and {threads}.")
     bundle = Bundle(path)
     artifact = chosen_artifact(bundle, target, precision)
     refuse_failed(path, artifact)
@@ -90,10 +90,10 @@ def score_folder(
     try:
         with terminal.stage("Reading") as progress:
             tasks, bad = _tasks(folder, files, sequence_axes(bundle.manifest.spec), progress)
-        left = [task for task in tasks if (task.file, task.index, task.sha256) not in log.done]
-        skipped = len(tasks) - len(left)
+        pending = [task for task in tasks if (task.file, task.index, task.sha256) not in log.done]
+        skipped = len(tasks) - len(pending)
         with terminal.stage(f"Scoring on {artifact.label}") as progress:
-            for number, line in enumerate(_scored(left, options, workers), 1):
+            for number, line in enumerate(_scored(pending, options, workers), 1):
                 log.add(line)
                 bad += [line] if "error" in line else []
                 progress(skipped + number, len(tasks))
@@ -103,24 +103,24 @@ def score_folder(
     if bad:
         raise InputError(
             f"{len(bad)} of {len(tasks) + sum('sha256' not in line for line in bad)} could not be scored; the first is "
-            f"{bad[0]['file']}: {bad[0]['error']} The others are in {output}; mend these and run the same command "
-            "again."
+            f"{bad[0]['file']}: {bad[0]['error']} The scores of the others are in {output}. Fix the failed ones and "
+            "run the same command again."
         )
 
 
 def _files(folder: Path, output: Path) -> list[Path]:
     if not folder.is_dir():
-        raise InputError(f"There is no folder {folder}. Expected one with {', '.join(SUFFIXES)} files.")
+        raise InputError(f"{folder} is not a folder. Expected a folder with {', '.join(SUFFIXES)} files.")
     found = sorted(
         path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.resolve() != output.resolve()
     )
     if not found:
-        raise InputError(f"{folder} holds no {', '.join(SUFFIXES)} files.")
+        raise InputError(f"{folder} has no {', '.join(SUFFIXES)} files.")
     return found
 
 
 def _tasks(folder: Path, files: list[Path], axes: int, progress: Any) -> tuple[list[Task], list[dict[str, Any]]]:
-    """A task for each sequence, and a line for each file that cannot be read."""
+    """Return a task per sequence, and an error line per file that cannot be read."""
     tasks: list[Task] = []
     bad: list[dict[str, Any]] = []
     for number, path in enumerate(files, 1):
@@ -136,7 +136,7 @@ def _tasks(folder: Path, files: list[Path], axes: int, progress: Any) -> tuple[l
 
 
 def _scored(tasks: list[Task], options: Options, workers: int) -> Iterator[dict[str, Any]]:
-    """The lines, as they are done."""
+    """Yield the result line of each task when it is done."""
     rows = [vars(task) for task in tasks]
     if not rows:
         return
@@ -146,7 +146,7 @@ def _scored(tasks: list[Task], options: Options, workers: int) -> Iterator[dict[
 
 
 def _with_ray(rows: list[dict[str, Any]], options: Options, workers: int) -> Iterator[dict[str, Any]]:
-    """The same, by workers of Ray Data: on this machine, or on a cluster where RAY_ADDRESS names one."""
+    """Score with workers of Ray Data, on this machine or on the cluster of RAY_ADDRESS."""
     try:
         import ray
         import ray.data
@@ -164,7 +164,7 @@ def _with_ray(rows: list[dict[str, Any]], options: Options, workers: int) -> Ite
         context = ray.data.DataContext.get_current()
         context.enable_progress_bars = False
         data = ray.data.from_items(rows, override_num_blocks=min(len(rows), 4 * workers))
-        kind: Any = Scorer  # a class whose instances are called, which Ray's own types do not foresee
+        kind: Any = Scorer  # Ray's type hints do not allow classes with __call__
         scored = data.map(
             kind,
             fn_constructor_args=(options,),
@@ -195,6 +195,6 @@ def _say(
         summary = {"sequences": len(good), "tokens": tokens, "skipped": skipped, "nats_per_token": nats}
         click.echo(json.dumps({"output": str(output), **summary, "failed": bad}))
         return
-    text = "" if nats is None else f", {nats:.4f} nats a token (perplexity {np.exp(nats):.3f})"
-    terminal.say(f"{len(good):,} sequences, {tokens:,} tokens{text}; {skipped:,} were there from an earlier run.")
-    terminal.say(f"Wrote {output}, a line of JSON for each.")
+    text = "" if nats is None else f", {nats:.4f} nats per token (perplexity {np.exp(nats):.3f})"
+    terminal.say(f"{len(good):,} sequences, {tokens:,} tokens{text}; {skipped:,} from an earlier run.")
+    terminal.say(f"Wrote {output}, one line of JSON per sequence.")

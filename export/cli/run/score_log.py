@@ -1,4 +1,4 @@
-"""The results of `nsm score`: a line of JSON for each sequence, appended when it is done; a second run goes on."""
+"""The output file of `nsm score`: one line of JSON per finished sequence; a second run continues it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nsm.errors import InputError, OutputExistsError
 from nsm.files import check_output_file, replacing
 
 FORMAT, VERSION = "nsm-scores", 1
-"""Stand in the first line, by which a file is known again."""
+"""Identify the file in its first line."""
 
 _LONGEST_HEAD = 1 << 16
 
@@ -20,14 +20,14 @@ class ScoreLog:
     """A file of JSON lines; the first identifies the model, target and precision.
 
     Args:
-        path: of the file, created if missing.
+        path: the file, created if missing.
         head: fingerprint, target and precision, which must match to continue a file.
         force: discard existing scores.
 
     Raises:
-        OutputExistsError: the file is no file of scores; or it has those of another model or target, or lines that
+        OutputExistsError: the file is not a score file; or it has scores of another model or target, or lines that
             cannot be read, and `force` is not set.
-        InputError: it is a folder or a pipe, or cannot be written.
+        InputError: the path is a folder or a pipe, or cannot be written.
     """
 
     def __init__(self, path: Path, head: dict[str, Any], force: bool = False) -> None:
@@ -36,7 +36,7 @@ class ScoreLog:
                 f"{path} is a folder; give a file to write the scores to, such as {path / 'scores.jsonl'}."
             )
         if path.exists() and not path.is_file():
-            raise InputError(f"{path} is no regular file; scores go to one, to be read again by the next run.")
+            raise InputError(f"{path} is not a regular file. Expected one, because the next run reads it again.")
         head = {"format": FORMAT, "version": VERSION, **head}
         self._failed: list[dict[str, Any]] = []  # sequences that earlier runs could not score
         self.done: dict[tuple[str, int, str], dict[str, Any]] = {}
@@ -51,10 +51,12 @@ class ScoreLog:
             if kept:
                 os.ftruncate(self._file, kept)  # removes the partial last line of a killed run
         except OSError as error:
-            raise InputError(f"{path} cannot be written: {error}. Make the folder first, or take another.") from error
+            raise InputError(
+                f"{path} cannot be written: {error}. Create the folder first, or give another file."
+            ) from error
 
     def add(self, line: dict[str, Any]) -> None:
-        """Append the result of one sequence; after a crash, a partial line is ignored."""
+        """Append the result of one sequence; the next run ignores a partial line after a crash."""
         if line not in self._failed:  # the same failure is already in the file
             self._append(line)
         self.done[line["file"], line["index"], line["sha256"]] = line
@@ -67,7 +69,7 @@ class ScoreLog:
         os.fsync(self._file)
 
     def _read(self, path: Path, head: dict[str, Any]) -> int:
-        """Load the existing lines, and return the number of bytes of complete lines."""
+        """Load the existing lines; return the number of bytes in complete lines."""
         data = path.read_bytes()
         data = data[: data.rfind(b"\n") + 1]
         try:
@@ -75,13 +77,13 @@ class ScoreLog:
             results = {(line["file"], line["index"], line["sha256"]): line for line in lines}
         except (ValueError, TypeError, KeyError) as error:
             raise OutputExistsError(
-                f"{path} has lines that are no scores ({error}). Take another name, or give --force to start over."
+                f"{path} has lines that are not scores ({error}). Give another file, or --force to start over."
             ) from error
         if first != head:
             raise OutputExistsError(
-                f"{path} has scores of {first}, not of {head}. Take another name, or give --force to start over."
+                f"{path} has scores of {first}; expected {head}. Give another file, or --force to start over."
             )
-        self.done = {key: line for key, line in results.items() if "error" not in line}  # those are tried again
+        self.done = {key: line for key, line in results.items() if "error" not in line}  # failures are tried again
         self._failed = [line for line in lines if "error" in line]
         return len(data)
 

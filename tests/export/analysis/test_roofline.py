@@ -209,9 +209,9 @@ def test_a_machine_is_measured_on_the_target(name: str, monkeypatch: pytest.Monk
 
 
 def test_tensorrt_has_no_roofline_here(bundle: Bundle) -> None:
-    with pytest.raises(UnsupportedError, match="targets that run on a CPU"), products(find_target("tensorrt")):
+    with pytest.raises(UnsupportedError, match="target that runs on a CPU"), products(find_target("tensorrt")):
         pass
-    refused(invoke("roofline", bundle.path, "--target", "tensorrt"), 3, "targets that run on a CPU")
+    refused(invoke("roofline", bundle.path, "--target", "tensorrt"), 3, "target that runs on a CPU")
 
 
 def test_shares_are_paired_with_the_machine_of_their_round(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,7 +287,7 @@ def test_the_machine_has_the_threads_of_the_session(
 @pytest.mark.usefixtures("fixed_machine")
 def test_the_command_prints_a_line_for_each_entry(byte_bundle: Path) -> None:
     shown = succeeded(invoke("roofline", byte_bundle, "--target", "ort"))
-    assert "onnxruntime here: 1 GFLOP/s on a large product, 2 GB/s reading a large matrix." in shown
+    assert "onnxruntime on this machine: 1 GFLOP/s on a large MatMul, 2 GB/s reading a large matrix." in shown
     lines = [line.split() for line in shown.splitlines() if line.strip()]
     assert [line[0] for line in lines[1:]] == ["entry", "step", "decode"]
     assert all(line[5].endswith("%") and "-" in line[6] for line in lines[2:])

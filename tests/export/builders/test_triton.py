@@ -192,7 +192,7 @@ def test_the_repository_is_recorded_whole_and_holds_the_weights_of_step_once(two
     assert (two_lanes / "triton/nsm/1/weights.bin").stat().st_nlink == 1
     onnx.checker.check_model(str(two_lanes / "triton/nsm/1/model.onnx"), full_check=True)
     assert "the server was not run" in artifact.notes[0]
-    assert "2 streams that start and end together" in artifact.notes[1]
+    assert "2 streams, which start and end together" in artifact.notes[1]
 
 
 # -- what it would answer ----------------------------------------------------------------------------------------------
@@ -290,7 +290,9 @@ def spec_of(
 
 def test_rings_are_refused_with_the_way_out() -> None:
     model = TransformerLM(vocab_size=20, d_model=16, num_layers=1, num_heads=2, context=16, chunk_size=4)
-    with pytest.raises(UnsupportedError, match=r"of 0\.key, 0\.value the graph gives new rows only.*another target"):
+    with pytest.raises(
+        UnsupportedError, match=r"for 0\.key, 0\.value the graph outputs only the new rows.*another target"
+    ):
         triton.check_states(model.spec(1).states)
 
 
@@ -303,7 +305,7 @@ def test_rings_are_refused_with_the_way_out() -> None:
                 StateSpec("a", (1,), "float32", past="a", present="z"),
                 StateSpec("b", (1,), "float32", past="b", present="y"),
             ],
-            "would give the output y back as the input a",
+            "would feed the output y back as the input a",
         ),
     ],
 )

@@ -232,7 +232,7 @@ def test_what_has_no_form_in_pairs_is_refused_with_its_line(make: Callable[..., 
     with pytest.raises(UnsupportedError) as caught:
         rewritten(capture(module, examples, "module"), examples)
     told = str(caught.value)
-    assert told.startswith(f"The operator {operator} on complex numbers in the module Expression has no form in real")
+    assert told.startswith(f"The operator {operator} on complex numbers in the module Expression has no real")
     assert f": {__file__}:" in told
     assert "made = self.make(z, w, self)\n" in told
     assert told.endswith("torch.view_as_real(z), or from z.abs() and z.angle().")

@@ -23,26 +23,32 @@ pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says of its own 
 EXAMPLES = (torch.zeros(1, 3), torch.zeros(1, 3))
 
 TOLD = {
-    "Branch": ("Python decides here by the value of a tensor", "select with torch.where(condition, a, b)."),
-    "Ternary": ("Python decides here by the value of a tensor", "select with torch.where(condition, a, b)."),
-    "Closure": ("Python decides here by the value of a tensor", "select with torch.where(condition, a, b)."),
-    "InAPart": ("Python decides here by the value of a tensor", "select with torch.where(condition, a, b)."),
-    "While": ("This loop runs until a tensor has some value", "Loop a fixed number of times"),
-    "Rounds": ("A number taken out of a tensor becomes a size, an index or a count", "torch.gather"),
-    "Index": ("A number taken out of a tensor becomes a size, an index or a count", "Index with the tensor itself"),
-    "Size": ("A number taken out of a tensor becomes a size, an index or a count", "keep a fixed size and mask"),
-    "Equal": ("Python takes a result out of tensors here", "operations that give tensors"),
-    "Close": ("Python takes a result out of tensors here", "torch.isclose"),
-    "Library": ("Python code takes a number out of a tensor here (.item(), .tolist(), float())", "Keep the number a"),
-    "Numpy": ("NumPy computes on the values of a tensor here", "the operations of torch of the same name."),
-    "Pointer": ("Code that is not torch's reads the values of a tensor here", "Use operations of torch;"),
-    "Packed": ("Packed sequences are cut and sorted by lengths", "Give the padded tensor to the layer itself"),
+    "Branch": ("forward branches on the value of a tensor", "select with torch.where(condition, a, b)."),
+    "Ternary": ("forward branches on the value of a tensor", "select with torch.where(condition, a, b)."),
+    "Closure": ("forward branches on the value of a tensor", "select with torch.where(condition, a, b)."),
+    "InAPart": ("forward branches on the value of a tensor", "select with torch.where(condition, a, b)."),
+    "While": ("This loop runs until a tensor has a certain value", "Loop a fixed number of times"),
+    "Rounds": ("forward takes a number out of a tensor", "torch.gather"),
+    "Index": ("forward takes a number out of a tensor", "Index with the tensor itself"),
+    "Size": ("forward takes a number out of a tensor", "keep a fixed size and mask"),
+    "Equal": ("forward takes a Python result out of tensors", "operations that return tensors"),
+    "Close": ("forward takes a Python result out of tensors", "torch.isclose"),
+    "Library": ("forward takes a number out of a tensor (.item(), .tolist(), float())", "Keep the number as a"),
+    "Numpy": ("forward computes with NumPy on a tensor", "the torch operations of the same name."),
+    "Pointer": ("Code outside torch reads the values of a tensor", "Use torch operations;"),
+    "Packed": (
+        "Packed sequences need lengths that are known only at run time",
+        "Pass the padded tensor to the layer itself",
+    ),
     "Derivative": ("forward transforms functions with torch.func", "Write the derivative"),
-    "Autograd": ("forward computes gradients with torch.autograd", "Write the derivative out"),
-    "Scripted": ("The module mix is TorchScript", "Put the nn.Module that it was scripted from in its place."),
-    "Custom": ("This calls a custom operator", "Compute it from operations of torch."),
-    "Nested": ("torch.export does not know what shape the result", "Compute it from other operations of torch."),
-    "Deep": ("forward calls itself more often than Python allows", "a loop with a fixed number of rounds."),
+    "Autograd": ("forward computes gradients with torch.autograd", "Write the derivative"),
+    "Scripted": ("The module mix is TorchScript", "Replace it by the nn.Module that it was scripted from."),
+    "Custom": ("forward calls a custom operator", "Compute it from torch operations."),
+    "Nested": (
+        "torch.export does not know the shape of this operator's result",
+        "Compute it from other torch operations.",
+    ),
+    "Deep": ("forward calls itself more often than Python allows", "a loop with a fixed number of iterations."),
     "Broken": ("It says: ArithmeticError: the gain is missing. --verbose", ""),
 }
 
@@ -124,7 +130,7 @@ def test_a_module_in_a_generated_file_is_not_shown() -> None:
     space: dict[str, Any] = {"nn": nn}
     code = "class Made(nn.Module):\n    def forward(self, x, h):\n        return x if x.sum() > 0 else h, h\n"
     exec(compile(code, "<generated>", "exec"), space)
-    with pytest.raises(UnsupportedError, match=r"^Model cannot be traced by torch\.export\. Python decides here"):
+    with pytest.raises(UnsupportedError, match=r"^Model cannot be traced by torch\.export\. forward branches"):
         capture(space["Made"]().eval(), EXAMPLES, "Model")
 
 

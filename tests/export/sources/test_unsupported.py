@@ -178,7 +178,7 @@ def test_an_operator_that_a_target_lacks_is_named_with_its_node(
 ) -> None:
     options = ("--num-samples", "1", "--golden-steps", "3", "-o", tmp_path / "m.nsm")
     result = invoke("export", determinant, "-t", target, *options)
-    told = f"{name} does not support these operators of step.onnx as they are: Det (the node model/head/det). Build the"
+    told = f"{name} does not support these operators of step.onnx: Det (the node model/head/det). Build"
     refused(result, 3, told, "for instance onnxruntime", reason)
 
 
@@ -191,7 +191,7 @@ def test_an_operator_is_named_where_nothing_reads_the_graph(
     hide("onnx")
     request = Request(bundle, tmp_path / "openvino", Bundle(bundle).manifest.spec, None)
     # In this process: a command builds in another one, which finds the package again.
-    with pytest.raises(UnsupportedError, match=r"as they are: Det\. Build the model for another target"):
+    with pytest.raises(UnsupportedError, match=r"of step\.onnx: Det\. Build another target"):
         openvino.build(request)
 
 

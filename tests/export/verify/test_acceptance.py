@@ -85,7 +85,7 @@ def test_the_product_that_cannot_be_rounded_is_put_back_and_no_other(rough_copy:
     assert artifact.parity["status"] == "passed"
     facts = artifact.quantization
     assert sorted(facts["quantized"]) == sorted(OTHERS)
-    assert facts["kept_in_fp32"][ROUGH].startswith("alone it makes the one-step error of ")
+    assert facts["kept_in_fp32"][ROUGH].startswith("alone it causes a one-step error of ")
     assert not [name for name in OTHERS if name in facts["kept_in_fp32"]]
     for entry in ("step", "decode"):
         graph = rough_copy / "onnxruntime-int8" / f"{entry}.onnx"
@@ -233,8 +233,8 @@ def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(int8_copy: Path,
     times(100.0, 125.0)
     before = (int8_copy / "manifest.json").read_bytes()
     message = (
-        r"onnxruntime in int8 is not faster here than in fp32: step 0\.80x as fast \[0\.80, 0\.80\]\. Keep fp32"
-        r".*--allow"
+        r"onnxruntime in int8 is not faster than in fp32 on this machine: step 0\.80x as fast \[0\.80, 0\.80\]\."
+        r" Use fp32.*--allow"
     )
     with pytest.raises(SlowerError, match=message):
         add_target(int8_copy, "ort", precision="int8", force=True)
@@ -242,7 +242,9 @@ def test_what_is_slower_than_fp32_is_refused_and_leaves_nothing(int8_copy: Path,
     Bundle(int8_copy).verify()
     assert names(tmp_path) == ["int8.nsm"]
     refused(
-        invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--force", "--json"), 7, "not faster here than in fp32"
+        invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--force", "--json"),
+        7,
+        "not faster than in fp32 on this machine",
     )
     assert names(tmp_path) == ["int8.nsm"]
 
@@ -279,7 +281,7 @@ def test_single_tokens_that_are_slower_are_refused_although_whole_calls_are_fast
     int8_copy: Path, times: Times
 ) -> None:
     times(200.0, 100.0, (6.0, 6.0))
-    message = r"not faster here than in fp32: decode 0\.50x as fast \[0\.50, 0\.50\]\. Keep"
+    message = r"not faster than in fp32 on this machine: decode 0\.50x as fast \[0\.50, 0\.50\]\. Use"
     with pytest.raises(SlowerError, match=message):
         add_target(int8_copy, "ort", precision="int8", force=True)
     times(100.0, 125.0, (6.0, 6.0))
@@ -299,7 +301,7 @@ def test_a_processor_without_a_fast_path_is_named_as_the_cause(
     times(100.0, 125.0)
     with pytest.raises(SlowerError) as caught:
         add_target(int8_copy, "ort", precision="int8", force=True)
-    assert ("The likely cause is the processor: it has neither VNNI" in str(caught.value)) == ("vnni" not in flags)
+    assert ("The likely cause: this processor has neither VNNI" in str(caught.value)) == ("vnni" not in flags)
     with pytest.raises(SlowerError) as caught:
         add_target(int8_copy, "ort", precision="int8-weights", limits=Limits(1.0))
     assert "processor" not in str(caught.value), "its linear ops are not of int8"

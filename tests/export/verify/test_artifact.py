@@ -80,12 +80,12 @@ def perturbed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def test_no_target_is_refused() -> None:
-    with pytest.raises(InputError, match=r"No target was given\. Name one with --target"):
+    with pytest.raises(InputError, match=r"No target was given\. .*--target"):
         check_request([], "fp32", None)
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"no precision 'fp12'.*fp32, fp16, bf16, int8, int8-weights"):
+    with pytest.raises(InputError, match=r"Unknown precision 'fp12'.*fp32, fp16, bf16, int8, int8-weights"):
         check_request([find_target("onnx")], "fp12", None)
 
 
@@ -102,9 +102,9 @@ def test_one_target_without_the_precision_is_enough_to_refuse() -> None:
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(InputError, match=r"None of the targets has a device 'gpu'.* openvino: cpu"):
+    with pytest.raises(InputError, match=r"No target has the device 'gpu'.* openvino: cpu"):
         check_request([find_target("openvino")], "fp32", "gpu")
-    with pytest.raises(InputError, match=r"a device 'sm12'.*onnx: cpu; tensorrt: portable, current, .*sm86"):
+    with pytest.raises(InputError, match=r"the device 'sm12'.*onnx: cpu; tensorrt: portable, current, .*sm86"):
         check_request([find_target("onnx"), find_target("tensorrt")], "fp32", "sm12")
 
 
@@ -256,7 +256,7 @@ def test_reports_that_are_none_are_damage_and_nothing_is_changed(bundle_copy: Pa
     write_manifest(bundle_copy, Bundle(bundle_copy).manifest)
     before = contents(bundle_copy)
     with pytest.raises(
-        BundleDamagedError, match=r"parity\.json is no object with the list results.*edited by hand"
+        BundleDamagedError, match=r"parity\.json: expected an object with the list results.*Export the bundle again"
     ) as caught:
         add_target(bundle_copy, "onnx", force=True)
     assert caught.value.exit_code == 6
@@ -290,7 +290,7 @@ def test_an_entry_that_is_called_like_a_path_is_refused_and_nothing_is_written(b
 
 @pytest.mark.parametrize(
     ("name", "device", "message"),
-    [("coreml", None, "There is no target 'coreml'"), ("openvino", "npu", "has a device 'npu'")],
+    [("coreml", None, "There is no target 'coreml'"), ("openvino", "npu", "has the device 'npu'")],
 )
 def test_a_wrong_request_is_refused_before_the_bundle_is_touched(
     tmp_path: Path, name: str, device: str | None, message: str

@@ -88,21 +88,25 @@ def test_what_needs_no_calibration_asks_for_none(bare: Path, target: str, precis
 
 
 def test_without_sequences_the_ways_out_are_named(bare: Path) -> None:
-    with pytest.raises(InputError, match="calibrated on real sequences of at least one call, 8 tokens") as caught:
+    with pytest.raises(
+        InputError, match=r"int8 calibration needs real sequences of at least one call \(8 tokens\)"
+    ) as caught:
         planned(bare)
-    for way in ("MODEL holds none", "--data", "nsm.save(model, path, samples=...)", "--precision int8-weights"):
+    for way in ("MODEL has only", "--data", "nsm.save(model, path, samples=...)", "--precision int8-weights"):
         assert way in str(caught.value)
 
 
 def test_one_target_that_needs_it_is_enough(bare: Path) -> None:
-    with pytest.raises(InputError, match="calibrated on real sequences"):
+    with pytest.raises(InputError, match="int8 calibration needs real sequences"):
         planned(bare, targets=["onnxruntime", "tensorrt"])
 
 
 @pytest.mark.parametrize("count", [1, 3])
 def test_a_file_with_none_left_is_refused(checkpoint: Path, tmp_path: Path, count: int) -> None:
     np.save(tmp_path / "ids.npy", make_sequences(count, 40))
-    with pytest.raises(InputError, match=r"ids\.npy holds no more than the 3 that judge\..* lower --num-samples"):
+    with pytest.raises(
+        InputError, match=r"ids\.npy has only the 3 sequences of the parity check\..* lower --num-samples"
+    ):
         planned(checkpoint, data=tmp_path / "ids.npy", num_samples=3)
 
 
@@ -111,7 +115,7 @@ def test_what_is_shorter_than_a_call_does_not_calibrate(checkpoint: Path, tmp_pa
     data = written(tmp_path / "ids.npz", *make_sequences(2, 40), long, short)
     (found,) = planned(checkpoint, data=data, num_samples=2).calibration
     assert len(found) == len(long)
-    with pytest.raises(InputError, match=f"at least one call, {4 * MIN_CALLS * CHUNK} tokens"):
+    with pytest.raises(InputError, match=f"at least one call .{4 * MIN_CALLS * CHUNK} tokens"):
         planned(checkpoint, data=data, num_samples=2, tokens_per_call=4 * MIN_CALLS * CHUNK)
 
 
@@ -144,8 +148,8 @@ def test_bad_ids_among_those_that_calibrate_are_named(
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (np.full((1, 40, 3), np.nan, np.float32), "Sequence 1 holds NaN or infinity"),
-        (np.full((1, 40, 3), np.inf, np.float32), "Sequence 1 holds NaN or infinity"),
+        (np.full((1, 40, 3), np.nan, np.float32), "Sequence 1 contains NaN or infinity"),
+        (np.full((1, 40, 3), np.inf, np.float32), "Sequence 1 contains NaN or infinity"),
         (np.zeros((1, 40, 4), np.float32), r"Sequence 1: The model takes sequences of float32 \['T', 3\]"),
         (np.zeros((1, 40, 3), int), r"Sequence 1: The model takes sequences of float32 \['T', 3\]; given int64"),
     ],
@@ -173,7 +177,7 @@ def test_a_dry_run_of_int8_checks_the_calibration_too(checkpoint: Path, bare: Pa
     options = ("-t", "ov", "-p", "int8", "-o", tmp_path / "m.nsm", "--dry-run")
     data = the_json(invoke("export", checkpoint, *options, "--json"))
     assert (data["dry_run"], data["bundle"], data["streams"]) == (True, None, 8)
-    refused(invoke("export", bare, *options), 2, "calibrated on real sequences")
+    refused(invoke("export", bare, *options), 2, "int8 calibration needs real sequences")
     assert names(tmp_path) == before
 
 
@@ -209,7 +213,7 @@ def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) 
         (
             ("-t", "ov", "-p", "int9"),
             2,
-            "There is no precision 'int9'. Precisions: fp32, fp16, bf16, int8, int8-weights",
+            "Unknown precision 'int9'. Expected one of: fp32, fp16, bf16, int8, int8-weights",
         ),
         (
             ("-t", "ort", "-p", "bf16"),
@@ -217,7 +221,7 @@ def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) 
             "no such products on a processor. Take int8. It is built in: fp32, int8, int8-weights.",
         ),
         (("-t", "onnx", "-p", "int8"), 3, "onnx is not built in int8. It is built in: fp32."),
-        (("-t", "ort", "-p", "int8", "--max-fp32-share", "2"), 2, "--max-fp32-share lies in 0 .. 1; given 2.0"),
+        (("-t", "ort", "-p", "int8", "--max-fp32-share", "2"), 2, "--max-fp32-share must be in 0 .. 1; given 2.0"),
     ],
 )
 def test_a_wrong_request_to_build_is_refused(int8_bundle: Path, options: tuple[str, ...], code: int, part: str) -> None:

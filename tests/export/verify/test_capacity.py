@@ -317,7 +317,7 @@ def test_the_overhead_needs_room_for_a_few_calls(tmp_path: Path) -> None:
 
 def test_who_serves_a_table_is_told_where_it_ends(tmp_path: Path) -> None:
     bundle = nsm.export_model(stepped(Log), "triton", tmp_path / "log.nsm")
-    assert any("end each sequence after 100 tokens" in note for note in bundle.manifest.artifacts[0].notes)
+    assert any("end each sequence after at most 100 tokens" in note for note in bundle.manifest.artifacts[0].notes)
 
 
 class Short(Placed):
@@ -352,7 +352,9 @@ def test_a_declared_capacity_is_kept_and_held_against_the_model(tmp_path: Path) 
     assert bundle.trace().steps == 30
     with nsm.open(bundle) as session, pytest.raises(StreamError, match="at most 30 tokens"):
         session.run(frames(31))
-    with pytest.raises(ConfigError, match=r"declared as 101 tokens, and the model itself fails after 100.*Declare 100"):
+    with pytest.raises(
+        ConfigError, match=r"declared capacity is 101 tokens, but the model fails after 100.*Declare 100"
+    ):
         nsm.export_model(stepped(Log, capacity=101), "openvino", tmp_path / "more.nsm")
     with pytest.raises(ConfigError, match="capacity is at least 1 token; given 0"):
         stepped(Log, capacity=0)
@@ -376,7 +378,7 @@ def test_a_write_at_a_position_without_a_known_end_needs_a_capacity(tmp_path: Pa
     states = [zero(1, 100, WIDTH), COUNTER]
     torch.manual_seed(0)
     module = Sometimes()
-    with pytest.raises(UnsupportedError, match=r"writes into a state at the position that the state state_1 holds"):
+    with pytest.raises(UnsupportedError, match=r"writes into a state at the position in the state state_1"):
         nsm.export_model(nsm.as_step(module, states, token_shape=(WIDTH,)), "openvino", tmp_path / "m.nsm")
     model = nsm.as_step(module, states, token_shape=(WIDTH,), capacity=100)
     bundle = nsm.export_model(model, TARGETS_HERE, tmp_path / "m.nsm", golden_steps=20)
@@ -438,7 +440,7 @@ def test_a_foreign_file_is_exported_with_its_capacity(tmp_path: Path) -> None:
     base: list[str | Path] = ["export", tmp_path / "log.pt2", "-t", "openvino", *states]
     result = invoke(*base, "-o", tmp_path / "a.nsm", "--golden-steps", "300")
     assert "capacity: 100 tokens of a stream, then reset its lane" in succeeded(result)
-    assert "Checked over 100 calls of a stream instead of 300" in " ".join(result.stderr.split())
+    assert "Checked 100 calls per stream instead of 300" in " ".join(result.stderr.split())
     assert Bundle(tmp_path / "a.nsm").manifest.spec.capacity == 100
     succeeded(invoke(*base, "-o", tmp_path / "b.nsm", "--capacity", "20"))
     assert Bundle(tmp_path / "b.nsm").manifest.spec.capacity == 20
@@ -458,7 +460,7 @@ def test_a_foreign_file_is_exported_with_its_capacity(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_takes_no_capacity(checkpoint: Path) -> None:
-    refused(invoke("export", checkpoint, "-t", "openvino", "--capacity", "9"), 2, "--capacity belong to a foreign")
+    refused(invoke("export", checkpoint, "-t", "openvino", "--capacity", "9"), 2, "--capacity apply to foreign")
 
 
 # -- a target that is added --------------------------------------------------------------------------------------------

@@ -120,7 +120,7 @@ def test_a_builder_that_is_killed_is_an_error_that_names_target_and_signal(fragi
     with pytest.raises(BuildError) as caught:
         built(bundle_copy, fragile, "dies-building")
     assert str(caught.value) == (
-        "The target fragile crashed: its process was killed by signal 11 (SIGSEGV) while building it. This is a fault "
+        "The target fragile crashed: its process was killed by signal 11 (SIGSEGV) while building it. This is a bug "
         "of the package onnxruntime. Build another target, try another version of the package, or change the model."
     )
     assert caught.value.exit_code == 4
@@ -129,7 +129,7 @@ def test_a_builder_that_is_killed_is_an_error_that_names_target_and_signal(fragi
 def test_a_builder_that_ends_its_process_is_an_error_with_what_it_wrote_last(
     fragile: Target, bundle_copy: Path
 ) -> None:
-    message = r"ended with exit status 9 while building it \(it last wrote: the last words\)"
+    message = r"ended with exit status 9 while building it \(its last output: the last words\)"
     with pytest.raises(BuildError, match=message):
         built(bundle_copy, fragile, "ends")
 
@@ -145,11 +145,11 @@ def test_a_crash_on_opening_is_retried_with_the_remedies_and_the_one_that_helps_
     assert artifact.notes == (
         "a note",
         f"without {shown} the compiler of fragile crashed here (its process was killed by signal 11 (SIGSEGV) while "
-        "opening it): with this compile option every session opens it, and so must any other program that loads its "
-        "files",
+        "opening it): every session sets this compile option, and any other program that loads the files must "
+        "set it too",
     )
     try_artifact(Bundle(bundle_copy), artifact)
-    with pytest.raises(BuildError, match=r"another one here\. Build it again on this machine: nsm build BUNDLE"):
+    with pytest.raises(BuildError, match=r"differs here\. Build it again on this machine: nsm build BUNDLE"):
         try_artifact(Bundle(bundle_copy), replace(artifact, options={}))
 
 
@@ -157,7 +157,7 @@ def test_a_crash_on_opening_is_retried_with_the_remedies_and_the_one_that_helps_
     ("fault", "message"),
     [
         ("dies-always", r"With FAST=NO it failed as well: its process was killed by signal 11"),
-        ("opens-no-more", r"With FAST=NO it failed as well: ValueError: there is no option FAST\. This is a fault"),
+        ("opens-no-more", r"With FAST=NO it failed as well: ValueError: there is no option FAST\. This is a bug"),
     ],
 )
 def test_a_crash_that_no_remedy_avoids_says_what_was_tried(

@@ -73,28 +73,28 @@ def test_low_precision_is_judged_over_200_calls_unless_told_otherwise(
 ) -> None:
     assert ExportOptions(["onnxruntime"], precision).steps == steps
     result = invoke(*command(tmp_path, 0.9, "-t", "ort", "-p", precision))
-    assert "calls of a stream" not in succeeded(result) + result.stderr
+    assert "calls per stream" not in succeeded(result) + result.stderr
     bundle = Bundle(tmp_path / "m.nsm")
     artifact = bundle.artifact("onnxruntime")
     assert (bundle.trace().steps, artifact.parity["steps"]) == (steps, steps)
-    assert not [note for note in artifact.notes if "judged" in note]
+    assert not [note for note in artifact.notes if "checked over" in note]
 
 
 def test_fewer_calls_are_said_and_recorded(tmp_path: Path) -> None:
     result = invoke(*command(tmp_path, 0.9, "-t", "ort", "-p", "int8", "--golden-steps", "4"))
     succeeded(result)
-    assert "Low precision is judged over 4 calls of a stream: fewer than 200" in " ".join(result.stderr.split())
-    (note,) = (note for note in Bundle(tmp_path / "m.nsm").artifact(None).notes if "judged" in note)
-    assert note.startswith("judged over 4 calls of a stream: fewer than 200 do not tell")
+    assert "Low precision is checked over 4 calls per stream: fewer than 200" in " ".join(result.stderr.split())
+    (note,) = (note for note in Bundle(tmp_path / "m.nsm").artifact(None).notes if "checked over" in note)
+    assert note.startswith("checked over 4 calls per stream: fewer than 200 do not show")
     assert note in succeeded(invoke("inspect", tmp_path / "m.nsm"))
 
 
 def test_a_build_says_over_how_few_calls_of_the_bundle_it_was_judged(tmp_path: Path) -> None:
     succeeded(invoke(*command(tmp_path, 0.9, "-t", "ort")))
     build = ("build", tmp_path / "m.nsm", "-t", "ort", "--allow-slower")
-    assert "judged" not in succeeded(invoke(*build, "--force"))
-    assert "Judged over 64 calls of a stream: fewer than 200" in succeeded(invoke(*build, "-p", "int8"))
+    assert "hecked over" not in succeeded(invoke(*build, "--force"))
+    assert "Checked over 64 calls per stream: fewer than 200" in succeeded(invoke(*build, "-p", "int8"))
     (artifact,) = the_json(invoke(*build, "-p", "int8", "--json", "--force"))["artifacts"]
-    assert [note for note in artifact["notes"] if note.startswith("judged over 64 calls")]
+    assert [note for note in artifact["notes"] if note.startswith("checked over 64 calls")]
     with nsm.open(tmp_path / "m.nsm", precision="int8") as session:
         assert session.effective_precision == "int8"

@@ -86,7 +86,7 @@ def test_a_step_that_is_the_model_is_said_to_be_compared(suffix: str, tmp_path: 
     bundle = export(step, options(suffix, offline=whole, output=tmp_path / "m.nsm"))
     last = Bundle(bundle.path).manifest.examination[-1]
     assert (last.name, last.status) == ("offline", "passed")
-    assert last.detail == f"the same as whole{suffix} over 2 whole sequences"
+    assert last.detail == f"equal to whole{suffix} over 2 whole sequences"
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -96,7 +96,7 @@ def test_a_step_that_is_another_model_is_refused(suffix: str, tmp_path: Path) ->
     with pytest.raises(UnsupportedError, match=r"is not the model: from token 0 on, \w+ departs from the offline run"):
         plan(step, options(suffix, offline=whole))
     long = write(tmp_path / f"long{suffix}", Whole(), (torch.zeros(1, 30, WIDTH),))
-    with pytest.raises(InputError, match="takes sequences of 30 tokens; given one of 24"):
+    with pytest.raises(InputError, match="takes sequences of 30 tokens; given 24"):
         plan(step, options(suffix, offline=long))
     with pytest.raises(InputError, match=r"has the inputs .*; expected one, a whole sequence"):
         plan(step, options(suffix, offline=step))
@@ -114,7 +114,7 @@ def test_a_program_of_any_length_is_compared_over_the_whole_sequence(suffix: str
 
 def test_it_belongs_to_foreign_files(tmp_path: Path, checkpoint: Path) -> None:
     with pytest.raises(
-        InputError, match=r"--offline belongs to a foreign \.pt2 or \.onnx; SimpleNSM is a model of ours"
+        InputError, match=r"--offline applies to foreign \.pt2 and \.onnx files only; SimpleNSM is an nsm model"
     ):
         plan(checkpoint, ExportOptions(["onnxruntime"], offline=tmp_path / "w.onnx"))
 

@@ -126,9 +126,9 @@ def test_every_precision_has_a_line_whatever_became_of_it(checkpoint: Path, expo
     assert found["int8-weights"][2:] == [*dashes, "build", "failed:", "No"]
     assert found["int8"][3:8] == [*size, "-", "-", "-"]
     assert " ".join(found["int8"][10:]) == "parity failed: Parity failed on onnxruntime int8"
-    assert "speed: how many times as fast as the target's fp32 in the same round" in text
-    assert "50 calls of 8 tokens on 2 lanes, 1 thread, in 3 rounds of turns" in text
-    assert f"The fastest that is ok: nsm-export {checkpoint} --target onnxruntime --precision fp16" in text
+    assert "speed: relative to the target's fp32 in the same round" in text
+    assert "50 calls of 8 tokens on 2 lanes, 1 thread, in 3 rounds, in turns" in text
+    assert f"Fastest with status ok: nsm-export {checkpoint} --target onnxruntime --precision fp16" in text
     assert [(list(item.targets), item.precision) for item in asked] == [(["onnxruntime"], p) for p in PRECISIONS]
 
 
@@ -220,7 +220,7 @@ def test_nothing_measured_ends_with_3_after_the_reasons(checkpoint: Path, export
     exports(**{**REFUSED, "fp32": NO_BF16})
     result = invoke("bench", "--all", checkpoint, "-t", "ort", *(["--json"] if as_json else []))
     assert result.exit_code == 3
-    assert "None of the combinations could be measured here" in result.stderr
+    assert "No combination could be measured on this machine" in result.stderr
     if as_json:
         assert [item["status"] for item in the_json(result)["results"]] == ["not supported"] * 5
     else:
@@ -239,8 +239,8 @@ def test_every_target_that_runs_here_is_taken(
     assert {item.targets[0] for item in asked} == {"onnx", "onnxruntime"}
     assert lines(text, "onnx")["fp32"][6] == lines(text, "onnxruntime")["fp32"][6] == "1.00x"
     remarks = " ".join(result.stderr.split())
-    assert 'openvino: left out, not installed. Install it with: pip install "nsm-toolkit[openvino]"' in remarks
-    assert "tensorrt: left out, there is no NVIDIA GPU in this machine." in remarks
+    assert 'openvino: skipped, not installed. Install it with: pip install "nsm-toolkit[openvino]"' in remarks
+    assert "tensorrt: skipped, this machine has no NVIDIA GPU." in remarks
     assert "Building onnxruntime int8-weights" in remarks
 
 
@@ -250,14 +250,14 @@ def test_made_up_tokens_are_said_to_be(tmp_path: Path, exports: Exports, times: 
     times(1000)
     result = invoke("bench", "--all", tmp_path / "bare.pt", "-t", "ort")
     succeeded(result)
-    assert "errors are those on made-up tokens (synthetic)" in " ".join(result.stderr.split())
+    assert "errors are measured on random tokens (synthetic)" in " ".join(result.stderr.split())
 
 
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
         (["--steps", "9"], ["at least 10 steps; given 9"]),
-        (["--threads", "0"], ["--threads is at least 1; given 0"]),
+        (["--threads", "0"], ["--threads must be at least 1; given 0"]),
         (["--target", "coreml"], ["There is no target 'coreml'"]),
     ],
 )

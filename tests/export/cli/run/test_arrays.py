@@ -87,7 +87,7 @@ def test_run_into_a_folder_that_is_not_there_is_one_line(exported: Path, ids: Pa
     [
         (np.full((1, 9), 20), ["tokens must lie in 0 .. 19"]),
         (np.zeros((1, 9)), ["tokens has the dtype int64; given float64"]),
-        (np.zeros((1, 9, 2), np.int64), ["The model takes sequences of shape ['T']; given [9, 2]"]),
+        (np.zeros((1, 9, 2), np.int64), ["Expected sequences of shape ['T']; given [9, 2]"]),
     ],
 )
 def test_run_refuses_what_the_model_does_not_take(

@@ -61,7 +61,7 @@ def test_the_json_says_what_was_made(byte_bundle: Path) -> None:
 def test_the_text_follows_its_prompt_on_stdout(byte_bundle: Path) -> None:
     expected = written(byte_bundle, "Zürich", "--seed", "4", "--tokens", "30")["text"]
     shown = succeeded(invoke("run", byte_bundle, "--prompt", "Zürich", "--seed", "4", "--tokens", "30", "-t", "ort"))
-    assert shown.startswith(f"Zürich{expected}\n\n7 bytes read, 30 made on onnxruntime: ")
+    assert shown.startswith(f"Zürich{expected}\n\n7 bytes read, 30 generated on onnxruntime: ")
 
 
 def test_200_tokens_are_the_default(byte_bundle: Path) -> None:
@@ -111,14 +111,16 @@ def test_a_prompt_that_is_no_utf8_is_read_as_its_bytes(byte_model: SimpleNSM, by
 
 def test_a_model_over_other_ids_is_refused(exported: Path) -> None:
     result = invoke("run", exported, "--prompt", "a", "--target", "onnxruntime")
-    refused(result, 3, "256 ids in and 256 logits out. This one takes 20 ids and gives outputs of shape [5]", "--data")
+    refused(
+        result, 3, "256 ids in and 256 logits out. This model takes 20 ids and returns outputs of shape [5]", "--data"
+    )
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"vectors": True}, "This one takes vectors and gives outputs of shape [5] a token."),
-        ({"entries": ("step",)}, "no entry `decode` for fake, so the model cannot go on"),
+        ({"vectors": True}, "This model takes vectors and returns outputs of shape [5] per token."),
+        ({"entries": ("step",)}, "fake has no entry `decode`"),
     ],
 )
 def test_vectors_and_models_that_see_ahead_are_refused(
@@ -189,9 +191,9 @@ def test_lanes_that_cannot_rest_all_have_the_text() -> None:
     ("options", "message"),
     [
         (("--prompt", ""), "--prompt is empty"),
-        (("--prompt", "a", "--tokens", "0"), "--tokens is at least 1; given 0"),
-        (("--prompt", "a", "--data", "x.npy"), "--data and --output belong to feeding sequences"),
-        (("--prompt", "a", "--output", "x.npz"), "--data and --output belong to feeding sequences"),
+        (("--prompt", "a", "--tokens", "0"), "--tokens must be at least 1; given 0"),
+        (("--prompt", "a", "--data", "x.npy"), "--data and --output"),
+        (("--prompt", "a", "--output", "x.npz"), "--data and --output"),
         (("--prompt", "a", "--temperature", "-1"), "temperature is 0 or more"),
         (("--prompt", "a", "--top-k", "0"), "top_k is at least 1"),
         (("--prompt", "a", "--top-p", "1.5"), "top_p is a probability"),

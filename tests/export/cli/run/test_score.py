@@ -153,11 +153,11 @@ def test_a_log_of_something_else_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     ScoreLog(path, HEAD).close()
     before = path.read_text()
-    with pytest.raises(InputError, match=r"not of .*Take another name, or give --force"):
+    with pytest.raises(InputError, match=r"expected .*--force"):
         ScoreLog(path, {**HEAD, "target": "openvino"})
     assert path.read_text() == before
     path.write_text(before + "[]\n")
-    with pytest.raises(OutputExistsError, match=r"has lines that are no scores .*give --force to start over"):
+    with pytest.raises(OutputExistsError, match=r"has lines that are not scores .*--force to start over"):
         ScoreLog(path, HEAD)
     ScoreLog(path, HEAD, force=True).close()
     assert path.read_text() == before
@@ -204,15 +204,15 @@ def test_an_empty_file_becomes_a_log_and_a_pipe_is_refused(tmp_path: Path) -> No
     ScoreLog(path, HEAD).close()
     assert json.loads(path.read_text())["format"] == "nsm-scores"
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match=r"pipe is no regular file"):
+    with pytest.raises(InputError, match=r"pipe is not a regular file"):
         ScoreLog(tmp_path / "pipe", HEAD)
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--workers", "0"], "--workers and --threads are at least 1"),
-        (["--threads", "0"], "--workers and --threads are at least 1"),
+        (["--workers", "0"], "--workers and --threads must be at least 1"),
+        (["--threads", "0"], "--workers and --threads must be at least 1"),
     ],
 )
 def test_counts_below_one_are_refused(options: list[str], message: str, predictor: Path, folder: Path) -> None:
@@ -220,9 +220,9 @@ def test_counts_below_one_are_refused(options: list[str], message: str, predicto
 
 
 def test_nothing_to_score_is_refused(predictor: Path, tmp_path: Path) -> None:
-    refused(invoke("score", predictor, tmp_path / "absent", "-o", tmp_path / "s.jsonl"), 2, "There is no folder")
+    refused(invoke("score", predictor, tmp_path / "absent", "-o", tmp_path / "s.jsonl"), 2, "is not a folder")
     (tmp_path / "empty").mkdir()
-    refused(invoke("score", predictor, tmp_path / "empty", "-o", tmp_path / "s.jsonl"), 2, "holds no .npy")
+    refused(invoke("score", predictor, tmp_path / "empty", "-o", tmp_path / "s.jsonl"), 2, "has no .npy")
 
 
 def test_workers_without_ray_name_the_extra(

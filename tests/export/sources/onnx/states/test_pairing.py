@@ -346,7 +346,7 @@ def test_what_is_said_must_fit_the_graph(options: dict[str, Any], message: str, 
 
 @pytest.mark.parametrize("option", ["--input", "--no-state"])
 def test_these_options_belong_to_onnx(option: str, checkpoint: Path) -> None:
-    refused(invoke("export", checkpoint, "-t", "ort", option, "x"), 2, f"{option} belongs to a foreign .onnx")
+    refused(invoke("export", checkpoint, "-t", "ort", option, "x"), 2, f"{option} applies to foreign .onnx")
 
 
 # -- the experiment ----------------------------------------------------------------------------------------------------
@@ -396,7 +396,9 @@ def test_a_graph_that_does_not_run_on_made_up_inputs_says_so(tmp_path: Path) -> 
     assert pairing.trouble
     result = invoke("inspect", path)
     succeeded(result)
-    assert "The graph was not run with open axes of size 1. ONNX Runtime failed" in " ".join(result.stdout.split())
+    assert "The graph could not be run with dynamic axes of size 1. ONNX Runtime failed" in " ".join(
+        result.stdout.split()
+    )
     assert "--shape x=1,SIZE --state h=hn" in result.stdout
 
 
