@@ -163,7 +163,7 @@ def main(checkpoint: Path, output: Path | None) -> None:
         rows = []
         for index, (name, values) in enumerate(outputs.items()):
             error = np.linalg.norm(values - wanted, axis=-1) / np.sqrt((np.linalg.norm(wanted, axis=-1) ** 2).mean())
-            answers = digits.answers(values)
+            found_labels = digits.predictions(values)
             ratio = np.median(spent[:, 0] / spent[:, index])
             rows.append(
                 {
@@ -171,7 +171,7 @@ def main(checkpoint: Path, output: Path | None) -> None:
                     "kilobytes": round(found[name].stat().st_size / 1e3, 1),
                     "free_run_p99": float(np.quantile(error, 0.99)),
                     "free_run_mean": float(error.mean()),
-                    "accuracy": float((answers == labels).mean()),
+                    "accuracy": float((found_labels == labels).mean()),
                     "microseconds": round(float(np.median(spent[:, index])), 1),
                     "speed": round(float(ratio), 3),
                 }

@@ -121,7 +121,7 @@ def _check_opset(planned: Plan, opset: int) -> None:
     if own > opset:
         raise InputError(
             f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; graphs "
-            f"are converted to newer ones only. Give --opset {own} or leave it out, or export the file in {opset} again."
+            f"are converted to newer ones only. Give --opset {own} or leave it out, or export the file again."
         )
 
 
