@@ -28,13 +28,13 @@ from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays
 
 AGES = 12
-"""Calls of a stream that are looked at, log-spaced from the first to the last."""
+"""Number of observed calls per stream, log-spaced from the first to the last."""
 _KEPT = 4096
-"""Numbers of an activation that are kept of a call, besides its ends."""
+"""Number of values kept of an activation per call, in addition to its minimum and maximum."""
 _SHARES: tuple[float, ...] = tuple(np.linspace(0.3, 1.0, 71).tolist())
-"""Of a range that are tried as its end: to clip a few numbers gives the others finer levels."""
+"""Fractions of a range to try as its end: clipping a few values gives the others finer levels."""
 _GAIN = 0.8
-"""Squared error of unsigned levels against signed ones from which on they are worth a zero point."""
+"""Ratio of the squared errors of uint8 and int8 below which a zero point is worth its cost."""
 
 
 def calibrate(
@@ -154,7 +154,7 @@ class Watched:
 
 
 class Range:
-    """The range of one activation."""
+    """Observed range of one activation."""
 
     def __init__(self) -> None:
         self._low, self._high = 0.0, 0.0
@@ -162,7 +162,7 @@ class Range:
         self._generator = np.random.default_rng(0)
 
     def add(self, values: Array) -> None:
-        """Look at the values of a call.
+        """Observe the values of a call.
 
         Raises:
             NonFiniteError: one is NaN or infinite.
@@ -180,7 +180,7 @@ class Range:
     def scale(self) -> float:
         """The scale with the least mean squared error on the observed values; 1 for an activation that is almost zero.
 
-        A scale that is no normal number of float32 is nothing to divide by: OpenVINO gives NaN.
+        The scale must be a normal float32: division by a subnormal one gives NaN in OpenVINO.
         """
         if self._nothing:
             return 1.0
@@ -190,7 +190,7 @@ class Range:
     def asymmetric(self, scale: float) -> Asymmetric | None:
         """Scale and zero point of an asymmetric uint8; None if an int8 with this scale is almost as good.
 
-        The ends of the range are moved in turn to where the mean squared error is least. Zero stays a level of its own.
+        The search moves each end of the range in turn to minimize the mean squared error. Zero stays exact.
         """
         if self._nothing:
             return None

@@ -16,7 +16,7 @@ from nsm.files import write_json
 
 @dataclass(frozen=True)
 class Asymmetric:
-    """A uint8 q stands for scale * (q - zero): all 256 levels lie where an activation has its numbers."""
+    """Asymmetric uint8: a level q means scale * (q - zero), so all 256 levels cover the activation's range."""
 
     scale: float
     zero: int
@@ -24,7 +24,7 @@ class Asymmetric:
     def __post_init__(self) -> None:
         _require_scale(self.scale, "a uint8")
         if not 0 <= self.zero <= 255:
-            raise ConfigError(f"The zero point of a uint8 lies in 0 .. 255; given {self.zero}.")
+            raise ConfigError(f"The zero point of a uint8 must lie in 0 .. 255; given {self.zero}.")
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def _require_scale(scale: float, owner: str) -> None:
 
 
 def read_calibration(bundle: Bundle) -> Calibration:
-    """The calibration that a bundle holds. Verified.
+    """Return the verified calibration of a bundle.
 
     Raises:
         InputError: it holds none.

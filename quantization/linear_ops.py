@@ -27,8 +27,8 @@ class LinearOp:
     node: its name in the graph, after the module it comes from.
     activation, weight: names of x and W in the graph.
     shape: (D, N).
-    key: of the numbers of W, the same in every entry of a model.
-    sums: W has zeros and ones only, and is no weight.
+    key: hash of W, the same in every entry of a model.
+    sums: W has only zeros and ones: it adds up values and is not a weight.
     operator: "LSTM" for all linear ops of an LSTM together: x is its input, W has the rows of the input and of the
         state, D = I + H, for all gates, N = 4 H. "Gather" for the rows of a table W that the ids x select, as in an
         embedding: the MatMul of the one-hot x and W.

@@ -15,13 +15,13 @@ if TYPE_CHECKING:
     from nsm.quantization.linear_ops import LinearOp, Operator
 
 Tables = Literal["int8", "fp16", "bf16"]
-"""How a table's numbers are kept: with a scale for each row, or rounded to half precision.
+"""Storage of an embedding table: int8 with a scale per row, or half precision.
 
 int8-weights is the precision with a small loss, and int8 rows would double the loss.
 """
 
 LEVELS = 127
-"""Largest number that an int8 stands for; -128 is left out, so that the range is symmetric."""
+"""Largest int8 level; -128 is not used, so that the range is symmetric."""
 
 SAFE_SUM = 128
 """Largest sum of weights of one sign in rows 2 i and 2 i + 1 of a column that no x86 processor saturates.
@@ -36,10 +36,10 @@ Scheme = Literal["backend", "static", "dynamic", "block-wise", "weight-only", "f
 """Quantization scheme of the linear ops; see `nsm.quantization.rewrite`. "backend": the backend does it."""
 
 SMALLEST = 16_384
-"""Numbers of a matrix below which quantising costs more time than it saves."""
+"""Matrix size below which quantization costs more time than it saves."""
 
 SMALLEST_TABLE = 262_144
-"""Numbers of a table of embeddings below which int8 precisions leave it: less room costs time, and saves none."""
+"""Table size below which int8 precisions keep an embedding in fp32: it saves memory, but costs time."""
 
 LONGEST = 16
 """Steps in a call above which a `GRU` or `RNN` stays one operator: its graph would be long, and start-up with it."""
@@ -60,10 +60,10 @@ _ALWAYS_FLOAT = (
 
 @dataclass(frozen=True)
 class Policy:
-    """The form of a precision on a target.
+    """The quantization policy of a precision on a target.
 
     Args:
-        scheme: of the linear ops.
+        scheme: quantization scheme of the linear ops.
         keep: patterns of the names of linear ops kept in fp32, with the reason.
         note: for the user.
         saturation_safe: whether matrices keep to `SAFE_SUM` if activations are int8 too, so that the artifact is right
@@ -111,7 +111,7 @@ POLICIES: Mapping[tuple[str, str], Policy] = MappingProxyType(
             tables="fp16",
             note="OpenVINO quantizes the activations of these linear ops too, token by token, where it gains",
         ),
-        ("openvino", "fp16"): Policy("backend", note="all of it is computed in fp16, whose numbers end at 65,504"),
+        ("openvino", "fp16"): Policy("backend", note="everything is computed in fp16, with a largest number of 65,504"),
         ("openvino", "bf16"): Policy("backend"),
         ("onnxruntime", "int8"): Policy(
             "dynamic",

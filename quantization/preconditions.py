@@ -1,4 +1,4 @@
-"""Preconditions for quantization: of the model and of its sequences."""
+"""Preconditions for quantization, on the model and on the calibration sequences."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nsm.quantization.policy import LONGEST, POLICIES, SMALLEST, Policy
 from nsm.trace import Array, Trace
 
 MAX_STEPS = 256
-"""Calls of a stream that are looked at, at most."""
+"""Maximum number of observed calls per stream."""
 MIN_CALLS = 16
-"""Calls of all sequences together below which their ranges are those of a few tokens."""
+"""Minimum number of calls over all sequences; fewer would give the ranges of a few tokens only."""
 _EXPLODING = 30.0
 
 
 def check_enough(sequences: Sequence[Array], length: int) -> None:
-    """Refuse to calibrate on next to nothing.
+    """Raise if the sequences are too few or too short to calibrate on.
 
     Args:
         sequences: [T, ...] each.
@@ -39,7 +39,7 @@ def check_enough(sequences: Sequence[Array], length: int) -> None:
 
 
 def check_recurrent(largest: Mapping[str, int], target: str, precision: str, policy: Policy, length: int) -> None:
-    """Refuse low precision for a model whose weights are inside of recurrent operators that stay fp32.
+    """Refuse low precision if all large weights are in recurrent operators that stay fp32.
 
     Args:
         largest: numbers in the largest matrix of each kind of operator, "" for linear ops.
@@ -68,7 +68,7 @@ def check_recurrent(largest: Mapping[str, int], target: str, precision: str, pol
 
 
 def check_trace(trace: Trace) -> None:
-    """Refuse a model whose states, as the reference had them in a golden trace, explode.
+    """Refuse a model if its states in the golden trace explode.
 
     Raises:
         UnsupportedError: they do.
@@ -80,10 +80,10 @@ def check_trace(trace: Trace) -> None:
 
 
 def check_bounded(sizes: Sequence[float], steps: int) -> None:
-    """Refuse a model whose states explode.
+    """Refuse a model if its states explode.
 
     Args:
-        sizes: of the states by `size_of`, at ages of a stream that are spread evenly on a logarithmic scale.
+        sizes: sizes of the states from `size_of`, at log-spaced ages of a stream.
         steps: calls of the stream.
 
     Raises:
@@ -93,8 +93,8 @@ def check_bounded(sizes: Sequence[float], steps: int) -> None:
     if len(settled) > 1 and settled[-1] > _EXPLODING * max(settled[0], 1e-6):
         raise UnsupportedError(
             f"The model's states explode: their root mean square grows from {settled[0]:.3g} to {settled[-1]:.3g} "
-            f"within {steps} calls of the model in fp32. Low precision holds no such stream for long, so it is not "
-            "quantized. Train on longer streams, or keep fp32."
+            f"within {steps} calls of the model in fp32. Low precision drifts from such a stream early, so the model "
+            "is not quantized. Train on longer streams, or keep fp32."
         )
 
 

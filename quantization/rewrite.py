@@ -1,7 +1,7 @@
 """Quantization schemes for linear ops and tables, as functions from one ONNX graph to another.
 
-Matrices are symmetric: a number q stands for scale * q, with no zero point, and there is a scale for each column. So
-are activations whose scale is calibrated, but for those of which hardly any is negative: they may be unsigned, with a
+Matrices are symmetric: a level q means scale * q, without a zero point, with one scale per column. Activations with a
+calibrated scale are symmetric too, except those with hardly any negative value: they may be asymmetric uint8, with a
 zero point, which TensorRT refuses. Biases and all operations between the linear ops are kept in fp32.
 """
 
@@ -52,7 +52,7 @@ def static(
     Args:
         model: the graph.
         linear_ops: those to quantize.
-        scales: of the activations, by the key of the linear op.
+        scales: scales of the activations, by the key of the linear op.
         saturation_safe: the matrices; see `quantised_weight`.
         asymmetric: by key too: activations that become uint8 instead.
     """
@@ -99,7 +99,7 @@ def half(model: onnx.ModelProto, linear_ops: Sequence[LinearOp], kind: int = Ten
 
 
 def looked_up(model: onnx.ModelProto, tables: Sequence[LinearOp], kept: Tables) -> onnx.ModelProto:
-    """Tables of embeddings in less room: the rows that a call looks up are made float, and no others.
+    """Store embedding tables in low precision; a call dequantizes only the rows it looks up.
 
     Args:
         model: the graph.
@@ -120,7 +120,7 @@ _HALVES = {"fp16": TensorProto.FLOAT16, "bf16": TensorProto.BFLOAT16}
 
 
 def _largest_pair(numbers: Array) -> Array:
-    """Of each column, [N]: the largest sum of the magnitudes of numbers of a sign in rows 2 i and 2 i + 1."""
+    """Return, per column [N], the largest sum of magnitudes of one sign in rows 2 i and 2 i + 1."""
     padded = np.pad(numbers, ((0, len(numbers) % 2), (0, 0)))
     found: Array = np.zeros(numbers.shape[1], np.float32)
     for part in (np.maximum(padded, 0), np.maximum(-padded, 0)):
@@ -129,7 +129,7 @@ def _largest_pair(numbers: Array) -> Array:
 
 
 def _scales(largest: Array) -> NDArray[np.float32]:
-    """Of groups whose largest numbers are these; 1 for a group of zeros, or of numbers too small to be divided."""
+    """Return the scales of groups with these largest values; 1 if a value is zero or too small to divide by."""
     scale = (largest / LEVELS).astype(np.float32)
     return np.where(scale >= np.finfo(np.float32).tiny, scale, np.float32(1.0))
 

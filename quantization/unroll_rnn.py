@@ -1,4 +1,4 @@
-"""Recurrent operators as linear ops, so that low precision applies to them.
+"""Unroll recurrent operators into linear ops, so that low precision applies to them.
 
 The graphs in fp32 keep `GRU` and `RNN`, for which every backend has a kernel. ONNX Runtime has none in int8 for them,
 as it has for an LSTM; but a step is two MatMuls and a few elementwise operations, and a call of a stream has few steps.
@@ -16,7 +16,7 @@ from onnx import helper, numpy_helper
 from nsm.quantization.policy import LONGEST
 from nsm.trace import Array
 
-# Defaults of the operators; others stay as they are.
+# Defaults of the operators; operators with other values are kept.
 _ACTIVATIONS = {"GRU": (["Sigmoid", "Tanh"],), "RNN": (["Tanh"], ["Relu"])}
 # Split and Unsqueeze take their sizes and axes as inputs from here on.
 _OPSET = 13
@@ -51,7 +51,7 @@ def unroll(model: onnx.ModelProto) -> None:
 
 
 def _lengths(model: onnx.ModelProto) -> dict[str, int]:
-    """The size of axis 0 of every value of which it is known."""
+    """Return the size of axis 0 of every value with a known one."""
     graph = onnx.shape_inference.infer_shapes(model).graph
     found = {}
     for value in (*graph.value_info, *graph.input):

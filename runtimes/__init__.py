@@ -12,8 +12,8 @@ from nsm.runtimes.parity import BUDGETS, Budget, ParityReport, compare, find_bud
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, Target, find_target
 
-# OpenVINO's telemetry reports imports and conversions, each from a fork of the whole process. nsm turns it off: without
-# its telemetry package OpenVINO sends nothing. To keep it on, import OpenVINO before nsm.
+# OpenVINO's telemetry reports imports and conversions, each from a fork of the whole process. nsm turns it off by
+# hiding the telemetry package, without which OpenVINO sends nothing. To keep it on, import OpenVINO before nsm.
 if "openvino_telemetry" not in sys.modules:
     sys.modules["openvino_telemetry"] = None  # type: ignore[assignment]
 

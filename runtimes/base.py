@@ -14,53 +14,53 @@ from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
 Progress = Callable[[int, int], None]
-"""(steps done, steps in all) of a comparison."""
+"""Progress callback of a comparison: (steps done, total steps)."""
 
 
 class NotCopyable:
-    """Base of classes with memory of a backend, which cannot be copied or pickled."""
+    """Base class of objects that own backend memory: they refuse copy and pickle."""
 
     __slots__ = ()
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
         raise NotCopyableError(
-            f"A {type(self).__name__} can be neither copied nor pickled: it holds memory of a backend. To go on with a "
+            f"A {type(self).__name__} can be neither copied nor pickled: it owns memory of a backend. To continue a "
             "stream twice, call session.fork(lane, into), or take session.snapshot() and restore it in another session "
             "of the same model; in another process too, which opens the bundle itself."
         )
 
 
 class State(NotCopyable):
-    """A handle on the state that a runtime holds, on its device perhaps. Passing it to a call consumes it."""
+    """A handle on the state of a runtime, in host or device memory. A call consumes the handle it is given."""
 
     __slots__ = ()
 
 
 class ConsumedError(StreamError):
-    """A State was consumed before, or belongs to another runtime."""
+    """An earlier call consumed the State, or the State belongs to another runtime."""
 
 
 class Handles:
-    """The handles that a runtime has given out: the last one is good.
+    """The handles that a runtime has issued; only the latest is valid.
 
-    An exception can come between any two instructions: Ctrl-C, a time limit. So a runtime consumes the last handle
-    before it changes the state, and returns the next one when the state is whole. In between nobody has a good one.
+    Ctrl-C or a time limit can raise an exception between any two instructions. So a runtime consumes the latest handle
+    before it changes the state, and issues the next one when the state is complete. In between no handle is valid.
     """
 
     def __init__(self) -> None:
         self._last = State()
 
     def new(self) -> State:
-        """A handle in place of the last one, which is consumed now."""
+        """Issue a new handle and consume the latest one."""
         self._last = State()
         return self._last
 
     def consume(self) -> None:
-        """No handle that was given out is good, until the next one is made."""
+        """Invalidate every issued handle, until the next one is issued."""
         self._last = State()
 
     def give_back(self, handle: State) -> None:
-        """Make a handle that was consumed good again: nothing has happened to the state."""
+        """Make a consumed handle valid again, because the state did not change."""
         self._last = handle
 
     def check(self, handle: State) -> None:
@@ -73,9 +73,9 @@ class Handles:
 
 
 class Sides(Handles):
-    """Which of its two buffers, 0 or 1, each state lies in; a call turns those over that its entry writes.
+    """The buffer, 0 or 1, that currently holds each state; a call flips the states that its entry writes.
 
-    `bits` has a bit for each state, in the order of the spec.
+    `bits` has one bit per state, in the order of the spec.
     """
 
     def __init__(self, spec: StepSpec) -> None:
@@ -93,7 +93,7 @@ class Sides(Handles):
         return sum(self._bit[name] for name in names)
 
     def reset(self) -> State:
-        """All states lie in buffer 0 now; the new handle on them."""
+        """Mark all states as being in buffer 0 and return the new handle."""
         handle = self.new()
         self.bits = 0
         return handle
@@ -102,7 +102,7 @@ class Sides(Handles):
         """Consume `state`, on which an entry has run; return the handle of the new state.
 
         Raises:
-            ConsumedError: somebody has used `state` meanwhile, a signal handler for instance.
+            ConsumedError: other code, such as a signal handler, used `state` in the meantime.
         """
         self.check(state)
         handle = self.new()
@@ -110,15 +110,15 @@ class Sides(Handles):
         return handle
 
     def turn(self, entry: str) -> None:
-        """The states that an entry writes lie in their other buffer now."""
+        """Flip the states that an entry writes to their other buffer."""
         self.bits ^= self._turned[entry]
 
 
 class Watched:
-    """Files that were verified when a bundle was opened, and may be read later: they must still be the same.
+    """Detects changes to files that were verified at opening and are read later.
 
     Args:
-        folders: whose files are watched. Broken links are ignored.
+        folders: the folders to watch. Broken links are ignored.
     """
 
     def __init__(self, *folders: Path) -> None:
@@ -140,9 +140,9 @@ class Watched:
 
 
 class Runtime(Protocol):
-    """One loaded artifact. It holds one live state at a time; `load_state` and `call` make a new one.
+    """One loaded artifact with one live state at a time; `load_state` and `call` make a new one.
 
-    Where `call` raises, the state is as before and its handle good, or the handle is consumed; see `Handles`.
+    If `call` raises, either the state is unchanged and its handle valid, or the handle is consumed; see `Handles`.
     """
 
     @property
@@ -151,40 +151,40 @@ class Runtime(Protocol):
         ...
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
-        """Put a whole state, by state name and with all lanes, where the backend keeps it."""
+        """Load a whole state, by state name and with all lanes, into the backend's memory."""
         ...
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        """Run one entry. Inputs have the dtypes and shapes of the spec. The outputs are the caller's own."""
+        """Run one entry. Inputs have the dtypes and shapes of the spec. The caller owns the outputs."""
         ...
 
     def read_state(self, state: State) -> Arrays:
-        """A copy of the state, by state name."""
+        """Return a copy of the state, by state name."""
         ...
 
     def finite(self, state: State) -> bool:
-        """Whether every number is finite that the last call answered, or that it or `load_state` wrote into the state.
+        """Return whether all outputs and state values written since the last check are finite.
 
-        Only values written since the last check are examined. It is called after every step, so it must be cheap.
+        The session calls this after every step, so it must be cheap.
         """
         ...
 
     def close(self) -> None:
-        """Free the memory of the backend; the runtime cannot be used afterwards."""
+        """Free the memory of the backend. The runtime cannot be used afterwards."""
         ...
 
 
 Loader = Callable[[Mapping[str, Path], StepSpec, str, int | None, str], Runtime]
-"""(file of each entry, spec, device, threads, precision) -> Runtime; every backend module has one, named `load`."""
+"""Type of `load` in every backend module: (file of each entry, spec, device, threads, precision) -> Runtime."""
 
 
 def all_finite(arrays: Iterable[Array]) -> bool:
-    """Whether arrays of floating point numbers hold neither NaN nor infinity.
+    """Return whether floating-point arrays contain neither NaN nor infinity.
 
-    A sum of squares is one pass without a temporary; where it overflows, the numbers are looked at one by one. By
-    `vdot`, which unlike `dot` does not warn of that: turning warnings off costs more than the sum.
+    A sum of squares needs one pass and no temporary. If it overflows, the function checks the values one by one. It
+    uses `vdot` because `dot` warns of the overflow, and turning warnings off costs more than the sum.
     """
-    for array in arrays:  # noqa: SIM110 - a generator costs as much as looking at a small array
+    for array in arrays:  # noqa: SIM110 - a generator costs as much as checking a small array
         if not (math.isfinite(np.vdot(array, array)) or np.isfinite(array).all()):
             return False
     return True

@@ -1,4 +1,4 @@
-"""The table of targets. A new one is its builder, its loader and a row here."""
+"""The table of targets. A new target needs a builder, a loader and a row here."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from nsm.spec import StepSpec
 
 @dataclass(frozen=True)
 class Target:
-    """One place an artifact can run.
+    """A backend and artifact format that an export can build for.
 
     Args:
-        name: as in `--target`.
+        name: value of `--target`.
         runtime: module with `load(files, spec, device, threads) -> Runtime`.
         builder: module with `build(graphs, directory, request) -> Built`.
-        packages: import names of which one must be there, the preferred first.
-        extra: that installs one of them: `pip install "nsm-toolkit[extra]"`.
-        suffix: of the file that the runtime opens, one per entry.
-        folder: where in the bundle these files lie, in fp32; see `place`.
+        packages: import names, the preferred first; one of them must be installed.
+        extra: extra that installs one of the packages: `pip install "nsm-toolkit[extra]"`.
+        suffix: suffix of the file that the runtime opens, one file per entry.
+        folder: folder in the bundle of these files, in fp32; see `place`.
         devices: values of `--device`.
-        summary: one line for people.
+        summary: one-line description for users.
         aliases: other names for `--target`.
-        asked_only: whether `nsm bench --all` leaves it out unless it is named.
-        stem: name of that file without the suffix.
-        entries: those that run there; () for all. A session there has no others.
-        bisectable: whether its intermediate results can be seen; `nsm.runtimes.parity.bisection.operation` says how.
-        checked_when_built: checks of its builder on an artifact that cannot run where it is built.
-        in_process: whether it is built and first opened in the process of the export: nothing is compiled, or by a
-            backend that the export runs anyhow. Others are in a child process, which a crash ends alone.
-        trial_threads: numbers of threads with which the child opens it; a compiler may depend on them.
-        remedies: compile options, each set of them known to keep its compiler from crashing on some graphs. The
-            loader of a target that has any takes `options` as well.
+        asked_only: whether `nsm bench --all` skips the target unless it is named.
+        stem: name of the opened file without the suffix.
+        entries: entries that run on the target; () for all. A session on it has no others.
+        bisectable: whether its intermediate results can be read; see `nsm.runtimes.parity.bisection.operation`.
+        checked_when_built: checks that its builder makes on an artifact that cannot run on the build machine.
+        in_process: whether the export process itself builds and first opens the artifact, because nothing is compiled
+            or the export uses the same backend anyway. Other targets use a child process, so that a crash ends only it.
+        trial_threads: thread counts with which the child opens the artifact; a compiler may depend on them.
+        remedies: sets of compile options, each known to keep the compiler from crashing on some graphs. The loader
+            of a target with remedies also takes `options`.
     """
 
     name: str
@@ -60,11 +60,11 @@ class Target:
     remedies: tuple[Mapping[str, str], ...] = ()
 
     def file(self, entry: str) -> str:
-        """Name of the file that the runtime opens for an entry."""
+        """Return the name of the file that the runtime opens for an entry."""
         return self.stem.format(entry=entry) + self.suffix
 
     def place(self, precision: str) -> str:
-        """Folder in the bundle of the files in a precision, each its own: `openvino`, `openvino-int8`.
+        """Return the bundle folder of the files in a precision: `openvino`, `openvino-int8`.
 
         A target that runs the portable graphs has separate graphs in low precision: `onnxruntime-int8`.
         """
@@ -73,17 +73,17 @@ class Target:
         return f"{self.name if self.folder == GRAPHS else self.folder}-{precision}"
 
     def served(self, spec: StepSpec) -> StepSpec:
-        """A model's spec as a session on this target has it: with the entries that run there, and all states."""
+        """Return the spec of a session on this target: all states, and the entries that run on it."""
         if not self.entries:
             return spec
         return replace(spec, entries=tuple(entry for entry in spec.entries if entry.name in self.entries))
 
     def installed(self) -> str | None:
-        """Import name of the package that would be used, None if none is installed."""
+        """Return the import name of the preferred installed package, or None."""
         return next((name for name in self.packages if importlib.util.find_spec(name) is not None), None)
 
     def require(self) -> str:
-        """Import name of the package that is used.
+        """Return the import name of the preferred installed package.
 
         Raises:
             MissingDependencyError: names the extra to install.
@@ -105,7 +105,7 @@ class Target:
         return importlib.import_module(self.builder)
 
 
-# "cpu-dot": processors that add up products of int8 in 32 bits; see `nsm.runtimes.opening.cpu_features`.
+# "cpu-dot": processors that accumulate int8 products in 32 bits; see `nsm.runtimes.opening.cpu_features`.
 _PROCESSORS = ("cpu", "cpu-dot")
 # "portable": Ampere and later; "current": the GPU in this machine; the others are compute capabilities.
 _NVIDIA = ("portable", "current", "sm75", "sm80", "sm86", "sm89", "sm120", "sm121")
@@ -122,7 +122,7 @@ _ROWS = {
             suffix=".onnx",
             folder=GRAPHS,
             devices=("cpu",),
-            summary="the portable graph, run as it is written (no graph optimisation)",
+            summary="the portable graph without graph optimisation",
             in_process=True,
             bisectable=True,
         ),
@@ -229,7 +229,7 @@ TARGETS: Mapping[str, Target] = MappingProxyType(_ROWS)
 
 
 def find_target(name: str) -> Target:
-    """The target of that name or alias.
+    """Return the target with a name or alias.
 
     Raises:
         InputError: unknown target; the message lists the targets.

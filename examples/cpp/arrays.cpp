@@ -26,7 +26,7 @@ const Kind* find(Matches matches) {
     return found == std::end(kinds) ? nullptr : found;
 }
 
-// Bytes that are looked into with every place checked.
+// Bytes with a bounds check on every access.
 class View {
 public:
     View(const std::vector<std::uint8_t>& bytes, std::string what) : bytes_(bytes), what_(std::move(what)) {}
@@ -72,7 +72,7 @@ Array in_rows(const Array& columns) {
     return rows;
 }
 
-// A scalar of numpy's texts, four bytes a letter.
+// A numpy text scalar, with four bytes per character.
 Array text_of(const std::vector<std::uint8_t>& letters, const View& view) {
     Array text{"text", {letters.size() / 4}, {}};
     for (std::size_t i = 0; i + 4 <= letters.size(); i += 4) {
@@ -139,7 +139,7 @@ Array Array::at(std::size_t index, std::size_t axis) const {
 
 std::size_t width_of(const std::string& dtype) {
     const Kind* kind = find([&](const Kind& item) { return item.dtype == dtype; });
-    if (kind == nullptr) throw Error(Code::bundle, "There is no dtype " + dtype + " here.");
+    if (kind == nullptr) throw Error(Code::bundle, "Unknown dtype " + dtype + ".");
     return kind->width;
 }
 
@@ -159,7 +159,7 @@ Array read_npy(const std::filesystem::path& path) {
     const auto bytes = read_bytes(path);
     try {
         return parse_npy(bytes, path.string());
-    } catch (const Error& error) {  // a file that somebody gave, not one of a bundle
+    } catch (const Error& error) {  // a file of the user, not one of a bundle
         throw Error(Code::input, error.what());
     }
 }

@@ -1,4 +1,4 @@
-// Arrays as numpy writes them: .npy, and .npz as np.savez writes it, stored and never compressed.
+// Reads and writes numpy arrays: .npy, and uncompressed .npz as np.savez writes it.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct Array {
     const T* as() const { return reinterpret_cast<const T*>(bytes.data()); }
     template <typename T>
     T* as() { return reinterpret_cast<T*>(bytes.data()); }
-    // The part at `index` of an axis, without that axis.
+    // Returns the part at `index` of an axis, without that axis.
     Array at(std::size_t index, std::size_t axis = 0) const;
 };
 

@@ -15,7 +15,7 @@ using nlohmann::json;
 
 constexpr int format_version = 1;
 constexpr std::uintmax_t largest_manifest = 64 << 20;
-// With less, a second thread takes longer than it saves: docs/benchmark.md, "Threads".
+// Below this work per step, a second thread costs more than it saves: docs/benchmark.md, "Threads".
 constexpr double small_flops = 50e6, small_bytes = 7e6;
 const std::map<std::string, std::string> known_options{{"SNIPPETS_MODE", "DISABLE"}};
 
@@ -26,7 +26,7 @@ std::optional<T> maybe(const json& value) {
 
 std::optional<std::size_t> maybe_tokens(const json& value) {
     if (value.is_null()) return std::nullopt;
-    // A cast would make something of -1 and of 0.5.
+    // A cast would accept -1 and 0.5.
     if (!value.is_number_unsigned() || value.get<std::size_t>() == 0) {
         throw Error(Code::bundle, "The manifest limits a stream to " + value.dump() + " tokens; expected a number above 0, or null. Export the bundle again.");
     }
@@ -53,7 +53,7 @@ Spec spec_of(const json& data) {
     return spec;
 }
 
-// The artifact of OpenVINO in a precision; where none is named the one in fp32, or the only one. Null where there is none.
+// Returns the OpenVINO artifact in a precision (default: fp32, or the only one), or null if there is none.
 const json* openvino_of(const json& artifacts, const std::string& precision) {
     std::map<std::string, const json*> found;
     for (const auto& artifact : artifacts) {
@@ -67,14 +67,14 @@ const json* openvino_of(const json& artifacts, const std::string& precision) {
     const auto chosen = found.size() == 1 && precision.empty() ? found.begin() : found.find(precision.empty() ? "fp32" : precision);
     if (chosen != found.end()) return chosen->second;
     if (found.empty()) return nullptr;
-    throw Error(Code::input, "The bundle holds openvino in " + held + ". Name one of these with --precision.");
+    throw Error(Code::input, "The bundle has openvino in " + held + ". Select one with --precision.");
 }
 
-// A path out of the bundle is refused, also one that leads out over a link.
+// Refuses a path that leaves the bundle, directly or through a link.
 fs::path inside(const fs::path& bundle, const std::string& name) {
     const fs::path relative(name);
     const bool climbs = std::any_of(relative.begin(), relative.end(), [](const fs::path& part) { return part == ".."; });
-    std::error_code problem;  // a link to itself, say
+    std::error_code problem;  // such as a link to itself
     const fs::path whole = fs::weakly_canonical(bundle / relative, problem), root = fs::canonical(bundle);
     const auto [end, unused] = std::mismatch(root.begin(), root.end(), whole.begin(), whole.end());
     static_cast<void>(unused);
@@ -109,10 +109,10 @@ Bundle::Bundle(const fs::path& path, const std::string& precision, bool allow_fa
     }
     const auto place = inside(path, "manifest.json");
     if (!fs::is_regular_file(place)) {
-        throw Error(Code::bundle, path.string() + " is not a bundle: it holds no manifest.json. Export it again.");
+        throw Error(Code::bundle, path.string() + " is not a bundle: it has no manifest.json. Export it again.");
     }
     if (fs::file_size(place) > largest_manifest) {
-        throw Error(Code::bundle, place.string() + " has " + std::to_string(fs::file_size(place)) + " bytes, which no manifest has. Export the bundle again.");
+        throw Error(Code::bundle, place.string() + " has " + std::to_string(fs::file_size(place)) + " bytes, too many for a manifest. Export the bundle again.");
     }
     try {
         const auto text = read_bytes(place);
@@ -140,7 +140,7 @@ Bundle::Bundle(const fs::path& path, const std::string& precision, bool allow_fa
         if (const json* chosen = openvino_of(artifacts, precision)) {
             precision_ = chosen->at("precision");
             if (chosen->at("parity").at("status") == "failed" && !allow_failed) {
-                throw Error(Code::parity, "The artifact openvino " + precision_ + " failed its parity check: its outputs are not those of the model. Export the model again. To look for the fault: --allow-failed");
+                throw Error(Code::parity, "The artifact openvino " + precision_ + " failed its parity check: its outputs are not those of the model. Export the model again. To open it anyway: --allow-failed");
             }
             device_ = chosen->at("device");
             compile_options_ = chosen->at("options").get<std::map<std::string, std::string>>();
@@ -150,7 +150,7 @@ Bundle::Bundle(const fs::path& path, const std::string& precision, bool allow_fa
     } catch (const json::exception& error) {
         throw Error(Code::bundle, path.string() + "/manifest.json is damaged: " + error.what() + ". Export the bundle again.");
     }
-    // A bundle may come from anybody, and some options of OpenVINO name files.
+    // A bundle may come from an untrusted source, and some OpenVINO options name files.
     if (!compile_options_.empty() && compile_options_ != known_options) {
         throw Error(Code::bundle, "The manifest gives the artifact of openvino compile options other than SNIPPETS_MODE=DISABLE. Was it edited by hand? Export the bundle again.");
     }
@@ -176,7 +176,7 @@ std::string Bundle::openvino_file(const std::string& ending) const {
     for (const auto& name : openvino_) {
         if (fs::path(name).filename() == ending) return name;
     }
-    throw Error(Code::input, "The bundle holds no " + ending + " for OpenVINO. Build it with: nsm build BUNDLE --target openvino");
+    throw Error(Code::input, "The bundle has no " + ending + " for OpenVINO. Build it with: nsm build BUNDLE --target openvino");
 }
 
 }  // namespace nsm

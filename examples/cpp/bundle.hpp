@@ -1,4 +1,4 @@
-// What a manifest says, and files that have the size and hash that it records.
+// A bundle: its manifest, and its files, checked against the recorded sizes and hashes.
 #pragma once
 
 #include <filesystem>
@@ -16,7 +16,7 @@ struct Tensor {
     Shape shape;
     std::string dtype;
     std::optional<std::int64_t> minimum, maximum;
-    // Whether ids lie within these bounds; of others there is nothing to say.
+    // Whether ids are within the bounds; true for other dtypes.
     bool takes(const Array& ids) const;
 };
 
@@ -35,35 +35,35 @@ struct Entry {
     std::vector<std::string> reads, writes;
     bool reads_state(const std::string& name) const;
     bool writes_state(const std::string& name) const;
-    bool counted() const;  // whether it has the input `valid`
+    bool counted() const;  // whether the entry has the input `valid`
 };
 
 struct Spec {
     std::vector<Entry> entries;
     std::vector<State> states;
     std::size_t chunk_size, batch;
-    // Tokens that a lane takes from one reset to the next: of the model, or the less that OpenVINO is right for.
+    // Maximum tokens of a lane between two resets: the smaller of the model's capacity and the OpenVINO artifact's limit.
     std::optional<std::size_t> capacity;
     const Entry* find(const std::string& name) const;
 };
 
 class Bundle {
 public:
-    // `precision`: of the OpenVINO artifact that is opened; without one, that in fp32, or the only one.
+    // `precision`: precision of the OpenVINO artifact to open (default: fp32, or the only one).
     explicit Bundle(const std::filesystem::path& path, const std::string& precision = "", bool allow_failed = false);
     const Spec& spec() const { return spec_; }
     const std::string& fingerprint() const { return fingerprint_; }
-    // Of the OpenVINO artifact: fp32, int8, ...; empty where there is none.
+    // Precision of the OpenVINO artifact: fp32, int8, ...; empty if there is none.
     const std::string& precision() const { return precision_; }
-    // Compile options without which OpenVINO's compiler crashes on its graphs; most artifacts have none.
+    // Compile options that keep OpenVINO's compiler from crashing on these graphs; most artifacts have none.
     const std::map<std::string, std::string>& compile_options() const { return compile_options_; }
-    // Whether it is in int8 for processors with VNNI (or dotprod on Arm) alone.
+    // Whether the artifact is int8 and only for processors with VNNI (or dotprod on Arm).
     bool needs_dot_products() const { return precision_ == "int8" && device_ == "cpu-dot"; }
-    // Whether a step is over before a second thread pays; not where the manifest does not say what it does.
+    // Whether a step is too small for a second thread; false if the manifest does not record its work.
     bool small_step() const { return small_step_; }
-    // Where a file of the manifest lies, after its size and hash were checked.
+    // Checks size and hash of a file in the manifest, and returns its path.
     std::filesystem::path verified(const std::string& name) const;
-    // The file of the OpenVINO artifact with this ending.
+    // Returns the file of the OpenVINO artifact with this ending.
     std::string openvino_file(const std::string& ending) const;
 
 private:

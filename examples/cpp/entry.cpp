@@ -14,7 +14,7 @@ ov::Tensor tensor_of(const std::string& dtype, const Shape& shape) {
                                                                 {"int32", ov::element::i32},
                                                                 {"bool", ov::element::boolean}};
     const auto found = types.find(dtype);
-    if (found == types.end()) throw Error(Code::missing, "This client knows no tensors of " + dtype + ".");
+    if (found == types.end()) throw Error(Code::missing, "This client does not support tensors of " + dtype + ".");
     ov::Tensor tensor(found->second, ov::Shape(shape.begin(), shape.end()));
     std::memset(tensor.data(), 0, tensor.get_byte_size());
     return tensor;
@@ -27,8 +27,8 @@ Array array_of(const ov::Tensor& tensor, const std::string& dtype) {
     return array;
 }
 
-// The graph has what the manifest says: OpenVINO runs on whatever lies in an input that nobody fills, and memory is laid
-// out by these shapes next.
+// Checks the graph against the manifest, because OpenVINO runs on uninitialized memory if an input is not set, and the
+// client allocates memory by these shapes next.
 void check_ports(const ov::CompiledModel& model, const Entry& entry, const Spec& spec) {
     const auto shape_of = [](const ov::Output<const ov::Node>& port) { return Shape(port.get_shape().begin(), port.get_shape().end()); };
     std::map<std::string, Shape> filled;
@@ -42,7 +42,7 @@ void check_ports(const ov::CompiledModel& model, const Entry& entry, const Spec&
                                        [&](const auto& item) { return names.count(item.first) > 0 && item.second == shape_of(port); });
         if (!known) {
             throw Error(Code::bundle, "The graph of " + entry.name + " has the input " + port.get_any_name() + shown(shape_of(port)) +
-                                          ", and the manifest none such. Was it edited by hand? Export the bundle again.");
+                                          ", which the manifest lacks. Was it edited by hand? Export the bundle again.");
         }
     }
     for (const auto& output : entry.outputs) {
@@ -60,7 +60,7 @@ void check_values(const Spec& spec, const Arrays& arrays) {
     for (const auto& state : spec.states) {
         const auto found = arrays.find(state.name);
         if (found == arrays.end() || found->second.shape != state.shape || found->second.dtype != state.dtype) {
-            throw Error(Code::bundle, "There is no value of " + state.dtype + shown(state.shape) + " for the state " + state.name + ".");
+            throw Error(Code::bundle, "No initial value of " + state.dtype + shown(state.shape) + " for the state " + state.name + ".");
         }
     }
 }
@@ -120,7 +120,7 @@ Arrays CompiledEntry::run(const Arrays& inputs) {
     for (auto& [name, tensor] : inputs_) std::memcpy(tensor.data(), inputs.at(name).bytes.data(), tensor.get_byte_size());
     bound().infer();
     if (!rows_.empty()) {
-        const auto& counter = memory_.live("lane.count");  // as it was before the call
+        const auto& counter = memory_.live("lane.count");  // the count before the call
         const std::vector<std::int64_t> count(counter.data<std::int64_t>(), counter.data<std::int64_t>() + spec_.batch);
         const auto valid = inputs.find("valid");
         for (const auto& state : spec_.states) {
@@ -155,7 +155,7 @@ ov::InferRequest& CompiledEntry::bound() {
     return requests_.emplace(std::move(sides), std::move(request)).first->second;
 }
 
-// Row t of a call goes to (tokens before it + t) modulo the size of the ring.
+// Writes row t of a call to (tokens before the call + t) modulo the size of the ring.
 void CompiledEntry::append(const State& state, const ov::Tensor& rows, const Array* valid, const std::vector<std::int64_t>& count) {
     const Shape& shape = state.shape;
     const auto lanes = shape.begin() + static_cast<std::ptrdiff_t>(state.batch_axis);

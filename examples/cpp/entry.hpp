@@ -12,18 +12,18 @@ namespace nsm {
 
 using Arrays = std::map<std::string, Array>;
 
-// Throws unless there is a value for every state, of its shape and dtype.
+// Throws unless every state has a value of its shape and dtype.
 void check_values(const Spec& spec, const Arrays& arrays);
 
-// Every state has two buffers that are written in turn: a graph that reads and writes the same memory may overwrite what
-// it has not yet read. A state that is appended to has one; its new rows are put into it as a ring.
+// Every state has two buffers, written in turn: a graph that reads and writes the same memory may overwrite values
+// before it reads them. An appended state has one buffer, a ring that takes the new rows.
 struct Memory {
     explicit Memory(const Spec& spec);
     void load(const Spec& spec, const Arrays& arrays);
     Arrays read(const Spec& spec) const;
 
     std::map<std::string, std::pair<ov::Tensor, ov::Tensor>> buffers;
-    std::map<std::string, bool> second;  // whether the state lies in its second buffer
+    std::map<std::string, bool> second;  // whether the state is in its second buffer
     ov::Tensor& live(const std::string& name);
     ov::Tensor& other(const std::string& name);
 };
@@ -31,7 +31,7 @@ struct Memory {
 class CompiledEntry {
 public:
     CompiledEntry(ov::CompiledModel model, const Entry& entry, const Spec& spec, Memory& memory);
-    // Inputs by name; the state goes on. Returns the outputs, which the caller keeps.
+    // Runs the graph on inputs by name and advances the state. Returns the outputs, which the caller owns.
     Arrays run(const Arrays& inputs);
 
 private:
@@ -43,7 +43,7 @@ private:
     const Spec& spec_;
     Memory& memory_;
     std::map<std::string, ov::Tensor> inputs_, outputs_, rows_;
-    std::map<std::vector<bool>, ov::InferRequest> requests_;  // one for each way in which the states can lie
+    std::map<std::vector<bool>, ov::InferRequest> requests_;  // one per assignment of states to buffers
 };
 
 }  // namespace nsm

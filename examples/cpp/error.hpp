@@ -1,4 +1,4 @@
-// One kind of error, with the exit code that the Python tools have for it.
+// The error class of the client, with the exit codes of the Python tools.
 #pragma once
 
 #include <stdexcept>

@@ -16,7 +16,7 @@ void expect(bool holds, const std::string& what) {
 
 const Array& named(const Arrays& arrays, const std::string& name) {
     const auto found = arrays.find(name);
-    expect(found != arrays.end(), "it holds no " + name);
+    expect(found != arrays.end(), "it lacks " + name);
     return found->second;
 }
 
@@ -25,7 +25,7 @@ void check(const Array& array, const std::string& name, const std::string& dtype
            name + " is " + array.dtype + shown(array.shape) + "; expected " + dtype + shown(shape));
 }
 
-// Whole numbers below a limit.
+// Integers below a limit.
 std::vector<std::size_t> places(const Arrays& arrays, const std::string& name, std::size_t limit) {
     const Array& array = named(arrays, name);
     expect(array.shape.size() == 1 && array.shape[0] > 0, name + " is empty");
@@ -36,7 +36,7 @@ std::vector<std::size_t> places(const Arrays& arrays, const std::string& name, s
     return found;
 }
 
-// The arrays of a group, which must be those of these names.
+// Returns the arrays of a group and checks their names.
 Arrays group(const Arrays& arrays, const std::string& prefix, std::size_t count) {
     Arrays found;
     for (const auto& [name, array] : arrays) {
@@ -60,7 +60,7 @@ Golden::Golden(const Bundle& bundle) {
     const Spec& spec = bundle.spec();
     const Entry& step = *spec.find("step");
     expect(fingerprint_of(arrays) == bundle.fingerprint(), "it was recorded from another one");
-    group(arrays, "inputs/", 1);  // all tokens of a recorded call count
+    group(arrays, "inputs/", 1);  // all tokens of a recorded call are valid
     tokens = named(arrays, "inputs/" + step.inputs.front().name);
     expect(tokens.shape.size() >= 2 && size_of(tokens.shape) > 0, "it holds no streams");
     Shape wanted = step.inputs.front().shape;

@@ -1,7 +1,7 @@
-// nsm_client BUNDLE --check                 replay the golden streams, and compare answers and states with PyTorch's
-// nsm_client BUNDLE INPUT OUTPUT.npy        stream a file: a .npy [T] or [T, dim], or any file as bytes
+// nsm_client BUNDLE --check                 replay the golden streams, and compare outputs and states with PyTorch's
+// nsm_client BUNDLE INPUT OUTPUT.npy        run a file as a stream: a .npy [T] or [T, dim], or any file as bytes
 //            [--threads N] [--bench N]      N timed calls of a step
-//            [--precision P]                of the artifact: fp32, int8, ...; without it fp32, or the only one
+//            [--precision P]                precision of the artifact: fp32, int8, ... (default: fp32, or the only one)
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -31,7 +31,7 @@ Array read_tokens(const std::string& path, const std::string& dtype) {
     for (std::size_t i = 0; i < size_of(tokens.shape); ++i) {
         if (tokens.dtype == "uint8") wide.as<std::int64_t>()[i] = tokens.bytes[i];
         else if (tokens.dtype == "int32") wide.as<std::int64_t>()[i] = tokens.as<std::int32_t>()[i];
-        else throw Error(Code::input, path + " holds " + tokens.dtype + "; expected ids.");
+        else throw Error(Code::input, path + " contains " + tokens.dtype + "; expected integer ids.");
     }
     return wide;
 }
@@ -59,7 +59,7 @@ int number(const std::string& name, const std::string& text) {
         if (value > 0) return value;
     } catch (const std::exception&) {  // the message below
     }
-    throw Error(Code::input, name + " takes a whole number above 0; given " + text + ".");
+    throw Error(Code::input, name + " takes an integer above 0; given " + text + ".");
 }
 
 Options parse(const std::vector<std::string>& arguments) {
@@ -73,7 +73,7 @@ Options parse(const std::vector<std::string>& arguments) {
         else if (argument == "--threads" && more) options.threads = number(argument, arguments[++i]);
         else if (argument == "--precision" && more) options.precision = arguments[++i];
         else if (argument == "--bench" && more) options.bench = number(argument, arguments[++i]);
-        else if (argument.rfind("--", 0) == 0) throw Error(Code::input, "There is no option " + argument + ", or it lacks a value.");
+        else if (argument.rfind("--", 0) == 0) throw Error(Code::input, "Unknown option, or option without a value: " + argument + ".");
         else places.push_back(argument);
     }
     const bool streams = places.size() == 3;
@@ -87,7 +87,7 @@ Options parse(const std::vector<std::string>& arguments) {
 
 int run(const std::vector<std::string>& arguments) {
     const Options options = parse(arguments);
-    if (std::filesystem::is_regular_file(options.output)) {  // the input, perhaps
+    if (std::filesystem::is_regular_file(options.output)) {  // it may be the input
         throw Error(Code::input, options.output + " exists, and is not replaced. Take another name.");
     }
     const Bundle bundle(options.bundle, options.precision, options.allow_failed);
@@ -99,7 +99,7 @@ int run(const std::vector<std::string>& arguments) {
     }
     if (options.bench > 0) bench(bundle, session, options.bench);
     if (options.check && !check_parity(bundle, session)) {
-        throw Error(Code::parity, "What runs here is not the model that was recorded.");
+        throw Error(Code::parity, "The artifact does not match the recorded model.");
     }
     return 0;
 }
@@ -112,7 +112,7 @@ int main(int count, char** values) {
     } catch (const nsm::Error& error) {
         std::cerr << "Error: " << error.what() << '\n';
         return error.exit_code();
-    } catch (const std::exception& error) {  // OpenVINO's, and the library's
+    } catch (const std::exception& error) {  // from OpenVINO or the standard library
         std::cerr << "Error: " << error.what() << '\n';
         return static_cast<int>(nsm::Code::run);
     }

@@ -11,7 +11,7 @@ namespace nsm {
 namespace {
 
 constexpr double free_run_budget = 1e-4;  // fp32; see runtimes/parity/budgets.py
-constexpr std::size_t split_steps = 4;    // steps that are run again in pieces; see runtimes/parity/replay.py
+constexpr std::size_t split_steps = 4;    // steps of the split run; see runtimes/parity/replay.py
 
 double norm_of(const float* numbers, std::size_t count) {
     double sum = 0;
@@ -19,7 +19,7 @@ double norm_of(const float* numbers, std::size_t count) {
     return std::sqrt(sum);
 }
 
-// Root mean square over the first two axes of the norm of the rest.
+// Root mean square, over the first two axes, of the norm over the other axes.
 double rms_norm(const Array& array) {
     return norm_of(array.as<float>(), size_of(array.shape)) / std::sqrt(double(array.shape[0] * array.shape[1]));
 }
@@ -33,7 +33,7 @@ double relative_error(const Array& given, const Array& wanted, double floor) {
     return std::isfinite(error) ? error / std::max(norm_of(wanted.as<float>(), count), floor) : INFINITY;
 }
 
-// Equal arrays on a new axis, the first or the second.
+// Stacks arrays of one shape on a new first or second axis.
 Array stacked(const std::vector<Array>& parts) {
     Array whole{parts.front().dtype, parts.front().shape, {}};
     whole.shape.insert(whole.shape.begin(), parts.size());
@@ -41,7 +41,7 @@ Array stacked(const std::vector<Array>& parts) {
     return whole;
 }
 
-// The worst of what was compared, by the name of the output or state.
+// The worst errors, by the name of the output or state.
 class Findings {
 public:
     void note(const std::string& name, const Array& given, const Array& wanted, const Array& recorded) {
@@ -54,7 +54,7 @@ public:
             line.error = std::max(line.error, relative_error(given, wanted, line.floor));
         }
     }
-    // A line for each of them; whether all are within the budget, and something was compared at all.
+    // Prints a line for each; returns whether all are within the budget and at least one was compared.
     bool report(const char* run) const {
         bool passed = !lines_.empty();
         std::printf("%-8s %-24s %8s %10s %10s\n", run, "tensor", "compared", "error", "different");
@@ -74,7 +74,7 @@ private:
     std::map<std::string, Line> lines_;
 };
 
-// The answers for all tokens of a call, [B, K, ...] by name; in pieces they are the first output's.
+// Returns the outputs for all tokens of a call, [B, K, ...] by name; a split call gives only the first output.
 Arrays answers(Session& session, const Array& tokens, bool split) {
     if (!split) return session.step(tokens);
     std::vector<Array> parts;
@@ -92,7 +92,7 @@ Arrays answers(Session& session, const Array& tokens, bool split) {
     return {{name, stacked(lanes)}};
 }
 
-// Streams side by side on the lanes; unused lanes repeat the last one; their results are ignored.
+// Runs streams side by side on the lanes. Unused lanes repeat the last stream; their results are ignored.
 void replay(const Golden& golden, const Spec& spec, Session& session, std::size_t first, bool split, Findings& found) {
     const std::size_t used = std::min(session.batch(), golden.streams() - first);
     session.reset();
@@ -124,7 +124,7 @@ void replay(const Golden& golden, const Spec& spec, Session& session, std::size_
 
 bool check_parity(const Bundle& bundle, Session& session) {
     if (bundle.precision() != "fp32") {
-        throw Error(Code::missing, "--check knows the budget of fp32; this artifact is in " + bundle.precision() +
+        throw Error(Code::missing, "--check supports only fp32; this artifact is in " + bundle.precision() +
                                        ". Check it with: nsm parity BUNDLE --target openvino");
     }
     const Golden golden(bundle);

@@ -1,11 +1,11 @@
-// What the processor can do that artifacts in int8 depend on.
+// Processor features that int8 artifacts depend on.
 #pragma once
 
 #include <optional>
 
 namespace nsm {
 
-// Whether it adds up products of int8 in 32 bits, by VNNI on x86 or dotprod on Arm; nothing where that is not known.
+// Whether the processor accumulates int8 products in 32 bits (VNNI on x86, dotprod on Arm); empty if unknown.
 std::optional<bool> int8_dot_products();
 
 }  // namespace nsm

@@ -10,22 +10,22 @@
 namespace nsm {
 namespace {
 
-// A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
+// A call of `step` takes about as long as `decode` takes for this share of a chunk: 1 / 4.
 constexpr std::size_t decodes_per_step = 4;
 
-// Of the first lane, and its first `count` tokens.
+// Returns the first `count` tokens of the first lane.
 void check_finite(const Arrays& outputs, std::size_t count) {
     for (const auto& [name, value] : outputs) {
         if (value.dtype != "float32") continue;
         const auto* first = value.as<float>();
         const std::size_t numbers = size_of(value.shape) / (value.shape[0] * value.shape[1]) * count;
         if (!std::all_of(first, first + numbers, [](float number) { return std::isfinite(number); })) {
-            throw Error(Code::run, "The output " + name + " holds NaN or infinite numbers. Check the weights and the inputs.");
+            throw Error(Code::run, "The output " + name + " contains NaN or infinite numbers. Check the weights and the inputs.");
         }
     }
 }
 
-// Before memory is laid out by the manifest: what lies in a file bounds what is asked for.
+// Checked before allocating memory by the manifest's shapes: the file size bounds the allocation.
 Arrays initial_of(const Bundle& bundle) {
     Arrays arrays = read_npz(bundle.verified("state_init.npz"));
     check_values(bundle.spec(), arrays);
@@ -40,20 +40,20 @@ Session::Session(const Bundle& bundle, int threads)
       threads_(threads == 0 && bundle.small_step() ? 1 : threads),
       initial_(initial_of(bundle)),
       memory_(spec_) {
-    bundle_.openvino_file("step.xml");  // throws where there is no such artifact
+    bundle_.openvino_file("step.xml");  // throws if the bundle has no OpenVINO artifact
     if (bundle_.needs_dot_products() && !int8_dot_products().value_or(true)) {
         throw Error(Code::missing,
-                    "This artifact in int8 was built for processors with VNNI (or dotprod on Arm), with --device cpu-dot. The one "
-                    "in this machine has none: its sums of products would be cut off. Build it for any processor: nsm build BUNDLE "
+                    "This int8 artifact was built with --device cpu-dot, for processors with VNNI (or dotprod on Arm). The "
+                    "processor of this machine has neither, so its sums would saturate. Build it for any processor: nsm build BUNDLE "
                     "--target openvino --precision int8 --force");
     }
-    // OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise.
+    // By default OpenVINO computes fp32 models in bf16 on processors with bf16.
     options_ = {ov::hint::inference_precision(ov::element::f32), ov::hint::performance_mode(ov::hint::PerformanceMode::LATENCY)};
     for (const auto& [name, value] : bundle_.compile_options()) options_.emplace(name, value);
     if (threads_ > 0) options_.emplace(ov::inference_num_threads(threads_));
     chunked_ = std::any_of(spec_.states.begin(), spec_.states.end(), [](const State& s) { return s.name == "lane.offset"; });
     reset();
-    entry("step");  // opened here, before memory for tokens is laid out by its spec
+    entry("step");  // opened here, before its spec decides the memory for tokens
 }
 
 void Session::reset() {
@@ -65,13 +65,13 @@ std::optional<std::size_t> Session::tokens_left() const {
     return spec_.capacity ? std::optional(*spec_.capacity - std::min(used_, *spec_.capacity)) : std::nullopt;
 }
 
-// Throws before a lane would pass the capacity.
+// Throws if a lane would exceed the capacity.
 void Session::check_room(std::size_t count) const {
     const auto left = tokens_left();
     if (!left || count <= *left) return;
-    throw Error(Code::input, "A lane takes at most " + std::to_string(*spec_.capacity) + " tokens from one reset to the next (the model's "
+    throw Error(Code::input, "A lane takes at most " + std::to_string(*spec_.capacity) + " tokens between two resets (the model's "
                              "capacity, or the artifact's limit). Lane 0 has had " + std::to_string(used_) + " and is given " +
-                             std::to_string(count) + " more. Start it afresh with reset(), or give it fewer. Nothing has happened to the state.");
+                             std::to_string(count) + " more. Restart it with reset(), or give it fewer. The state is unchanged.");
 }
 
 void Session::check_tokens(const Array& tokens) const {
@@ -84,7 +84,7 @@ void Session::check_tokens(const Array& tokens) const {
     if (size_of(tokens.shape) == 0) throw Error(Code::input, "A stream has at least one token; given none.");
     if (!input.takes(tokens)) {
         throw Error(Code::input, "Token ids must lie in " + std::to_string(*input.minimum) + " .. " +
-                                     std::to_string(*input.maximum) + "; the stream holds others.");
+                                     std::to_string(*input.maximum) + "; the stream has others.");
     }
 }
 
@@ -102,7 +102,7 @@ Array Session::run(const Array& tokens) {
     for (std::size_t done = 0; done < length;) {
         const std::size_t whole = stepped(length - done), count = std::max<std::size_t>(whole, 1);
         const Entry& used = *spec_.find(whole == 0 ? "decode" : "step");
-        // Lanes that cannot rest, without `valid`, get the same tokens.
+        // Without `valid`, lanes cannot rest: they get the same tokens.
         Array given = zeros(used.inputs.front().dtype, used.inputs.front().shape);
         const std::size_t lane_width = given.bytes.size() / spec_.batch;
         for (std::size_t lane = 0; lane < spec_.batch; ++lane) {
@@ -123,14 +123,14 @@ Array Session::run(const Array& tokens) {
     return results;
 }
 
-// How many of the tokens that are left the next call of `step` takes; 0 where `decode` takes one.
+// Returns how many remaining tokens the next call of `step` takes; 0 if `decode` takes one.
 std::size_t Session::stepped(std::size_t left) const {
     const Entry& step = *spec_.find("step");
     const bool decodes = spec_.find("decode") != nullptr;
     const std::size_t length = step.inputs.front().shape[1], ready = offset_ == 0 ? std::min(length, left) : 0;
     if (!step.counted()) {
         if (ready < length && !decodes) {
-            throw Error(Code::input, "This model takes whole calls of " + std::to_string(length) + " tokens only; " +
+            throw Error(Code::input, "This model takes only whole calls of " + std::to_string(length) + " tokens; " +
                                          std::to_string(left) + " are left. Give a multiple.");
         }
         return ready == length ? ready : 0;
@@ -156,7 +156,7 @@ Arrays Session::call(const std::string& name, const Array& tokens, std::size_t c
     return outputs;
 }
 
-// Lane 0 stands there in its chunk now; a chunk that is full is committed.
+// Sets the offset of lane 0 within its chunk; commits a full chunk.
 void Session::stand(std::size_t offset) {
     offset_ = chunked_ ? offset : 0;
     if (offset_ != spec_.chunk_size) return;

@@ -7,7 +7,7 @@
 namespace nsm {
 namespace {
 
-constexpr std::size_t most_numbers = std::size_t{1} << 40;  // of one tensor; also keeps products of sizes from wrapping
+constexpr std::size_t most_numbers = std::size_t{1} << 40;  // limit for one tensor; it also keeps products of sizes from overflowing
 
 void expect(bool holds, const std::string& what) {
     if (!holds) throw Error(Code::bundle, "The manifest is invalid: " + what + ". Export the bundle again.");
@@ -40,11 +40,11 @@ void check_state(const State& state, std::size_t batch) {
 
 void check_entry(const Entry& entry, const Spec& spec) {
     for (const auto* names : {&entry.reads, &entry.writes}) {
-        for (const auto& name : *names) expect(find(spec, name) != nullptr, entry.name + " names the state " + name + ", which there is not");
+        for (const auto& name : *names) expect(find(spec, name) != nullptr, entry.name + " refers to the undefined state " + name);
     }
     const bool rings = std::any_of(entry.writes.begin(), entry.writes.end(),
                                    [&](const std::string& name) { return find(spec, name)->append_axis.has_value(); });
-    expect(!rings || find(spec, "lane.count") != nullptr, "a state is appended to, and nothing counts the tokens");
+    expect(!rings || find(spec, "lane.count") != nullptr, "a state is appended to, but no state counts the tokens");
     if (entry.name == "commit") {
         expect(entry.inputs.empty() && !rings, "commit has inputs, or appends");
         return;
@@ -54,7 +54,7 @@ void check_entry(const Entry& entry, const Spec& spec) {
     for (std::size_t i = 0; i < entry.inputs.size(); ++i) {
         const Tensor& input = entry.inputs[i];
         check_sizes(input.name, input.shape);
-        if (i > 0 && input.name != "valid") throw Error(Code::missing, entry.name + " has the input " + input.name + "; this client knows tokens and valid.");
+        if (i > 0 && input.name != "valid") throw Error(Code::missing, entry.name + " has the input " + input.name + "; this client supports tokens and valid.");
         if (i > 0) expect(input.shape == Shape{spec.batch} && input.dtype == "int64", "valid is not int64[" + std::to_string(spec.batch) + "]");
     }
     expect(tokens.size() >= 2 && tokens[0] == spec.batch, entry.name + " takes tokens of shape " + shown(tokens));
@@ -93,7 +93,7 @@ void check_spec(const Spec& spec) {
                decode->outputs.front().dtype == step->outputs.front().dtype,
            "decode and step are of different tokens");
     if (find(spec, "lane.offset") == nullptr) return;
-    expect(spec.find("commit") != nullptr, "chunks are decoded, and there is no commit");
+    expect(spec.find("commit") != nullptr, "it has decode, but no commit");
     for (const auto* name : {"decode", "commit"}) {
         expect(spec.find(name)->writes_state("lane.offset"), std::string(name) + " does not write lane.offset");
     }

@@ -120,8 +120,8 @@ def _check_opset(planned: Plan, opset: int) -> None:
     own = opset_of(planned.source.given.foreign.model)
     if own > opset:
         raise InputError(
-            f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; a conversion "
-            f"to an older one is not supported. Give --opset {own}, leave it out, or export the file in {opset} again."
+            f"--opset {opset} is older than the operator set of {planned.source.kind}, which is {own}; graphs "
+            f"are converted to newer ones only. Give --opset {own} or leave it out, or export the file again."
         )
 
 

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
@@ -60,7 +61,8 @@ def as_step(
         module: in float32, on the CPU; without hidden state that changes the outputs.
         states: for the third kind.
         vocab_size: where tokens are ids, 0 .. vocab_size - 1.
-        token_shape: where they are numbers, the shape of one of them: (512,) for frames of 512 samples, () for one.
+        token_shape: for tokens that are numbers, the shape of one: (512,) for frames of 512 samples, () for scalars
+            (default: that of `samples` in floating point).
         timed: whether x has a time axis behind that of the streams, [B, T, *token]; else x is one token [B, *token].
         outputs: names of the outputs, the main one first, where there are several.
         chunk_size: tokens a call of `step` takes unless another multiple is asked for, with a time axis.
@@ -89,6 +91,8 @@ def as_step(
         if offline is None:
             offline = functools.partial(_whole, module)
     else:
+        if vocab_size is None and token_shape is None:
+            token_shape = _shape_of(samples)
         token = _token(vocab_size, token_shape)
         if states is None:
             model = _protocol(module, token, timed, outputs, chunk_size, capacity)
@@ -114,6 +118,17 @@ def _sequences(model: AdaptedModel, samples: Sequence[ArrayLike] | NDArray[Any] 
     return [*golden, *others]
 
 
+def _shape_of(samples: Sequence[ArrayLike] | NDArray[Any] | None) -> tuple[int, ...] | None:
+    """The shape of one token of the first sample, [T, *token] in floating point; None without such a sample."""
+    if samples is None or not len(samples):
+        return None
+    try:
+        first = np.asarray(samples[0])
+    except ValueError:  # the check of the samples reports it
+        return None
+    return first.shape[1:] if first.dtype.kind == "f" and first.ndim else None
+
+
 def _whole(module: Any, x: Tensor) -> Tensor:
     """The outputs [1, T, H] of a recurrent layer of torch over a whole sequence [1, T, input_size]."""
     output: Tensor = module(x if module.batch_first else x.transpose(0, 1))[0]
@@ -124,8 +139,9 @@ def _token(vocab_size: int | None, token_shape: Sequence[int] | None) -> TensorS
     vocab_size = None if vocab_size is None else whole("vocab_size", vocab_size)
     if (vocab_size is None) == (token_shape is None) or (vocab_size is not None and vocab_size < 1):
         raise ConfigError(
-            "as_step needs to know the tokens: vocab_size=N for ids, or token_shape=(...) for numbers, (512,) for "
-            f"frames of 512, () for single ones; given vocab_size={vocab_size}, token_shape={token_shape}."
+            "Expected the kind of tokens: vocab_size=N for ids, or token_shape=(...) for numbers, (512,) for frames of "
+            f"512, () for scalars, or samples in floating point; given vocab_size={vocab_size}, "
+            f"token_shape={token_shape}."
         )
     if vocab_size is not None:
         return TensorSpec("tokens", (), "int64", None, 0, vocab_size - 1)

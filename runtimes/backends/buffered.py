@@ -1,8 +1,9 @@
-"""BufferedRuntime: the Runtime of every backend that works on memory of the host."""
+"""BufferedRuntime: the Runtime of every backend that works in host memory."""
 
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from sys import getrefcount
 from typing import NamedTuple
@@ -16,17 +17,17 @@ from nsm.trace import Array, Arrays
 
 Run = Callable[[], object]
 Point = Callable[[str, Array], None]
-"""From now on, an output of this name is written into that array."""
+"""Write the output of this name into that array from the next run on."""
 
 
 class BoundGraph(NamedTuple):
     """A graph bound to memory.
 
     Args:
-        run: runs it, as fast as the backend can.
-        point: lets it write an output elsewhere.
-        documented: runs it by the call that the backend's users know, which `BufferedRuntime.bare` is measured by;
-            None where `run` is that call.
+        run: runs the graph by the fastest call of the backend.
+        point: redirects an output to another array.
+        documented: runs the graph by the documented call of the backend, which `BufferedRuntime.bare` measures;
+            None if `run` is that call.
     """
 
     run: Run
@@ -35,29 +36,32 @@ class BoundGraph(NamedTuple):
 
 
 Bind = Callable[[Arrays, Arrays], BoundGraph]
-"""(arrays to read by input name, arrays to write by output name) -> the graph on them."""
+"""Bind a graph: (arrays to read by input name, arrays to write by output name) -> bound graph."""
 Opener = Callable[[], Bind]
-"""Opens a graph; called when it is first used, because an open graph holds a copy of the weights."""
+"""Open a graph; called at the first use, because an open graph has a copy of the weights."""
+
+COUNTED = sys.implementation.name == "cpython" and getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether `sys.getrefcount` is exact. In free-threaded builds it is not, and each call writes to new memory."""
 
 _LINE = 16
-"""Numbers of float32 in a cache line."""
+"""Number of float32 values in a cache line."""
 
 
 class BufferedRuntime(NotCopyable):
-    """Every state in two buffers, written in turn; a state that is appended to in one.
+    """A runtime with two buffers per state, written in turn, and one buffer per appended state.
 
-    One buffer bound as both input and output of a state may be overwritten before it is read (ONNX Runtime did so,
-    silently, in one of two valid orders of the nodes). So an entry is bound once for each way in which the states it
-    touches can lie in their two buffers, when that first happens; a call then is a copy of the inputs and a run. A
-    state that an entry does not touch stays where it is.
+    With one buffer bound as both input and output of a state, the backend may overwrite it before it reads it (ONNX
+    Runtime did so, silently, in one of two valid orders of the nodes). So the runtime binds an entry once for each
+    assignment of the states it touches to their two buffers, when the assignment first occurs. A call is then a copy
+    of the inputs and a run. A state that an entry does not touch stays in its buffer.
 
-    Outputs are not copied: a caller is given the memory that the graph wrote into, and it is written again only when
-    nothing refers to it any more. Until then the graph is given other memory.
+    Outputs are not copied: the caller gets the memory that the graph wrote, and a later call reuses it only when no
+    reference to it is left. Otherwise the later call writes to new memory.
 
     Args:
-        spec: of the model.
-        entries: for each entry, how its graph is opened.
-        effective_precision: as the backend says.
+        spec: spec of the model.
+        entries: the function that opens the graph of each entry.
+        effective_precision: precision that the backend reports.
     """
 
     def __init__(self, spec: StepSpec, entries: Mapping[str, Opener], effective_precision: str) -> None:
@@ -86,7 +90,7 @@ class BufferedRuntime(NotCopyable):
             bound = found.run(inputs, self._sides)
         except Exception as error:  # the backends' errors have no common base
             raise RunError(f"The backend failed while it ran {entry}: {error}") from error
-        # How many tokens the lanes had before this call; the count is turned over with the other states.
+        # Tokens of the lanes before this call; the call flips the count's buffers with those of the other states.
         count = self._banks.buffers[COUNT][self._sides[COUNT]] if found.rings else None
         handle = self._sides.flip(entry, state)
         if count is not None:
@@ -106,10 +110,10 @@ class BufferedRuntime(NotCopyable):
         return all_finite(self._written)
 
     def bare(self, entry: str) -> Run:
-        """The bare call of a loop written for one stream: run the graph on its buffers in turn.
+        """Return the bare backend call, as in a hand-written loop over one stream.
 
-        By the call that the backend documents, with nothing of this around it. It leaves the streams in disorder: reset
-        them afterwards.
+        It uses the documented call of the backend, without the checks of this class. It leaves the streams in an
+        undefined state: reset them afterwards.
         """
         found = self._entries.get(entry) or self._open(entry)
         runs = []
@@ -136,14 +140,14 @@ class BufferedRuntime(NotCopyable):
             raise StreamError("The session is closed. Open the bundle again.")
 
     def _open(self, entry: str) -> _Entry:
-        self._check_open()  # here, and not in `call`: a runtime that is closed has no entries
+        self._check_open()  # checked here and not in `call`, because a closed runtime has no entries
         bind = self._openers[entry]()
         self._entries[entry] = _Entry(self._spec.entry(entry), bind, self._spec, self._banks, self._sides)
         return self._entries[entry]
 
 
 class Banks:
-    """The buffers of all states: `buffers[name]` are the two of a state, the same one twice where it is appended to.
+    """The buffers of all states: `buffers[name]` is the pair of a state, the same buffer twice for an appended state.
 
     float32 states are stored in one array per side, grouped by the entries that write them, so that one reduction
     checks all values that a call wrote.
@@ -169,7 +173,7 @@ class Banks:
             self.buffers[state.name] = first, second
 
     def flat(self, names: Iterable[str], sides: Mapping[str, int]) -> list[Array]:
-        """Where these states lie, as few flat arrays of floating point numbers as will do.
+        """Return these states as the fewest possible flat floating-point arrays.
 
         `sides` gives the buffer of each state. States between two others on the same side are included.
         """
@@ -190,7 +194,7 @@ class Banks:
         return [*(self._arenas[side][start:end] for side, start, end in joined), *others]
 
     def free(self) -> None:
-        """Let go of all memory."""
+        """Release all memory."""
         self.buffers.clear()
         self._arenas = _aligned_zeros(0), _aligned_zeros(0)
 
@@ -203,7 +207,7 @@ class _Bound:
     """A bound graph, and the arrays that it writes.
 
     Args:
-        graph: bound to this memory.
+        graph: the bound graph.
         outputs: arrays of the outputs, by name.
         states: arrays of the states, flat.
     """
@@ -212,22 +216,22 @@ class _Bound:
         self.run, self._point, documented = graph
         self.documented = documented or self.run
         self._outputs, self._states = outputs, states
-        self._pointed = True  # whether the graph writes into these outputs
+        self._pointed = True  # whether the graph is bound to these outputs
         self.written = self._all()
-        # How many references come from here and from asking: the expression is that of `let_go`.
+        # Reference count without a caller: this object and the expression itself, which `let_go` repeats.
         self._unheld = {name: getrefcount(self._outputs[name]) for name in outputs}
 
     def let_go(self) -> None:
-        """Leave the outputs that somebody still refers to as they are, and write into other memory from now on."""
-        if not self._pointed:  # the last call was interrupted on the way
+        """Give the next call new memory for outputs that the caller still refers to."""
+        if not self._pointed:  # the last call was interrupted
             for name in self._outputs:
                 self._renew(name)
         for name, unheld in self._unheld.items():
-            if getrefcount(self._outputs[name]) > unheld:
+            if not COUNTED or getrefcount(self._outputs[name]) > unheld:
                 self._renew(name)
 
     def answers(self) -> Arrays:
-        """Views of the outputs. A view of a view refers to the base array, which its reference count shows."""
+        """Return views of the outputs. A view of a view refers to the base array and raises its reference count."""
         return {name: array[...] for name, array in self._outputs.items()}
 
     def _renew(self, name: str) -> None:
@@ -243,7 +247,7 @@ class _Bound:
 
 
 class _Entry:
-    """One graph, bound to the buffers as they lie when it is called."""
+    """One graph, bound to the buffers that hold the states at the time of the call."""
 
     def __init__(self, spec: EntrySpec, bind: Bind, model: StepSpec, banks: Banks, sides: Sides) -> None:
         tokens = spec.inputs[0].shape[1] if spec.inputs else 0
@@ -295,12 +299,12 @@ class _Entry:
 
 
 class _Ring:
-    """A state that is appended to: its buffer, and the rows that a call of one entry gives.
+    """An appended state: its buffer, and the rows that a call of one entry returns.
 
     Args:
-        state: with `append_axis`.
-        rows: the graph's output, like the buffer with K on the append axis.
-        buffer: the state.
+        state: spec of a state with `append_axis`.
+        rows: output of the graph, shaped like the buffer with K on the append axis.
+        buffer: buffer of the state.
     """
 
     def __init__(self, state: StateSpec, rows: Array, buffer: Array) -> None:
@@ -310,16 +314,16 @@ class _Ring:
         self._rows, self._buffer = (np.moveaxis(array, axes, (0, 1)) for array in (rows, buffer))
 
     def append(self, count: Array, valid: Array | None) -> None:
-        """Put the rows into the buffer, as a ring.
+        """Write the rows into the ring buffer.
 
         Args:
-            count: [B], tokens each lane had before the call.
-            valid: [B], how many of the rows count (default: all).
+            count: [B], tokens of each lane before the call.
+            valid: [B], number of valid rows (default: all).
         """
         size, length = self._buffer.shape[1], self._rows.shape[1]
         for lane in range(len(count)):
             new = length if valid is None else int(valid[lane])
-            rows = self._rows[lane, max(0, new - size) : new]  # of more rows than there is room for, the last stay
+            rows = self._rows[lane, max(0, new - size) : new]  # if the rows exceed the buffer, keep the last ones
             first = (int(count[lane]) + new - len(rows)) % size
             head = min(len(rows), size - first)
             self._buffer[lane, first : first + head] = rows[:head]
@@ -328,7 +332,7 @@ class _Ring:
 
 
 def _aligned_zeros(count: int) -> Array:
-    """`count` zeros of float32 that begin with a cache line."""
+    """Return `count` float32 zeros, aligned to a cache line."""
     room = np.zeros(count + _LINE, np.float32)
     first = -(room.ctypes.data // 4) % _LINE
     return room[first : first + count]

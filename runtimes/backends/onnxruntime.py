@@ -16,15 +16,15 @@ from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
 _PRECISIONS = {"tensor(float)": "fp32", "tensor(float16)": "fp16", "tensor(bfloat16)": "bf16"}
-# Operators of a precision: the graph contains one, or it is not in that precision. Linear ops in fp16 have casts around
-# them, whose names contain it.
+# Operators that identify a precision: a graph in that precision contains at least one. Linear ops in fp16 are
+# surrounded by casts with ".activation.half" in their names.
 _OPERATORS = {
     "int8": (b"MatMulInteger", b"DynamicQuantizeMatMul", b"DynamicQuantizeLSTM"),
     "int8-weights": (b"MatMulNBits",),
     "fp16": (b".activation.half",),
 }
 
-# On the processor the fused operation takes longer than the two it stands for.
+# On a CPU the fused operation is slower than the two operations it replaces.
 SLOWER_ON_CPU = ("SkipLayerNormFusion",)
 
 
@@ -40,18 +40,18 @@ def load(
 
     Args:
         files: the `.onnx` or `.ort` file of each entry.
-        spec: of the model.
-        device: "cpu" or "cpu-dot", which is the same to ONNX Runtime.
+        spec: spec of the model.
+        device: "cpu" or "cpu-dot", which ONNX Runtime treats alike.
         threads: threads within an operation (default: ONNX Runtime's choice, the physical cores).
-        precision: of the artifact.
-        optimise: False runs the graph as it is written.
+        precision: precision of the artifact.
+        optimise: False disables graph optimizations.
 
     Raises:
         BuildError: ONNX Runtime refuses the file.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    # Every entry has threads of its own, which otherwise go on spinning after a call and take the processor from the
+    # Every entry has its own threads. With spinning, they would stay busy after a call and take the CPU from the
     # next call of another entry.
     options.add_session_config_entry("session.force_spinning_stop", "1")
     if threads is not None:
@@ -79,25 +79,25 @@ def open_graph(
     providers: Sequence[Any] = ("CPUExecutionProvider",),
     without: Sequence[str] = (),
 ) -> ort.InferenceSession:
-    """An open graph on these providers, the preferred first, `without` some of the optimisations.
+    """Open a graph on these providers, the preferred first, `without` some optimizers.
 
     Raises:
-        UnsupportedError: ONNX Runtime lacks an operator of it; names the node.
-        BuildError: ONNX Runtime refuses the file, or the options.
+        UnsupportedError: ONNX Runtime lacks an operator of the graph; names the node.
+        BuildError: ONNX Runtime refuses the file or the options.
     """
     try:
         return ort.InferenceSession(str(path), options, providers=list(providers), disabled_optimizers=list(without))
-    except Exception as error:  # the binding's classes have no common base of their own
+    except Exception as error:  # ONNX Runtime's exceptions have no common base class
         if "NOT_IMPLEMENTED" in str(error):
             raise UnsupportedError(
-                f"ONNX Runtime does not support an operator of {path.name} as it is: {error}. Build the model for "
+                f"ONNX Runtime does not support an operator of {path.name}: {error}. Build the model for "
                 "another target, or without that operator."
             ) from error
         raise BuildError(f"ONNX Runtime cannot open {path}: {error}") from error
 
 
 def graph_precision(session: ort.InferenceSession, path: Path, precision: str) -> str:
-    """The precision of an open graph, from its dtypes: ONNX Runtime has no property for it."""
+    """Return the precision of an open graph, from its dtypes: ONNX Runtime has no property for it."""
     if precision in _OPERATORS and any(name in path.read_bytes() for name in _OPERATORS[precision]):
         return precision
     types = {value.type for value in session.get_outputs()}

@@ -29,51 +29,51 @@ def load(
 
     Args:
         files: the `.onnx` file of each entry.
-        spec: of the model.
-        device: "cuda", the only one in the table of targets.
-        threads: of the few operations on shapes that stay on the processor.
-        precision: of the artifact.
+        spec: spec of the model.
+        device: "cuda", the only device of this target.
+        threads: CPU threads for the few shape operations that stay on the CPU.
+        precision: precision of the artifact.
 
     Raises:
-        DeviceUnavailableError: no usable GPU, or an ONNX Runtime that was built without CUDA.
+        DeviceUnavailableError: no usable GPU, or ONNX Runtime was built without CUDA.
         BuildError: ONNX Runtime refuses a file.
     """
     if PROVIDER not in ort.get_available_providers():
         raise DeviceUnavailableError(
-            f"The ONNX Runtime that is installed ({ort.__version__}, {', '.join(ort.get_available_providers())}) "
+            f"The installed ONNX Runtime ({ort.__version__}, {', '.join(ort.get_available_providers())}) "
             'has no CUDA. Replace it: pip uninstall onnxruntime, then pip install "nsm-toolkit[gpu]"'
         )
     return OnCuda(files, spec, device, threads, precision)
 
 
 class OnCuda(NotCopyable):
-    """A runtime over sessions whose inputs, outputs and states are bound to memory of the device.
+    """A runtime over sessions with inputs, outputs and states bound to device memory.
 
-    Every state has two buffers, written in turn, and every way in which they can lie has a binding, and a CUDA graph,
-    of its own. While it captures a graph, ONNX Runtime runs the model several times (its issue 32243): a state
+    Every state has two buffers, written in turn. Each assignment of the states to their buffers has its own binding and
+    its own CUDA graph. While it captures a graph, ONNX Runtime runs the model several times (its issue 32243): a state
     that is updated in place would then be several steps ahead. Here, inputs and outputs are separate buffers, so all
     those runs give the same result.
 
     Args:
         files: the `.onnx` file of each entry.
-        spec: of the model.
-        device: where the memory is: "cuda"; "cpu" runs the same code without a GPU, for tests.
-        threads: of the processor's operations.
-        precision: of the artifact.
+        spec: spec of the model.
+        device: device of the memory: "cuda"; "cpu" runs the same code without a GPU, for tests.
+        threads: threads of the CPU operations.
+        precision: precision of the artifact.
     """
 
     def __init__(
         self, files: Mapping[str, Path], spec: StepSpec, device: str, threads: int | None, precision: str = "fp32"
     ) -> None:
         if any(state.append_axis is not None for state in spec.states):
-            raise UnsupportedError("States that are appended to in place do not run on a GPU here yet.")
+            raise UnsupportedError("onnxruntime-cuda does not support appended states yet. Build for another target.")
         self._files, self._spec, self._device, self._threads = dict(files), spec, device, threads
         self._watched = Watched(*{path.parent for path in files.values()})
         self._sides = Sides(spec)
         first = next(iter(files))
         session, captures = _session(
             files[first], device, threads
-        )  # before memory is allocated on a device that may be missing
+        )  # opened before allocating memory on a device that may be missing
         self.effective_precision = graph_precision(session, files[first], precision)
         self._buffers = {state.name: (self._memory(state), self._memory(state)) for state in spec.states}
         self._entries = {first: self._entry(first, session, captures)}
@@ -139,7 +139,7 @@ class OnCuda(NotCopyable):
 
 
 class _Entry:
-    """One graph, bound to the buffers as they lie when it is called."""
+    """One graph, bound to the buffers that hold the states at the time of the call."""
 
     def __init__(
         self,
@@ -189,21 +189,21 @@ class _Entry:
 
 
 def _session(path: Path, device: str, threads: int | None) -> tuple[ort.InferenceSession, bool]:
-    """An open graph, and whether its calls are captured: ONNX Runtime refuses where one operation is not on CUDA."""
+    """Open a graph; also return whether its calls are captured, which needs all operations on CUDA."""
     options = ort.SessionOptions()
-    options.log_severity_level = 4  # a refusal to capture is no error here
+    options.log_severity_level = 4  # a refused capture is not an error: run without it
     if threads is not None:
         options.intra_op_num_threads = threads
     if device == "cpu":
         return open_graph(path, options, without=SLOWER_ON_CPU), False
-    plain = {"device_id": "0", "use_tf32": "0"}  # TF32 is on by default, and is no fp32
+    plain = {"device_id": "0", "use_tf32": "0"}  # TF32 is on by default, and less precise than fp32
     try:
         session, captures = open_graph(path, options, [(PROVIDER, {**plain, "enable_cuda_graph": "1"})]), True
     except BuildError:
         session, captures = open_graph(path, options, [(PROVIDER, plain), "CPUExecutionProvider"]), False
     if PROVIDER not in session.get_providers():
         raise DeviceUnavailableError(
-            "ONNX Runtime could not start CUDA in this machine, so the graphs were not run here. Is there an NVIDIA "
+            "ONNX Runtime could not start CUDA on this machine, so the graphs were not run. Is there an NVIDIA "
             "GPU with its driver, and the CUDA and cuDNN that this ONNX Runtime was built for? `nsm doctor` shows the "
             "GPU."
         )

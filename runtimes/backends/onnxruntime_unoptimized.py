@@ -1,4 +1,4 @@
-"""ONNX Runtime without graph optimisation: the portable graph as any other ONNX client would see it."""
+"""Reference runtime: ONNX Runtime on the portable graph, without graph optimization."""
 
 from __future__ import annotations
 

@@ -17,10 +17,10 @@ from nsm.runtimes.base import Runtime, Watched
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
-# Beside the graphs of a bundle: one file of numbers for all of them.
+# The weights file that all graphs of a bundle share.
 WEIGHTS = "weights.bin"
 
-# OpenVINO's element types, and the names of precisions here.
+# OpenVINO's element types and the matching precision names.
 _INT8 = ("int8", "int8-weights")
 _PRECISIONS = {"f32": "fp32", "f16": "fp16", "bf16": "bf16"}
 
@@ -36,23 +36,23 @@ def load(
     precision: str = "fp32",
     options: Mapping[str, str] = MappingProxyType({}),
 ) -> Runtime:
-    """Compile the IR of a bundle, computing in fp32 wherever the graph does not say otherwise.
+    """Compile the IR of a bundle; fp32 unless the graph or `precision` selects another type.
 
-    OpenVINO computes fp32 models in bf16 on processors that can, unless told otherwise: the hint is set here, and
-    read back into `effective_precision`.
+    By default OpenVINO computes fp32 models in bf16 on processors with bf16. So this function sets the inference
+    precision hint, and reads it back into `effective_precision`.
 
     Args:
         files: the `.xml` file of each entry.
-        spec: of the model.
-        device: "cpu" or "cpu-dot", which is the same to OpenVINO.
+        spec: spec of the model.
+        device: "cpu" or "cpu-dot", which OpenVINO treats alike.
         threads: inference threads (default: OpenVINO's choice).
-        precision: of the artifact; with "fp16" and "bf16" OpenVINO computes in it throughout.
-        options: further compile options, as the artifact records them.
+        precision: precision of the artifact; with "fp16" and "bf16" OpenVINO computes everything in it.
+        options: further compile options, as recorded in the artifact.
 
     Raises:
         BuildError: OpenVINO refuses the file.
         BundleDamagedError: a graph has an input that the spec does not name.
-        DeviceUnavailableError: the processor has no fp16 or bf16, whichever it is.
+        DeviceUnavailableError: the processor does not support the requested fp16 or bf16.
     """
     core = ov.Core()
     kind, capability = _HALF.get(precision, (ov.Type.f32, "FP32"))
@@ -96,7 +96,7 @@ def load(
 
 
 def _check_inputs(compiled: ov.CompiledModel, spec: StepSpec, name: str, path: Path) -> None:
-    """Raise if nobody would fill an input of a graph: OpenVINO runs on whatever lies there."""
+    """Raise if a graph input is missing in the spec: OpenVINO would run it on uninitialized memory."""
     entry = spec.entry(name)
     filled = {item.name for item in entry.inputs} | {state.past for state in spec.states_of(entry.reads)}
     for port in compiled.inputs:
@@ -108,7 +108,7 @@ def _check_inputs(compiled: ov.CompiledModel, spec: StepSpec, name: str, path: P
 
 
 def _products_in_int8(compiled: ov.CompiledModel) -> bool:
-    """Whether the compiled graph has products that run in int8."""
+    """Return whether the compiled graph has linear ops in int8."""
     facts = (node.get_rt_info() for node in compiled.get_runtime_model().get_ops())
     return any(
         fact["layerType"].astype(str) == "FullyConnected" and fact["runtimePrecision"].astype(str) in ("i8", "u8")
@@ -127,10 +127,10 @@ def _binder(compiled: ov.CompiledModel) -> Bind:
             point(name, array)
 
         def documented() -> object:
-            # Without sharing it would copy every output for its own result.
+            # Without sharing, OpenVINO would copy every output into its result.
             return request.infer(share_outputs=True)
 
-        # It looks for inputs to copy, of which there are none, and makes a mapping of the outputs: 3 us of Python
+        # OpenVINO's Python call looks for inputs to copy (here none) and builds a mapping of the outputs: 3 us
         # around this method of the class below.
         infer = super(ov.InferRequest, request).infer
         return BoundGraph(functools.partial(infer, {}, True, False), point, documented)

@@ -35,13 +35,14 @@ def load(
 
     Args:
         files: the `.engine` file of each entry.
-        spec: of the model.
-        device: of the engine; TensorRT refuses an engine for another GPU.
-        threads: has no meaning on a GPU.
-        precision: of the artifact; the engines are strongly typed and built without TF32, so they compute in it.
+        spec: spec of the model.
+        device: device of the engine; TensorRT refuses an engine for another GPU.
+        threads: ignored on a GPU.
+        precision: precision of the artifact; the engines are strongly typed and built without TF32, so they compute in
+            it.
 
     Raises:
-        DeviceUnavailableError: no usable GPU in this machine, or one the engine was not built for.
+        DeviceUnavailableError: no usable GPU in this machine, or the engine was built for another one.
         MissingDependencyError: the CUDA bindings are not installed.
     """
     package = find_target("tensorrt").require()
@@ -61,9 +62,9 @@ def load(
 
 
 class TensorRt(NotCopyable):
-    """A runtime over TensorRT execution contexts, one stream for all.
+    """A runtime over TensorRT execution contexts on one CUDA stream.
 
-    State stays on the device between calls; a step copies its inputs there and its outputs back.
+    The state stays on the device between calls; a step uploads its inputs and downloads its outputs.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class TensorRt(NotCopyable):
         self._stream = self._check(cuda.cudaStreamCreate())
         try:
             if any(state.append_axis is not None for state in spec.states):
-                raise UnsupportedError("States that are appended to in place do not run on TensorRT here yet.")
+                raise UnsupportedError("tensorrt does not support appended states yet. Build for another target.")
             self._buffers = {state.name: (self._allocate(state), self._allocate(state)) for state in spec.states}
             self._sides = Sides(spec)
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
@@ -148,7 +149,7 @@ class TensorRt(NotCopyable):
         return all(np.isfinite(array).all() for array in arrays if array.dtype.kind == "f")
 
     def close(self) -> None:
-        """Free all memory even if CUDA fails on a part; raise its first error afterwards."""
+        """Free all memory even if CUDA fails on a part, then raise the first error."""
         self._entries.clear()
         freed = []
         while self._pointers:
@@ -160,7 +161,7 @@ class TensorRt(NotCopyable):
             self._check(result)
 
     def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], Any]:
-        """Host buffers in and out, their device pointers, and the context; states are bound at each call."""
+        """Host buffers, device pointers and the context of an entry; each call binds the states."""
         entry = self._spec.entry(name)
         host_in = {item.name: np.zeros(item.shape, item.numpy_dtype) for item in entry.inputs}
         host_out = {item.name: np.zeros(item.shape, item.numpy_dtype) for item in entry.outputs}

@@ -1,7 +1,7 @@
-"""Triton Inference Server: one model of its repository, with the state carried as the server carries it.
+"""Triton Inference Server: one model of its repository, with the server's handling of state.
 
-The server itself is not run. This backend reads the same files: config.pbtxt, the initial states and model.onnx. The
-graph runs in ONNX Runtime, as in the server's backend of that name.
+This backend does not run the server. It reads the same files: config.pbtxt, the initial states and model.onnx. The
+graph runs in ONNX Runtime, as in the server's ONNX Runtime backend.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from nsm.trace import Array, Arrays
 
 CONFIG = "config.pbtxt"
 INITIAL = "initial_state"
-"""The folder of a model in which the server looks for states that do not start at zero."""
+"""Folder of a model from which the server reads non-zero initial states."""
 
 
 class Kind(NamedTuple):
-    """Names of a dtype in Triton and ONNX Runtime."""
+    """Names of each dtype in Triton and ONNX Runtime."""
 
     triton: str
     onnxruntime: str
@@ -57,7 +57,7 @@ Message = dict[str, list[Any]]
 
 @dataclass(frozen=True)
 class Carried:
-    """A state of the repository: input and output of the graph, and initial value of a sequence."""
+    """A state of the repository: its graph input, graph output and initial value."""
 
     name: str
     past: str
@@ -68,7 +68,7 @@ class Carried:
 
 @dataclass(frozen=True)
 class Served:
-    """The contents of a config.pbtxt, as (data type, dims) by name."""
+    """Contents of a config.pbtxt, as (data type, dims) by name."""
 
     inputs: Mapping[str, tuple[str, tuple[int, ...]]]
     outputs: Mapping[str, tuple[str, tuple[int, ...]]]
@@ -82,14 +82,14 @@ def load(
     threads: int | None,
     precision: str = "fp32",  # noqa: ARG001
 ) -> Runtime:
-    """Open a model of a repository: the graph of `step` alone, because a state belongs to one model there.
+    """Open a model of a repository: only the graph `step`, because Triton models cannot share a state.
 
     Args:
         files: `1/model.onnx` of the model.
-        spec: of the model, with no entry but `step`.
-        device: "cpu", the only one in the table of targets.
+        spec: spec of the model, with `step` as the only entry.
+        device: "cpu", the only device of this target.
         threads: threads within an operation (default: ONNX Runtime's choice).
-        precision: of the artifact.
+        precision: precision of the artifact.
 
     Raises:
         BuildError: ONNX Runtime refuses the graph, or the server would refuse the configuration.
@@ -98,7 +98,7 @@ def load(
     ort: Any = importlib.import_module("onnxruntime")
     path = files["step"]
     if not path.parent.name.isdigit():
-        raise BundleDamagedError(f"{path} lies in no version of a model; expected nsm/1/{path.name}. {_AGAIN}")
+        raise BundleDamagedError(f"{path} is not in a model's version folder; expected nsm/1/{path.name}. {_AGAIN}")
     served = read_model(path.parent.parent)
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -118,7 +118,7 @@ class TritonRuntime(NotCopyable):
     Args:
         served: the configuration.
         graph: an `onnxruntime.InferenceSession`.
-        spec: of the model.
+        spec: spec of the model.
     """
 
     def __init__(self, served: Served, graph: Any, spec: StepSpec) -> None:
@@ -155,7 +155,7 @@ class TritonRuntime(NotCopyable):
             results = dict(zip(names, self._graph.run(names, {**inputs, **self._held}), strict=True))
         except Exception as error:  # the binding's classes have no common base of their own
             raise RunError(f"ONNX Runtime failed while it ran {entry}: {error}") from error
-        self._handles.check(state)  # a signal handler may have used it meanwhile
+        self._handles.check(state)  # a signal handler may have used it in the meantime
         handle = self._handles.new()
         self._held = {past: results[present] for past, present in self._pairs}
         self._looked_at = list(results.values())
@@ -181,22 +181,22 @@ class TritonRuntime(NotCopyable):
             raise StreamError("The session is closed. Open the bundle again.")
 
     def _check_start(self, arrays: Mapping[str, Array]) -> None:
-        """Check that the initial state of the bundle is that of the repository."""
+        """Check that bundle and repository have the same initial state."""
         unknown = sorted(set(self._states) - set(arrays))
         if unknown:
-            raise BundleDamagedError(f"The repository has states that the bundle has not: {unknown}. {_AGAIN}")
+            raise BundleDamagedError(f"The repository has states that the bundle lacks: {unknown}. {_AGAIN}")
         for name, state in self._states.items():
             if state.start.tobytes() != np.asarray(arrays[name], state.start.dtype).tobytes():
                 raise BundleDamagedError(
-                    f"The repository starts its sequences from another {name} than the bundle. {_AGAIN}"
+                    f"The repository and the bundle have different initial values of {name}. {_AGAIN}"
                 )
 
 
 def check_loads(served: Served, graph: Any, path: Path) -> None:
-    """Raise `BuildError` where the configuration does not fit the graph.
+    """Raise `BuildError` if the configuration does not match the graph.
 
-    The server wants every input of the graph named once, as a request's or as a state's, with data type and dims. It
-    does not compare the states' outputs when it loads a model: a wrong one fails, or is mixed up, at the first request.
+    The server requires every graph input exactly once, as a request input or a state, with data type and dims. It does
+    not check the outputs of states when it loads a model: a wrong one fails, or is swapped, at the first request.
     """
     declared = {("input", name): item for name, item in served.inputs.items()}
     declared |= {("output", name): item for name, item in served.outputs.items()}
@@ -213,16 +213,16 @@ def check_loads(served: Served, graph: Any, path: Path) -> None:
     ]
     pairs = [(state.past, state.present) for state in served.states]
     if set(as_paired(pairs)) != set(pairs):
-        wrong.append("sorted by name, the states' inputs and outputs do not pair")
+        wrong.append("the inputs and outputs of the states do not pair when sorted by name")
     if wrong:
         raise BuildError(f"{path.parent.parent / CONFIG} does not fit {path.name}: {wrong[0]}. {_AGAIN}")
 
 
 def as_paired(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """How the server pairs the states' inputs and outputs, whatever pairs its configuration names.
+    """Return the server's pairs of state inputs and outputs, which ignore those in the configuration.
 
-    Both lie in maps sorted by name, as bytes, and the k-th output becomes the k-th input (`SequenceStates::OutputState`
-    in its sources).
+    The server keeps both in maps sorted by name, as bytes, and the k-th output becomes the k-th input
+    (`SequenceStates::OutputState` in its sources).
     """
     pasts, presents = (sorted((pair[side] for pair in pairs), key=str.encode) for side in (0, 1))
     return list(zip(pasts, presents, strict=True))
@@ -232,7 +232,7 @@ def read_model(folder: Path) -> Served:
     """Read a model's configuration, with the initial states.
 
     Raises:
-        BundleDamagedError: a file is missing, lies elsewhere, or is not as the server wants it.
+        BundleDamagedError: a file is missing, is outside the model's folder, or is invalid for the server.
     """
     try:
         config = parse(_inside(folder, folder / CONFIG).read_text(encoding="utf-8"))
@@ -245,30 +245,30 @@ def read_model(folder: Path) -> Served:
             outputs={_text(item, "name"): _tensor(item) for item in config["output"]},
             states=states,
         )
-    except Exception as error:  # of a text that was edited, the parser and numpy raise whatever they stumble over
-        raise BundleDamagedError(f"{folder / CONFIG} is not as Triton wants it ({error!r}). {_AGAIN}") from error
+    except Exception as error:  # on an edited text, the parser and numpy may raise any exception
+        raise BundleDamagedError(f"{folder / CONFIG} is no valid Triton configuration ({error!r}). {_AGAIN}") from error
 
 
 def _inside(folder: Path, path: Path) -> Path:
-    """The path of a file, if it lies in the folder."""
+    """Return the path of a file, if it is inside the folder."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"{path} is outside the model's folder")
     if not path.is_file():
-        raise ValueError(f"{path} is no file")
+        raise ValueError(f"{path} is not a file")
     return path
 
 
 def _text(item: Message, field: str) -> str:
     (value,) = item[field]
     if not isinstance(value, str) or not value.encode():
-        raise ValueError(f"{field} is {value!r}, and no text")
+        raise ValueError(f"{field} is {value!r}; expected a string")
     return value
 
 
 def _tensor(item: Message) -> tuple[str, tuple[int, ...]]:
     dims = tuple(item["dims"])
     if not all(isinstance(size, int) for size in dims):
-        raise ValueError(f"dims are {list(dims)}, and no numbers")
+        raise ValueError(f"dims are {list(dims)}; expected integers")
     return _text(item, "data_type"), dims
 
 
@@ -276,7 +276,7 @@ def _carried(item: Message, folder: Path) -> Carried:
     data_type, dims = _tensor(item)
     (initial,) = item["initial_state"]
     if _tensor(initial) != (data_type, dims):
-        raise ValueError(f"{_text(item, 'input_name')} and its initial state are not alike")
+        raise ValueError(f"{_text(item, 'input_name')} and its initial state have different dtypes or dims")
     dtype = {kind.triton: np.dtype(name) for name, kind in KINDS.items()}[data_type]
     if initial.get("zero_data") == ["true"]:
         start = np.zeros(dims, dtype)
@@ -290,20 +290,20 @@ _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\w.+-]+|[{}\[\]:,]')
 
 
 def parse(text: str) -> Message:
-    """A message in protobuf's text format, as far as it is needed here.
+    """Parse the subset of protobuf's text format that a config.pbtxt uses.
 
-    Strings and numbers become str and int, words stay as they are.
+    Strings and numbers become str and int; words stay strings.
 
     Raises:
-        ValueError: it is no such text.
+        ValueError: the text is not in this format.
     """
     tokens = iter([*_TOKEN.findall(text), "}"])
     try:
         message = _message(tokens)
     except StopIteration:
-        raise ValueError("it ends inside a bracket") from None
+        raise ValueError("a closing bracket is missing") from None
     if next(tokens, None) is not None:
-        raise ValueError("it has a bracket too many")
+        raise ValueError("unexpected closing bracket")
     return message
 
 
@@ -312,7 +312,7 @@ def _message(tokens: Iterator[str]) -> Message:
     name = next(tokens)
     while name != "}":
         if not name.isidentifier():
-            raise ValueError(f"a field is called {name}")
+            raise ValueError(f"invalid field name {name}")
         values, token = found.setdefault(name, []), next(tokens)
         token = next(tokens) if token == ":" else token
         if token == "[":

@@ -1,4 +1,4 @@
-"""ONNX Runtime Web in Node: the very JavaScript and WebAssembly that a browser runs, driven over a pipe."""
+"""ONNX Runtime Web in Node: the same JavaScript and WebAssembly as in a browser, driven over a pipe."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
 CLIENT = "web"
-"""The folder of a bundle that holds the client."""
+"""Bundle folder of the client."""
 
 ORT: Mapping[str, str] = {
     "ort.wasm.min.mjs": "219e6a1fc8a9938268d18efca3c91d310bd2f4a59bbd13744df5b2b7fc6cee3b",
@@ -36,7 +36,7 @@ ORT: Mapping[str, str] = {
 _MAX_HEADER = 16 * 2**20
 
 _LAST_WORDS, _QUOTED = 2**16, 500
-"""Bytes of Node's last output that are read when it ends, and characters of it that are quoted."""
+"""Bytes of Node's last output to read when it ends, and characters of it to quote."""
 
 
 def load(
@@ -46,24 +46,24 @@ def load(
     threads: int | None,  # noqa: ARG001
     precision: str = "fp32",
 ) -> Runtime:
-    """Start Node on the client in a bundle. WebAssembly runs on one thread, whatever is asked for.
+    """Start Node on the client in a bundle. WebAssembly always runs on one thread.
 
     Args:
         files: the `.onnx` file of each entry, in the folder `graphs` of the bundle.
-        spec: of the model.
-        device: "wasm", the only one in the table of targets.
-        threads: of no use here.
-        precision: of the artifact.
+        spec: spec of the model.
+        device: "wasm", the only device of this target.
+        threads: ignored.
+        precision: precision of the artifact.
 
     Raises:
-        DeviceUnavailableError: there is no Node.
-        BundleDamagedError: the client in the bundle is not this version's. It is not run then.
+        DeviceUnavailableError: Node is not installed.
+        BundleDamagedError: the client in the bundle is not that of this version, and is not run.
     """
     node = shutil.which("node")
     if node is None:
         raise DeviceUnavailableError(
-            "There is no node here, in which the web artifact is checked; it runs in browsers all the same. Install "
-            "Node.js 20 or later."
+            "Checking the web artifact needs Node.js, and the command node was not found. Browsers do not need it. "
+            "Install Node.js 20 or later."
         )
     folder = next(iter(files.values())).parent.parent
     _check_client(folder / CLIENT)
@@ -73,21 +73,21 @@ def load(
 def _check_client(folder: Path) -> None:
     """Raise `BundleDamagedError` unless all code in the bundle is that of this version.
 
-    The hashes in a manifest say nothing about that: whoever changes a bundle changes them too, and opening one must
-    never run code that came with it.
+    The hashes in the manifest do not prove this, because an attacker can change them with the files. Opening a bundle
+    must never run code that came with it.
     """
     wanted = {name: item.read_bytes() for name, item in client_files().items() if name.endswith(".js")}
     other = [name for name, data in wanted.items() if not _holds(folder / name, data)]
     other += [f"ort/{name}" for name, digest in ORT.items() if not _has_hash(folder / "ort" / name, digest)]
     if other:
         raise BundleDamagedError(
-            f"{folder} holds {', '.join(other)} other than this version of nsm writes, and code out of a bundle is not "
-            "run. If you trust its graphs, build it again: nsm build BUNDLE --target web --force"
+            f"{folder}: {', '.join(other)} differ from the files of this nsm version, and nsm does not run code from a "
+            "bundle. If you trust its graphs, build it again: nsm build BUNDLE --target web --force"
         )
 
 
 def client_files() -> dict[str, Traversable]:
-    """The page and the client as they are installed, by name."""
+    """Return the installed files of the page and the client, by name."""
     found = resources.files("nsm.export.builders.web_client").iterdir()
     return {item.name: item for item in found if item.name.endswith((".js", ".html"))}
 
@@ -104,9 +104,9 @@ class WebRuntime(NotCopyable):
     """A runtime in another process.
 
     Args:
-        command: that starts Node.
-        spec: of the model.
-        effective_precision: of its graphs.
+        command: command that starts Node.
+        spec: spec of the model.
+        effective_precision: precision of the graphs.
     """
 
     def __init__(self, command: list[str], spec: StepSpec, effective_precision: str) -> None:
@@ -115,7 +115,7 @@ class WebRuntime(NotCopyable):
         self._handles = Handles()
         self._finite = True
         self._cut_off = False
-        # Into a file: a pipe that nobody reads is full one day, and Node waits then for ever.
+        # stderr goes into a file: an unread pipe fills up and then blocks Node for ever.
         self._said = tempfile.TemporaryFile()  # noqa: SIM115
         self._process: subprocess.Popen[bytes] | None = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._said
@@ -135,7 +135,7 @@ class WebRuntime(NotCopyable):
         self._handles.consume()
         try:
             outputs = self._ask({"op": "call", "entry": entry}, inputs)
-        except RunError:  # the state over there is as before
+        except RunError:  # the state in Node is unchanged
             self._handles.give_back(state)
             raise
         return outputs, self._handles.new()
@@ -170,13 +170,13 @@ class WebRuntime(NotCopyable):
     def _check_open(self) -> None:
         if self._cut_off:
             raise StreamError(
-                "The session is closed: a call was cut off before its answer was whole. Open the bundle again."
+                "The session is closed: a call was interrupted before its reply was complete. Open the bundle again."
             )
         if self._process is None:
             raise StreamError("The session is closed. Open the bundle again.")
 
     def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
-        """Send a frame, and return the reply; see node.js."""
+        """Send a frame and return the reply; node.js describes the protocol."""
         self._check_open()
         whole = {name: np.ascontiguousarray(value) for name, value in arrays.items()}
         listed = [
@@ -197,7 +197,7 @@ class WebRuntime(NotCopyable):
         return found
 
     def _exchange(self, frame: bytes) -> tuple[dict[str, Any], Arrays]:
-        """The head of the answer to a frame, and its arrays. Where this raises, the pipe is of no use any more."""
+        """Return the head and the arrays of the reply to a frame. After an error the pipe is unusable."""
         assert self._process is not None
         assert self._process.stdin is not None
         try:

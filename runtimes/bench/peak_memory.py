@@ -1,8 +1,8 @@
-"""Memory of one artifact: the peak of a process of its own, which opens nothing else.
+"""Peak memory of one artifact, measured in a separate process that opens nothing else.
 
 python -m nsm.runtimes.bench.peak_memory BUNDLE TARGET PRECISION [THREADS]
 
-One process that holds several sessions has one peak, which says nothing about any of them.
+A process with several sessions has one common peak, which does not tell the sessions apart.
 """
 
 from __future__ import annotations

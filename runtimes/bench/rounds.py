@@ -1,7 +1,7 @@
 """Latency measured side by side: sessions take turns in rounds; percentiles of a call, and ratios of the same rounds.
 
-Whatever else a machine does (other jobs, a clock that steps down) reaches all sessions of a round alike. So a ratio is
-taken within each round, and how far it can be trusted is read from how it varies between rounds.
+Disturbances of the machine (other jobs, a falling clock rate) affect all sessions of a round alike. So each ratio is
+taken within a round, and its variation between rounds gives its confidence interval.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from nsm.spec import StepSpec
 from nsm.trace import Array
 
 BLOCK = 25
-"""At most so many timed calls of one session before the next one's turn."""
+"""Maximum number of timed calls of a session per turn."""
 
 ROUNDS = 5
-"""At least so many rounds, whatever the number of calls."""
+"""Minimum number of rounds, for any number of calls."""
 
 SETTLE = 2
-"""Calls at the beginning of a turn that are not timed: they find the caches full of another session's numbers."""
+"""Untimed calls at the start of a turn, when the caches still contain another session's data."""
 
 _RESAMPLES = 2000
 
@@ -47,7 +47,7 @@ class Steppable(Protocol):
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one session, in microseconds.
+    """Latency of one session, in microseconds.
 
     Args:
         p50_us, p90_us, p99_us: percentiles over all timed calls.
@@ -205,7 +205,7 @@ class _Turn:
 
 
 class Calls:
-    """Calls of one entry on a fresh session, whose stream starts again before a call that would pass its capacity.
+    """Time calls of one entry on a fresh session, and restart the stream before it exceeds its capacity.
 
     Args:
         session: fresh.

@@ -25,9 +25,9 @@ class Overhead:
     """Microseconds of a call of `step`.
 
     Args:
-        step_us: through the session: inputs checked and copied, the call, finiteness looked at.
-        bare_us: of the graph alone, bound to its memory once.
-        median, low, high: of the difference within a round, and its 95 % interval (bootstrap over rounds).
+        step_us: call through the session: check and copy inputs, run the graph, check that all values are finite.
+        bare_us: call of the graph alone, bound to its memory once.
+        median, low, high: difference within a round, and its 95 % interval (bootstrap over rounds).
     """
 
     step_us: float
@@ -44,9 +44,9 @@ def overhead(
 
     Args:
         session: over `runtime`.
-        runtime: that of a backend on the host's memory.
+        runtime: runtime of a backend in host memory.
         tokens: [T, B, K, ...], real inputs, taken round and round.
-        rounds: of 100 calls of each.
+        rounds: number of rounds, with 100 calls of each.
         progress: called after every round.
 
     Raises:
@@ -58,7 +58,7 @@ def overhead(
         )
     times = np.zeros((2, rounds))
     turn = 0
-    # Nothing stops the bare graph at the end of a table, so the calls in a row have to fit into it.
+    # The bare graph does not check the capacity, so consecutive calls must fit into it.
     capacity = session.spec.capacity
     room = _SETTLE + 1 + CALLS if capacity is None else capacity // session.spec.entry("step").tokens
     calls = min(CALLS, room - _SETTLE - 1)

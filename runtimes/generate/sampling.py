@@ -18,7 +18,7 @@ class Sampler:
         top_k: only the k most likely tokens are drawn from, None for all.
         top_p: only the most likely tokens that together have at least this probability are drawn from
             (Holtzman et al. 2020), 1 for all.
-        seed: of the generator; the same seed and logits give the same tokens.
+        seed: seed of the generator; the same seed and logits give the same tokens.
 
     Raises:
         InputError: a number outside its range.
@@ -39,10 +39,10 @@ class Sampler:
         self._generator = np.random.default_rng(seed)
 
     def probabilities(self, logits: Array) -> Array:
-        """Of each token, [V], from logits [V]; a token with -inf is never drawn.
+        """Return the probability of each token, [V], from logits [V]; it is 0 for -inf.
 
         Raises:
-            InputError: no logits of one token, NaN or +inf among them, or nothing but -inf.
+            InputError: the shape is not [V], or the logits contain NaN or +inf, or only -inf.
         """
         logits = _checked(logits)
         if self.temperature == 0.0:
@@ -50,7 +50,7 @@ class Sampler:
             return chosen
         order = np.argsort(-logits, kind="stable")
         below = logits[order].astype(np.float64) - float(logits[order[0]])
-        with np.errstate(over="ignore"):  # a small temperature takes them to -inf, whose weight is 0
+        with np.errstate(over="ignore"):  # a small temperature turns them into -inf, with weight 0
             weights = np.exp(below / self.temperature)
         weights /= weights.sum()
         # Rounded sums reach 1 before the last tokens do.

@@ -13,14 +13,14 @@ from nsm.runtimes.session import Session, usable_tokens
 from nsm.trace import Array
 
 PIECE = 4096
-"""Tokens that are fed at a time, about."""
+"""Approximate number of tokens per call of `feed`."""
 
 _SHOWN = 64
-"""Outputs of which the means are given; more would be a table of their own."""
+"""Maximum number of output values for which the score includes means."""
 
 
 def predicts(session: Session) -> bool:
-    """Whether the model answers every id with logits for the next one."""
+    """Return whether the model outputs logits of the next id for every id."""
     entry = session.spec.entry("step")
     tokens, outputs = entry.inputs[0], entry.outputs[0]
     return tokens.maximum is not None and outputs.shape[2:] == (tokens.maximum + 1,)
@@ -34,7 +34,7 @@ def score(session: Session, sequence: Array) -> dict[str, Any]:
         else `last_argmax`, and `means` of the main output where it has few numbers.
 
     Raises:
-        InputError: a sequence that the model does not take, or that is too short; nothing of it was fed.
+        InputError: the sequence is invalid for the model or too short; the session has not run any of it.
         NonFiniteError: an output or a state became NaN or infinite.
     """
     predicting = predicts(session)

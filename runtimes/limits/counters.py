@@ -1,4 +1,4 @@
-"""Counters: the integer states of a model that grow with its tokens, and how far the model itself can count."""
+"""Counters: the integer states that grow with the tokens, and the range in which the reference counts."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from nsm.runtimes.session import Session
 from nsm.trace import Array, Arrays
 
 WEEK_CALLS = 7 * 24 * 3600 * 100
-"""Calls of a week, at one every 10 ms."""
+"""Number of calls in a week, at one every 10 ms."""
 
 _OBSERVED = 8
-"""Calls from the beginning of a stream in which a state that grows is noticed."""
+"""Number of calls at the start of a stream that detect a growing state."""
 _FEWEST = 3
-"""Fewer of them do not tell a counter from a number that happens to rise."""
+"""Minimum number of calls to tell a counter from a value that happens to rise."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Counters:
 
     @property
     def furthest(self) -> int:
-        """The last position that is looked at: a week on, or where a counter is at the end of its dtype."""
+        """The last examined position: a week later, or the end of a counter's dtype."""
         week = max(self.position + WEEK_CALLS * self.length, self.reaching(2**31) + 4 * self.length)
         return min(week, *map(self._end, self.growth)) // self.grain * self.grain
 
@@ -55,13 +55,13 @@ class Counters:
         return [name for name in self.growth if self._end(name) // self.grain * self.grain == self.furthest]
 
     def _end(self, name: str) -> int:
-        """The position up to which a counter stays in its dtype."""
+        """Return the last position at which a counter fits its dtype."""
         growth = self.growth[name].astype(np.int64)
         room = np.iinfo(self.growth[name].dtype).max - self.states[name].astype(np.int64) - 2 * growth
         return self.position + int((room[growth > 0] // growth[growth > 0]).min()) * self.length
 
     def reaching(self, value: int) -> int:
-        """The first position at which a counter is at least `value`."""
+        """Return the first position at which a counter is at least `value`."""
         calls = [
             -(-(value - self.states[name][growth > 0].astype(object)) // growth[growth > 0].astype(object))
             for name, growth in self.growth.items()
@@ -69,7 +69,7 @@ class Counters:
         return self.position + max(0, min(int(min(item)) for item in calls)) * self.length
 
     def at(self, position: int) -> Arrays:
-        """The states with the counters as they are after so many tokens, the others as they were."""
+        """Return the states with their counters moved to a position; other states are unchanged."""
         moved = {
             name: (self.states[name] + growth.astype(np.int64) * (position - self.position) // self.length).astype(
                 growth.dtype
@@ -79,12 +79,12 @@ class Counters:
         return {name: np.array(moved.get(name, value)) for name, value in self.states.items()}
 
     def without(self, names: set[str]) -> Counters | None:
-        """The other counters; None where there is no other."""
+        """Return the remaining counters; None if none remain."""
         left = {name: value for name, value in self.growth.items() if name not in names}
         return replace(self, growth=left, steady=self.steady - names) if left else None
 
     def per_token(self) -> dict[str, int]:
-        """Steady counters all of whose numbers grow by the same whole number with each token, by name."""
+        """Return, by name, the integer growth per token of steady counters with uniform growth."""
         found = {}
         for name in self.steady:
             least, most = int(self.growth[name].min()), int(self.growth[name].max())
@@ -102,7 +102,7 @@ def observe(session: Session, tokens: Array, capacity: int | None = None) -> tup
     Args:
         session: over the reference.
         tokens: [T, B, K, ...], in an order in which no id is like a counter.
-        capacity: that was declared; the calls stay within it.
+        capacity: declared capacity; the calls stay within it.
 
     Returns:
         The counters, None without any; the error of the reference after them.
@@ -128,7 +128,7 @@ def observe(session: Session, tokens: Array, capacity: int | None = None) -> tup
     for name in whole:
         values = np.stack([state[name] for state in seen])
         steps = np.diff(values.astype(np.int64), axis=0)
-        # Fewer calls show nothing, unless the reference failed behind them.
+        # Too few calls prove nothing, unless they end because the reference failed.
         if (len(steps) >= _FEWEST or (failed and len(steps))) and (steps >= 0).all() and steps.any():
             even = len(steps) >= _FEWEST and bool((steps == steps[0]).all())
             if even or failed or (steps.any(tuple(range(1, steps.ndim))).sum() > 1 and len(steps) == _OBSERVED):
@@ -139,13 +139,13 @@ def observe(session: Session, tokens: Array, capacity: int | None = None) -> tup
 
 
 def reach(session: Session, counters: Counters, tokens: Array) -> tuple[Counters | None, int | None]:
-    """How far the reference counts: single steps from states further and further out, then bisection.
+    """Find the range in which the reference counts, by single steps from ever later states, then bisection.
 
-    A counter that does not go on growing at some position, as the place in a ring, is none.
+    A state that stops growing at some position, such as a ring-buffer index, is not a counter.
 
     Args:
         session: over the reference.
-        counters: of the model.
+        counters: counters of the model.
         tokens: [B, K, ...], of one call.
 
     Returns:
@@ -164,7 +164,7 @@ def reach(session: Session, counters: Counters, tokens: Array) -> tuple[Counters
 
 
 def _first_bad(session: Session, counters: Counters, tokens: Array) -> int | None:
-    """The first position from which a step of the reference fails, or a counter does not grow on."""
+    """Return the first position from which a reference step fails or a counter stops growing."""
 
     def bad(position: int) -> bool:
         turned = _turned(session, counters, tokens, position)
@@ -188,7 +188,7 @@ def _first_bad(session: Session, counters: Counters, tokens: Array) -> int | Non
 
 
 def _turned(session: Session, counters: Counters, tokens: Array, position: int) -> set[str] | None:
-    """The steady counters that a step from there does not move on by their growth; None where it fails."""
+    """Return the steady counters that a step from a position does not advance; None if the step fails."""
     states = counters.at(position)
     session.load_state(states, np.full(session.batch, position))
     try:

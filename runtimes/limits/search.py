@@ -1,8 +1,8 @@
 """Limits: the first position of a stream at which a target no longer agrees with the reference.
 
-Backends compute with integers in their own way: OpenVINO's `%`, comparisons and clamps on the CPU go through float32,
-which is exact up to 2^24, and its integers end at 2^31. No recorded stream is that long. So single steps are compared
-from states whose counters are put there.
+Backends differ in integer arithmetic: OpenVINO's `%`, comparisons and clamps on the CPU go through float32, which is
+exact up to 2^24, and its integers end at 2^31. No recorded stream is that long. So the search compares single steps
+from states with their counters set to such positions.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from nsm.runtimes.session import Session
 from nsm.trace import Array, Arrays
 
 THRESHOLDS = tuple(2**bits for bits in range(24, 32))
-"""Where the integers of backends may end: between the whole numbers that float32 holds, and those of int32."""
+"""Values at which backend integers may fail, from the limit of exact float32 integers to that of int32."""
 
 _TRIES = 4
-"""Consecutive positions that are tried: a rounded counter is right at every second or fourth position."""
+"""Number of consecutive positions to try: a rounded counter is correct at every second or fourth position."""
 _WORSE = 3.0
-"""So many times the error that a target has at the beginning of a stream is still the same error."""
+"""Tolerance, as a multiple of the target's error at the start of a stream."""
 
 
 @dataclass(frozen=True)
 class Limit:
-    """Where a target departs from the reference.
+    """The limit up to which a target agrees with the reference.
 
     Args:
-        tokens: that a lane takes from one reset to the next.
-        cause: of the limit, for messages.
+        tokens: maximum number of tokens of a lane between two resets.
+        cause: cause of the limit, for messages.
     """
 
     tokens: int
@@ -48,11 +48,11 @@ def find_limit(
         reference, target: with the same lanes.
         counters: as `nsm.runtimes.limits.counters.reach` leaves them.
         tokens: [B, K, ...], of one call.
-        budget: of the artifact's precision.
-        capacity: of the model; positions behind it are not tried.
+        budget: budget of the artifact's precision.
+        capacity: capacity of the model; the search tries no later positions.
     """
     last = counters.furthest if capacity is None else capacity - counters.length
-    if last < counters.position:  # parity compared every call that there is room for
+    if last < counters.position:  # parity has compared every call within the capacity
         return None
     pair = _Pair(reference, target, counters, tokens, budget)
     last = counters.position + max(0, last - counters.position) // counters.grain * counters.grain
@@ -83,7 +83,7 @@ def find_limit(
 
 
 def assumed_limit(counters: Counters) -> Limit:
-    """The limit of a target that cannot be compared here: up to where all backends' integers are exact."""
+    """Return the limit of a target that cannot run here: the range in which all backends' integers are exact."""
     tokens = max(counters.length, counters.reaching(THRESHOLDS[0]) - counters.length)
     return Limit(tokens, "it was not compared with the reference behind that")
 
@@ -100,7 +100,7 @@ def points(counters: Counters, last: int) -> list[int]:
 
 
 class _Pair:
-    """A reference and a target, stepped from the same states."""
+    """Steps a reference and a target from the same states."""
 
     def __init__(self, reference: Session, target: Session, counters: Counters, tokens: Array, budget: Budget) -> None:
         self._reference, self._target = reference, target
@@ -116,7 +116,7 @@ class _Pair:
         self._allowed |= {name: max(budget.free_run_p99, _WORSE * error) for name, error in usual.items()}
 
     def departs(self, start: int, last: int) -> str:
-        """The tensors over budget in steps from `start` and the next positions, up to `last`, or ""."""
+        """Describe the tensors over budget in steps from `start` and the next positions up to `last`, or return ""."""
         for position in range(start, start + _TRIES * self._counters.grain, self._counters.grain):
             if position > last:
                 break

@@ -38,33 +38,34 @@ def open_bundle(
     precision: str | None = None,
     allow_failed: bool = False,
 ) -> Session:
-    """Open a bundle and start its streams.
+    """Open a bundle as a session with all streams at their start.
 
     Args:
         bundle: the directory written by nsm-export.
-        target: one of those that `nsm doctor` lists, or an alias (default: the first in the bundle that passed
-            its parity check and can be opened in this machine).
-        device: for targets that run on several (default: the one the artifact was built for).
-        threads: threads of the backend (default: one for a small model, for which a second one does not pay; its own
-            choice for others).
-        precision: of the artifact: fp32, fp16, bf16, int8 or int8-weights (default: fp32 where the bundle has the
-            target in it, or else the only one).
-        allow_failed: whether an artifact that failed its parity check is opened.
+        target: a target that `nsm doctor` lists, or an alias (default: the first target in the bundle that passed
+            its parity check and can be opened on this machine).
+        device: device, for targets with several (default: the one the artifact was built for).
+        threads: threads of the backend (default: one for a small model, which a second thread does not speed up; the
+            backend's choice for others).
+        precision: precision of the artifact: fp32, fp16, bf16, int8 or int8-weights (default: fp32 if the bundle has
+            the target in fp32, otherwise the only one).
+        allow_failed: whether to open an artifact that failed its parity check.
 
     Returns:
         A `Session`; use it in a `with` block or close it.
 
     Warns:
-        UncheckedWarning: the artifact was never compared with its reference, for want of its hardware for instance.
+        UncheckedWarning: the artifact was never compared with its reference, for example because the hardware was
+            missing.
 
     Raises:
-        InputError: no such bundle; it has no artifact for the target in that precision; or it has the target in
-            several precisions and not in fp32, and none was named.
+        InputError: the bundle does not exist; it has no artifact for the target in that precision; or it has the
+            target in several precisions without fp32, and `precision` is not given.
         ParityError: the artifact failed its parity check.
-        BundleError: damaged, or of another format version.
+        BundleError: the bundle is damaged, or has another format version.
         MissingDependencyError: the backend is not installed; names the extra that installs it.
-        DeviceUnavailableError: the hardware is not in this machine.
-        NsmError: no target was named, and none can be opened; the error of the first is raised.
+        DeviceUnavailableError: this machine lacks the hardware.
+        NsmError: `target` is not given and none can be opened; this is the error of the first target.
     """
     if threads is not None and threads < 1:
         raise InputError(f"threads is at least 1; given {threads}.")
@@ -81,7 +82,7 @@ def open_bundle(
             continue
         try:
             warn_unchecked(opened.path, artifact, stacklevel=2)
-        except UncheckedWarning:  # where warnings are errors
+        except UncheckedWarning:  # a warning filter may turn warnings into errors
             session.close()
             raise
         return session
@@ -90,12 +91,13 @@ def open_bundle(
 
 
 def chosen_artifact(bundle: Bundle, target: str | None, precision: str | None = None) -> Artifact:
-    """The artifact of a target by name or alias, in a precision; see `open_bundle` for the defaults. Of the
-    targets it is the first that passed and can be run here. One that is only built when asked for comes last.
+    """Return the artifact of a target and precision; see `open_bundle` for the defaults.
+
+    Without a target, it is the first that passed and can run here. Targets with `asked_only` come last.
 
     Raises:
-        InputError: the bundle has none; or several precisions of the target, none of them fp32, and none was named.
-        BundleDamagedError: one that is to be opened to see that is damaged.
+        InputError: the bundle has none; or it has several precisions of the target without fp32, and none is given.
+        BundleDamagedError: a candidate that has to be opened for this choice is damaged.
     """
     first: Artifact | None = None
     for artifact in _candidates(bundle, target, precision):
@@ -107,7 +109,7 @@ def chosen_artifact(bundle: Bundle, target: str | None, precision: str | None = 
 
 
 def _candidates(bundle: Bundle, target: str | None, precision: str | None) -> Iterator[Artifact]:
-    """Those that may be opened, one of each target, the preferred first; at least one."""
+    """Return the candidates to open, one per target, the preferred first; at least one."""
     if target is not None:
         yield bundle.artifact(find_target(target).name, precision)
         return
@@ -121,7 +123,7 @@ def _candidates(bundle: Bundle, target: str | None, precision: str | None) -> It
 
 
 def _fits_here(bundle: Bundle, artifact: Artifact) -> bool:
-    """Whether its backend is installed and its processor is here; whether its GPU is, opening it shows."""
+    """Return whether the backend is installed and the processor fits; a GPU is checked by opening."""
     try:
         find_target(artifact.target).require()
         require_device(artifact.device, artifact.precision)
@@ -134,13 +136,13 @@ def _fits_here(bundle: Bundle, artifact: Artifact) -> bool:
 
 
 def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None, threads: int | None = None) -> Session:
-    """The session of one artifact, whose files have been verified."""
+    """Open a session on one artifact with verified files."""
     target = find_target(artifact.target)
     if device is not None and device.lower() not in target.devices:
         raise InputError(
             f"The target {target.name} has no device {device!r}. Its devices: {', '.join(target.devices)}."
         )
-    require_device(artifact.device, artifact.precision)  # its own, whatever is asked for: that is how it was built
+    require_device(artifact.device, artifact.precision)  # the artifact's own device, because it was built for it
     load = loader(target, artifact.options)
     spec = limited(target.served(bundle.manifest.spec), artifact.limit)
     recorded = entry_files(target, spec, [record.path for record in artifact.files], bundle.path)
@@ -157,11 +159,11 @@ def open_artifact(bundle: Bundle, artifact: Artifact, device: str | None = None,
 
 
 def loader(target: Target, options: Mapping[str, str]) -> Loader:
-    """The target's function `load`, with these compile options.
+    """Return the target's function `load`, with these compile options.
 
     Raises:
-        BundleDamagedError: they are none of those in the target's row. A bundle may come from anybody, and some options
-            of a compiler name files.
+        BundleDamagedError: the options are not in the target's `remedies`. A bundle may come from an untrusted source,
+            and some compiler options name files.
     """
     load: Loader = target.runtime_module().load
     if not options:
@@ -176,21 +178,21 @@ def loader(target: Target, options: Mapping[str, str]) -> Loader:
 
 
 def limited(spec: StepSpec, limit: int | None) -> StepSpec:
-    """A spec whose capacity is the smaller of the model's and this limit."""
+    """Return the spec with its capacity reduced to this limit."""
     return spec if limit is None else replace(spec, capacity=min(limit, spec.capacity or limit))
 
 
 def entry_files(target: Target, spec: StepSpec, written: Sequence[str], where: Path) -> dict[str, str]:
-    """Which of an artifact's files a target opens for each entry.
+    """Return the file that a target opens for each entry.
 
     Args:
-        target: whose artifact it is.
-        spec: as the target serves it.
-        written: its files, relative to the bundle.
+        target: target of the artifact.
+        spec: spec of a session on the target.
+        written: files of the artifact, relative to the bundle.
         where: the bundle, for the message.
 
     Raises:
-        BundleDamagedError: one is missing.
+        BundleDamagedError: a file is missing.
     """
     files = {}
     for entry in spec.entries:

@@ -1,4 +1,4 @@
-"""Features of the processor that artifacts depend on."""
+"""Processor features that artifacts depend on."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 from nsm.errors import DeviceUnavailableError
 
 CPU_DOT = "cpu-dot"
-"""The device of artifacts in int8 that need `int8_dot_products`; those for "cpu" are right on every processor."""
+"""Device of int8 artifacts that need `int8_dot_products`; artifacts for "cpu" are correct on every processor."""
 
 _CPUINFO = Path("/proc/cpuinfo")
 _DOT = {"avx512_vnni", "avx_vnni", "avx512vnni", "asimddp"}
 
 
 def int8_dot_products() -> bool | None:
-    """Whether the processor adds up products of int8 in 32 bits: VNNI on x86, dotprod on Arm. None if it is not known.
+    """Return whether the processor accumulates int8 products in 32 bits; None if unknown.
 
-    Without it, pairs are added in 16 bits, which saturates; see `nsm.quantization.policy`.
+    The feature is VNNI on x86 and dotprod on Arm. Without it, the processor adds pairs in 16 bits, which saturates; see
+    `nsm.quantization.policy`.
     """
     try:
         lines = _CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -30,11 +31,11 @@ def require_device(device: str, precision: str) -> None:
     """Refuse an artifact that this processor would compute incorrectly.
 
     Raises:
-        DeviceUnavailableError: int8 for another kind of processor.
+        DeviceUnavailableError: the artifact needs int8 features that this processor lacks.
     """
     if device == CPU_DOT and precision == "int8" and int8_dot_products() is False:
         raise DeviceUnavailableError(
-            "This artifact in int8 was built for processors with VNNI (or dotprod on Arm), with --device cpu-dot. The "
-            "one in this machine has none: its sums of products would be cut off. Build it here for any processor: "
+            "This int8 artifact was built with --device cpu-dot, for processors with VNNI (or dotprod on Arm). The "
+            "processor of this machine has neither, so its sums would saturate. Build it for any processor: "
             "nsm build BUNDLE --target TARGET --precision int8 --force"
         )

@@ -1,4 +1,4 @@
-"""The status of an artifact's parity check: refuse a failed artifact, warn of one that was never compared."""
+"""Parity status of an artifact: refuse a failed one, warn of one that was never compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nsm.manifest import Artifact
 
 
 def refuse_failed(path: Path, artifact: Artifact) -> None:
-    """Raise `ParityError` for an artifact of the bundle at `path` whose parity check failed."""
+    """Raise `ParityError` if an artifact of the bundle at `path` failed its parity check."""
     if artifact.parity["status"] != "failed":
         return
     error = artifact.parity.get("free_run")
@@ -18,8 +18,8 @@ def refuse_failed(path: Path, artifact: Artifact) -> None:
     measured = "" if p99 is None else f" (free-run error {p99:.2g})"
     raise ParityError(
         f"The artifact {artifact.label} in {path} failed its parity check{measured}: its outputs are not those of the "
-        f"model. See nsm parity {path} --target {artifact.target}, and export the model again. To use it all the same, "
-        "for instance to look for the fault: nsm.open(..., allow_failed=True), nsm run --allow-failed."
+        f"model. See nsm parity {path} --target {artifact.target}, and export the model again. To open it anyway, "
+        "for example to find the fault: nsm.open(..., allow_failed=True), nsm run --allow-failed."
     )
 
 

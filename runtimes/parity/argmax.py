@@ -19,11 +19,11 @@ from nsm.runtimes.parity.report import ArgmaxChange
 from nsm.trace import Array
 
 MAX_LISTED_CHANGES = 100
-"""Argmax changes that a report lists; unexcused ones come first."""
+"""Number of argmax changes that a report lists; unexcused ones come first."""
 
 
 class _Answer(NamedTuple):
-    """One step of one stream, [decisions] each; `places` [changes, 6] lists the argmax changes.
+    """Argmaxes of one step of one stream, [decisions] each; `places` [changes, 6] lists the changes.
 
     A row of `places`: stream, step, token, decision, choice of the reference, choice of the target; see `ArgmaxChange`.
     """
@@ -37,9 +37,10 @@ class _Answer(NamedTuple):
 
 
 class Agreement(NamedTuple):
-    """All decisions that were compared, [decisions] each; at least one.
+    """All compared argmaxes, [decisions] each; at least one.
 
-    `margins` and `bound`, up to which an argmax change is excused, are in units of the rms of the reference's output.
+    `margins` and `bound` are in units of the rms of the reference's output. A change with a margin up to `bound` is
+    excused.
     """
 
     kl: Array
@@ -50,17 +51,17 @@ class Agreement(NamedTuple):
 
     @property
     def excused(self) -> Array:
-        """[decisions] bool, the argmax changes that are excused."""
+        """[decisions] bool, True at excused argmax changes."""
         found: Array = self.argmax_changes & (self.margins <= self.bound)
         return found
 
 
 class Answers:
-    """Decisions of one output, as they come.
+    """Collects the argmaxes of one output, step by step.
 
     Args:
-        recorded: the reference's output, [N, T, P, ...].
-        free_run_p99: of the budget.
+        recorded: output of the reference, [N, T, P, ...].
+        free_run_p99: limit in the budget.
     """
 
     def __init__(self, recorded: Array, free_run_p99: float) -> None:
@@ -72,9 +73,9 @@ class Answers:
         """Compare the outputs of one step of a stream.
 
         Args:
-            stream, step: where.
-            tokens: [n], which tokens of the call these are.
-            wanted, given: [n, ...], of the reference and of the target.
+            stream, step: position in the trace.
+            tokens: [n], indices of the tokens in the call.
+            wanted, given: [n, ...], outputs of the reference and of the target.
         """
         wanted, given = _by_decision(wanted), _by_decision(given)
         ordered = np.sort(wanted, -1)
@@ -88,7 +89,7 @@ class Answers:
         self._answers.append(_Answer(stream, step, kl, argmax_changes, margins / self._scale, places))
 
     def agreement(self, dropped: Array) -> Agreement:
-        """Of all steps but those that `dropped` [N, T] marks."""
+        """Return the argmaxes of all steps except those that `dropped` [N, T] marks."""
         kept = [item for item in self._answers if not dropped[item.stream, item.step]]
         if not kept:
             return Agreement(np.full(1, np.nan), np.ones(1, bool), np.zeros(1), self._bound, ())
@@ -112,5 +113,5 @@ def _flip(place: Array, margin: float, excused: bool) -> ArgmaxChange:
 
 
 def _by_decision(values: Array) -> Array:
-    """[decisions, V] of an output [tokens, ..., V]; one number a token, [tokens], is a decision among one."""
+    """Reshape an output [tokens, ..., V] to [decisions, V]; [tokens] becomes [tokens, 1]."""
     return values.reshape(-1, values.shape[-1] if values.ndim > 1 else 1)

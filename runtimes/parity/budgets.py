@@ -11,12 +11,12 @@ from nsm.errors import InputError
 
 @dataclass(frozen=True)
 class Budget:
-    """Limits of a precision. Errors are relative; a limit holds for the worst tensor, states included.
+    """Limits of a precision. Errors are relative; a limit applies to the worst tensor, states included.
 
     Args:
         one_step_p99: 99th percentile of the one-step error.
         free_run_p99: 99th percentile of the free-run error.
-        agreement: least share of tokens with the reference's argmax, excused argmax changes not counted against it.
+        agreement: minimum share of tokens with the reference's argmax; excused changes count as agreement.
         kl_mean, kl_p999: mean and 99.9th percentile of KL(reference || target), in nats.
     """
 
@@ -28,10 +28,10 @@ class Budget:
     kl_p999: float
 
 
-# fp32: rounding of a few 1e-7 per operation, summed over a chunk's products and up to ten layers, stays under 1e-5
-# in one step; a non-expansive state may add up to ten steps' worth of it. KL is about half the squared logit error.
-# Half precision rounds by 5e-4 (fp16) or 4e-3 (bf16) in each product, int8 by a 254th of the range; the KL follows from
-# the logit error. The state stays fp32 in all of them, so a stream forgets these errors instead of adding them up.
+# fp32: rounding of a few 1e-7 per operation, summed over the linear ops of a chunk and up to ten layers, stays under
+# 1e-5 in one step; a non-expansive state may accumulate ten steps of it. KL is about half the squared logit error.
+# fp16 rounds by 5e-4, bf16 by 4e-3 in each linear op, and int8 by a 254th of the range; the KL follows from the logit
+# error. The state stays fp32 in all of them, so a stream forgets these errors instead of accumulating them.
 BUDGETS: Mapping[str, Budget] = MappingProxyType(
     {
         budget.precision: budget
@@ -47,13 +47,11 @@ BUDGETS: Mapping[str, Budget] = MappingProxyType(
 
 
 def find_budget(precision: str) -> Budget:
-    """The budget of a precision.
+    """Return the budget of a precision.
 
     Raises:
-        InputError: there is none.
+        InputError: the precision has no budget.
     """
     if precision not in BUDGETS:
-        raise InputError(
-            f"There is no parity budget for precision {precision!r}; there is one for: {', '.join(BUDGETS)}."
-        )
+        raise InputError(f"No parity budget for the precision {precision!r}; expected one of: {', '.join(BUDGETS)}.")
     return BUDGETS[precision]

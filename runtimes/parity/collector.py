@@ -1,4 +1,4 @@
-"""Findings: the measurements of a comparison so far, and the report made of them."""
+"""Findings: collect the measurements of a comparison and make the report."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ class _Slots(NamedTuple):
 
 
 class Findings:
-    """Errors by kind (as "one_step") and tensor, as [stream, step] arrays that start as NaN.
+    """Errors by kind (such as "one_step") and tensor, as [stream, step] arrays that start as NaN.
 
     Args:
-        trace: of the reference.
-        spec: of the model.
-        budget: of the artifact's precision.
-        thresholds: of the model's decisions; see `nsm.runtimes.parity.mask_decisions`.
+        trace: golden trace of the reference.
+        spec: spec of the model.
+        budget: budget of the artifact's precision.
+        thresholds: thresholds of the model's mask decisions; see `nsm.runtimes.parity.mask_decisions`.
     """
 
     def __init__(self, trace: Trace, spec: StepSpec, budget: Budget, thresholds: Sequence[float] = ()) -> None:
@@ -67,19 +67,19 @@ class Findings:
         self._changed = False
         self._mask_decisions = 0
         self._steps_run = 0
-        # Where a stream is no longer the reference's because of an excused decision, and need not be compared.
+        # Steps after an excused mask decision, where the stream differs from the reference and is not compared.
         self._dropped = {kind: np.zeros(shape, bool) for kind in kinds}
         self._strayed = {kind: np.zeros(trace.streams, bool) for kind in kinds}
 
     @property
     def decides(self) -> bool:
-        """Whether the model decides about its masks, so that these are to be compared after every step."""
+        """Whether the model makes mask decisions, so that its masks are compared after every step."""
         return bool(self._decisions.masks)
 
     # -- collecting ----------------------------------------------------------------------------------------------
 
     def add_outputs(self, kind: str, streams: Array, step: int, outputs: Arrays) -> None:
-        """Compare the outputs of a call; lane i ran `streams[i]`, further lanes are ignored."""
+        """Compare the outputs of a call. Lane i ran `streams[i]`; further lanes are ignored."""
         trace = self.trace
         for lane, stream in enumerate(streams.tolist()):
             if self._dropped[kind][stream, step]:
@@ -94,8 +94,8 @@ class Findings:
                     self._answers.add(stream, step, trace.positions[kept], wanted, given)
 
     def add_decisions(self, kind: str, streams: Array, step: int, states: Arrays) -> None:
-        """Compare the masks that the model decides about, after any step; before `add_states` of the same step."""
-        # A single step starts from the reference's state; in the other runs a stream that has left does not come back.
+        """Compare the decided masks after a step; call it before `add_states` of the same step."""
+        # A single step starts from the reference's state. In the other runs a stream that has diverged stays excluded.
         alone = kind == "one_step"
         for lane, stream in enumerate(streams.tolist()):
             if self._dropped[kind][stream, step]:
@@ -135,7 +135,7 @@ class Findings:
         self._slots.append(_Slots(name, self._ages[name][stream, index][active], slot_errors(*slots)))
 
     def _kept(self, stream: int, step: int) -> Array:
-        """Which of the recorded positions hold a token that counts."""
+        """Return which of the recorded positions are valid tokens."""
         positions = self.trace.positions
         valid = self.trace.inputs.get(VALID)
         return np.ones(len(positions), bool) if valid is None else positions < valid[stream, step]
@@ -144,21 +144,21 @@ class Findings:
 
     @property
     def mismatches(self) -> int:
-        """Entries of masks and counters that differ without excuse."""
+        """Number of mask and counter entries that differ and are not excused."""
         return self._mismatches
 
     def errors(self, kind: str) -> Arrays:
-        """By tensor, [N, T]: the relative errors, NaN where nothing was compared."""
+        """Relative errors by tensor, [N, T]; NaN where nothing was compared."""
         return {name: np.where(self._dropped[kind], np.nan, value) for name, value in self._errors[kind].items()}
 
     def worst(self, kind: str) -> Quantiles:
-        """The tensor with the largest 99th percentile."""
+        """Return the quantiles of the tensor with the largest 99th percentile."""
         errors = self.errors(kind)
         tensor = max(errors, key=lambda name: np.nan_to_num(quantile(errors[name], 0.99), nan=-1.0))
         return Quantiles(*_quantiles(errors[tensor]), tensor)
 
     def report(self, session: Session) -> ParityReport:
-        """The report of all measurements, with those over budget."""
+        """Return the report of all measurements, with those over budget as failures."""
         trace, answers = self.trace, self._answers.agreement(self._dropped["free_run"])
         errors = {kind: self.errors(kind) for kind in self._errors}
         logits = errors["free_run"][self.logits]
@@ -222,7 +222,7 @@ class Findings:
         return np.stack(values) if values else np.full(1, np.nan)
 
     def _vacuous(self) -> list[str]:
-        """Comparisons that should have been made but were not."""
+        """Required comparisons that were not made."""
         reasons = []
         for kind in self._errors:
             for name, errors in self.errors(kind).items():

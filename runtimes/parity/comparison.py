@@ -1,18 +1,19 @@
-"""Parity: whether the artifact is the model that was recorded, over whole streams.
+"""Parity: compare an artifact with the recorded reference over whole streams.
 
-Two errors are measured against a golden trace. *One-step*: the target is stepped from the reference's state, so
+The comparison measures two errors against a golden trace. *One-step*: the target steps from the reference's state, so
 the error is that of one call. *Free-run*: the target carries its own state from the first step to the last, as in
-use, so the error is the accumulated one. Both are relative,
+use, so the error accumulates. Both are relative,
 
     ||target - reference|| / max(||reference||, 0.01 * rms over the trace of ||reference||),
 
 per stream, step and tensor, for every output and every state. A comparison of nothing is a failure.
 
-Where the artifact has more entries than `step`, the first steps are run a third time, *split*: token by token through
-`decode` and `commit`, in turn with `step`; outputs and states must be those of the trace within the free-run budget.
-Where it has several lanes, they are run again *staggered*: lanes that start later, and so are of different age.
+If the artifact has more entries than `step`, the first steps run a third time, *split*: token by token through `decode`
+and `commit`, in turn with `step`; outputs and states must match the trace within the free-run budget. If it has several
+lanes, they run again *staggered*: each lane starts later than the previous one, so the lanes differ in age.
 
-The runs are in `nsm.runtimes.parity.replay`, the measures in `findings`, the decisions of adaptive banks in `branches`.
+`nsm.runtimes.parity.replay` has the runs, `collector` the measurements, `mask_decisions` the decisions of adaptive
+banks.
 """
 
 from __future__ import annotations
@@ -48,23 +49,23 @@ def compare(
     progress: Progress | None = None,
     thresholds: Sequence[float] = (),
 ) -> ParityReport:
-    """Replay a trace on a session and report; the session's streams are reset before and after.
+    """Replay a trace on a session and return the report; reset the streams before and after.
 
     Args:
-        trace: recorded from the reference.
-        session: over the artifact, with any number of lanes.
-        budget: of the artifact's precision.
+        trace: golden trace of the reference.
+        session: session on the artifact, with any number of lanes.
+        budget: budget of the artifact's precision.
         progress: called after every step.
-        thresholds: of the model's mask decisions, read from its config by
-            `nsm.runtimes.parity.mask_decisions.thresholds_of`. Without any, every mask that differs fails.
+        thresholds: thresholds of the model's mask decisions, from `nsm.runtimes.parity.mask_decisions.thresholds_of`.
+            Without thresholds, every mask difference fails.
 
     Raises:
-        InputError: the trace is of another model or of another shape than the session takes, or is empty.
+        InputError: the trace is empty, or is of another model or shape than the session.
     """
     check_comparable(trace, session)
     found = Findings(trace, session.spec, budget, thresholds)
     free, stepped = groups(trace.streams, session.batch), groups(trace.state_streams, session.batch)
-    # One group of streams is enough in pieces: the lanes of a graph do the same.
+    # One group of streams is enough for the split run: all lanes of a graph compute the same.
     split = free[:1] if session.spec.has("decode") else []
     staggered = free[:1] if session.batch > 1 else []
     runs: list[tuple[_Run, Array]] = [(free_run, part) for part in free]
@@ -90,37 +91,37 @@ def compare(
 
 
 def check_comparable(trace: Trace, session: Session) -> None:
-    """Raise `InputError` unless the trace is of the session's model, and holds something to compare."""
+    """Raise `InputError` if the trace is empty or is not of the session's model."""
     if trace.fingerprint != session.fingerprint:
         raise InputError("The golden trace was recorded from another model than the session runs.")
     states = set(session.spec.state_names)
     if set(trace.before) != states or set(trace.after) != states:
-        raise InputError(f"The trace holds other states than the model: {sorted(states ^ set(trace.after))}.")
+        raise InputError(f"The trace and the model have different states: {sorted(states ^ set(trace.after))}.")
     decided = decided_states(session.spec)
     if set(trace.decisions) != set(decided):
         raise InputError(
-            f"The trace holds the decisions {sorted(trace.decisions)} of every step; the model decides about "
+            f"The trace contains the mask decisions {sorted(trace.decisions)} of every step; the model decides about "
             f"{', '.join(decided) or 'none'}. A bundle of an older nsm has none: export it again."
         )
     outputs = {item.name for item in session.spec.entry("step").outputs}
     if set(trace.outputs) != outputs:
-        raise InputError(f"The trace holds other outputs than the model: {sorted(outputs ^ set(trace.outputs))}.")
+        raise InputError(f"The trace and the model have different outputs: {sorted(outputs ^ set(trace.outputs))}.")
     entry = session.spec.entry("step")
     different = {item.name for item in entry.inputs} ^ set(trace.inputs)
-    # Without `valid` every token of the trace counts.
+    # Without `valid`, every token of the trace is valid.
     if different - {VALID} or (VALID in trace.inputs and entry.input(VALID) is None):
-        raise InputError(f"The trace holds other inputs than the model: {sorted(different)}.")
+        raise InputError(f"The trace and the model have different inputs: {sorted(different)}.")
     if not trace.streams or not trace.steps or not len(trace.sampled) or not len(trace.positions):
         raise InputError("The trace is empty: there is nothing to compare. Record at least one step of one stream.")
     if trace.positions.max() >= entry.inputs[0].shape[1] or trace.sampled.max() >= trace.steps:
-        raise InputError("The trace keeps positions or steps outside its own calls; it is damaged. Record it again.")
+        raise InputError("The trace is damaged: it has positions or steps outside its own calls. Record it again.")
     for name, shape, wanted in _shapes(trace, session.spec):
         if shape != wanted:
-            raise InputError(f"The trace holds {name} of shape {list(shape)}; the model gives {list(wanted)}.")
+            raise InputError(f"The trace has {name} of shape {list(shape)}; the model expects {list(wanted)}.")
 
 
 def _shapes(trace: Trace, spec: StepSpec) -> Iterator[tuple[str, tuple[int, ...], tuple[int, ...]]]:
-    """Name, shape in the trace, and shape of the model for every tensor; the lane axis is gone from both."""
+    """Yield name, shape in the trace and shape in the model of every tensor, without the lane axis."""
     entry = spec.entry("step")
     calls = (trace.streams, trace.steps)
     for item in entry.inputs:

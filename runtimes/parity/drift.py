@@ -1,4 +1,4 @@
-"""The drift exponent: whether the error of a free run stays where it is, or grows."""
+"""The drift exponent: whether the free-run error stays bounded or grows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 
 from nsm.trace import Array
 
-# Fewer streams or steps give an interval that says nothing.
+# Fewer streams or steps give an interval too wide to be useful.
 MIN_STREAMS, MIN_STEPS = 8, 64
 _RESAMPLES = 1000
 
@@ -29,7 +29,7 @@ def drift_exponent(errors: Array) -> Drift | None:
         errors: [streams, steps], free-run errors.
 
     Returns:
-        None for fewer than 8 streams or 64 steps, or where there is no error at all or one that is not finite.
+        The exponent; None for fewer than 8 streams or 64 steps, or if the errors are zero or not finite.
     """
     streams, steps = errors.shape
     late, early = errors[:, steps // 2 :], errors[:, steps // 4 : steps // 2]

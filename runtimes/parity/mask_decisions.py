@@ -1,15 +1,15 @@
-"""Branches: decisions of an adaptive bank that rounding may turn the other way, and when that is excused.
+"""Mask decisions: which differences in the masks of an adaptive bank are excused as rounding.
 
-A slot is pruned or allocated where an importance crosses a threshold. Where the reference itself stood next to the
-threshold, rounding alone can make the target decide otherwise, and from there on the two streams are different ones.
-So the first mask of a stream that differs is excused where the reference's margin, the distance to the nearest
-threshold, was at most
+The model prunes or allocates a slot when an importance crosses a threshold. If the importance of the reference is close
+to the threshold, rounding alone can change the decision of the target, and the two streams differ from then on. So the
+first differing mask of a stream is excused if the margin of the reference, its distance to the nearest threshold, is at
+most
 
     2 * (budget of the free-run p99) * rms over the trace of the importance:
 
-a bound from the budget, never from the measured error. The metrics of that stream then end before the step. Masks and
-importances are known at every step of the trace, so the step is the one at which the decision was made. In a call of
-several chunks there are several decisions, judged by the importances before and after the call.
+a bound from the budget, never from the measured error. The metrics of that stream then end before the step. The trace
+has masks and importances at every step, so the comparison finds the exact step of the decision. A call of several
+chunks makes several decisions; the importances before and after the call give their margin.
 """
 
 from __future__ import annotations
@@ -26,29 +26,29 @@ _THRESHOLDS = ("prune_threshold", "allocate_threshold")
 
 
 def thresholds_of(config: Mapping[str, Any]) -> tuple[float, ...]:
-    """The thresholds on the importance in a model's config (`manifest.model["config"]`); none where it has none."""
+    """Return the importance thresholds in a model's config (`manifest.model["config"]`); may be empty."""
     return tuple(float(config[name]) for name in _THRESHOLDS if name in config)
 
 
 def decided_masks(spec: StepSpec) -> tuple[str, ...]:
-    """Names of the masks that a model decides about while it runs, in the order of the layers."""
+    """Return the names of the masks that a model changes while it runs, in layer order."""
     names = [name for name in spec.state_names if name.endswith(".mask")]
     return tuple(name for name in names if _importance_of(name) in spec.state_names)
 
 
 def decided_states(spec: StepSpec) -> tuple[str, ...]:
-    """Names of these masks and of the importances they are decided by: the states that a trace holds at every step."""
+    """Return the names of these masks and their importances: the states in a trace at every step."""
     return tuple(state for name in decided_masks(spec) for state in (name, _importance_of(name)))
 
 
 class Decisions:
-    """The reference's decisions, and how close they were.
+    """The mask decisions of the reference and their margins.
 
     Args:
-        trace: of the reference.
-        masks: as found by `decided_masks`.
-        thresholds: of the importances; without any, nothing is excused.
-        free_run_p99: of the budget.
+        trace: golden trace of the reference.
+        masks: result of `decided_masks`.
+        thresholds: thresholds of the importances; without any, nothing is excused.
+        free_run_p99: limit in the budget.
     """
 
     def __init__(self, trace: Trace, masks: Sequence[str], thresholds: Sequence[float], free_run_p99: float) -> None:
@@ -61,31 +61,31 @@ class Decisions:
             self._bounds[name] = 2 * free_run_p99 * float(np.sqrt(np.mean(importance**2)))
 
     def differing(self, stream: int, step: int, given: Mapping[str, Array]) -> dict[str, Array]:
-        """The slots that differ after a step, by mask; masks that agree are left out."""
+        """Return the slots that differ after a step, by mask, without masks that agree."""
         found = {name: self._trace[name][stream, step + 1] != given[name] for name in self.masks}
         return {name: slots for name, slots in found.items() if slots.any()}
 
     def excused(self, stream: int, step: int, differing: Mapping[str, Array]) -> bool:
-        """Whether the decision was close enough: that of the lowest layer, on which the others depend."""
+        """Return whether the decision in the lowest layer, on which the others depend, is excused."""
         name = next(iter(differing))
         return self.margin(name, stream, step, differing[name]) <= self._bounds[name]
 
     def margin(self, name: str, stream: int, step: int, slots: Array) -> float:
-        """The smallest distance to a threshold of the importances that decided about these slots.
+        """Return the smallest distance to a threshold of the importances that decide these slots.
 
-        About an active slot its own importance decides. A free one is allocated where that of the least important
-        active slot is above the threshold.
+        The importance of an active slot decides whether it is pruned. A free slot is allocated when the importance of
+        the least important active slot is above the threshold.
 
         Args:
-            name: of the mask.
+            name: name of the mask.
             stream, step: where the masks differ.
-            slots: [S] bool, those that differ.
+            slots: [S] bool, the slots that differ.
         """
         nearest = float("inf")
         if not self._thresholds.size:
             return nearest
         importance, mask = self._trace[_importance_of(name)][stream], self._trace[name][stream]
-        for scores, active in ((importance[at], mask[at]) for at in (step, step + 1)):  # before and after it
+        for scores, active in ((importance[at], mask[at]) for at in (step, step + 1)):  # before and after the step
             deciding = list(scores[slots])
             if (slots & ~mask[step]).any() and active.any():
                 deciding.append(scores[active].min())

@@ -1,4 +1,4 @@
-"""Measures of parity: small functions of the results of reference and target."""
+"""Parity measures: small functions of the results of reference and target."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from nsm.trace import Array
 
 
 def relative_error(given: Array, wanted: Array, floor: float) -> float:
-    """Relative error; NaN where there is nothing to compare, infinite where the target is not finite."""
+    """Relative error; NaN if there is nothing to compare, infinite if the target is not finite."""
     if not wanted.size:
         return float("nan")
     with np.errstate(invalid="ignore"):  # inf - inf
@@ -30,7 +30,7 @@ def slot_errors(given: Array, wanted: Array) -> Array:
 
 
 def rms_norm(value: Array) -> float:
-    """Root mean square over streams and steps of the norm of the rest."""
+    """Root mean square, over streams and steps, of the norm over the other axes."""
     if value.dtype.kind != "f" or not value.size:
         return 0.0
     flat = value.reshape(*value.shape[:2], -1).astype(np.float64)
@@ -51,21 +51,21 @@ def _log_softmax(logits: Array) -> Array:
 
 
 def quantile(values: Array, q: float) -> float:
-    """A quantile that is one of the values (the next higher), so an infinite one does not turn into NaN."""
+    """Return the next higher value at a quantile: interpolation would turn infinity into NaN."""
     known = values[~np.isnan(values)]
     return float(np.quantile(known, q, method="higher")) if known.size else float("nan")
 
 
 def mean(values: Array) -> float:
-    """The mean of the known values; NaN where there is none."""
+    """Return the mean of the values that are not NaN; NaN if all are."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if known.size else float("nan")
 
 
 def gain(free_run: Array, one_step: Array) -> float:
-    """Median free-run error over median one-step error, of the samples at which both are known.
+    """Return median free-run error / median one-step error, over samples with both errors.
 
-    NaN where there is none, or where single steps have no error.
+    NaN if no sample has both, or if single steps have no error.
     """
     both = ~(np.isnan(free_run) | np.isnan(one_step))
     single = quantile(one_step[both], 0.5)

@@ -1,6 +1,6 @@
 """The runs of a comparison: replay a golden trace on a session, and collect the results as findings.
 
-Every run is a generator that yields after each step, for whoever shows progress.
+Every run is a generator that yields after each step, so that the caller can show progress.
 """
 
 from __future__ import annotations
@@ -15,27 +15,27 @@ from nsm.spec import VALID
 from nsm.trace import Array, Arrays, Trace
 
 SPLIT_STEPS = 4
-"""Steps that are run again in pieces, and by lanes of different age."""
+"""Number of steps of the split and the staggered run."""
 STAGGER = 4
-"""How many ages there are."""
+"""Number of different lane ages in the staggered run."""
 
 
 def groups(streams: int, batch: int) -> list[Array]:
-    """The streams in groups of up to `batch`, to run side by side."""
+    """Split the streams into groups of up to `batch`, to run side by side."""
     return [np.arange(start, min(start + batch, streams)) for start in range(0, streams, batch)]
 
 
 def free_run(
     trace: Trace, session: Session, streams: Array, found: Findings, replaced: Collection[str] = ()
 ) -> Iterator[None]:
-    """From the initial state to the last step, on the target's own state.
+    """Free run: all steps from the initial state, on the target's own state.
 
     Args:
-        trace: of the reference.
-        session: over the target.
-        streams: [n], which streams, at most one a lane.
-        found: where the errors go.
-        replaced: states that are replaced by the reference's after each sampled step, when they have been compared.
+        trace: golden trace of the reference.
+        session: session on the target.
+        streams: [n], the streams to run, at most one per lane.
+        found: collects the errors.
+        replaced: states to replace by the reference's after each sampled step, once they are compared.
     """
     lanes = np.resize(streams, session.batch)  # unused lanes are padded; their results are ignored
     sampled = {int(step): index for index, step in enumerate(trace.sampled)}
@@ -54,7 +54,7 @@ def free_run(
 
 
 def one_step(trace: Trace, session: Session, streams: Array, found: Findings) -> Iterator[None]:
-    """One step from each sampled state of the reference."""
+    """One-step run: one step from each sampled state of the reference."""
     lanes = np.resize(streams, session.batch)
     for index, step in enumerate(trace.sampled):
         before = {name: value[lanes, index] for name, value in trace.before.items()}
@@ -67,7 +67,7 @@ def one_step(trace: Trace, session: Session, streams: Array, found: Findings) ->
 
 
 def split_run(trace: Trace, session: Session, streams: Array, found: Findings) -> Iterator[None]:
-    """The first steps again, every other one token by token."""
+    """Split run: the first steps, every other one token by token."""
     lanes = np.resize(streams, session.batch)
     sampled = {int(step): index for index, step in enumerate(trace.sampled)}
     session.reset()
@@ -94,14 +94,14 @@ def split_run(trace: Trace, session: Session, streams: Array, found: Findings) -
 
 
 def _had(session: Session, steps: int) -> Array:
-    """[B] tokens that lanes have had after so many calls of `step`."""
+    """[B], the tokens of the lanes after the given number of `step` calls."""
     return np.full(session.batch, steps * session.spec.entry("step").tokens)
 
 
 def staggered_run(trace: Trace, session: Session, streams: Array, found: Findings) -> Iterator[None]:
-    """The first steps again, where lane k starts k steps later, up to `STAGGER` - 1: each is reset when it starts.
+    """Staggered run: the first steps, with lane k starting k steps later, up to `STAGGER` - 1.
 
-    Until then it has been given other tokens, so that it also shows whether a reset leaves something behind.
+    Each lane is reset when it starts. Until then it gets other tokens, so the run also tests that a reset is complete.
     """
     lanes, places = np.resize(streams, session.batch), np.arange(session.batch)
     late = places % STAGGER
@@ -111,7 +111,7 @@ def staggered_run(trace: Trace, session: Session, streams: Array, found: Finding
     for call in range(staggered_calls(trace, session.batch)):
         for index in np.flatnonzero(late == call).tolist() if call else ():
             session.reset(index)
-        own = call - late  # the step of each lane's stream; before it starts, and when it is done, any
+        own = call - late  # the step of each lane's stream; arbitrary before its start and after its end
         runs = (own >= 0) & (own < steps)
         outputs = _step(trace, session, lanes, own % trace.steps, runs)
         state = session.read_state()
@@ -126,7 +126,7 @@ def staggered_run(trace: Trace, session: Session, streams: Array, found: Finding
 
 
 def staggered_calls(trace: Trace, batch: int) -> int:
-    """How many calls a staggered run makes; none with one lane."""
+    """Number of calls of the staggered run; 0 with one lane."""
     return min(trace.steps, SPLIT_STEPS) + min(batch, STAGGER) - 1 if batch > 1 else 0
 
 

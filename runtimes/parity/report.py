@@ -15,12 +15,12 @@ from nsm.runtimes.parity.drift import Drift
 from nsm.trace import Array
 
 MASK_DECISIONS_PER_1000 = 1.0
-"""More excused decisions than this fail a model in fp32."""
+"""Limit of excused mask decisions per 1000 steps in fp32."""
 
 
 @dataclass(frozen=True)
 class Quantiles:
-    """Of the worst tensor: the one with the largest 99th percentile."""
+    """Error quantiles of the worst tensor, the one with the largest 99th percentile."""
 
     p50: float
     p99: float
@@ -30,7 +30,7 @@ class Quantiles:
 
 @dataclass(frozen=True)
 class Spread:
-    """Median, 99th percentile and largest of some errors."""
+    """Median, 99th percentile and maximum of errors."""
 
     p50: float
     p99: float
@@ -49,7 +49,7 @@ class AgeError:
 
 @dataclass(frozen=True)
 class Curves:
-    """Data of the diagrams of a page, too large for the JSON of a report. NaN where nothing was compared.
+    """Data of the diagrams in the HTML report, too large for its JSON. NaN where nothing was compared.
 
     Args:
         free_run_p50, free_run_p99: [T], of the first output over the streams, by step.
@@ -75,7 +75,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the error first exceeds the budget."""
+    """Position at which the error first exceeds the budget."""
 
     stream: int
     step: int
@@ -85,7 +85,7 @@ class Divergence:
 
 @dataclass(frozen=True)
 class Gain:
-    """Median free-run error over median one-step error, on the same samples, of the tensor where it is largest."""
+    """Largest ratio over the tensors of median free-run error to median one-step error, on the same samples."""
 
     ratio: float
     tensor: str
@@ -93,15 +93,15 @@ class Gain:
 
 @dataclass(frozen=True)
 class ArgmaxChange:
-    """A decision that the target makes another way; see `nsm.runtimes.parity.argmax`.
+    """A token for which target and reference have different argmaxes; see `nsm.runtimes.parity.argmax`.
 
     Args:
-        stream, step: where, counted from 0.
-        token: which of the call's tokens.
-        decision: which of the token's decisions: 0 where it has one.
-        reference, target: their choices.
-        margin: the reference's, in units of the rms of its output.
-        excused: whether the margin is within the bound that follows from the budget.
+        stream, step: position in the trace, counted from 0.
+        token: index of the token in the call.
+        decision: index of the argmax among those of the token; 0 if it has one.
+        reference, target: their argmaxes.
+        margin: margin of the reference, in units of the rms of its output.
+        excused: whether the margin is within the bound from the budget.
     """
 
     stream: int
@@ -205,7 +205,7 @@ class ParityReport:
         return artifact_label(self.target, self.precision)
 
     def verdict(self) -> str:
-        """One sentence; another one where the fault is not the artifact's but the model's."""
+        """Return a one-sentence summary, plus another if the model itself amplifies rounding."""
         if self.passed:
             return f"Parity passed on {self.target} {self.precision}."
         found = f"Parity failed on {self.target} {self.precision}: " + "; ".join(self.failures) + "."
@@ -219,7 +219,7 @@ class ParityReport:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """The report under the keys that other tools rely on; numbers that are not finite become null."""
+        """Return the report with stable keys as a JSON object; non-finite numbers become null."""
         drift = self.drift
         data: dict[str, Any] = _finite(
             {
@@ -291,13 +291,13 @@ class Bisection:
     all_replaced: float | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As a JSON object; numbers that are not finite become null."""
+        """Return the finding as a JSON object; non-finite numbers become null."""
         data: dict[str, Any] = _finite({**self.__dict__, "replaced": dict(self.replaced)})
         return data
 
 
 def over_budget(report: ParityReport, decisions: int) -> list[str]:
-    """The measurements over budget, a sentence each; `decisions` is the number of argmaxes compared."""
+    """Return one sentence per measurement over budget; `decisions` is the number of compared argmaxes."""
     budget = report.budget
     allowed_agreement = 1.0 - report.unexcused_argmax_changes / decisions
     checks = [

@@ -1,10 +1,9 @@
-"""How old the slots of a bank are, so that one sees whether the error grows while a slot lives.
+"""Slot ages, to show whether the error grows with the age of a slot.
 
-The age of an active slot is the number of steps since the stream began or since the slot was allocated, whichever
-came later. It is read off the masks that the trace holds: a slot that was masked at one of them is as old as the steps
-since the last of them. The masks that a model decides about are known at every step. Others are known around sampled
-steps: an allocation between two of them, of a slot that was active at both, is not seen, so ages are upper
-bounds.
+The age of an active slot is the number of steps since the start of the stream or since the slot was allocated, the
+later of the two. It follows from the masks in the trace: the age counts from the last step at which the slot was
+masked. The trace has decided masks at every step, and other masks only around sampled steps. It misses an allocation
+between two samples at which the slot is active, so those ages are upper bounds.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from nsm.trace import Array, Trace
 
 
 def recorded_ages(trace: Trace, mask: str) -> Array:
-    """Age in steps of every slot after each sampled step, [M, n, S] as `slot_ages`; `mask` is the name of a state."""
+    """Return the slot ages of the mask state `mask` after each sampled step, [M, n, S]; see `slot_ages`."""
     decided = trace.decisions.get(mask)
     if decided is None:
         return slot_ages(trace.before[mask], trace.after[mask], trace.sampled)
@@ -47,11 +46,11 @@ def slot_ages(before: Array, after: Array, sampled: Array) -> Array:
 
 
 def errors_by_age(ages: Sequence[Array], errors: Sequence[Array]) -> tuple[AgeError, ...]:
-    """Errors of slots in groups of ages that double: 1, 2 .. 3, 4 .. 7, ...; groups without a slot are left out.
+    """Group slot errors by doubling ages: 1, 2 .. 3, 4 .. 7, ...; empty groups are omitted.
 
     Args:
-        ages: whole numbers from 1 on; arrays that fit `errors` one by one.
-        errors: of the slots.
+        ages: integer arrays, at least 1, with the same shapes as `errors`.
+        errors: errors of the slots.
     """
     if not ages:
         return ()

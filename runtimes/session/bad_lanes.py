@@ -15,17 +15,17 @@ from nsm.trace import Array
 OnBadLane = Literal["raise", "skip"]
 """Behaviour of a call if tokens of some lanes are not finite or out of range.
 
-"raise" refuses the call. "skip" runs it for the other lanes: those lanes have no tokens in it and keep their state.
+"raise" refuses the call. "skip" runs it for the other lanes: the bad lanes get no tokens and keep their state.
 """
 
 
 class Usable(NamedTuple):
-    """Tokens as a graph takes them.
+    """Tokens in the form that a graph takes.
 
     Args:
         tokens: [B, T, ...] in the dtype of the spec, with zeros in place of invalid tokens.
-        counts: [B], how many of the tokens count on each lane; 0 on those that are skipped.
-        skipped: lanes whose tokens the model does not take.
+        counts: [B], number of valid tokens of each lane; 0 on skipped lanes.
+        skipped: lanes with invalid tokens.
     """
 
     tokens: Array
@@ -34,7 +34,7 @@ class Usable(NamedTuple):
 
 
 def check_choice(on_bad_lane: str, lanes: int, counted: bool) -> None:
-    """Raise `InputError` for a choice that there is not, or that the model does not allow.
+    """Raise `InputError` for an unknown value, or one that the model does not support.
 
     Args:
         on_bad_lane: see `OnBadLane`.
@@ -45,22 +45,22 @@ def check_choice(on_bad_lane: str, lanes: int, counted: bool) -> None:
         raise InputError(f'on_bad_lane is "raise" or "skip"; given {on_bad_lane!r}.')
     if on_bad_lane == "skip" and not counted and lanes > 1:
         raise InputError(
-            f"This model has no input valid, so all of its {lanes} lanes have tokens in every call and none can be "
+            f"This model has no input valid, so all {lanes} lanes take tokens in every call and no lane can be "
             'skipped. Leave on_bad_lane at "raise".'
         )
 
 
 def usable_tokens(spec: TensorSpec, array: Array, counts: Array, on_bad_lane: OnBadLane = "raise") -> Usable:
-    """The tokens of any number of calls.
+    """Check and convert the tokens of any number of calls.
 
     Args:
-        spec: of the input.
+        spec: spec of the input.
         array: [B, T, ...], of any dtype.
-        counts: [B], how many of the tokens count on each lane. Ids have to be in range also where they do not count.
+        counts: [B], number of valid tokens of each lane. Ids must be in range on padding too.
         on_bad_lane: behaviour if tokens are not finite or out of range.
 
     Raises:
-        InputError: another kind of numbers; or tokens of some lanes that the model does not take, which `lanes` names.
+        InputError: the dtype has another kind, or some lanes have invalid tokens; `lanes` names them.
     """
     check_kind(spec, array)
     tokens = cast(array, spec.numpy_dtype)
@@ -84,7 +84,7 @@ def usable_tokens(spec: TensorSpec, array: Array, counts: Array, on_bad_lane: On
 
 
 def _finite(spec: TensorSpec, tokens: Array, counts: Array, on_bad_lane: OnBadLane) -> Usable:
-    """Check floating-point tokens; tokens that do not count may have any value."""
+    """Check floating-point tokens; padding may have any value."""
     if all_finite((tokens,)):
         return Usable(tokens, counts)
     finite = np.isfinite(tokens)
@@ -97,9 +97,9 @@ def _finite(spec: TensorSpec, tokens: Array, counts: Array, on_bad_lane: OnBadLa
     if on_bad_lane == "raise":
         lane, token = np.argwhere(bad)[0].tolist()
         raise InputError(
-            f"{spec.name} takes finite numbers; token {token} of lane {lane} holds NaN, or what is infinite in "
-            f"{spec.dtype} ({int(bad.sum())} such tokens in all, on lanes {list(_lanes(odd))}). Mend them, or leave "
-            "them out." + _way_out(odd),
+            f"{spec.name} takes finite numbers; token {token} of lane {lane} is NaN or infinite in "
+            f"{spec.dtype} ({int(bad.sum())} bad tokens in total, on lanes {list(_lanes(odd))}). Fix or remove "
+            "them." + _way_out(odd),
             _lanes(odd),
         )
     return Usable(_zero(clean, odd), np.where(odd, 0, counts), _lanes(odd))
@@ -110,11 +110,11 @@ def _lanes(odd: Array) -> tuple[int, ...]:
 
 
 def _zero(tokens: Array, odd: Array) -> Array:
-    """A copy with zeros on the lanes that are marked."""
+    """Return a copy with zeros on the marked lanes."""
     zeroed = tokens.copy()
     zeroed[odd] = 0
     return zeroed
 
 
 def _way_out(odd: Array) -> str:
-    return "" if odd.all() else ' The other lanes go on with on_bad_lane="skip".'
+    return "" if odd.all() else ' To run the other lanes, pass on_bad_lane="skip".'

@@ -16,7 +16,7 @@ from nsm.trace import Array
 
 _UINT64 = np.dtype(np.uint64)
 
-# So many ids are looked at faster as a list: after a call of a backend, numpy's way to a reduction is in no cache.
+# Up to this many ids, a list is faster to check: after a backend call, numpy's reduction code is no longer cached.
 _FEW = 256
 
 
@@ -24,14 +24,14 @@ class EntryInputs:
     """Checks the inputs of one entry.
 
     Args:
-        entry: one that takes tokens.
+        entry: an entry with an input for tokens.
     """
 
     def __init__(self, entry: EntrySpec) -> None:
         self._entry = entry
         self._tokens = entry.inputs[0]
         self._counted = entry.input(VALID)
-        # How many tokens count where all do; this very array says so.
+        # Counts of a call whose tokens are all valid. The code compares by identity with this array.
         self.all = np.full(self._tokens.shape[0], self._tokens.shape[1])
         self._dtype, self._shape = self._tokens.numpy_dtype, self._tokens.shape
         self._vectors = self._dtype.kind == "f"
@@ -44,8 +44,7 @@ class EntryInputs:
         """Check the inputs of a call; see `Session.step` for the errors.
 
         Returns:
-            The inputs by name, as the entry takes them; [B], how many of the tokens count on each lane; the lanes that
-            are skipped.
+            The inputs of the entry by name; [B], the number of valid tokens of each lane; the skipped lanes.
         """
         if on_bad_lane != "raise":
             check_choice(on_bad_lane, self._shape[0], self._counted is not None)
@@ -58,9 +57,9 @@ class EntryInputs:
             counts = counts if valid is None else checked_input(self._counted, valid)
         elif valid is not None and not np.array_equal(given := as_array(VALID, valid), counts):
             raise InputError(
-                f"The entry {self._entry.name} has no input valid: all {self._tokens.shape[1]} tokens of a call count "
-                f"on every lane, valid={counts.tolist()}; given {given.tolist()}. Leave valid out, and give other "
-                "numbers of tokens to feed or run."
+                f"The entry {self._entry.name} has no input valid: all {self._tokens.shape[1]} tokens of a call are "
+                f"valid on every lane, valid={counts.tolist()}; given {given.tolist()}. Omit valid, and use feed or "
+                "run for other numbers of tokens."
             )
         skipped: tuple[int, ...] = ()
         if fine is None:
@@ -71,7 +70,7 @@ class EntryInputs:
         return inputs, counts, skipped
 
     def _fine(self, tokens: ArrayLike) -> TypeGuard[Array]:
-        """Whether these are ids or vectors as the entry takes them: the usual case, in one pass."""
+        """Return whether the tokens need no conversion, the usual case, in one pass."""
         if not (isinstance(tokens, np.ndarray) and tokens.dtype is self._dtype and tokens.shape == self._shape):
             return False
         if self._vectors:

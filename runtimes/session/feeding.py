@@ -1,4 +1,4 @@
-"""Feeding: sequences of any length, one a lane, cut into calls of `step` and `decode`."""
+"""Feeding: split sequences of any length, one per lane, into calls of `step` and `decode`."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from nsm.runtimes.session.outputs import no_outputs
 from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays
 
-# A call of `step` takes about as long as so many of `decode`, as a share of the chunk: 1 / 4.
+# A call of `step` takes about as long as `decode` takes for this share of a chunk: 1 / 4.
 _DECODES_PER_STEP = 4
 
 
 class Feeding:
-    """The tokens left to feed, and the outputs so far.
+    """The remaining tokens to feed, and the outputs so far.
 
     Args:
-        spec: of the model.
+        spec: spec of the model.
         tokens: [B, T, ...], checked.
-        counts: [B], how many of the tokens count on each lane.
+        counts: [B], number of valid tokens of each lane.
     """
 
     def __init__(self, spec: StepSpec, tokens: Array, counts: Array) -> None:
@@ -40,8 +40,8 @@ class Feeding:
         """Feed the remaining tokens: `step` while lanes have whole chunks, `decode` otherwise.
 
         Args:
-            step, decode: of a session: tokens and [B] how many of them count -> outputs.
-            offsets: gives those of its lanes in their chunks, [B].
+            step, decode: methods of a session: (tokens, [B] number of valid ones) -> outputs.
+            offsets: returns the offset of each lane within its chunk, [B].
         """
         while self.left.any():
             stepped = self.stepped(offsets())
@@ -54,12 +54,12 @@ class Feeding:
 
     @property
     def left(self) -> Array:
-        """[B], how many tokens each lane still has to feed."""
+        """[B], the number of tokens that remain on each lane."""
         left: Array = self._counts - self._done
         return left
 
     def stepped(self, offsets: Array) -> Array:
-        """[B], how many tokens each lane gives to the next call of `step`, from lanes with these offsets."""
+        """[B], the number of tokens of each lane in the next call of `step`, given the lanes' offsets."""
         entry = self._spec.entry("step")
         length, chunk = entry.inputs[0].shape[1], self._spec.chunk_size
         ready = np.where(offsets == 0, np.minimum(self.left, length), 0)
@@ -70,7 +70,7 @@ class Feeding:
         return np.where(worth, ready, 0)
 
     def take(self, entry: str, counts: Array) -> Array:
-        """The next `counts` [B] tokens of the lanes, as a call of an entry takes them."""
+        """Return the next `counts` [B] tokens of the lanes, padded for a call of an entry."""
         spec = self._spec.entry(entry).inputs[0]
         batch = np.zeros(spec.shape, spec.numpy_dtype)
         for lane in np.flatnonzero(counts):
@@ -88,42 +88,42 @@ class Feeding:
 
 
 def checked_sequence(spec: StepSpec, call: str, sequence: ArrayLike) -> Array:
-    """A sequence [B, T, ...] of the shape that the model takes.
+    """Check the shape of a sequence [B, T, ...].
 
     Args:
-        spec: of the model.
-        call: its name, for the message.
-        sequence: as it was given.
+        spec: spec of the model.
+        call: name of the calling method, for the message.
+        sequence: the argument of the caller.
 
     Raises:
-        InputError: another shape, no token, or no whole number of calls where the model takes nothing else.
+        InputError: wrong shape, no token, or a partial call for a model without `decode`.
     """
     entry = spec.entry("step")
     item = entry.inputs[0]
     wanted = ["T" if axis == 1 else str(size) for axis, size in enumerate(item.shape)]
-    tokens = as_array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; what was given", sequence)
+    tokens = as_array(f"{call} takes a sequence of shape [{', '.join(wanted)}]; the argument", sequence)
     if tokens.ndim != len(item.shape) or tokens.shape[0] != spec.batch or tokens.shape[2:] != item.shape[2:]:
         raise InputError(f"{call} takes a sequence of shape [{', '.join(wanted)}]; given {list(tokens.shape)}.")
     if tokens.shape[1] == 0:
         raise InputError(f"{call} takes a sequence of at least one token; given none.")
     if not spec.has("decode") and entry.input(VALID) is None and tokens.shape[1] % item.shape[1]:
         raise InputError(
-            f"This model takes whole calls of {item.shape[1]} tokens only; given {tokens.shape[1]} tokens. "
+            f"This model takes only whole calls of {item.shape[1]} tokens; given {tokens.shape[1]} tokens. "
             f"Give a multiple of {item.shape[1]}."
         )
     return tokens
 
 
 def checked_lanes(spec: StepSpec, counts: Array, length: int) -> None:
-    """Raise `InputError` where lanes have different numbers of tokens, and the model takes whole calls on all of them.
+    """Raise `InputError` if lanes have different numbers of tokens and the model takes only whole calls.
 
     Args:
-        spec: of a model without `decode`.
-        counts: [B], how many tokens each lane has.
-        length: T, of the sequence.
+        spec: spec of a model without `decode`.
+        counts: [B], number of tokens of each lane.
+        length: T of the sequence.
     """
     if spec.entry("step").input(VALID) is None and np.any(counts != length):
         raise InputError(
-            f"This model takes whole calls on all lanes at once; given {counts.tolist()} tokens for its "
-            "lanes. Give all lanes as many."
+            f"This model takes only whole calls on all lanes; given {counts.tolist()} tokens on its "
+            "lanes. Give every lane the same number of tokens."
         )

@@ -15,7 +15,7 @@ from nsm.trace import Array
 
 
 def checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
-    """An input of whole numbers, as `valid`, in the dtype and range of its spec."""
+    """Check an integer input such as `valid` and convert it to its dtype."""
     array = as_array(spec.name, value)
     check_shape(spec, array)
     check_kind(spec, array)
@@ -27,13 +27,13 @@ def checked_input(spec: TensorSpec, value: ArrayLike) -> Array:
 
 
 def check_shape(spec: TensorSpec, array: Array) -> None:
-    """Raise `InputError` for another shape than that of the spec."""
+    """Raise `InputError` if the shape is not that of the spec."""
     if array.shape != spec.shape:
         raise InputError(f"{spec.name} has the shape {list(spec.shape)}; given {list(array.shape)}.")
 
 
 def check_kind(spec: TensorSpec, array: Array) -> None:
-    """Raise `InputError` for another kind of numbers than that of the spec, whatever their shape."""
+    """Raise `InputError` if the dtype has another kind than that of the spec."""
     kinds = "iu" if spec.numpy_dtype.kind in "iu" else spec.numpy_dtype.kind
     if array.dtype.kind not in kinds:
         raise InputError(f"{spec.name} has the dtype {spec.dtype}; given {array.dtype}.")
@@ -50,16 +50,16 @@ def as_array(name: str, value: ArrayLike) -> Array:
 def checked_state(
     arrays: Mapping[str, ArrayLike], spec: StateSpec, chunk: int, shape: tuple[int, ...] | None = None
 ) -> Array:
-    """A state out of those that were given by name, in its dtype.
+    """Check one of the given states and convert it to its dtype.
 
     Args:
-        arrays: by state name.
-        spec: of the state.
+        arrays: the states by name.
+        spec: spec of the state.
         chunk: C, the tokens of a chunk.
-        shape: that it must have (default: that of the spec).
+        shape: the required shape (default: that of the spec).
 
     Raises:
-        InputError: it is missing, of another shape or kind of numbers, not finite, or out of range.
+        InputError: the state is missing, has a wrong shape or dtype, is not finite, or is out of range.
     """
     name = spec.name
     if name not in arrays:

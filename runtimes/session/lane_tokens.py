@@ -14,9 +14,9 @@ from nsm.trace import Array
 
 
 class LaneTokens:
-    """Tokens since the reset of each lane. An instance never changes.
+    """Number of tokens since the reset of each lane; immutable.
 
-    Calls that all lanes take whole are the usual case; they cost two additions.
+    The usual call, with all tokens valid on all lanes, costs two additions.
 
     Args:
         counts: [B] int64.
@@ -38,28 +38,28 @@ class LaneTokens:
         return counts
 
     def plus(self, counts: Array) -> LaneTokens:
-        """The counts after so many tokens more, [B]."""
+        """Return the counts after further tokens, [B]."""
         return LaneTokens(self.lanes + counts)
 
     def plus_all(self, length: int) -> LaneTokens:
-        """The counts after so many tokens more on every lane."""
+        """Return the counts after the same number of further tokens on every lane."""
         later = LaneTokens.__new__(LaneTokens)
         later._counts, later._more, later.most = self._counts, self._more + length, self.most + length
         return later
 
     def with_lane(self, lane: int, count: int) -> LaneTokens:
-        """The counts with another one for a lane."""
+        """Return the counts with the count of one lane replaced."""
         counts = self.lanes
         counts[lane] = count
         return LaneTokens(counts)
 
 
 class Capacity:
-    """The tokens that a lane may have from one reset to the next.
+    """The maximum number of tokens of a lane between two resets.
 
     Args:
-        spec: of a session, with a capacity.
-        initial: the states' initial values, by name.
+        spec: spec of a session, with a capacity.
+        initial: initial values of the states, by name.
     """
 
     def __init__(self, spec: StepSpec, initial: Mapping[str, Array]) -> None:
@@ -70,15 +70,15 @@ class Capacity:
         self._initial = {state.name: initial[state.name] for state in self._counters}
 
     def after(self, had: LaneTokens, counts: Array, all_lanes: bool) -> LaneTokens:
-        """The counts after a call.
+        """Return the counts after a call.
 
         Args:
-            had: the counts before it.
-            counts: [B], how many tokens of the call count.
-            all_lanes: whether all tokens of the call count on all lanes.
+            had: the counts before the call.
+            counts: [B], number of valid tokens of the call.
+            all_lanes: whether all tokens of the call are valid on all lanes.
 
         Raises:
-            StreamError: a lane would pass the capacity.
+            StreamError: a lane would exceed the capacity.
         """
         if all_lanes and had.most + (length := int(counts[0])) <= self.tokens:
             return had.plus_all(length)
@@ -86,30 +86,30 @@ class Capacity:
         return had.plus(counts)
 
     def check(self, had: LaneTokens, counts: Array) -> None:
-        """Raise `StreamError` if a lane would pass the capacity with so many tokens more, [B]."""
+        """Raise `StreamError` if a lane would exceed the capacity with the further tokens, [B]."""
         lanes = had.lanes
         full = np.flatnonzero((counts > 0) & (lanes + counts > self.tokens)).tolist()
         if full:
             resets = ", ".join(f"reset({lane})" for lane in full)
             raise StreamError(
-                f"A lane takes at most {self.tokens:,} tokens from one reset to the next (the model's capacity, or "
+                f"A lane takes at most {self.tokens:,} tokens between two resets (the model's capacity, or "
                 f"the artifact's limit; see nsm inspect). Lanes {full} have had {lanes[full].tolist()} and are given "
-                f"{counts[full].tolist()} more. Start them afresh with {resets}, or give them fewer tokens. Nothing "
-                "has happened to the state.",
+                f"{counts[full].tolist()} more. Restart them with {resets}, or give them fewer tokens. The "
+                "state is unchanged.",
                 full,
             )
 
     def given(self, tokens: ArrayLike | None, arrays: Mapping[str, Array]) -> LaneTokens:
-        """The counts of lanes with these whole states: as given, or else as the states count them.
+        """Return the given counts, or read them from the states.
 
         Raises:
-            InputError: neither says it, or the given counts are invalid.
+            InputError: no counts are given and no state counts tokens, or the given counts are invalid.
         """
         if tokens is None:
             if not self._counters:
                 raise InputError(
-                    f"The model takes at most {self.tokens:,} tokens a lane, and none of its states counts them. Say "
-                    "how many tokens each lane has had: load_state(arrays, tokens=[...])."
+                    f"The model takes at most {self.tokens:,} tokens per lane, and none of its states counts them. "
+                    "Pass the number of tokens of each lane: load_state(arrays, tokens=[...])."
                 )
             return LaneTokens(self._counted(arrays))
         counts = as_array("tokens", tokens)
@@ -123,32 +123,32 @@ class Capacity:
     def restored(
         self, had: LaneTokens, held: Sequence[int] | None, arrays: Mapping[str, Array], lane: int | None
     ) -> LaneTokens:
-        """The counts after a snapshot was put into one lane, or into all.
+        """Return the counts after a snapshot was restored into one lane, or into all.
 
         Args:
-            had: the counts before it.
-            held: those of the snapshot, None where it was taken from a session that does not count.
-            arrays: the whole states as they are then.
-            lane: that is replaced, None for all.
+            had: the counts before the restore.
+            held: the counts in the snapshot; None if its session did not count tokens.
+            arrays: the whole states after the restore.
+            lane: the restored lane, None for all.
 
         Raises:
-            SnapshotError: neither the snapshot nor a state says it.
+            SnapshotError: neither the snapshot nor a state contains the counts.
         """
         if held is None and not self._counters:
             raise SnapshotError(
-                f"The model takes at most {self.tokens:,} tokens a lane, and the snapshot does not say how many its "
-                "lanes have had: it was taken from a session without that limit. Take it from one with it."
+                f"The model takes at most {self.tokens:,} tokens per lane, and the snapshot does not contain the "
+                "number of tokens of its lanes, because its session had no limit. Take one in a session with it."
             )
         if lane is None:
             return LaneTokens(np.array(held, np.int64) if held is not None else self._counted(arrays))
         return had.with_lane(lane, held[0] if held is not None else int(self._counted(arrays)[lane]))
 
     def _counted(self, arrays: Mapping[str, Array]) -> Array:
-        """[B]: the tokens of the state that counts most of them."""
+        """[B], the largest token count that any state holds for each lane."""
         counts = []
         for state in self._counters:
             assert state.per_token is not None
-            # By Python's numbers: a state from elsewhere may be anywhere in its range.
+            # Python integers do not overflow: a foreign state may have any value of its dtype.
             grown = arrays[state.name].astype(object) - self._initial[state.name].astype(object)
             lanes = np.moveaxis(grown, state.batch_axis, 0).reshape(self._batch, -1)
             counts.append([max(0, -(-max(lane) // state.per_token)) for lane in lanes])

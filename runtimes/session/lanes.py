@@ -1,4 +1,4 @@
-"""Lanes: which one a caller means, and its part of a whole state."""
+"""Lanes: check a lane number, and read or write its part of a whole state."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from nsm.trace import Array, Arrays
 
 
 def lane_number(lane: int, batch: int) -> int:
-    """A lane as a Python int.
+    """Return a lane number as a Python int.
 
     Raises:
-        InputError: it is no whole number, or none of 0 .. batch - 1.
+        InputError: `lane` is not an integer in 0 .. batch - 1.
     """
     try:
         index = operator.index(lane)
     except TypeError as error:
         raise InputError(
-            f"A lane is one whole number, 0 .. {batch - 1}; given {lane!r} of type {type(lane).__name__}."
+            f"A lane is an integer in 0 .. {batch - 1}; given {lane!r} of type {type(lane).__name__}."
         ) from error
     if not 0 <= index < batch:
         raise InputError(f"The session has lanes 0 .. {batch - 1}; given {lane}.")
@@ -30,7 +30,7 @@ def lane_number(lane: int, batch: int) -> int:
 
 
 def lane_part(states: Iterable[StateSpec], whole: Mapping[str, Array], lane: int) -> Arrays:
-    """The part of one lane, by state name; views without the lane axis."""
+    """Return the part of one lane by state name, as views without the lane axis."""
     return {state.name: whole[state.name][state.lane_index(lane)] for state in states}
 
 
@@ -41,5 +41,5 @@ def put_lane(states: Iterable[StateSpec], whole: Arrays, lane: int, part: Mappin
 
 
 def lane_shape(state: StateSpec) -> tuple[int, ...]:
-    """The shape of one lane's part."""
+    """Return the shape of the part of one lane."""
     return np.empty(state.shape, bool)[state.lane_index(0)].shape

@@ -1,4 +1,4 @@
-"""The search for lanes whose outputs or state became NaN or infinite."""
+"""Find the lanes with NaN or infinite outputs or state."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ def check_lanes(outputs: Arrays, state: Arrays, specs: Iterable[StateSpec], coun
     """Check outputs and states of a call on the lanes that had tokens.
 
     Args:
-        outputs: by name, [B, T, ...]; only the tokens that count are looked at.
-        state: by name, with all lanes.
-        specs: of the states.
-        counts: [B], how many tokens each lane had.
+        outputs: outputs by name, [B, T, ...]; only valid tokens are checked.
+        state: states by name, with all lanes.
+        specs: specs of the states.
+        counts: [B], number of valid tokens of each lane.
 
     Raises:
-        NonFiniteError: names the first output or state that is not finite, and all lanes where one is.
+        NonFiniteError: names the first non-finite output or state, and all lanes with one.
     """
     _check(_values(outputs, state, specs, counts))
 
 
 def check_states(parts: Mapping[int, Arrays], specs: Iterable[StateSpec]) -> None:
-    """Look at states, given by lane; raises as `check_lanes`."""
+    """Check states, given by lane; raise like `check_lanes`."""
     _check((f"state {spec.name}", {lane: part[spec.name] for lane, part in parts.items()}) for spec in specs)
 
 
 def _check(values: Iterable[tuple[str, Mapping[int, Array]]]) -> None:
-    """Raise `NonFiniteError` if one of the values, given by name and lane, holds NaN or infinity."""
+    """Raise `NonFiniteError` if a value, given by name and lane, contains NaN or infinity."""
     first, first_lanes, lanes = "", [0], set[int]()
     for name, by_lane in values:
         bad = [lane for lane, value in by_lane.items() if not np.isfinite(value).all()]
@@ -43,9 +43,9 @@ def _check(values: Iterable[tuple[str, Mapping[int, Array]]]) -> None:
         return
     others = sorted(lanes - set(first_lanes))
     raise NonFiniteError(
-        f"The {first} holds NaN or infinite numbers on lanes {first_lanes}"
+        f"The {first} contains NaN or infinite numbers on lanes {first_lanes}"
         + (f", another output or state on lanes {others}. " if others else ". ")
-        + "Reset them to go on; if it happens again, check the weights and the inputs.",
+        + "Reset them to continue; if it happens again, check the weights and the inputs.",
         sorted(lanes),
     )
 

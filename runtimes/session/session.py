@@ -1,4 +1,4 @@
-"""Session: B streams on one runtime. It owns the state; backends only keep it."""
+"""Session: B streams on one runtime. The session owns the state; the backend stores it."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ from nsm.spec import OFFSET, VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
 Valid = ArrayLike | None
-"""[B], how many of a call's tokens count on each lane; None for all."""
+"""[B], number of valid tokens of each lane in a call; None for all."""
 
 
 class Session(NotCopyable):
-    """Feeds streams to a runtime, whatever pieces they come in.
+    """Runs B independent streams on a runtime, split into calls of any length.
 
-    A session has B lanes, fixed when the bundle was made; every lane is a stream of its own. `run` and `feed` take
-    any number of tokens and align them to the graphs: `step` for whole chunks, `decode` for single tokens, `commit`
-    when a chunk that was decoded is full. The outputs and the state are the same however a stream was split.
+    The export fixes the number of lanes, B; every lane is an independent stream. `run` and `feed` take any number of
+    tokens and align them to the graphs: `step` for whole chunks, `decode` for single tokens, `commit` when a decoded
+    chunk is full. The outputs and the state do not depend on how a stream is split.
 
-    Several threads may use a session: a call waits until the one before it has returned. An exception that interrupts a
-    call, as Ctrl-C, leaves the state of before, or that of after a part of `feed` or `run`; or, where it came while the
-    state was being replaced, none: then the next call raises `StreamError` until all lanes are reset or restored.
+    Several threads may use a session: a call waits until the previous one has returned. If an exception such as Ctrl-C
+    interrupts a call, the session keeps the state from before the call, or from after a part of `feed` or `run`. If the
+    exception comes while the state is being replaced, the state is lost: the next call raises `StreamError` until all
+    lanes are reset or restored.
 
     Args:
         runtime: a loaded artifact.
-        spec: of the model.
-        initial: the states' initial values, by name, lanes included. `reset` returns to them bit by bit.
-        fingerprint: of the model; snapshots carry it.
-        target: name of the target, for people.
-        threads: that the runtime was given; None where it chose itself, or has none.
+        spec: spec of the model.
+        initial: initial values of the states by name, with all lanes. `reset` restores them bit by bit.
+        fingerprint: fingerprint of the model, stored in snapshots.
+        target: name of the target, for messages.
+        threads: number of threads given to the runtime; None if the runtime chose it or has none.
 
     Raises:
-        StreamError: by every method of a session that is closed.
+        StreamError: from every method of a closed session.
 
     Example:
         >>> with nsm.open("digits.nsm", target="openvino") as session:   # doctest: +SKIP
@@ -72,10 +73,10 @@ class Session(NotCopyable):
         self.effective_precision = runtime.effective_precision
         self._runtime = runtime
         self._initial = {s.name: checked_state(initial, s, spec.chunk_size).copy() for s in spec.states}
-        # Where a model has no chunks, a lane may stop and go on anywhere.
+        # In a model without chunks, a lane may stop and continue anywhere.
         self._chunked = OFFSET in spec.state_names
         self._calls = {entry.name: EntryInputs(entry) for entry in spec.entries if entry.inputs}
-        # A signal handler may interrupt a call of its own thread with another one, which must not wait for the first.
+        # A signal handler may call the session while its own thread is inside a call; it must not wait for that call.
         self._lock = threading.RLock()
         self._capacity = None if spec.capacity is None else Capacity(spec, self._initial)
         self._standing = Standing(runtime, spec, self._initial)
@@ -94,13 +95,13 @@ class Session(NotCopyable):
 
     @property
     def offsets(self) -> Array:
-        """[B] int64: how many tokens the open chunk of each lane has."""
+        """[B] int64, the number of tokens in the open chunk of each lane."""
         _, place = self._standing.at or closed()
         return place.offsets.copy()
 
     @property
     def tokens_left(self) -> Array | None:
-        """[B] int64: how many tokens each lane takes until it has to be reset; None where there is no end."""
+        """[B] int64, the number of tokens left until each lane needs a reset; None if unlimited."""
         _, place = self._standing.at or closed()
         if self._capacity is None or place.tokens is None:
             return None
@@ -108,12 +109,12 @@ class Session(NotCopyable):
         return left
 
     def is_fresh(self) -> bool:
-        """Whether the state is the initial one, bit by bit, on all lanes."""
+        """Return whether the state of all lanes is the initial one, bit by bit."""
         state = self.read_state()
         return all(state[name].tobytes() == value.tobytes() for name, value in self._initial.items())
 
     def reset(self, lane: int | None = None) -> None:
-        """Start a lane (default: all) afresh: the state is the initial one, bit by bit."""
+        """Reset a lane (default: all) to the initial state, bit by bit."""
         with self._lock:
             _, place = self._standing.at or closed()
             if lane is None:
@@ -131,23 +132,23 @@ class Session(NotCopyable):
     def step(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["skip"]) -> Outputs: ...
 
     def step(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: OnBadLane = "raise") -> Arrays:
-        """Run one call of the graph `step`, on lanes that stand at a chunk's beginning.
+        """Run the graph `step` once, on lanes at the start of a chunk.
 
         Args:
-            tokens: [B, K] ids or [B, K, input_dim] vectors, as the spec of the entry says.
-            valid: [B], how many of the tokens count on each lane (default: all). A lane with 0 keeps its state as
-                it was. A lane that ends inside a chunk is exact, and goes on with `decode`, `feed` or `run`.
+            tokens: [B, K] ids or [B, K, input_dim] vectors; the spec of the entry gives K.
+            valid: [B], number of valid tokens of each lane (default: all). A lane with 0 keeps its state. A lane that
+                ends inside a chunk is exact, and continues with `decode`, `feed` or `run`.
             on_bad_lane: behaviour if tokens of a lane are not finite or outside the vocabulary. "raise" refuses
-                the call; "skip" runs it without these lanes, whose state stays as it was and whose outputs are NaN.
+                the call; "skip" runs it without these lanes: they keep their state and their outputs are NaN.
 
         Returns:
-            The outputs by name, [B, K, ...], of use for the valid tokens. They are the caller's own. With "skip" their
-            attribute `skipped` names the lanes that were left out.
+            The outputs by name, [B, K, ...], meaningful for the valid tokens. The caller owns them. With "skip" their
+            attribute `skipped` names the skipped lanes.
 
         Raises:
-            InputError: wrong shape or dtype, ids outside the vocabulary, or a token that counts and is not finite;
-                `lanes` says where. Nothing has happened to the state.
-            StreamError: a lane stands inside a chunk, or would pass the capacity. Nothing has happened to the state.
+            InputError: wrong shape or dtype, ids outside the vocabulary, or a valid token that is not finite;
+                `lanes` names the lanes. The state is unchanged.
+            StreamError: a lane is inside a chunk, or would exceed the capacity. The state is unchanged.
             NonFiniteError: an output or a state became NaN or infinite; names the lanes, which can be reset.
         """
         with self._lock:
@@ -174,11 +175,11 @@ class Session(NotCopyable):
     def decode(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["skip"]) -> Outputs: ...
 
     def decode(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: OnBadLane = "raise") -> Arrays:
-        """Take one token a lane, anywhere in a chunk, and commit the chunks that are full then.
+        """Run one token per lane, anywhere in a chunk, and commit the chunks that become full.
 
         Args:
             tokens: [B, 1] ids or [B, 1, input_dim] vectors.
-            valid: [B], 1 where the lane has a token, 0 where it has none and keeps its state (default: all have).
+            valid: [B], 1 if the lane has a token, 0 if it has none and keeps its state (default: all 1).
             on_bad_lane: as for `step`.
 
         Returns:
@@ -186,12 +187,12 @@ class Session(NotCopyable):
 
         Raises:
             InputError: as for `step`, or the bundle has no entry `decode`.
-            StreamError: a lane would pass the capacity. Nothing has happened to the state.
+            StreamError: a lane would exceed the capacity. The state is unchanged.
             NonFiniteError: as for `step`.
         """
         with self._lock:
             state, place = self._standing.at or closed()
-            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # raises where there is none
+            call = self._calls.get("decode") or EntryInputs(self.spec.entry("decode"))  # raises without one
             inputs, counts, skipped = call.checked(tokens, valid, on_bad_lane)
             if skipped and not counts.any():
                 return all_skipped(self.spec.entry("decode"), skipped)
@@ -199,7 +200,7 @@ class Session(NotCopyable):
             if self._capacity is not None and taken is not None:
                 taken = self._capacity.after(taken, counts, counts is call.all)
             finite = True
-            if place.full:  # after a commit that failed, or with a state that was put in before one
+            if place.full:  # a commit is pending: an earlier one failed, or the loaded state has a full chunk
                 finite = self._standing.commit()
                 state, place = self._standing.at or closed()
             if taken is not None:
@@ -210,7 +211,7 @@ class Session(NotCopyable):
             finite = finite and wrote_finite
             if place.full:
                 finite = self._standing.commit() and finite
-            # At the end, so that lanes that are well stand where their state does when this raises.
+            # Raise last, so that the offsets of the finite lanes agree with their state.
             if not finite:
                 self._look_for_non_finite(outputs, counts)
             return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
@@ -222,21 +223,21 @@ class Session(NotCopyable):
     def feed(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: Literal["skip"]) -> Outputs: ...
 
     def feed(self, tokens: ArrayLike, valid: Valid = None, *, on_bad_lane: OnBadLane = "raise") -> Arrays:
-        """Feed any number of tokens, from wherever the lanes stand.
+        """Run any number of tokens, from any offset of the lanes.
 
         Args:
             tokens: [B, T] ids or [B, T, input_dim] vectors, T >= 1.
-            valid: [B], how many of the tokens count on each lane (default: all).
-            on_bad_lane: as for `step`. A lane is left out of the whole call, also where only its last token is bad.
+            valid: [B], number of valid tokens of each lane (default: all).
+            on_bad_lane: as for `step`. The whole call skips a lane, even if only its last token is bad.
 
         Returns:
-            The outputs by name, [B, T, ...]; zero behind a lane's valid tokens. Debug outputs are those of `step`: NaN
-            for tokens that went through `decode`. With "skip" they have the attribute `skipped`; see `step`.
+            The outputs by name, [B, T, ...]; zero after the valid tokens of a lane. Only `step` gives debug outputs,
+            which are NaN for tokens that ran through `decode`. With "skip" see `step` for the attribute `skipped`.
 
         Raises:
-            InputError: as for `step`. Nothing has happened to the state.
-            StreamError: there is no entry `decode`, and a lane stands inside a chunk; or a lane would pass the
-                capacity. Nothing has happened to the state.
+            InputError: as for `step`. The state is unchanged.
+            StreamError: the bundle has no entry `decode` and a lane is inside a chunk, or a lane would exceed the
+                capacity. The state is unchanged.
             NonFiniteError: as for `step`.
         """
         with self._lock:
@@ -259,13 +260,13 @@ class Session(NotCopyable):
             return outputs if on_bad_lane == "raise" else Outputs(outputs).skip(skipped)
 
     def run(self, sequence: ArrayLike) -> Arrays:
-        """Feed whole sequences, one per lane, from where the lanes stand.
+        """Run whole sequences, one per lane, from the current state.
 
         Args:
             sequence: [B, T] ids or [B, T, input_dim] vectors; with one lane also [T] or [T, input_dim].
 
         Returns:
-            The outputs by name, [B, T, ...] (without the lane axis where the sequence had none).
+            The outputs by name, [B, T, ...], without the lane axis if the sequence has none.
         """
         with self._lock:
             _ = self._standing.at or closed()
@@ -277,22 +278,21 @@ class Session(NotCopyable):
     # -- state ---------------------------------------------------------------------------------------------------
 
     def read_state(self) -> Arrays:
-        """A copy of the whole state by name, lanes included."""
+        """Return a copy of the whole state by name, with all lanes."""
         with self._lock:
             return self._standing.read()
 
     def load_state(self, arrays: Mapping[str, ArrayLike], tokens: ArrayLike | None = None) -> None:
-        """Put the whole state, by name, with all lanes.
+        """Replace the whole state.
 
         Args:
-            arrays: the states.
-            tokens: [B], how many tokens each lane has had, of a model with a capacity (default: as a state that
-                counts them says).
+            arrays: the states by name, with all lanes.
+            tokens: [B], number of tokens of each lane since its reset, for a model with a capacity (default: read
+                from a state that counts tokens).
 
         Raises:
-            InputError: a state is missing, unknown, of another shape or kind of numbers, or holds NaN, infinity or
-                an offset outside the chunk; or nothing says how many tokens the lanes have had. Nothing has happened
-                to the state.
+            InputError: a state is missing, unknown, has a wrong shape or dtype, or contains NaN, infinity or an
+                offset outside the chunk; or the number of tokens is unknown. The state is unchanged.
         """
         with self._lock:
             _ = self._standing.at or closed()
@@ -304,12 +304,12 @@ class Session(NotCopyable):
             self._standing.put(checked, tokens=had)
 
     def snapshot(self, lane: int | None = None) -> bytes:
-        """Everything that a lane (default: all lanes) needs to go on later, here or on another target.
+        """Serialize a lane (default: all lanes), to continue later on this or another target.
 
-        The bytes carry the model's fingerprint and a hash of themselves.
+        The bytes contain the fingerprint of the model and a hash.
 
         Raises:
-            NonFiniteError: the state holds NaN or infinity, so there is nothing worth keeping.
+            NonFiniteError: the state contains NaN or infinity.
         """
         with self._lock:
             whole = self._standing.read()
@@ -323,11 +323,11 @@ class Session(NotCopyable):
         return pack(Snapshot(self.fingerprint, None, parts[lanes[0]], had))
 
     def restore(self, snapshot: bytes | bytearray | memoryview, lane: int | None = None) -> None:
-        """Go on from a snapshot: of one lane into `lane`, or of all lanes into all.
+        """Restore a snapshot of one lane into `lane`, or of all lanes into all.
 
         Raises:
-            SnapshotError: no bytes, damaged, of another model, of other lanes, or with states that the model does not
-                take. Nothing has happened to the state.
+            SnapshotError: the argument is not bytes, or the snapshot is damaged, is of another model or of other
+                lanes, or has invalid states. The state is unchanged.
         """
         with self._lock:
             _, place = self._standing.at or closed()
@@ -343,9 +343,9 @@ class Session(NotCopyable):
             self._standing.put(arrays, tokens=had)
 
     def fork(self, lane: int, into: int) -> None:
-        """Let the stream on one lane go on on another as well: both continue from where it stands.
+        """Copy the stream of one lane into another lane; both continue from the same state.
 
-        Into another session, on this target or another: `other.restore(session.snapshot(lane), lane)`.
+        To copy it into another session, on any target: `other.restore(session.snapshot(lane), lane)`.
         """
         with self._lock:
             _, place = self._standing.at or closed()

@@ -1,4 +1,4 @@
-"""Snapshots: the state of one lane or of all, as bytes that can be kept and go on elsewhere."""
+"""Snapshots: the state of one lane or of all lanes, as bytes."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ _ANY_VERSION = re.compile(rb"nsm-snapshot (\d{1,9})\n")
 class Snapshot:
     """The contents of a snapshot.
 
-    fingerprint: of the model.
-    lanes: B where it is of all lanes, None where it is of one, whose arrays have no lane axis then.
+    fingerprint: fingerprint of the model.
+    lanes: B for a snapshot of all lanes; None for one lane, whose arrays have no lane axis.
     arrays: the states by name.
-    tokens: how many tokens each of the lanes has had since its reset, of a model with a capacity.
+    tokens: number of tokens of each lane since its reset, for a model with a capacity.
     """
 
     fingerprint: str
@@ -39,7 +39,7 @@ class Snapshot:
 
 
 def pack(snapshot: Snapshot) -> bytes:
-    """The bytes, with a hash of themselves."""
+    """Serialize the snapshot, with a hash."""
     buffer = io.BytesIO()
     facts = {"fingerprint": snapshot.fingerprint, "lanes": snapshot.lanes}
     header = np.array(json.dumps(facts | ({} if snapshot.tokens is None else {"tokens": snapshot.tokens})))
@@ -52,14 +52,14 @@ def pack(snapshot: Snapshot) -> bytes:
 def unpack(
     data: bytes | bytearray | memoryview, fingerprint: str, lanes: int | None, shapes: Mapping[str, tuple[int, ...]]
 ) -> Snapshot:
-    """A snapshot, if it fits.
+    """Parse a snapshot and check that it fits the model.
 
     Args:
         data: result of `pack`: bytes, or an object with the buffer protocol.
-        fingerprint, lanes, shapes: of the model, as `Snapshot` has them.
+        fingerprint, lanes, shapes: of the model, as in `Snapshot`.
 
     Raises:
-        SnapshotError: no bytes, damaged, of another version, of another model, or of other lanes.
+        SnapshotError: `data` is not bytes, is damaged, or is of another version, another model or other lanes.
     """
     snapshot = _parse(_as_bytes(data))
     if snapshot.fingerprint != fingerprint:
@@ -78,10 +78,10 @@ def unpack(
 
 
 def fitting(data: bytes | bytearray | memoryview, fingerprint: str, spec: StepSpec, one_lane: bool) -> Snapshot:
-    """A snapshot with its states as a session takes them: of one lane, or of all.
+    """Parse a snapshot of one lane or of all, and convert its states for a session.
 
     Raises:
-        SnapshotError: as for `unpack`, or a state that the model does not take.
+        SnapshotError: as for `unpack`, or a state is invalid for the model.
     """
     shapes = {state.name: lane_shape(state) if one_lane else state.shape for state in spec.states}
     held = unpack(data, fingerprint, None if one_lane else spec.batch, shapes)
@@ -99,7 +99,7 @@ def _as_bytes(data: object) -> bytes:
         return data
     try:
         return bytes(memoryview(data))  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:  # a ValueError where the memory was released
+    except (TypeError, ValueError) as error:  # ValueError: the memory was released
         raise SnapshotError(
             f"A snapshot is bytes; given a {type(data).__name__}: {error}. Expected what Session.snapshot() "
             "returned, of a file what Path.read_bytes() returns."
@@ -111,7 +111,7 @@ def _parse(data: bytes) -> Snapshot:
     if found and int(found[1]) != _VERSION:
         raise SnapshotError(
             f"The snapshot has the format version {int(found[1])}, and this nsm reads version {_VERSION}. Restore it "
-            "with the nsm that took it, or start the stream afresh and take another."
+            "with the nsm version that took it, or restart the stream and take another."
         )
     body = data[len(_MAGIC) :]
     if not data.startswith(_MAGIC) or hashlib.sha256(body[32:]).digest() != body[:32]:
@@ -119,7 +119,7 @@ def _parse(data: bytes) -> Snapshot:
             "These bytes are not a snapshot, or they are damaged: the hash does not fit. "
             "Expected what Session.snapshot() returned."
         )
-    # The hash is no secret: whoever makes up a snapshot makes up a hash that fits.
+    # The hash detects damage, not forgery: a forged snapshot can have a matching hash.
     try:
         held = read_arrays(io.BytesIO(body[32:]))
         header = json.loads(str(held["header"]))
@@ -136,7 +136,7 @@ def _parse(data: bytes) -> Snapshot:
 
 
 def _are_counts(tokens: object, lanes: object) -> bool:
-    """Whether these are how many tokens each of the lanes has had."""
+    """Return whether `tokens` is a valid token count for each lane."""
     counts = tokens if isinstance(tokens, list) else []
     whole = all(isinstance(count, int) and not isinstance(count, bool) for count in counts)
     return whole and len(counts) == (lanes or 1) and all(0 <= count < 2**62 for count in counts)

@@ -16,26 +16,26 @@ from nsm.trace import Array, Arrays
 
 
 class Standing:
-    """Where the streams of a session are.
+    """The state of a session and the place of its lanes.
 
     Args:
-        runtime: that holds the state.
-        spec: of the model.
+        runtime: runtime that stores the state.
+        spec: spec of the model.
         initial: the initial state.
 
     Attributes:
         at: the handle on the state, and the place of the lanes in their chunks: one tuple, assigned at once, so that an
-            exception never comes between them. None where the session is closed.
+            exception never comes between them. None if the session is closed.
     """
 
     def __init__(self, runtime: Runtime, spec: StepSpec, initial: Mapping[str, Array]) -> None:
         self._runtime, self._spec = runtime, spec
-        # Where the model has a capacity, the tokens of each lane are counted.
+        # Tokens are counted only for a model with a capacity.
         self._none_yet = None if spec.capacity is None else LaneTokens(np.zeros(spec.batch, np.int64))
         self.at: tuple[State, Place] | None = (runtime.load_state(initial), self._place(initial, None))
 
     def read(self) -> Arrays:
-        """A copy of the whole state.
+        """Return a copy of the whole state.
 
         Raises:
             StreamError: the session is closed, or an interrupted call left no state.
@@ -47,25 +47,25 @@ class Standing:
             raise _lost() from error
 
     def put(self, arrays: Mapping[str, Array], place: Place | None = None, tokens: LaneTokens | None = None) -> None:
-        """Go on from a whole state.
+        """Replace the whole state.
 
         Args:
             arrays: the state.
-            place: of the lanes (default: their offsets are those in the state).
-            tokens: that the lanes have had, where no place is given (default: none yet).
+            place: place of the lanes (default: with the offsets in the state).
+            tokens: tokens of the lanes since their reset, if no place is given (default: 0).
         """
         _ = self.at or closed()
         self.at = self._runtime.load_state(arrays), place or self._place(arrays, tokens)
 
     def advance(self, entry: str, inputs: Mapping[str, Array], state: State, place: Place) -> tuple[Arrays, bool]:
-        """Run an entry on the state, after which the lanes are at `place`.
+        """Run an entry on the state and move the lanes to `place`.
 
         Returns:
-            The outputs, and whether all numbers are finite that the entry wrote.
+            The outputs, and whether all values that the entry wrote are finite.
 
         Raises:
             StreamError: an interrupted call left no state.
-            RunError: the backend failed; nothing has happened to the state.
+            RunError: the backend failed; the state is unchanged.
         """
         try:
             outputs, after = self._runtime.call(entry, inputs, state)
@@ -75,7 +75,7 @@ class Standing:
         return outputs, self._runtime.finite(after)
 
     def commit(self) -> bool:
-        """End the chunk of the lanes where it is full; return whether the written values are finite."""
+        """Commit the full chunks; return whether the written values are finite."""
         state, place = self.at or closed()
         _, finite = self.advance("commit", {}, state, place.committed())
         return finite
@@ -86,18 +86,18 @@ class Standing:
         self._runtime.close()
 
     def _place(self, arrays: Mapping[str, Array], tokens: LaneTokens | None) -> Place:
-        """Where lanes with this state are; models without chunks have no such state."""
+        """Return the place of lanes with this state; models without chunks have offset 0."""
         offsets = arrays.get(OFFSET, np.zeros(self._spec.batch))
         return Place(np.array(offsets, np.int64), self._spec.chunk_size, tokens or self._none_yet)
 
 
 def closed() -> NoReturn:
-    """Raise the `StreamError` of a session that is closed."""
+    """Raise the `StreamError` of a closed session."""
     raise StreamError("The session is closed. Open the bundle again.")
 
 
 def _lost() -> StreamError:
     return StreamError(
-        "A call of this session was interrupted while it replaced the state, so there is none to go on from. Start all "
-        "lanes afresh with reset(), or go on from a snapshot of all lanes with restore(snapshot)."
+        "A call of this session was interrupted while it replaced the state, so the state is lost. Restart all "
+        "lanes with reset(), or restore a snapshot of all lanes with restore(snapshot)."
     )

@@ -302,11 +302,8 @@ def test_a_lane_ends_with_the_capacity_or_the_limit(limits: dict[str, int], most
     ]  # fmt: skip
     messages = [message for _, message, _ in found["refused"]]
     assert "at most 20 tokens" in messages[0]
-    assert (
-        "Lanes [0,1] have had [8,8] and are given [13,13] more. Start them afresh with reset(0), reset(1)"
-        in messages[0]
-    )
-    assert "Say how many each of the 2 lanes has had" in messages[2]
+    assert "Lanes [0,1] have had [8,8] and are given [13,13] more. Restart them with reset(0), reset(1)" in messages[0]
+    assert "number of tokens of each of the 2 lanes" in messages[2]
 
 
 def test_a_count_goes_from_python_to_javascript_and_back(copy: Path, tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ SMALL: dict[str, Any] = {"num_samples": 2, "golden_steps": 4}
 
 def test_a_module_that_is_no_step_model_is_told_what_makes_it_one(tmp_path: Path) -> None:
     module: Any = nn.LSTM(8, 8)
-    with pytest.raises(InputError, match=r"given LSTM\. Make a step model of it first: nsm\.as_step\(module"):
+    with pytest.raises(InputError, match=r"given LSTM\. .*nsm\.as_step\(module"):
         nsm.export_model(module, "onnx", tmp_path / "m.nsm")
 
 

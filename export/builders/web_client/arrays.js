@@ -74,14 +74,14 @@ export function isFinite_(array) {
   return sum === 0;
 }
 
-/** Whether two arrays hold the same bytes. @param {NdArray} a @param {NdArray} b */
+/** Whether two arrays have the same bytes. @param {NdArray} a @param {NdArray} b */
 export function sameBytes(a, b) {
   const [x, y] = [a, b].map(({ data }) => new Uint8Array(data.buffer, data.byteOffset, data.byteLength));
   return x.length === y.length && x.every((value, index) => value === y[index]);
 }
 
 /**
- * Return the part at `index` on `axis`, without that axis.
+ * Returns the part at `index` on `axis`, without that axis.
  * @param {NdArray} array @param {number} axis @param {number} index @returns {NdArray}
  */
 export function takeAt(array, axis, index) {
@@ -95,7 +95,7 @@ export function takeAt(array, axis, index) {
 }
 
 /**
- * Write a part at `index` on `axis`; the inverse of `takeAt`.
+ * Writes a part to the place that `takeAt` reads.
  * @param {NdArray} array @param {number} axis @param {number} index @param {NdArray} part
  */
 export function putAt(array, axis, index, part) {
@@ -106,7 +106,7 @@ export function putAt(array, axis, index, part) {
 }
 
 /**
- * Visit the contiguous runs at `index` on `axis`: (start in the array, start in the part, length).
+ * Visits the contiguous runs at `index` on `axis`: (offset in the array, offset in the part, length).
  * @param {NdArray} array @param {number} axis @param {number} index
  * @param {(from: number, to: number, length: number) => void} visit
  */
@@ -121,7 +121,7 @@ function find(matches, given) {
   const row = TABLE.find(matches);
   if (row === undefined) {
     const known = TABLE.map(({ dtype }) => dtype).join(", ");
-    throw new BundleError(`There is no dtype ${JSON.stringify(given)} here; known are: ${known}.`);
+    throw new BundleError(`Unknown dtype ${JSON.stringify(given)}; expected one of: ${known}.`);
   }
   return row;
 }

@@ -1,4 +1,4 @@
-// A bundle: its manifest, and its files, checked for the recorded size and hash.
+// A bundle: its manifest, and its files, checked against the recorded sizes and hashes.
 
 import { BundleError, BundleVersionError } from "./errors.js";
 import { readNpz } from "./npz.js";
@@ -7,7 +7,7 @@ export const FORMAT_VERSION = 1;
 
 /** Reads a file of the bundle by its path. @typedef {(path: string) => Promise<Uint8Array>} Reader */
 
-/** Return a reader of files below a URL of a static file server. @param {string | URL} base @returns {Reader} */
+/** Reads files below the URL of a static file server. @param {string | URL} base @returns {Reader} */
 export function fromUrl(base) {
   const root = String(base).endsWith("/") ? String(base) : `${base}/`;
   return async (path) => {
@@ -17,7 +17,7 @@ export function fromUrl(base) {
   };
 }
 
-/** Refuse a path that leads out of the bundle. @param {unknown} path @returns {string} */
+/** Refuses a path that leaves the bundle. @param {unknown} path @returns {string} */
 export function inside(path) {
   const parts = typeof path === "string" ? path.split("/") : [""];
   if (parts.some((part) => part === "" || part === "." || part === ".." || /[\\:\0?#%]/.test(part))) {
@@ -35,7 +35,7 @@ export class Bundle {
     /** @type {Map<string, {path: string, size: number, sha256: string}>} */
     this._records = new Map();
     const artifacts = /** @type {any[]} */ (manifest.artifacts);
-    /** Most tokens of a lane between two resets, on this target; null if unlimited. @type {number | null} */
+    /** Maximum tokens of a lane between two resets; null if unlimited. @type {number | null} */
     this.capacity = null;
     for (const most of [manifest.spec.capacity, ...artifacts.filter((item) => item.target === "web").map((item) => item.limit)]) {
       if (most === null) continue;
@@ -69,7 +69,7 @@ export class Bundle {
     return new Bundle(read, manifest);
   }
 
-  /** Read a file that the manifest lists; check its size and hash. @param {string} path */
+  /** Reads and checks a file that the manifest lists. @param {string} path */
   async file(path) {
     const record = this._records.get(inside(path));
     if (record === undefined) throw new BundleError(`The manifest does not list ${path}. Export the bundle again.`);
@@ -83,7 +83,7 @@ export class Bundle {
     return bytes;
   }
 
-  /** Read the initial states and check the spec against them, so that file sizes bound the memory that the spec asks for. */
+  /** Reads the initial states and checks the spec against them: the file size bounds the allocation. */
   async initial() {
     const { arrays } = await this.arrays("state_init.npz");
     const broken = (/** @type {string} */ what) => new BundleError(`The manifest is invalid: ${what}. Was it edited by hand? Export the bundle again.`);
@@ -98,12 +98,12 @@ export class Bundle {
     const names = states.map((/** @type {any} */ state) => state.name);
     for (const entry of entries) {
       const unknown = [...entry.reads, ...entry.writes].find((name) => !names.includes(name));
-      if (unknown !== undefined) throw broken(`${entry.name} names the state ${unknown}, which there is not`);
+      if (unknown !== undefined) throw broken(`${entry.name} refers to the undefined state ${unknown}`);
     }
     const writes = (/** @type {string} */ name) => entries.find((/** @type {any} */ entry) => entry.name === name)?.writes;
     const unended = ["decode", "commit"].find((name) => !writes(name)?.includes("lane.offset"));
     if (names.includes("lane.offset") && writes("decode") !== undefined && unended !== undefined) {
-      throw broken(`it has no entry ${unended} that writes lane.offset, so that a chunk could not be ended`);
+      throw broken(`it has no entry ${unended} that writes lane.offset, so no chunk can be committed`);
     }
     return arrays;
   }

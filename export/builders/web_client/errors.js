@@ -15,7 +15,7 @@ export class InputError extends NsmError {}
 /** The snapshot is damaged, or belongs to another model. */
 export class SnapshotError extends InputError {}
 
-/** The call is not possible at the current position of the stream. */
+/** The call does not fit the position of the stream. */
 export class StreamError extends InputError {}
 
 /** ONNX Runtime failed while it opened or ran a graph. */
@@ -24,7 +24,7 @@ export class RunError extends NsmError {}
 /** An output or state became NaN or infinite while a stream ran; the lane can be reset. */
 export class NonFiniteError extends RunError {}
 
-/** The bundle is damaged or invalid. */
+/** The bundle is damaged, or requests something forbidden. */
 export class BundleError extends NsmError {}
 
 /** The bundle has another format version. */

@@ -1,4 +1,4 @@
-// Counts the tokens of each lane since its reset, and enforces the capacity; see runtimes/session/lane_tokens.py.
+// Tokens of each lane since its reset, compared with the capacity; see runtimes/session/lane_tokens.py.
 
 import { InputError, SnapshotError, StreamError } from "./errors.js";
 import { takeAt } from "./arrays.js";
@@ -14,15 +14,15 @@ export class LaneTokens {
     this._initial = initial;
   }
 
-  /** Throw StreamError if a lane would exceed the capacity. @param {number[]} counts tokens of a call on each lane */
+  /** Throws StreamError if a lane would exceed the capacity. @param {number[]} counts tokens of a call on each lane */
   check(counts) {
     const full = counts.map((count, lane) => (count > 0 && this.used[lane] + count > this.capacity ? lane : -1)).filter((lane) => lane >= 0);
     if (!full.length) return;
     throw new StreamError(
-      `A lane takes at most ${this.capacity} tokens from one reset to the next (the model's capacity, or the artifact's ` +
+      `A lane takes at most ${this.capacity} tokens between two resets (the model's capacity, or the artifact's ` +
         `limit). Lanes [${full}] have had [${full.map((lane) => this.used[lane])}] and are given ` +
-        `[${full.map((lane) => counts[lane])}] more. Start them afresh with ${full.map((lane) => `reset(${lane})`).join(", ")}, ` +
-        "or give them fewer tokens. Nothing has happened to the state.",
+        `[${full.map((lane) => counts[lane])}] more. Restart them with ${full.map((lane) => `reset(${lane})`).join(", ")}, ` +
+        "or give them fewer tokens. The state is unchanged.",
     );
   }
 
@@ -31,12 +31,12 @@ export class LaneTokens {
     this.used = this.used.map((used, lane) => used + counts[lane]);
   }
 
-  /** Return the token count of each lane for these states: `tokens` if given, else counted from the states. @param {number[] | undefined} tokens @param {Arrays} arrays */
+  /** Sets the token counts of the lanes: as given, or as counted by the states. @param {number[] | undefined} tokens @param {Arrays} arrays */
   given(tokens, arrays) {
     if (tokens === undefined && this._counters.length) return this._counted(arrays);
     if (tokens?.length !== this.used.length || !tokens.every((count) => Number.isSafeInteger(count) && count >= 0)) {
       throw new InputError(
-        `The model takes at most ${this.capacity} tokens a lane. Say how many each of the ${this.used.length} lanes has had: ` +
+        `The model takes at most ${this.capacity} tokens per lane. Pass the number of tokens of each of the ${this.used.length} lanes: ` +
           `loadState(arrays, [...]); given ${JSON.stringify(tokens)}.`,
       );
     }
@@ -44,7 +44,7 @@ export class LaneTokens {
   }
 
   /**
-   * Return the token count of each lane after a snapshot is restored to one lane, or to all.
+   * Sets the token counts after a snapshot was restored into one lane, or into all.
    * @param {unknown} held the counts in the snapshot @param {Arrays} arrays the whole states after the restore @param {number} [lane]
    */
   restored(held, arrays, lane) {
@@ -56,12 +56,12 @@ export class LaneTokens {
     }
     const wanted = lane === undefined ? this.used.length : 1;
     if (!Array.isArray(found) || found.length !== wanted || !found.every((count) => Number.isSafeInteger(count) && count >= 0)) {
-      throw new SnapshotError(`The snapshot holds the tokens ${JSON.stringify(held)}; expected a count for each lane.`);
+      throw new SnapshotError(`The snapshot has the token counts ${JSON.stringify(held)}; expected a count for each lane.`);
     }
     return this.used.map((used, index) => (lane === undefined ? found[index] : index === lane ? found[0] : used));
   }
 
-  /** Return the largest token count of the counting states, by lane. @param {Arrays} arrays */
+  /** The largest token count that any state has for each lane. @param {Arrays} arrays */
   _counted(arrays) {
     return this.used.map((_, lane) =>
       Math.max(

@@ -1,8 +1,8 @@
-// Runs a bundle's graphs in Node for Python: frames on stdin are calls, frames on stdout are their results.
+// Runs a bundle's graphs in Node, for Python: frames on stdin are calls, frames on stdout are the results.
 //
 //     node node.js BUNDLE        a frame: length of a JSON text in 4 bytes, the text, then the bytes of the arrays it lists
 //
-// nsm.runtimes.backends.web starts this script, so that parity and benchmarks run the code of the browser.
+// nsm.runtimes.backends.web starts it, so that nsm checks and measures the code that a browser runs.
 
 import { readFile } from "node:fs/promises";
 import { join as joinPath } from "node:path";
@@ -19,9 +19,9 @@ export function fromFolder(folder) {
   return async (path) => new Uint8Array(await readFile(joinPath(folder, path)));
 }
 
-/** Load the ONNX Runtime Web beside this file, on one thread: more threads need special headers from a server. */
+/** Loads ONNX Runtime Web from this file's folder, on one thread, as on a server without special headers. */
 export async function loadOrt() {
-  // @ts-ignore: the builder copies the file
+  // @ts-ignore: the builder puts it there
   const ort = await import("./ort/ort.wasm.min.mjs");
   ort.env.wasm.numThreads = 1;
   ort.env.logLevel = "error";

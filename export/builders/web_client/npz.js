@@ -1,5 +1,5 @@
-// Reads and writes .npz files (.zip files of .npy files) of numpy's savez; the written bytes equal numpy's.
-// The files are not compressed, and nothing is unpickled.
+// Reads and writes .npz files (.zip files of .npy files), byte for byte as numpy's savez does.
+// They are uncompressed, and nothing is unpickled.
 
 import { descrOf, dtypeOf, record, sizeOf, typeOf } from "./arrays.js";
 import { BundleError } from "./errors.js";
@@ -15,7 +15,7 @@ const MAGIC = [0x93, 0x4e, 0x55, 0x4d, 0x50, 0x59]; // \x93NUMPY
 const latin1 = new TextDecoder("latin1");
 
 /**
- * Read the arrays of an .npz by name, and its texts (numpy's scalars of kind U).
+ * Returns all arrays of an .npz by name, and its texts (numpy's scalars of kind U).
  * @param {Uint8Array} bytes @param {string} what for messages
  * @returns {{arrays: Arrays, texts: Record<string, string>}}
  */
@@ -84,7 +84,7 @@ function readText(content, length, shape) {
 }
 
 /**
- * Convert column-major numbers to row-major order; numpy saves Fortran-ordered arrays in column-major order.
+ * Converts column-major numbers to row-major; numpy keeps the order of the saved array.
  * @template {import("./arrays.js").Numbers} T @param {T} data @param {number[]} shape @returns {T}
  */
 function fromColumns(data, shape) {
@@ -99,7 +99,7 @@ function fromColumns(data, shape) {
 }
 
 /**
- * Return the bytes that `np.savez(file, allow_pickle=False, **items)` writes for these items, in order.
+ * Returns the bytes that `np.savez(file, allow_pickle=False, **items)` writes for these items, in their order.
  * @param {[string, NdArray | string][]} items
  */
 export function writeNpz(items) {

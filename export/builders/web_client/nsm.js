@@ -23,11 +23,11 @@ const VALID = "valid";
 const OFFSET = "lane.offset";
 const SNAPSHOT_VERSION = 2;
 const MAGIC = new TextEncoder().encode(`nsm-snapshot ${SNAPSHOT_VERSION}\n`);
-const DECODES_PER_STEP = 4; // a call of step takes about as long as decoding 1 / 4 of the chunk
-const FREE_RUN_BUDGET = 1e-4; // for fp32; see runtimes/parity/budgets.py
+const DECODES_PER_STEP = 4; // a call of step takes about as long as decode takes for 1 / 4 of a chunk
+const FREE_RUN_BUDGET = 1e-4; // of fp32, see runtimes/parity/budgets.py
 
 /**
- * Open a bundle. Throws BundleError if its artifact failed its parity check, unless `allowFailed` is true.
+ * Opens a bundle. Throws if its artifact failed the parity check, unless `allowFailed` is true.
  * @param {import("./bundle.js").Reader} read @param {any} ort onnxruntime-web @param {{allowFailed?: boolean}} options
  * @returns {Promise<Session>}
  */
@@ -37,13 +37,13 @@ export async function open(read, ort, { allowFailed = false } = {}) {
   if (failed && !allowFailed) {
     throw new BundleError(
       "The artifact web failed its parity check: its outputs are not those of the model. Export the model again. " +
-        "To look for the fault, open it with {allowFailed: true}.",
+        "To open it anyway: {allowFailed: true}.",
     );
   }
   return new Session(new Runtime(ort, bundle), bundle, await bundle.initial());
 }
 
-/** A session. Await each call before the next one. */
+/** B streams on one bundle, one call at a time: await each call before the next one. */
 export class Session {
   /** @param {Runtime} runtime @param {Bundle} bundle @param {Arrays} initial */
   constructor(runtime, bundle, initial) {
@@ -61,7 +61,7 @@ export class Session {
     return this.spec.batch;
   }
 
-  /** Reset a lane (default: all) to the initial state. @param {number} [lane] */
+  /** Resets a lane (default: all) to the initial state. @param {number} [lane] */
   reset(lane) {
     if (lane === undefined) this._put(this.initial, Array(this.batch).fill(0));
     else {
@@ -70,14 +70,14 @@ export class Session {
     }
   }
 
-  /** Tokens that each lane takes before it must be reset; null if unlimited. */
+  /** The number of tokens left until each lane needs a reset; null if unlimited. */
   get tokensLeft() {
     const tokens = this._tokens;
     return tokens && tokens.used.map((used) => Math.max(tokens.capacity - used, 0));
   }
 
   /**
-   * Run the entry step once; every lane with tokens must be at the beginning of a chunk.
+   * Runs the graph step once, on lanes at the start of a chunk.
    * @param {Tokens} tokens [B, K, ...] @param {number[]} [valid] number of valid tokens of each lane @returns {Promise<Arrays>}
    */
   async step(tokens, valid) {
@@ -85,8 +85,8 @@ export class Session {
     const within = counts.map((count, lane) => (count > 0 && this.offsets[lane] > 0 ? lane : -1)).filter((lane) => lane >= 0);
     if (within.length) {
       throw new StreamError(
-        `The streams on lanes [${within}] stand inside a chunk of ${this.spec.chunk_size} tokens, and step starts at its ` +
-          "beginning. Use feed, which aligns any split, or reset these lanes.",
+        `The streams on lanes [${within}] are inside a chunk of ${this.spec.chunk_size} tokens, and step starts at its ` +
+          "start. Use feed, which aligns any split, or reset these lanes.",
       );
     }
     this._tokens?.check(counts);
@@ -98,7 +98,7 @@ export class Session {
   }
 
   /**
-   * Run one token per lane, anywhere in a chunk; then commit full chunks.
+   * Runs one token per lane, anywhere in a chunk, and commits the chunks that become full.
    * @param {Tokens} tokens [B, 1, ...] @param {number[]} [valid] 1 or 0 for each lane @returns {Promise<Arrays>}
    */
   async decode(tokens, valid) {
@@ -114,9 +114,9 @@ export class Session {
   }
 
   /**
-   * Run any number of tokens, from any position in a chunk.
+   * Runs any number of tokens, from any offset of the lanes.
    * @param {Tokens} tokens [B, T, ...] @param {number[]} [valid] number of valid tokens of each lane (default: all)
-   * @returns {Promise<Arrays>} [B, T, ...] by name; zero after a lane's valid tokens
+   * @returns {Promise<Arrays>} [B, T, ...] by name; zero after the valid tokens of a lane
    */
   async feed(tokens, valid) {
     const entry = this.runtime.entry("step");
@@ -130,7 +130,7 @@ export class Session {
     const length = given.shape[1];
     const counts = valid ?? Array(this.batch).fill(length);
     if (counts.length !== this.batch || counts.some((count) => !Number.isInteger(count) || count < 0 || count > length)) {
-      throw new InputError(`valid has a number of 0 .. ${length} for each of the ${this.batch} lanes; given [${counts}].`);
+      throw new InputError(`valid takes a number in 0 .. ${length} for each of the ${this.batch} lanes; given [${counts}].`);
     }
     this._checkTokens(spec, given, counts);
     this._tokens?.check(counts);
@@ -151,12 +151,12 @@ export class Session {
     return results;
   }
 
-  /** Return a copy of the whole state by name, with all lanes. */
+  /** Returns a copy of the whole state by name, with all lanes. */
   readState() {
     return this.runtime.readState();
   }
 
-  /** Replace the whole state. @param {Arrays} arrays @param {number[]} [tokens] token count of each lane, for a model with a capacity (default: read from a state that counts tokens) */
+  /** Replaces the whole state. @param {Arrays} arrays @param {number[]} [tokens] tokens of each lane since its reset, for a model with a capacity (default: read from a state that counts them) */
   loadState(arrays, tokens) {
     for (const state of this.spec.states) {
       const given = arrays[state.name];
@@ -167,7 +167,7 @@ export class Session {
     this._put(arrays, this._tokens && this._tokens.given(tokens, arrays));
   }
 
-  /** Return the state of a lane (default: all) as bytes, which other sessions and Python can restore. @param {number} [lane] @returns {Promise<Uint8Array>} */
+  /** Serializes a lane (default: all), to continue elsewhere, in Python too. @param {number} [lane] @returns {Promise<Uint8Array>} */
   async snapshot(lane) {
     const whole = this.readState();
     /** @type {[string, NdArray | string][]} */
@@ -180,7 +180,7 @@ export class Session {
     return join([MAGIC, fromHex(await sha256(payload)), payload]);
   }
 
-  /** Restore a snapshot to one lane, or to all. @param {Uint8Array} bytes @param {number} [lane] */
+  /** Restores a snapshot of one lane or of all. @param {Uint8Array} bytes @param {number} [lane] */
   async restore(bytes, lane) {
     if (!(bytes instanceof Uint8Array)) throw new SnapshotError("A snapshot is a Uint8Array; given something else.");
     const version = /^nsm-snapshot (\d{1,9})\n/.exec(new TextDecoder("latin1").decode(bytes.subarray(0, 24)));
@@ -214,7 +214,7 @@ export class Session {
   }
 
   /**
-   * Replay the golden streams in a free run, and compare outputs and sampled states.
+   * Replays the golden streams on the session's own state, and compares outputs and sampled states.
    * @param {(done: number, total: number) => void} [progress]
    * @returns {Promise<{passed: boolean, streams: number, steps: number, budget: number, worst: {tensor: string, error: number},
    *   errors: Record<string, number>, exact: number}>} the largest error of each tensor; `exact` counts integers that differ
@@ -280,7 +280,7 @@ export class Session {
     return lane;
   }
 
-  /** Return the whole state with one lane replaced. @param {number} lane @param {(state: any) => NdArray} part */
+  /** Returns the whole state with one lane replaced. @param {number} lane @param {(state: any) => NdArray} part */
   _replaced(lane, part) {
     this._lane(lane);
     const whole = this.readState();
@@ -288,7 +288,7 @@ export class Session {
     return whole;
   }
 
-  /** Replace the whole state, and the token count of each lane if tokens are counted. @param {Arrays} arrays @param {number[] | null} used */
+  /** Replaces the whole state and, if tokens are counted, the lanes' token counts. @param {Arrays} arrays @param {number[] | null} used */
   _put(arrays, used) {
     this.runtime.loadState(wrapped(this.spec.states, arrays));
     const offsets = arrays[OFFSET];
@@ -297,7 +297,7 @@ export class Session {
     if (this._tokens && used) this._tokens.used = used;
   }
 
-  /** Return the token count of a lane (default: all) for a snapshot; null if tokens are not counted. @param {number} [lane] */
+  /** The token counts of a lane, or of all lanes, for a snapshot. @param {number} [lane] */
   _had(lane) {
     if (!this._tokens) return null;
     return lane === undefined ? this._tokens.used : [this._tokens.used[this._lane(lane)]];
@@ -323,7 +323,7 @@ export class Session {
     return [inputs, counts];
   }
 
-  /** Throw InputError for valid vectors that are not finite. @param {any} spec @param {NdArray} given @param {number[]} counts */
+  /** Throws on valid tokens that are not finite. @param {any} spec @param {NdArray} given @param {number[]} counts */
   _checkTokens(spec, given, counts) {
     if (!isFloat(given.dtype)) return;
     const [length, width] = [given.shape[1], sizeOf(given.shape.slice(2))];
@@ -335,7 +335,7 @@ export class Session {
     if (bad.length) throw new InputError(`${spec.name} holds NaN or infinite numbers on lanes [${bad}].`);
   }
 
-  /** Convert tokens to an array of the input's dtype; check their range. @param {any} spec @param {Tokens} tokens @returns {NdArray} */
+  /** Converts tokens to an array of the input's dtype, and checks the range. @param {any} spec @param {Tokens} tokens @returns {NdArray} */
   _array(spec, tokens) {
     let array = /** @type {NdArray} */ (tokens);
     if (Array.isArray(tokens)) {
@@ -357,7 +357,7 @@ export class Session {
     return array;
   }
 
-  /** Return the number of tokens of each lane in the next call of step. @param {any} entry @param {number[]} left */
+  /** The number of tokens of each lane in the next call of step. @param {any} entry @param {number[]} left */
   _stepped(entry, left) {
     const [length, chunk] = [entry.inputs[0].shape[1], this.spec.chunk_size];
     const ready = left.map((count, lane) => (this.offsets[lane] === 0 ? Math.min(count, length) : 0));

@@ -1,20 +1,20 @@
-// The page: a model reads your drawing or text token by token; the page shows its state.
+// The demo page: runs the model on drawings or text, token by token, and shows how its state changes.
 
 import { sizeOf, takeAt } from "./arrays.js";
 import { fromUrl, open } from "./nsm.js";
 import { StateView } from "./state_view.js";
 
 const $ = (/** @type {string} */ id) => /** @type {any} */ (document.getElementById(id));
-const ASK = 17; // the token on which the model of the digits example predicts the class
+const ASK = 17; // the token that asks the digits example for its prediction
 const pause = (/** @type {number} */ ms) => new Promise((resolve) => setTimeout(resolve, ms));
 
-/** Show an error at the top of the page. @param {any} error */
+/** Shows an error at the top of the page. @param {any} error */
 function fail(error) {
   $("what").textContent = String(error.message ?? error);
   $("what").className = "bad";
 }
 
-/** Run the action of a button; disable the other buttons meanwhile, because there is only one stream. @param {() => Promise<void>} work */
+/** Runs the work of a button and disables the other buttons meanwhile, because they share one stream. @param {() => Promise<void>} work */
 async function alone(work) {
   const buttons = /** @type {HTMLButtonElement[]} */ (Array.from(document.querySelectorAll("button:not(#stop)")));
   buttons.forEach((button) => (button.disabled = true));
@@ -47,7 +47,7 @@ function softmax(values, temperature = 1) {
   return powers.map((value) => value / sum);
 }
 
-/** Feed tokens to the first lane; the other lanes are idle. @param {any} session @param {any[]} tokens */
+/** Runs tokens on the first lane; the other lanes have none. @param {any} session @param {any[]} tokens */
 function feed(session, tokens) {
   const rows = Array.from({ length: session.batch }, () => tokens);
   return session.feed(rows, rows.map((_, lane) => (lane === 0 ? tokens.length : 0)));

@@ -47,7 +47,7 @@ export class Runtime {
     return found;
   }
 
-  /** Run an entry, update the state, and return the outputs by name. @param {string} name @param {Arrays} inputs @returns {Promise<Arrays>} */
+  /** Runs an entry, advances the state, and returns the outputs by name. @param {string} name @param {Arrays} inputs @returns {Promise<Arrays>} */
   async call(name, inputs) {
     const entry = this.entry(name);
     const session = await this._session(name);
@@ -74,7 +74,7 @@ export class Runtime {
     return outputs;
   }
 
-  /** Whether every number in the state and in these outputs is finite. @param {Arrays} outputs */
+  /** Whether all numbers in the state and in these outputs are finite. @param {Arrays} outputs */
   finite(outputs) {
     return [...Object.values(this._state), ...Object.values(outputs)].every(isFinite_);
   }
@@ -84,7 +84,7 @@ export class Runtime {
     this._sessions.clear();
   }
 
-  /** Return the session of an entry; open the graph at its first use. @param {string} name */
+  /** Opens a graph at its first use. @param {string} name */
   _session(name) {
     let found = this._sessions.get(name);
     if (found === undefined) {
@@ -112,7 +112,7 @@ export class Runtime {
   }
 
   /**
-   * Append rows to a ring buffer: row t of a call goes to position (tokens before the call + t) modulo its size.
+   * Writes new rows into a ring: row t of a call at (tokens before the call + t) modulo its size.
    * @param {any} state @param {NdArray} rows @param {NdArray} count @param {NdArray | undefined} valid
    */
   _append(state, rows, count, valid) {

@@ -1,4 +1,4 @@
-"""The operation at fault: where the artifact first computes something else than the portable graph.
+"""The operation at fault: the first one whose result differs from that of the portable graph.
 
 Both run on the same inputs and states of the reference, with intermediate results as outputs. The result is the first
 operation whose output differs although its inputs agree. Tensors that the artifact does not expose are skipped. Tensors
@@ -40,7 +40,7 @@ def find_operation(
 
     Args:
         bundle, artifact, trace, budget, progress: as for `bisect`.
-        error, tensor: of the worst output or state, named where no operation can be.
+        error, tensor: error and name of the worst output or state, for the case that no operation is found.
     """
     graph = bundle.locate(f"{GRAPHS}/step.onnx")
     nodes = read_nodes(graph)
@@ -52,9 +52,9 @@ def find_operation(
         name = min(graph_is_wrong, key=lambda name: places[name])
         node = nodes[places[name]]
         explanation = (
-            f"The portable graph itself, run by ONNX Runtime as it is written, does not give what was recorded: of its "
-            f"outputs and states {name} is the first that is over budget. So the graph or its weights are another "
-            "model than the reference, and the target is not to blame. Export the bundle again."
+            f"The portable graph itself, run by unoptimized ONNX Runtime, does not match the recorded trace: of its "
+            f"outputs and states {name} is the first over budget. So the graph or its weights differ from the "
+            "reference, and the target is not at fault. Export the bundle again."
         )
         return Bisection("operation", name, wrong[name], limit, explanation, node.op, node.name)
     portable, shown = onnx_probe(graph, optimise=False), _probe(bundle, artifact, nodes)
@@ -65,15 +65,15 @@ def find_operation(
     fault = first_at_fault(nodes, errors, ends, limit)
     if fault is None:
         explanation = (
-            f"{tensor or 'An output or state'} is over budget, but with every intermediate result in sight no "
-            "operation is. So the fault comes from how the backend joins operations when it may."
+            f"{tensor or 'An output or state'} is over budget, but with every intermediate result exposed no "
+            "operation is. So the error comes from how the backend fuses operations."
         )
         return Bisection("operation", tensor or ends[0], error, limit, explanation)
     node, name, unseen = fault
-    hidden = f" {unseen} tensors before it cannot be seen there; what gives them may be at fault instead."
+    hidden = f" The target does not expose {unseen} tensors before it; their operations may be at fault instead."
     explanation = (
         f"One operation, not accumulation: {node.op} {node.name} gives {name} with an error of {errors[name]:.2e}, and "
-        f"what it takes agrees with the portable graph within {limit:.2g}."
+        f"its inputs agree with the portable graph within {limit:.2g}."
     )
     explanation += hidden if unseen else ""
     return Bisection("operation", name, errors[name], limit, explanation, node.op, node.name)
@@ -82,13 +82,13 @@ def find_operation(
 def first_at_fault(
     nodes: Sequence[Node], errors: Mapping[str, float], ends: Collection[str], limit: float
 ) -> tuple[Node, str, int] | None:
-    """The first operation on a path to a faulty output whose result is over the limit although its inputs are not.
+    """Return the first operation before a faulty output with good inputs and a result over the limit.
 
     Args:
         nodes: in topological order.
-        errors: of the tensors that are known; others are looked through.
+        errors: errors of the exposed tensors; the search passes through the others.
         ends: outputs of the graph.
-        limit: of an error.
+        limit: largest allowed error.
 
     Returns:
         The operation, its faulty result, and how many unknown tensors lie before it;
@@ -182,7 +182,7 @@ def _probe(bundle: Bundle, artifact: Artifact, nodes: Sequence[Node]) -> Probe:
     target = find_target(artifact.target)
     target.require()
     names = [record.path for record in artifact.files if PurePosixPath(record.path).name == target.file("step")]
-    # An artifact may share the portable graphs and have one of its own.
+    # An artifact may use the portable graphs for some entries and its own graph for others.
     path: Path = bundle.locate(next((name for name in names if not name.startswith(f"{GRAPHS}/")), names[0]))
     if target.name == "openvino":
         names_of_results = {name for node in nodes for name in node.outputs}

@@ -1,8 +1,8 @@
-"""Bisecting a failure of parity: one operation that computes something else, or a state in which errors add up.
+"""Bisect a parity failure: find the wrong operation, or the state that accumulates errors.
 
 If a single step from the reference's state is over budget, an operation is at fault: see `bisect_operation`. If only
-the free run is over budget, a state is: the run is repeated with one state at a time replaced by the reference's at
-every sampled step, and the one is named whose replacement helps most.
+the free run is over budget, a state is at fault: the search repeats the run with one state at a time replaced by the
+reference's at every sampled step, and names the state with the most effective replacement.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def bisect(
     """Find the operation or state at fault in an artifact.
 
     Args:
-        bundle: that the artifact is in, verified.
-        artifact: of a target that can be bisected.
+        bundle: the verified bundle of the artifact.
+        artifact: artifact of a bisectable target.
         session: over the artifact; its streams are reset.
         trace: the bundle's golden trace, or its first steps.
         budget: of the artifact's precision.
@@ -72,7 +72,7 @@ def check_bisectable(target: str) -> None:
     if not find_target(target).bisectable:
         able = ", ".join(item.name for item in TARGETS.values() if item.bisectable)
         raise UnsupportedError(
-            f"An artifact of {target} shows no intermediate results, so --bisect is not possible there; it is for "
+            f"An artifact of {target} shows no intermediate results, so --bisect does not support it; it supports "
             f"{able}. Bisect one of these in the bundle, for instance: --target onnxruntime"
         )
 
@@ -94,7 +94,7 @@ def find_state(
     """
 
     def run(*replaced: str) -> Findings | None:
-        """A free run of the streams whose states are known; None if it did not stay finite."""
+        """Free-run the streams with recorded states; return None if the run became non-finite."""
         found = Findings(trace, session.spec, budget, thresholds)
         try:
             for streams in groups(trace.state_streams, session.batch):
@@ -116,7 +116,7 @@ def find_state(
         return _nothing(single, budget)
     names = session.spec.state_names
     if whole is not None:
-        # To replace a state by its equal cures nothing.
+        # Replacing a state by an equal one has no effect.
         errors = whole.errors("free_run")
         exact = [name for name in names if name not in errors and whole.mismatches]
         names = (*(name for name in names if name in errors and quantile(errors[name], 1.0) > 0), *exact)

@@ -34,11 +34,11 @@ from tests.small_models import make_sequences
             "bench",
             ("Measure latency", "--threads", "nsm bench --all model.pt", "--against eager --model model.pt"),
         ),
-        ("roofline", ("roofline of its target", "--threads")),
-        ("build", ("Build a target from the ONNX graphs in BUNDLE", "not need torch", "--device")),
+        ("roofline", ("Measure the peak of BUNDLE's target", "--threads")),
+        ("build", ("Build a target from the ONNX in BUNDLE", "Needs no torch", "--device")),
         ("inspect", ("inputs, outputs, states, sizes, precision and provenance",)),
-        ("doctor", ("installed packages", "install each missing package")),
-        ("run", ("Run BUNDLE on sequences", "--data", "--output")),
+        ("doctor", ("Show the installed packages", "installs each missing package")),
+        ("run", ("Feed sequences to BUNDLE", "--data", "--output")),
     ],
 )
 @pytest.mark.parametrize("option", ["--help", "-h"])

@@ -103,6 +103,20 @@ def test_a_module_that_runs_for_two_streams_but_gives_other_shapes_takes_one() -
         model.spec(2)
 
 
+class Scaled(nn.Module):
+    def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+        h = 0.5 * h + x
+        return 2 * h, h
+
+
+def test_the_shape_of_a_token_is_that_of_the_samples() -> None:
+    samples = np.random.default_rng(0).standard_normal((4, 20, 3)).astype(np.float32)
+    model = nsm.as_step(Scaled(), [Carried("h", H)], samples=samples)
+    assert (model.token_spec.shape, model.token_spec.dtype) == ((3,), "float32")
+    with pytest.raises(ConfigError, match="vocab_size=N for ids"):
+        nsm.as_step(Scaled(), [Carried("h", H)], samples=[np.arange(9)])
+
+
 def test_several_outputs_have_names() -> None:
     class Two(nn.Module):
         def forward(self, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,7 +149,7 @@ def test_lanes_that_all_have_to_go_are_not_waited_for_for_ever() -> None:
 
     initial = {name: value.numpy() for name, value in model.initial_state(2).items()}
     session = Session(TorchRuntime(model, whole), whole, initial, "", "pytorch")
-    with pytest.raises(InputError, match=r"whole calls on all lanes at once; given \[4, 0\]"):
+    with pytest.raises(InputError, match=r"whole calls on all lanes; given \[4, 0\]"):
         session.feed(tokens(model, 2, 4), [4, 0])
 
 
@@ -181,7 +195,7 @@ def test_the_same_module_without_a_fault_is_not() -> None:
         (nn.Linear(3, 3), {"token_shape": (3,)}, ConfigError, "Linear has no step.* told its states"),
         (nn.Linear(3, 3), {"states": [], "token_shape": (3,)}, ConfigError, "a list of Carried or tensors"),
         (nn.Linear(3, 3), {"states": ["h"], "token_shape": (3,)}, ConfigError, "tensor of one stream; given 'h'"),
-        (nn.Linear(3, 3), {"states": [H]}, ConfigError, "needs to know the tokens"),
+        (nn.Linear(3, 3), {"states": [H]}, ConfigError, "Expected the kind of tokens"),
         (nn.Linear(3, 3), {"states": [H], "vocab_size": 0}, ConfigError, "vocab_size=0"),
         (nn.Linear(3, 3), {"states": [H], "vocab_size": 9.0}, ConfigError, "vocab_size is a whole number; given 9.0"),
         (nn.Linear(3, 3), {"states": [H], "token_shape": 3}, ConfigError, "token_shape is a list .*; given 3"),

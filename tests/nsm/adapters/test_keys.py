@@ -134,7 +134,7 @@ def test_outputs_are_found_by_their_names() -> None:
             lambda y, h, c: (y, {"h": h, "c": None}),
             "The state c is a NoneType; expected a tensor",
         ),
-        ({"h": H1, "c": C1}, lambda y, h, c: ("y", {"h": h, "c": c}), "The output outputs is a str; expected is"),
+        ({"h": H1, "c": C1}, lambda y, h, c: ("y", {"h": h, "c": c}), "The output outputs is a str; expected a tensor"),
     ],
 )
 def test_keys_that_do_not_fit_are_refused(declared: Any, give: Any, message: str) -> None:

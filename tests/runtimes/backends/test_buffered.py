@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from nsm.errors import BuildError, RunError, StreamError
+from nsm.runtimes.backends import buffered
 from nsm.runtimes.backends.buffered import Banks, Bind, BoundGraph, BufferedRuntime, _Ring
 from nsm.spec import OFFSET, StateSpec
 from nsm.trace import Array, Arrays
@@ -217,6 +218,17 @@ def test_memory_of_outputs_that_nobody_refers_to_is_used_again() -> None:
         places.add(session.step(inputs(seed=step)["tokens"])["outputs"].ctypes.data)
     assert len(places) == 2, "one for each side of the state"
     assert graphs["step"].pointed == 0
+
+
+def test_without_exact_reference_counts_each_call_writes_to_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in free-threaded builds of Python."""
+    monkeypatch.setattr(buffered, "COUNTED", False)
+    session, graphs = buffered_session(fake_spec())
+    honest = fake_session(fake_spec())
+    for step in range(10):
+        tokens = inputs(seed=step)["tokens"]
+        assert_same(session.step(tokens), honest.step(tokens))
+    assert graphs["step"].pointed == 9  # the first call has its memory
 
 
 def test_only_what_is_held_is_replaced() -> None:

@@ -278,7 +278,7 @@ def test_an_engine_that_lacks_a_tensor_is_a_build_error(gpu: Gpu) -> None:
 
 def test_tensorrt_says_that_it_does_not_append(tmp_path: Path) -> None:
     gpu = Gpu(tmp_path, fake_spec(ring=True))
-    with pytest.raises(UnsupportedError, match="appended to in place do not run on TensorRT"):
+    with pytest.raises(UnsupportedError, match="does not support appended states"):
         gpu.runtime()
     assert not gpu.cuda.blocks
     assert not gpu.cuda.streams

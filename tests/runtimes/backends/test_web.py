@@ -133,7 +133,7 @@ def test_a_call_that_is_interrupted_ends_the_session(start: Start, place: str) -
         lambda: runtime.finite(state),
     ]
     for call in calls:
-        with pytest.raises(StreamError, match=r"The session is closed: a call was cut off.*Open the bundle again"):
+        with pytest.raises(StreamError, match=r"The session is closed: a call was interrupted.*Open the bundle again"):
             call()
     runtime.close()
 

@@ -236,7 +236,7 @@ def test_the_default_is_not_one_for_other_processors(bundle: Bundle, monkeypatch
         assert session.target == "onnxruntime"
     bundle.manifest = replace(bundle.manifest, artifacts=(elsewhere,))
     assert chosen_artifact(bundle, None) is elsewhere
-    with pytest.raises(DeviceUnavailableError, match="built for processors with VNNI"):
+    with pytest.raises(DeviceUnavailableError, match="for processors with VNNI"):
         open_bundle(bundle)
 
 
@@ -315,5 +315,5 @@ def test_two_sessions_of_one_bundle_are_two_streams(bundle: Bundle, target: str)
         assert_same(other.read_state(), bundle.state_init())
         other.step(tokens)
         assert (one.offsets.tolist(), other.offsets.tolist()) == ([3, 3], [0, 0])
-        with pytest.raises(StreamError, match="stand inside a chunk"):
+        with pytest.raises(StreamError, match="inside a chunk"):
             one.step(tokens)

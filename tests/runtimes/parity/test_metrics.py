@@ -19,7 +19,7 @@ from nsm.runtimes.parity.metrics import (
 
 
 def test_a_precision_without_a_budget_is_refused() -> None:
-    with pytest.raises(InputError, match=r"no parity budget for precision 'fp8'; there is one for: fp32"):
+    with pytest.raises(InputError, match=r"'fp8'; expected one of: fp32"):
         find_budget("fp8")
 
 

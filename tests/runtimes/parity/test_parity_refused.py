@@ -42,7 +42,7 @@ def test_a_trace_of_a_graph_without_valid_is_refused_where_not_all_tokens_count(
     trace = fake_trace(streams=2, steps=2)
     partial = replace(trace, inputs={**trace.inputs, "valid": np.full((2, 2), CHUNK)})
     compare(partial, fake_session(), FP32).require()
-    with pytest.raises(InputError, match=r"other inputs than the model: \['valid'\]"):
+    with pytest.raises(InputError, match=r"different inputs: \['valid'\]"):
         compare(partial, fake_session(fake_spec(valid=False)), FP32)
     compare(trace, fake_session(fake_spec(valid=False)), FP32).require()
 
@@ -93,14 +93,14 @@ def _foreign(trace: Trace) -> Mapping[str, tuple[Trace, str]]:
     turned = {**trace.after, "0.bank": trace.after["0.bank"][..., :1]}
     return {
         "another model": (replace(trace, fingerprint="0" * 64), "recorded from another model"),
-        "no state before": (replace(trace, before=_without(trace.before, "0.tail")), r"other states than the model"),
-        "no state after": (replace(trace, after=_without(trace.after, "0.tail")), r"other states .*\['0\.tail'\]"),
+        "no state before": (replace(trace, before=_without(trace.before, "0.tail")), r"different states"),
+        "no state after": (replace(trace, after=_without(trace.after, "0.tail")), r"different states.*\['0\.tail'\]"),
         "a state too many": (
             replace(trace, before={**trace.before, "x": outputs}, after={**trace.after, "x": outputs}),
-            r"other states than the model: \['x'\]",
+            r"different states: \['x'\]",
         ),
-        "no output": (replace(trace, outputs={}), r"other outputs than the model: \['outputs'\]"),
-        "an output too many": (replace(trace, outputs={**trace.outputs, "y": outputs}), r"other outputs .*\['y'\]"),
+        "no output": (replace(trace, outputs={}), r"different outputs: \['outputs'\]"),
+        "an output too many": (replace(trace, outputs={**trace.outputs, "y": outputs}), r"different outputs.*\['y'\]"),
         "no inputs": (replace(trace, inputs={}), "tokens"),
         "an input too many": (replace(trace, inputs={**trace.inputs, "y": tokens}), "y"),
         "longer calls": (replace(trace, inputs={**trace.inputs, "tokens": np.tile(tokens, 2)}), "tokens"),

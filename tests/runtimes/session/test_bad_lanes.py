@@ -113,7 +113,7 @@ def test_a_call_with_bad_lanes_only_does_nothing(name: str, length: int) -> None
 def test_lanes_that_cannot_rest_cannot_be_skipped(name: str, length: int) -> None:
     session = fake_session(fake_spec(2, valid=False))
     for tokens in (np.zeros((2, length), int), np.full((2, length), -1)):
-        with pytest.raises(InputError, match="no input valid, so all of its 2 lanes have tokens in every call"):
+        with pytest.raises(InputError, match="no input valid, so all 2 lanes"):
             getattr(session, name)(tokens, on_bad_lane="skip")
 
 
@@ -172,6 +172,6 @@ def test_an_error_about_nan_names_all_lanes_and_where_it_was_found_first() -> No
 def test_lanes_inside_a_chunk_are_named_too() -> None:
     session = fake_session(fake_spec(3))
     session.step(ids(session), [CHUNK, 1, 2])
-    with pytest.raises(InputError, match="stand inside a chunk") as caught:
+    with pytest.raises(InputError, match="inside a chunk") as caught:
         session.step(ids(session))
     assert caught.value.lanes == (1, 2)

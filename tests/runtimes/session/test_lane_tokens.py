@@ -161,7 +161,7 @@ def test_a_snapshot_of_a_session_without_the_limit_is_counted_by_its_state() -> 
 def test_a_snapshot_that_nothing_counts_is_refused() -> None:
     free, session = fake_session(limited(None, counted=False)), fake_session(limited(counted=False))
     before = state_of(session)
-    with pytest.raises(SnapshotError, match="does not say how many its lanes have had"):
+    with pytest.raises(SnapshotError, match="does not contain the number of tokens"):
         session.restore(free.snapshot())
     assert_same(state_of(session), before)
 

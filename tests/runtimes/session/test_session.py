@@ -128,7 +128,7 @@ def test_a_lane_inside_a_chunk_goes_on_but_not_with_step(session: Session) -> No
     first = session.step(tokens[0], [length, 3])["outputs"]
     assert session.offsets.tolist() == [0, 3]
     state = session.read_state()
-    message = rf"lanes \[1\] stand inside a chunk of {length} tokens \(offsets \[0, 3\]\).*Use feed or run.*valid=0"
+    message = rf"lanes \[1\] .*inside a chunk of {length} tokens \(offsets \[0, 3\]\).*Use feed or run.*valid=0"
     with pytest.raises(StreamError, match=message):
         session.step(tokens[1])
     assert_same(session.read_state(), state)
@@ -175,7 +175,7 @@ def test_a_model_that_is_not_causal_stops_where_a_chunk_is_not_full() -> None:
     before = session.read_state()
     for call in (session.step, session.feed, session.run):
         with pytest.raises(
-            StreamError, match=r"lanes \[1\] .*no entry decode here, so a partial chunk ends a stream: reset"
+            StreamError, match=r"lanes \[1\] .*no entry decode, so a partial chunk ends a stream: reset"
         ):
             with_a_deadline(call, tokens)
     assert_same(session.read_state(), before)
@@ -451,7 +451,7 @@ def test_a_loaded_state_stands_where_it_stood(session: Session) -> None:
     session.reset()
     session.load_state(state)
     assert session.offsets.tolist() == [0, 3]
-    with pytest.raises(StreamError, match=r"lanes \[1\] stand inside a chunk"):
+    with pytest.raises(StreamError, match=r"lanes \[1\] .*inside a chunk"):
         session.step(tokens)
     assert_same(session.feed(tokens), wanted)
 

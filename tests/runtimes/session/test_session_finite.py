@@ -34,7 +34,7 @@ def _spoil(name: str, value: float, lane: int = 1) -> Any:
 def test_an_output_that_is_not_finite_names_its_lane_and_tensor(value: float) -> None:
     session = fake_session(after=_spoil("outputs", value))
     session.step(ids(session))
-    with pytest.raises(NonFiniteError, match=r"output outputs holds NaN or infinite numbers on lanes \[1\]"):
+    with pytest.raises(NonFiniteError, match=r"output outputs .*NaN or infinite numbers on lanes \[1\]"):
         session.step(ids(session))
     session.reset(1)
     session.step(ids(session))
@@ -102,7 +102,7 @@ def test_a_healthy_lane_inside_a_chunk_is_not_stepped_after_another_was_poisoned
         session.step(ids(session), [3, 3])
     session.reset(1)
     assert session.offsets.tolist() == session.read_state()["lane.offset"].tolist() == [3, 0]
-    with pytest.raises(StreamError, match=r"lanes \[0\] stand inside a chunk"):
+    with pytest.raises(StreamError, match=r"lanes \[0\] .*inside a chunk"):
         session.step(ids(session))
 
 

@@ -132,7 +132,7 @@ def test_a_vector_that_is_not_finite_is_refused_before_the_call(value: float, dt
         vectors[1, length // 2 :, 1] = bad
         with pytest.raises(
             InputError,
-            match=rf"tokens takes finite numbers; token {length // 2} of lane 1 .*float32 \({-(-length // 2)} such",
+            match=rf"tokens takes finite numbers; token {length // 2} of lane 1 .*float32 \({-(-length // 2)} ",
         ):
             call(vectors)
     assert_same(session.read_state(), before)
@@ -205,7 +205,7 @@ def test_valid_is_refused_where_the_entry_has_none() -> None:
 def test_valid_for_more_lanes_than_there_are_is_refused_where_the_entry_has_none() -> None:
     """With one lane numpy would take any number of them for it."""
     session = fake_session(fake_spec(batch=1, valid=False))
-    with pytest.raises(InputError, match=rf"count on every lane, valid=\[{CHUNK}\]; given \[4, 4, 4\]"):
+    with pytest.raises(InputError, match=rf"on every lane, valid=\[{CHUNK}\]; given \[4, 4, 4\]"):
         session.step(ids(session), [CHUNK] * 3)
     session.step(ids(session), [CHUNK])
 
@@ -214,9 +214,7 @@ def test_run_refuses_a_partial_chunk_where_the_entry_cannot_say_so() -> None:
     session = fake_session(fake_spec(valid=False, entries=("step",)))
     session.run(np.zeros((2, 2 * CHUNK), int))
     before = session.read_state()
-    with pytest.raises(
-        InputError, match=rf"whole calls of {CHUNK} tokens only; given {CHUNK + 1} tokens\. Give a mult"
-    ):
+    with pytest.raises(InputError, match=rf"whole calls of {CHUNK} tokens; given {CHUNK + 1} tokens\. Give a mult"):
         session.run(np.zeros((2, CHUNK + 1), int))
     assert_same(session.read_state(), before)
 
@@ -234,9 +232,7 @@ def test_a_lane_that_is_no_whole_number_is_refused(lane: Any) -> None:
         lambda: session.fork(0, lane),
     ]
     for call in calls:
-        with pytest.raises(
-            InputError, match=rf"A lane is one whole number, 0 \.\. 1; given {re.escape(repr(lane))} of type"
-        ):
+        with pytest.raises(InputError, match=rf"integer in 0 \.\. 1; given {re.escape(repr(lane))} of type"):
             call()
     assert_same(session.read_state(), before)
     assert session.offsets.tolist() == [0, 1]
@@ -260,7 +256,7 @@ def test_load_state_refuses_what_is_not_the_whole_state() -> None:
     ):
         with pytest.raises(InputError, match=message):
             session.load_state({**state, **change})
-    with pytest.raises(InputError, match=r"The state 0\.bank is missing; given are"):
+    with pytest.raises(InputError, match=r"The state 0\.bank is missing; given \["):
         session.load_state({name: value for name, value in state.items() if name != "0.bank"})
     assert_same(session.read_state(), state)
 

@@ -108,7 +108,7 @@ def test_an_error_that_vanishes_when_everything_is_in_sight_comes_from_joining(b
         progress = lambda done, total: seen.append((done, total))  # noqa: E731
         found = bisect(bundle, artifact, session, bundle.trace(), FP32, progress)
     assert (found.kind, found.name, found.op) == ("operation", "0.bank", None)
-    assert "joins operations" in found.explanation
+    assert "fuses operations" in found.explanation
     assert seen[-1][0] == seen[-1][1] == len(seen)
 
 
