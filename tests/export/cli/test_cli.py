@@ -34,11 +34,11 @@ from tests.small_models import make_sequences
             "bench",
             ("Measure latency", "--threads", "nsm bench --all model.pt", "--against eager --model model.pt"),
         ),
-        ("roofline", ("Measure the peak of BUNDLE's target", "--threads")),
-        ("build", ("Build a target from the ONNX in BUNDLE", "Needs no torch", "--device")),
+        ("roofline", ("roofline", "--threads")),
+        ("build", ("ONNX graphs in BUNDLE", "torch", "--device")),
         ("inspect", ("inputs, outputs, states, sizes, precision and provenance",)),
-        ("doctor", ("Show the installed packages", "installs each missing package")),
-        ("run", ("Feed sequences to BUNDLE", "--data", "--output")),
+        ("doctor", ("installed packages", "missing")),
+        ("run", ("sequences", "--data", "--output")),
     ],
 )
 @pytest.mark.parametrize("option", ["--help", "-h"])
