@@ -218,7 +218,7 @@ def test_without_a_calibration_in_the_bundle_int8_is_refused(bundle_copy: Path) 
         (
             ("-t", "ort", "-p", "bf16"),
             3,
-            "no such products on a processor. Take int8. It is built in: fp32, int8, int8-weights.",
+            "no linear ops in bf16 on a CPU. Use int8. It is built in: fp32, int8, int8-weights.",
         ),
         (("-t", "onnx", "-p", "int8"), 3, "onnx is not built in int8. It is built in: fp32."),
         (("-t", "ort", "-p", "int8", "--max-fp32-share", "2"), 2, "--max-fp32-share must be in 0 .. 1; given 2.0"),

@@ -53,7 +53,7 @@ def test_a_model_whose_states_explode_is_not_built_in_low_precision(
     tmp_path: Path, target: str, precision: str
 ) -> None:
     arguments = command(tmp_path, 1.1, "-t", target, "-p", precision)
-    refused(invoke(*arguments), 3, "states explode", "within 200 calls", "not quantised", "keep fp32")
+    refused(invoke(*arguments), 3, "states explode", "within 200 calls", "not quantized", "keep fp32")
     assert names(tmp_path) == ["model.onnx"]
 
 
