@@ -100,6 +100,17 @@ def test_calibrating_on_rollouts_is_compared_with_random_states(tmp_path: Path) 
 
 
 @pytest.mark.slow
+def test_quantizers_are_compared_on_a_trained_model(tmp_path: Path) -> None:
+    _run(tmp_path, str(EXAMPLES / "train_digits.py"), "--width", "128", "--steps", "20", "--output", "digits.pt")
+    shown = _run(tmp_path, str(EXAMPLES / "quantizers.py"), "digits.pt", "--output", "quantizers.json")
+    assert "nsm int8 (dynamic)" in shown
+    found = json.loads((tmp_path / "quantizers.json").read_text())["results"]
+    assert found[0]["quantizer"] == "fp32"
+    assert len(found) >= 4
+    assert all(row["free_run_p99"] > 0 for row in found[1:])
+
+
+@pytest.mark.slow
 def test_the_compared_model_is_saved_with_sequences(tmp_path: Path) -> None:
     _run(tmp_path, str(EXAMPLES / "compared_model.py"), "--output", "compared.pt")
     _run(tmp_path, "-m", "nsm.export", "compared.pt", "-t", "openvino", "-p", "int8", "--dry-run")
@@ -149,6 +160,6 @@ def test_no_publicly_reported_fault_is_silently_wrong(tmp_path: Path) -> None:
 def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
     run_here |= {"calibration", "compared_model", "foreign_models", "low_precision", "stateful_cache", "threads"}
-    run_here |= {"public_reports", "reported_models", "reported_files"}
+    run_here |= {"public_reports", "quantizers", "reported_models", "reported_files"}
     run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere

@@ -103,7 +103,7 @@ def test_what_a_processor_says_of_itself(
     if found is False:
         processor.require_device("cpu", "int8")
         processor.require_device("cpu-dot", "fp32")
-        with pytest.raises(DeviceUnavailableError, match=r"--device cpu-dot.*none: .*nsm build BUNDLE"):
+        with pytest.raises(DeviceUnavailableError, match=r"--device cpu-dot.*nsm build BUNDLE"):
             processor.require_device("cpu-dot", "int8")
     else:
         processor.require_device("cpu-dot", "int8")

@@ -21,7 +21,7 @@ def test_inspect_shows_what_a_client_must_know(exported: Path, bundle: Bundle) -
     text = succeeded(invoke("inspect", exported))
     assert f"{exported}: SimpleNSM, {bundle.manifest.model['parameters']:,} parameters" in text
     assert bundle.manifest.fingerprint[:12] in text
-    assert "2 lanes, chunks of 8 tokens; all files verified" in text
+    assert "2 lanes, chunk of 8 tokens; all files verified" in text
     assert f"torch {bundle.manifest.versions['torch']}" in text
     assert ["input", "tokens", "int64", "[2,", "8]", "0", "..", "19"] in lines
     assert ["output", "outputs", "float32", "[2,", "8,", "5]"] in lines

@@ -206,9 +206,7 @@ def test_an_operator_that_onnx_runtime_lacks_is_unsupported(tmp_path: Path) -> N
     (tmp_path / "step.onnx").write_bytes(model.SerializeToString())
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    with pytest.raises(
-        UnsupportedError, match=r"an operator of step\.onnx: .*Det\(\d+\) node with name 'head/det'"
-    ):
+    with pytest.raises(UnsupportedError, match=r"an operator of step\.onnx: .*Det\(\d+\) node with name 'head/det'"):
         open_graph(tmp_path / "step.onnx", options)
     (tmp_path / "step.onnx").write_bytes(b"rubbish")
     with pytest.raises(BuildError, match="ONNX Runtime cannot open"):

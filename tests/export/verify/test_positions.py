@@ -74,6 +74,6 @@ def test_a_write_is_found_where_nothing_bounds_its_place(index: str, after: str,
 
 def test_a_write_without_a_known_end_is_refused(tmp_path: Path) -> None:
     onnx.save(graph("Identity", "Identity"), str(tmp_path / "step.onnx"))
-    with pytest.raises(UnsupportedError, match=r"node write .* the state place holds.*capacity=N.*--capacity N"):
+    with pytest.raises(UnsupportedError, match=r"node write .* the state place.*capacity=N.*--capacity N"):
         check_positions(tmp_path / "step.onnx", SPEC, ())
     check_positions(tmp_path / "step.onnx", SPEC, {"place"})

@@ -51,7 +51,7 @@ def test_vectors_are_checked_as_a_whole() -> None:
     assert score(session, sequence)["tokens"] == 3 * CHUNK
     before = session.read_state()
     sequence[2 * CHUNK + 1, 0] = np.nan
-    with pytest.raises(InputError, match=f"token {2 * CHUNK + 1} of lane 0 holds NaN"):
+    with pytest.raises(InputError, match=f"token {2 * CHUNK + 1} of lane 0 is NaN"):
         score(session, sequence)
     assert session.read_state()["lane.count"].tolist() == before["lane.count"].tolist()
 

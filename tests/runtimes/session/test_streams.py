@@ -87,7 +87,9 @@ def check_streams(name: str, target: str, lanes: int | None, opener: Opener, eve
             # Without `decode` a stream ends where a chunk does not become full.
             ended = (session.offsets > 0) & (valid > 0) & (not exported.spec.has("decode"))
             if ended.any():
-                with pytest.raises(StreamError, match=re.escape(f"on lanes {np.flatnonzero(ended).tolist()} stand")):
+                with pytest.raises(
+                    StreamError, match=re.escape(f"on lanes {np.flatnonzero(ended).tolist()} are inside")
+                ):
                     session.feed(tokens, valid)
                 valid[ended] = 0
             outputs = session.feed(tokens, valid)["outputs"]
