@@ -151,7 +151,7 @@ def test_a_trace_without_its_decisions_is_refused() -> None:
 def test_a_trace_of_other_decisions_is_refused() -> None:
     trace = adaptive_trace(CLOSE, streams=2)
     short = replace(trace, decisions={name: value[:, 1:] for name, value in trace.decisions.items()})
-    with pytest.raises(InputError, match=r"0\.mask of shape \[2, 64, 3\]; the model gives \[2, 65, 3\]"):
+    with pytest.raises(InputError, match=r"0\.mask of shape \[2, 64, 3\]; the model expects \[2, 65, 3\]"):
         compare(short, adaptive_session(CLOSE), FP32, None, THRESHOLDS)
 
 
