@@ -21,7 +21,7 @@ from rich.table import Table
 import nsm
 from nsm.bundle import Bundle
 from nsm.export import ExportOptions, export
-from nsm.export.verify import Maker, check_artifact
+from nsm.export.verify import Maker, TargetPlan, check_artifact
 from nsm.models import load_checkpoint
 from nsm.quantization import Calibration, Range, Watched, calibrate, find_policy, levels_of, rollouts
 from nsm.runtimes import find_target
@@ -65,7 +65,7 @@ def maker_of(bundle: Bundle, calibration: Calibration) -> Maker:
     """Return the builder of OpenVINO int8 artifacts with this calibration."""
     policy = find_policy("openvino", "int8")
     assert policy is not None
-    return Maker(bundle, find_target("openvino"), None, "int8", policy, calibration)
+    return Maker(bundle, TargetPlan(find_target("openvino"), None, "int8", policy), calibration)
 
 
 @click.command()
@@ -88,7 +88,7 @@ def main(model: Path, steps: int) -> None:
         found["int8 rollouts"] = calibrate_on_int8(bundle, found["rollouts"], sequences)
         for name, calibration in found.items():
             maker = maker_of(bundle, calibration)
-            _, report = check_artifact(bundle, maker.build({}), trace)
+            report = check_artifact(bundle, maker.build({}), trace).report
             maker.clean()
             assert report is not None
             late = float(np.median(report.curves.free_run_p50[-(steps // 4) :]))

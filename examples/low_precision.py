@@ -127,10 +127,10 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
             return Row(target, precision, str(error).split(". ")[0])
         bundle, status = Bundle(kept), "over budget"
     artifact = bundle.artifact(target)
-    if artifact.parity["status"] == "not_run":
-        return Row(target, precision, artifact.parity["reason"].split(", so ")[0])
+    if artifact.parity.status == "not_run":
+        return Row(target, precision, str(artifact.parity.reason).split(", so ")[0])
     report = next(item for item in bundle.json("parity.json")["results"] if item["target"] == target)
-    speed = artifact.quantization.get("speed", {})
+    speed = {} if artifact.quantization is None else artifact.quantization.speed
     # Measure artifacts over budget too: their score shows the cost of low precision.
     with nsm.open(bundle, target, allow_failed=True) as session:
         score = measure(session)
@@ -145,8 +145,8 @@ def row_of(model: Path, target: str, precision: str, steps: int, measure: Measur
         (report["unexcused_argmax_changes"], report["excused_argmax_changes"]),
         report["drift_exponent"],
         None if low is None or high is None else (low, high),
-        speed.get("step", {}).get("median"),
-        speed.get("decode", {}).get("median"),
+        speed["step"].median if "step" in speed else None,
+        speed["decode"].median if "decode" in speed else None,
         artifact.nbytes / 1e6,
     )
 

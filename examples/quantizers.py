@@ -126,7 +126,8 @@ def graphs(checkpoint: Path, folder: Path) -> tuple[dict[str, Path], Feeds]:
             max_fp32_share=1.0,
         )  # fmt: skip
         (artifact,) = made.manifest.artifacts
-        scheme = artifact.quantization["scheme"]
+        assert artifact.quantization is not None
+        scheme = artifact.quantization.scheme
         found[f"nsm {precision} ({scheme})"] = folder / f"{precision}.onnx"
         (step,) = (record.path for record in artifact.files if record.path.endswith("step.onnx"))
         onnx.save(onnx.load(made.path / step), folder / f"{precision}.onnx")

@@ -48,9 +48,9 @@ def main(checkpoint: Path, bundle: Path, steps: int) -> None:
             rows.append([artifact.target, size, "built, not run: no GPU here"])
             continue
         found = np.concatenate([predict(session, stream) for stream in track(ids, f"classifying on {artifact.target}")])
-        errors = [f"{parity[key]['p99']:.1e}" for key in ("one_step", "free_run")]
+        errors = ["-" if error is None else f"{error.p99:.1e}" for error in (parity.one_step, parity.free_run)]
         scores = [
-            f"{parity['argmax_agreement']:.2%}",
+            f"{parity.argmax_agreement or 0:.2%}",
             f"{(found == labels).mean():.2%}",
             f"{(found == reference).mean():.2%}",
         ]

@@ -14,7 +14,8 @@ import nsm
 from nsm.bundle import Bundle
 from nsm.export.cli.bench import lane_tokens, speed
 from nsm.export.report import Terminal
-from nsm.runtimes.bench import Latency, Ratio, bench, paired_ratio
+from nsm.results import Ratio
+from nsm.runtimes.bench import Latency, bench, paired_ratio
 
 
 @click.command()

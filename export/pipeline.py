@@ -23,20 +23,21 @@ from nsm.export.verify import (
     Limits,
     Outcome,
     Reach,
+    TargetPlan,
     build_checked,
     build_target,
-    check_request,
     checked_sequences,
     compared_offline,
     find_reach,
     may_count,
+    plan_targets,
     record,
     settle,
     synthetic,
     with_limit,
 )
 from nsm.manifest import Experiment, Manifest
-from nsm.quantization import Calibration, check_enough, check_recurrent, find_policy
+from nsm.quantization import Calibration, check_enough, check_recurrent
 from nsm.runtimes import TARGETS, Progress, find_target
 from nsm.runtimes.opening import open_artifact
 from nsm.spec import StepSpec
@@ -70,6 +71,9 @@ class Plan:
     Args:
         options: the request.
         source: the model.
+        spec: the spec of the model, for the lanes and tokens per call of `options`.
+        targets: the artifacts to build.
+        limits: limits on the cost of low precision.
         sequences: sequences for the parity check, [T] ids or [T, *token] each.
         origin: whether `sequences` are recorded or synthetic.
         output: the bundle to write.
@@ -81,6 +85,9 @@ class Plan:
 
     options: ExportOptions
     source: Source
+    spec: StepSpec
+    targets: tuple[TargetPlan, ...]
+    limits: Limits
     sequences: list[Array]
     origin: Origin
     output: Path
@@ -129,8 +136,8 @@ def open_source(model: Path, options: ExportOptions) -> Source:
     if suffix == ".pt2":
         from nsm.export.sources import load_program
 
-        checkpoint, remarks = load_program(model, states, options.vocab_size, options.capacity)
-        return TorchSource(checkpoint, remarks)
+        checkpoint, messages = load_program(model, states, options.vocab_size, options.capacity)
+        return TorchSource(checkpoint, messages)
     if states or options.vocab_size is not None or options.capacity is not None:
         raise InputError(
             f"--state, --vocab-size and --capacity apply to foreign .pt2 and .onnx files only; {model} is a "
@@ -153,35 +160,35 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
         UnsupportedError: a target lacks the precision, or the model lacks a requested feature.
         MissingDependencyError: a package is not installed.
     """
-    targets = [find_target(name) for name in dict.fromkeys(find_target(name).name for name in options.targets)]
-    check_request(targets, options.precision, options.device)
+    targets = plan_targets(options.targets, options.precision, options.device)
     if options.batch < 1 or options.num_samples < 1 or options.steps < 1:
         raise InputError(
             f"--batch, --num-samples and --golden-steps must be at least 1; given {options.batch}, "
             f"{options.num_samples} and {options.steps}."
         )
-    Limits(options.max_fp32_share)  # checks the range
+    limits = Limits(options.max_fp32_share, options.allow_slower)
     source = open_source(model, options) if isinstance(model, Path) else model
-    source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
-    policies = [find_policy(target.name, options.precision) for target in targets]
-    for target, policy in zip(targets, policies, strict=True):
-        if policy is not None:
+    source.spec(options.batch, options.tokens_per_call, options.debug_outputs)  # checks the sizes
+    for item in targets:
+        if item.policy is not None:
             length = options.tokens_per_call or source.chunk_size
-            check_recurrent(source.largest_weights, target.name, options.precision, policy, length)
-    static = any(policy is not None and policy.scheme == "static" for policy in policies)
+            check_recurrent(source.largest_weights, item.target.name, item.precision, item.policy, length)
+    static = any(item.policy is not None and item.policy.scheme == "static" for item in targets)
     steps = _golden_steps(source, options)
     sequences, origin = _sequences(source, options, static, steps)
     checked_sequences(source, sequences)
     calibration = _calibration(source, options) if static else []
     output = options.output or Path(f"{model.stem if isinstance(model, Path) else source.kind}.nsm")
     check_output(output, options.force)
-    if not options.compact:
-        examination = source.examination.experiments if source.examination else ()
-        if options.offline is not None:
-            examination = compared_offline(source, options.offline, sequences)
-        return Plan(options, source, sequences, origin, output, calibration, steps, examination)
-    smaller = compacted(source, sequences if origin == "recorded" else [])
-    return Plan(options, smaller, sequences, origin, output, calibration, steps, larger=source)
+    larger, examination = None, source.examination.experiments if source.examination else ()
+    if options.compact:
+        larger, source = source, compacted(source, sequences if origin == "recorded" else [])
+    elif options.offline is not None:
+        examination = compared_offline(source, options.offline, sequences)
+    spec = source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
+    return Plan(
+        options, source, spec, targets, limits, sequences, origin, output, calibration, steps, examination, larger
+    )
 
 
 def compacted(source: Source, sequences: list[Array]) -> Source:
@@ -226,9 +233,7 @@ def export(model: Path | Source, options: ExportOptions, stages: Stages | None =
 
 def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
     """Export as planned; return the bundle and the error of the first failed target, or None."""
-    options, source = planned.options, planned.source
-    spec = source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
-    targets = list(dict.fromkeys(find_target(name).name for name in options.targets))
+    options, source, spec = planned.options, planned.source, planned.spec
     with staged(planned.output, options.force) as stage:
         with stages.stage("Recording the reference") as progress:
             found = find_reach(source, spec, planned.sequences)
@@ -255,24 +260,16 @@ def run(planned: Plan, stages: Stages) -> tuple[Bundle, NsmError | None]:
         write_manifest(stage, manifest)
         bundle = Bundle(stage)
         calibration = _calibrated(bundle, planned, stages)
-        limits = Limits(options.max_fp32_share, options.allow_slower)
         outcomes: list[Outcome] = []
-        for name in targets:
+        for item in planned.targets:
+            name = item.target.name
             try:
                 with stages.stage(f"Building {name}") as progress:
-                    artifact, report = build_checked(
-                        bundle,
-                        find_target(name),
-                        options.device,
-                        options.precision,
-                        calibration,
-                        limits,
-                        trace,
-                        progress,
-                    )
-                    if found.counters is not None and (report is None or report.passed):
-                        artifact = with_limit(bundle, artifact, source.reference(free), found)
-                outcomes.append(Outcome(name, artifact, report).judged(options.require_parity))
+                    accepted = build_checked(bundle, item, calibration, planned.limits, trace, progress)
+                    if found.counters is not None and not accepted.failed:
+                        limited = with_limit(bundle, accepted.artifact, source.reference(free), found)
+                        accepted = replace(accepted, artifact=limited)
+                outcomes.append(Outcome.of(accepted, options.require_parity))
             except NsmError as error:
                 outcomes.append(Outcome(name, error=error))
                 if options.strict:

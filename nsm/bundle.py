@@ -62,7 +62,7 @@ class Bundle:
         """
         found = self.artifacts(() if target is None else (target,), () if precision is None else (precision,))
         if target is None:
-            first = next((item for item in found if item.parity["status"] == "passed"), found[0])
+            first = next((item for item in found if item.parity.status == "passed"), found[0])
             found = [item for item in found if item.target == first.target]
         return self.preferred(found)
 

@@ -1,8 +1,12 @@
-"""From JSON to dataclasses, strictly: every key there, no other key, every value of the declared type."""
+"""Dataclasses to JSON and back, strictly: every key there, no other key, every value of the declared type.
+
+JSON has no NaN and no infinity: a float that is not finite is written as null, and read as NaN.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import types
 from collections.abc import Mapping
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -12,8 +16,23 @@ from nsm.errors import BundleError, InputError
 T = TypeVar("T")
 
 
+def encode(value: Any) -> Any:
+    """Return a dataclass or a container as data that JSON can hold; a float that is not finite becomes None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = dataclasses.asdict(value)
+    return _finite(value)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def decode(kind: type[T], data: object, where: str) -> T:
-    """Rebuild the dataclass `kind` from the JSON of its `dataclasses.asdict`.
+    """Rebuild the dataclass `kind` from the JSON of `encode`.
 
     Args:
         kind: a dataclass of str, int, float, bool, None, Literal, tuple[X, ...], Mapping[str, X], Any, unions of
@@ -48,6 +67,8 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
         return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in data.items()}
     if kind is types.NoneType:
         return data if data is None else _refuse("null", data, where)
+    if kind is float and data is None:
+        return math.nan
     # A bool is an int to Python, but not here.
     if not isinstance(data, kind) or (isinstance(data, bool) and kind is not bool):
         _refuse(kind.__name__, data, where)
@@ -67,6 +88,8 @@ def _decode_dataclass(kind: Any, data: Any, where: str) -> Any:
 
 
 def _decode_union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:
+    if data is None and types.NoneType in kinds:
+        return None
     for kind in kinds:
         try:
             return _decode(kind, data, where)

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from nsm.decode import decode
+from nsm.decode import decode, encode
 from nsm.errors import BundleVersionError, ConfigError
 from nsm.files import sha256
+from nsm.results import ParityResult, QuantizationResult
 from nsm.spec import StepSpec
 
 MANIFEST = "manifest.json"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -31,10 +32,8 @@ class Artifact:
 
     `limit` is the number of tokens per lane between two resets, None if the target adds no limit to the model's
     capacity: a counter is exact on the target only up to the limit.
-    `files` are its own files and those it shares with other targets. `parity` holds at least `status`: "passed",
-    "failed" or "not_run"; the last with a `reason`. `notes` are sentences for the user. `quantization`, for an artifact
-    in low precision, has the `scheme`, the linear ops in `kept_in_fp32` by name with the reason, and the `speed`
-    relative to fp32. `options` are compile options for every opening of the artifact; most have none.
+    `files` are its own files and those it shares with other targets. `notes` are sentences for the user.
+    `quantization` is None for fp32. `options` are compile options for every opening of the artifact; most have none.
     """
 
     target: str
@@ -42,15 +41,11 @@ class Artifact:
     precision: str
     effective_precision: str
     files: tuple[FileRecord, ...]
-    parity: Mapping[str, Any]
+    parity: ParityResult
     notes: tuple[str, ...] = ()
-    quantization: Mapping[str, Any] = field(default_factory=dict)
+    quantization: QuantizationResult | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
-
-    def __post_init__(self) -> None:
-        _check_parity(self.target, self.parity)
-        _check_quantization(self.target, self.quantization)
 
     @property
     def nbytes(self) -> int:
@@ -65,41 +60,6 @@ class Artifact:
 def artifact_label(target: str, precision: str) -> str:
     """A target's name, with the precision where that is not fp32."""
     return target if precision == "fp32" else f"{target} {precision}"
-
-
-def _check_parity(target: str, parity: Mapping[str, Any]) -> None:
-    """Check the types of the entries; errors may be missing."""
-    status = parity.get("status")
-    if status not in ("passed", "failed", "not_run"):
-        raise ConfigError(f"The parity of {target} has no status that is passed, failed or not_run.")
-    if status == "not_run" and not isinstance(parity.get("reason"), str):
-        raise ConfigError(f"The parity of {target} is not_run, without a reason.")
-    for name in ("one_step", "free_run"):
-        error = parity.get(name, {"p99": None})
-        if not isinstance(error, Mapping) or not _is_number(error.get("p99", ""), none=True):
-            raise ConfigError(
-                f"The parity of {target} has as {name} {error!r}; expected an object with the number p99."
-            )
-    if not _is_number(parity.get("argmax_agreement", 1.0)):
-        raise ConfigError(f"The argmax_agreement of {target} is {parity['argmax_agreement']!r}; expected a number.")
-
-
-def _check_quantization(target: str, facts: Mapping[str, Any]) -> None:
-    if not facts:
-        return
-    kept, speed = facts.get("kept_in_fp32"), facts.get("speed", {})
-    if not isinstance(facts.get("scheme"), str) or not isinstance(kept, Mapping):
-        raise ConfigError(f"The quantization of {target} lacks `scheme` or `kept_in_fp32`.")
-    if not all(isinstance(reason, str) for reason in kept.values()):
-        raise ConfigError(f"The kept_in_fp32 of {target} is {dict(kept)!r}; expected a reason for each name.")
-    ratios = list(speed.values()) if isinstance(speed, Mapping) else [None]
-    names = ("median", "low", "high")
-    if not all(isinstance(ratio, Mapping) and all(_is_number(ratio.get(name)) for name in names) for ratio in ratios):
-        raise ConfigError(f"The speed of {target} is {speed!r}; expected median, low and high for each entry.")
-
-
-def _is_number(value: object, none: bool = False) -> bool:
-    return (none and value is None) or (isinstance(value, (int, float)) and not isinstance(value, bool))
 
 
 @dataclass(frozen=True)
@@ -172,7 +132,8 @@ class Manifest:
                 )
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        data: dict[str, Any] = encode(self)
+        return data
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Manifest:
@@ -188,8 +149,7 @@ class Manifest:
                 f"The bundle has format version {version!r}; this nsm reads version {FORMAT_VERSION}. "
                 "Export it again with this version, or install the nsm that wrote it."
             )
-        # Older bundles have no entries for work and examination.
-        return decode(cls, {"work": {}, "examination": [], **data}, MANIFEST)
+        return decode(cls, data, MANIFEST)
 
 
 def file_record(directory: Path, relative: str) -> FileRecord:

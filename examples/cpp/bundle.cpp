@@ -13,7 +13,7 @@ namespace {
 namespace fs = std::filesystem;
 using nlohmann::json;
 
-constexpr int format_version = 1;
+constexpr int format_version = 2;
 constexpr std::uintmax_t largest_manifest = 64 << 20;
 // Below this work per step, a second thread costs more than it saves: docs/benchmark.md, "Threads".
 constexpr double small_flops = 50e6, small_bytes = 7e6;

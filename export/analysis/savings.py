@@ -62,7 +62,7 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
         (directory / GRAPHS).mkdir()
         old.write_graphs(before, directory / GRAPHS, planned.options.opset)
         work = [work_of(path / GRAPHS / "step.onnx") for path in (directory, bundle.path)]
-        artifact = next((item for item in bundle.manifest.artifacts if item.parity["status"] == "passed"), None)
+        artifact = next((item for item in bundle.manifest.artifacts if item.parity.status == "passed"), None)
         times = None
         if artifact is not None:
             with (

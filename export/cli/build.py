@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 
 import click
 
 from nsm.bundle import Bundle
+from nsm.decode import encode
 from nsm.export.report import PARITY_COLUMNS, Terminal, low_precision_lines, parity_row
 from nsm.export.verify import Limits, add_target
 from nsm.runtimes import find_target
@@ -23,11 +23,11 @@ def build(
     with terminal.stage(f"Building {find_target(target).name}") as progress:
         artifact = add_target(path, target, device, progress, precision, limits, force)
     if as_json:
-        click.echo(json.dumps({"bundle": str(path), "artifacts": [asdict(artifact)], "replaced": replaced}))
+        click.echo(json.dumps({"bundle": str(path), "artifacts": [encode(artifact)], "replaced": replaced}))
         return
-    terminal.table(PARITY_COLUMNS, [parity_row(asdict(artifact), artifact.nbytes)])
-    if artifact.parity["status"] == "not_run":
-        terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
+    terminal.table(PARITY_COLUMNS, [parity_row(artifact)])
+    if artifact.parity.status == "not_run":
+        terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity.reason}", "yellow")
     for line in low_precision_lines(artifact):
         terminal.say(line)
     for note in artifact.notes:

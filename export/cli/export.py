@@ -39,8 +39,8 @@ def export(model: Path, as_json: bool, dry_run: bool, options: dict[str, Any]) -
     _check_debug_outputs(planned)
     if opset is not None and model.suffix.lower() == ".onnx":
         _check_opset(planned, opset)
-    for remark in planned.source.remarks:
-        terminal.announce(remark, "yellow" if remark.startswith("WARNING") else "")
+    for message in planned.source.messages:
+        terminal.message(message)
     if planned.examination:
         terminal.announce(summary(planned.examination))
     if planned.origin == "synthetic":
@@ -90,7 +90,7 @@ def _show(terminal: Terminal, planned: Plan, bundle: Bundle, saved: Savings | No
     for line in stream_lines(bundle.manifest):
         terminal.say(line)
     _say_fewer_steps(terminal, planned, bundle)
-    shown = next((a.target for a in bundle.manifest.artifacts if a.parity["status"] == "passed"), None)
+    shown = next((a.target for a in bundle.manifest.artifacts if a.parity.status == "passed"), None)
     terminal.say(f"\nWrote {bundle.path}. Next:")
     terminal.say(f"  nsm inspect {bundle.path}")
     if shown:
@@ -140,12 +140,10 @@ def _show_savings(terminal: Terminal, saved: Savings) -> None:
 
 
 def _show_artifacts(terminal: Terminal, bundle: Bundle) -> None:
-    found = bundle.manifest.to_json()["artifacts"]
-    rows = [parity_row(item, artifact.nbytes) for item, artifact in zip(found, bundle.manifest.artifacts, strict=True)]
-    terminal.table(PARITY_COLUMNS, rows)
+    terminal.table(PARITY_COLUMNS, [parity_row(artifact) for artifact in bundle.manifest.artifacts])
     for artifact in bundle.manifest.artifacts:
-        if artifact.parity["status"] == "not_run":
-            terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity['reason']}", "yellow")
+        if artifact.parity.status == "not_run":
+            terminal.say(f"\n{artifact.target}: NOT RUN. {artifact.parity.reason}", "yellow")
             if checked := find_target(artifact.target).checked_when_built:
                 terminal.say(f"Instead, {checked}.")
             for note in artifact.notes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def inspect(path: Path, targets: Sequence[str], precisions: Sequence[str], as_js
     if manifest.examination:
         lines = [[item.name, item.status, item.detail] for item in manifest.examination]
         terminal.table(("experiment", "", "result, or reason for skipping"), lines, "\nExamination")
-    rows = [parity_row(asdict(artifact), artifact.nbytes) for artifact in manifest.artifacts]
+    rows = [parity_row(artifact) for artifact in manifest.artifacts]
     terminal.table(PARITY_COLUMNS, rows, "\nArtifacts")
     for artifact in manifest.artifacts:
         for note in artifact.notes:

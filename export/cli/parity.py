@@ -3,23 +3,56 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import click
 
 from nsm.bundle import Bundle
+from nsm.decode import encode
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.report import PARITY_COLUMNS, Terminal, check_page, number, parity_row, write_page
 from nsm.export.verify import try_artifact
 from nsm.manifest import Artifact
+from nsm.results import ParityResult
 from nsm.runtimes import find_target
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import MAX_LISTED_CHANGES, Bisection, ParityReport, compare, find_budget, thresholds_of
 from nsm.runtimes.parity.bisection import bisect, check_bisectable
+from nsm.trace import Trace
 
 _NAMED_CHANGES = 3
+
+
+@dataclass(frozen=True)
+class _Checked:
+    """One artifact of the command.
+
+    Args:
+        artifact: the artifact, with the parity that was measured now.
+        report: the parity report; None if the artifact cannot run here.
+        bisection: the operation or state at fault; None if it was not searched for.
+    """
+
+    artifact: Artifact
+    report: ParityReport | None = None
+    bisection: Bisection | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the item of `results` in the output of `--json`."""
+        artifact = self.artifact
+        if self.report is None:
+            facts = {"target": artifact.target, "precision": artifact.precision}
+            return {**facts, "status": "not_run", "reason": artifact.parity.reason}
+        data = self.report.to_json()
+        if artifact.quantization is not None:
+            data["quantization"] = encode(artifact.quantization)
+        if self.bisection is not None:
+            data["bisect"] = self.bisection.to_json()
+        return data
 
 
 def parity(
@@ -52,51 +85,19 @@ def parity(
         for name in names:
             check_bisectable(name)
     if html is not None:
-        if not html.parent.is_dir():
-            raise InputError(f"The folder {html.parent} of --html does not exist. Create it first.")
-        check_page(html)
+        _check_html(html)
     bundle = Bundle(path)
     bundle.verify()
-    trace = bundle.trace()
-    if steps is not None:
-        if not 1 <= steps <= trace.steps:
-            raise InputError(f"--steps must be between 1 and {trace.steps}, the recorded steps; given {steps}.")
-        trace = trace.first(steps)
-    thresholds = thresholds_of(bundle.manifest.model.get("config", {}))
-    results: list[dict[str, Any]] = []
-    reports: list[ParityReport] = []
-    bisections: dict[str, Bisection] = {}
-    not_run: dict[str, str] = {}
+    trace = _shortened(bundle.trace(), steps)
     artifacts = bundle.artifacts(names, [] if precision is None else [precision])
-    for artifact in artifacts:
-        name, budget = artifact.label, find_budget(artifact.precision)
-        try_artifact(bundle, artifact)
-        try:
-            with open_artifact(bundle, artifact) as session:
-                with terminal.stage(f"Checking {name}") as progress:
-                    reports.append(compare(trace, session, budget, progress, thresholds))
-                results.append(reports[-1].to_json())
-                if artifact.quantization:
-                    results[-1]["quantization"] = dict(artifact.quantization)
-                if bisected and not find_target(artifact.target).bisectable:
-                    terminal.remark(f"{name}: not bisected; the target exposes no intermediate results.")
-                elif bisected:
-                    with terminal.stage(f"Bisecting {name}") as progress:
-                        bisections[name] = bisect(bundle, artifact, session, trace, budget, progress)
-                    results[-1]["bisect"] = bisections[name].to_json()
-        except (DeviceUnavailableError, MissingDependencyError) as error:
-            if reports and reports[-1].label == name:
-                raise  # the comparison succeeded: a package that the bisection needs is missing
-            not_run[name] = str(error)
-            facts = {"target": artifact.target, "precision": artifact.precision}
-            results.append({**facts, "status": "not_run", "reason": str(error)})
+    checked = [_check(terminal, bundle, artifact, trace, bisected) for artifact in artifacts]
+    reports = [item.report for item in checked if item.report is not None]
     if html is not None:
-        low = {artifact.label: artifact.quantization for artifact in artifacts if artifact.quantization}
-        write_page(html, path.resolve().name, reports, not_run, bisections, low)
+        _write_html(html, path.resolve().name, checked)
     if as_json:
         passed = bool(reports) and all(report.passed for report in reports)
-        click.echo(json.dumps({"passed": passed, "results": results}))
-    _print(terminal, artifacts, results, reports, bisections, not_run)
+        click.echo(json.dumps({"passed": passed, "results": [item.to_json() for item in checked]}))
+    _print(terminal, checked)
     if html is not None:
         terminal.say(f"\nWrote {html}: open it in a browser.")
     for report in reports:
@@ -105,26 +106,69 @@ def parity(
         raise ParityError("No target could be compared on this machine.")
 
 
-def _print(
-    terminal: Terminal,
-    artifacts: Sequence[Artifact],
-    results: Sequence[dict[str, Any]],
-    reports: Sequence[ParityReport],
-    bisections: Mapping[str, Bisection],
-    not_run: Mapping[str, str],
-) -> None:
+def _check_html(html: Path) -> None:
+    """Raise `InputError` if the report cannot be written there."""
+    if not html.parent.is_dir():
+        raise InputError(f"The folder {html.parent} of --html does not exist. Create it first.")
+    check_page(html)
+
+
+def _shortened(trace: Trace, steps: int | None) -> Trace:
+    if steps is None:
+        return trace
+    if not 1 <= steps <= trace.steps:
+        raise InputError(f"--steps must be between 1 and {trace.steps}, the recorded steps; given {steps}.")
+    return trace.first(steps)
+
+
+def _check(terminal: Terminal, bundle: Bundle, artifact: Artifact, trace: Trace, bisected: bool) -> _Checked:
+    """Compare one artifact with the trace, if its hardware is present; bisect it if that is asked for."""
+    name, budget = artifact.label, find_budget(artifact.precision)
+    try_artifact(bundle, artifact)
+    with ExitStack() as stack:
+        try:
+            session = stack.enter_context(open_artifact(bundle, artifact))
+        except (DeviceUnavailableError, MissingDependencyError) as error:
+            return _Checked(replace(artifact, parity=ParityResult.not_run(str(error))))
+        with terminal.stage(f"Checking {name}") as progress:
+            report = compare(trace, session, budget, progress, thresholds_of(bundle.manifest.model.get("config", {})))
+        checked = _Checked(replace(artifact, parity=report.result()), report)
+        if not bisected:
+            return checked
+        if not find_target(artifact.target).bisectable:
+            terminal.remark(f"{name}: not bisected; the target exposes no intermediate results.")
+            return checked
+        with terminal.stage(f"Bisecting {name}") as progress:
+            return replace(checked, bisection=bisect(bundle, artifact, session, trace, budget, progress))
+
+
+def _write_html(html: Path, name: str, checked: Sequence[_Checked]) -> None:
+    by_label = {item.artifact.label: item for item in checked}
+    write_page(
+        html,
+        name,
+        [item.report for item in checked if item.report is not None],
+        {label: item.artifact.parity.reason or "" for label, item in by_label.items() if item.report is None},
+        {label: item.bisection for label, item in by_label.items() if item.bisection is not None},
+        {
+            label: item.artifact.quantization
+            for label, item in by_label.items()
+            if item.artifact.quantization is not None
+        },
+    )
+
+
+def _print(terminal: Terminal, checked: Sequence[_Checked]) -> None:
     terminal.say()
-    rows = [
-        parity_row({"device": artifact.device, "parity": result, **result}, artifact.nbytes)
-        for artifact, result in zip(artifacts, results, strict=True)
-    ]
-    terminal.table(PARITY_COLUMNS, rows)
-    for report in reports:
-        _explain(terminal, report)
-        if report.label in bisections:
-            terminal.say(f"  bisected: {bisections[report.label].explanation}")
-    for label, reason in not_run.items():
-        terminal.say(f"{label}: not run. {reason}")
+    terminal.table(PARITY_COLUMNS, [parity_row(item.artifact) for item in checked])
+    for item in checked:
+        if item.report is not None:
+            _explain(terminal, item.report)
+        if item.bisection is not None:
+            terminal.say(f"  bisected: {item.bisection.explanation}")
+    for item in checked:
+        if item.report is None:
+            terminal.say(f"{item.artifact.label}: not run. {item.artifact.parity.reason}")
 
 
 def _explain(terminal: Terminal, report: ParityReport) -> None:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from nsm.export.report.format import kept_in_fp32, number, size
+from nsm.export.report.format import number, size
 from nsm.manifest import Artifact, Manifest
+from nsm.results import Message
 from nsm.runtimes import Progress as Step
 
 _TABLE_WIDTH = 140
@@ -64,6 +64,10 @@ class Terminal:
         """Print a remark to stderr, even if quiet: users need it before the work is done, and in logs."""
         self._always.print(Text(text, style))
 
+    def message(self, message: Message) -> None:
+        """Print a message to stderr, even if quiet."""
+        self.announce(str(message), "yellow" if message.severity == "warning" else "")
+
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], title: str | None = None) -> None:
         """Print a table; align numbers right and text left, and highlight alarming cells such as "missing"."""
         if title is not None:
@@ -78,14 +82,12 @@ class Terminal:
         self.out.print(table)
 
 
-def parity_row(artifact: Mapping[str, Any], nbytes: int) -> list[str]:
+def parity_row(artifact: Artifact) -> list[str]:
     """Return the cells of `PARITY_COLUMNS` for an artifact."""
-    parity = artifact["parity"]
-    row = [artifact["target"], artifact["device"], artifact["precision"], size(nbytes), parity["status"]]
-    if parity["status"] == "not_run":
-        return [*row, "-", "-", "-"]
-    errors = [number(parity[name]["p99"]) if name in parity else "-" for name in ("one_step", "free_run")]
-    return [*row, *errors, f"{parity['argmax_agreement']:.2%}" if "argmax_agreement" in parity else "-"]
+    parity = artifact.parity
+    row = [artifact.target, artifact.device, artifact.precision, size(artifact.nbytes), parity.status]
+    errors = [number(None if error is None else error.p99) for error in (parity.one_step, parity.free_run)]
+    return [*row, *errors, "-" if parity.argmax_agreement is None else f"{parity.argmax_agreement:.2%}"]
 
 
 PARITY_COLUMNS = ("target", "device", "precision", "size", "parity", "one-step", "free-run", "argmax")
@@ -105,15 +107,14 @@ def stream_lines(manifest: Manifest) -> list[str]:
 def low_precision_lines(artifact: Artifact) -> list[str]:
     """Return lines about low precision: speed, and linear ops kept in fp32 with the reason; none for fp32."""
     facts = artifact.quantization
-    if not facts:
+    if facts is None:
         return []
     lines = [""]
-    speed = facts.get("speed")
-    if speed:
+    if facts.speed:
         parts = [
-            f"{entry} {ratio['median']:.2f}x as fast as in fp32 [{ratio['low']:.2f}, {ratio['high']:.2f}]"
-            for entry, ratio in speed.items()
+            f"{entry} {ratio.median:.2f}x as fast as in fp32 [{ratio.low:.2f}, {ratio.high:.2f}]"
+            for entry, ratio in facts.speed.items()
         ]
         lines.append(f"{artifact.target} {artifact.precision}: {', '.join(parts)}")
-    lines += [f"  kept in fp32, because {reason}: {', '.join(names)}" for reason, names in kept_in_fp32(facts).items()]
+    lines += [f"  kept in fp32, because {reason}: {', '.join(names)}" for reason, names in facts.by_reason().items()]
     return lines

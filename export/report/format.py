@@ -1,9 +1,8 @@
-"""Format numbers: sizes, lanes, errors; group linear ops kept in fp32 by reason."""
+"""Format numbers: sizes, lanes, errors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+import math
 
 
 def size(count: float) -> str:
@@ -21,13 +20,5 @@ def lanes_of(count: int) -> str:
 
 
 def number(value: float | None) -> str:
-    """Format an error with three digits, such as `2.43e-07`; a dash for None."""
-    return "-" if value is None else f"{value:.2e}"
-
-
-def kept_in_fp32(facts: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Group the linear ops kept in fp32 by reason; `facts` is the `quantization` of an artifact."""
-    reasons: dict[str, list[str]] = {}
-    for name, reason in facts["kept_in_fp32"].items():
-        reasons.setdefault(reason, []).append(name)
-    return reasons
+    """Format an error with three digits, such as `2.43e-07`; a dash for None and NaN."""
+    return "-" if value is None or math.isnan(value) else f"{value:.2e}"

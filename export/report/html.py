@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from nsm.export.report.format import kept_in_fp32, number
+from nsm.export.report.format import number
 from nsm.export.report.svg import Line, heat_map, histogram, log_chart
 from nsm.files import check_output_file, replacing
+from nsm.results import QuantizationResult
 from nsm.runtimes.parity import MASK_DECISIONS_PER_1000, Bisection, ParityReport
 
 _MARK = "<meta name='generator' content='nsm parity'>"
@@ -65,7 +65,7 @@ def write_page(
     reports: Sequence[ParityReport],
     not_run: Mapping[str, str],
     bisections: Mapping[str, Bisection],
-    low_precision: Mapping[str, Mapping[str, Any]],
+    low_precision: Mapping[str, QuantizationResult],
 ) -> None:
     """Write the report atomically.
 
@@ -96,14 +96,12 @@ def page(
     reports: Sequence[ParityReport],
     not_run: Mapping[str, str],
     bisections: Mapping[str, Bisection],
-    low_precision: Mapping[str, Mapping[str, Any]],
+    low_precision: Mapping[str, QuantizationResult],
 ) -> str:
     """Return the HTML; see `write_page` for the arguments."""
     verdicts = [_verdict(report.label, "passed" if report.passed else "failed") for report in reports]
     verdicts += [_verdict(label, "not_run") for label in not_run]
-    sections = [
-        _section(report, bisections.get(report.label), low_precision.get(report.label, {})) for report in reports
-    ]
+    sections = [_section(report, bisections.get(report.label), low_precision.get(report.label)) for report in reports]
     sections += [
         f"<section><h2>{escape(label)}</h2><p class='not_run'>Not run. {escape(reason)}</p></section>"
         for label, reason in not_run.items()
@@ -120,7 +118,7 @@ def page(
     )
 
 
-def _section(report: ParityReport, bisection: Bisection | None, low_precision: Mapping[str, Any]) -> str:
+def _section(report: ParityReport, bisection: Bisection | None, low_precision: QuantizationResult | None) -> str:
     status = "passed" if report.passed else "failed"
     parts = [
         f"<h2>{escape(report.target)} {escape(report.precision)}: <span class='{status}'>{status}</span></h2>",
@@ -137,7 +135,7 @@ def _section(report: ParityReport, bisection: Bisection | None, low_precision: M
     if bisection is not None:
         parts.append(f"<p><b>Bisected:</b> {escape(bisection.explanation)}</p>")
     parts += [_against_budget(report), *_charts(report), _argmax_changes(report)]
-    if low_precision:
+    if low_precision is not None:
         parts.append(_kept_in_fp32(low_precision))
     return f"<section>{''.join(parts)}</section>"
 
@@ -325,15 +323,15 @@ def _argmax_changes(report: ParityReport) -> str:
     )
 
 
-def _kept_in_fp32(facts: Mapping[str, Any]) -> str:
+def _kept_in_fp32(facts: QuantizationResult) -> str:
     """Return the section on linear ops that a low-precision artifact keeps in fp32, with the reasons."""
     rows = "".join(
         f"<tr><td>{escape(reason)}</td><td class='number'>{len(names)}</td>"
         f"<td><code>{escape(', '.join(names))}</code></td></tr>"
-        for reason, names in kept_in_fp32(facts).items()
+        for reason, names in facts.by_reason().items()
     )
     head = "<tr><th>reason</th><th class='number'>linear ops</th><th>nodes</th></tr>"
-    text = f"Scheme of the other linear ops: {facts['scheme']}." if rows else f"None. Scheme: {facts['scheme']}."
+    text = f"Scheme of the other linear ops: {facts.scheme}." if rows else f"None. Scheme: {facts.scheme}."
     return _headed("Kept in fp32", text, f"<table>{head}{rows}</table>" if rows else "")
 
 

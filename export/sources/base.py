@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nsm.adapters.validate import Examination
+from nsm.results import Message
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -26,7 +27,7 @@ class Source(Protocol):
         token_spec: one lane and one token.
         chunk_size: C; a call of `step` takes a multiple of it.
         golden, calibration: sequences that came with the model, [T, *token] each; disjoint.
-        remarks: notes for the user, a sentence each.
+        messages: messages for the user.
         lanes: fixed batch size, or None if it is dynamic.
         largest_weights: numbers in the largest matrix of each kind of operator: "LSTM", "GRU", "RNN", and "" for
             linear ops.
@@ -50,7 +51,7 @@ class Source(Protocol):
     @property
     def calibration(self) -> list[Array]: ...
     @property
-    def remarks(self) -> tuple[str, ...]: ...
+    def messages(self) -> tuple[Message, ...]: ...
     @property
     def lanes(self) -> int | None: ...
     @property

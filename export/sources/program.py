@@ -27,6 +27,7 @@ from nsm.export.sources.state_names import state_name
 from nsm.export.sources.state_options import StateOption
 from nsm.files import open_regular
 from nsm.models import Checkpoint
+from nsm.results import Message
 from nsm.spec import LARGEST, TensorSpec
 from nsm.trace import Array
 
@@ -43,7 +44,7 @@ _ADVICE = Advice(
 
 def load_program(
     path: Path, states: Sequence[StateOption], vocab_size: int | None = None, capacity: int | None = None
-) -> tuple[Checkpoint, list[str]]:
+) -> tuple[Checkpoint, list[Message]]:
     """Read a program, and see that it is a step with these states.
 
     Args:
@@ -53,7 +54,7 @@ def load_program(
         capacity: tokens that a stream takes from one reset to the next.
 
     Returns:
-        The model, without sequences, and remarks for the user.
+        The model, without sequences, and messages for the user.
 
     Raises:
         CheckpointError: it is none, or would run code when it is loaded.
@@ -100,16 +101,18 @@ def load_program(
     if not answers:
         raise InputError(f"Every tensor among the outputs of {path} is a state: {outputs}. A step needs another one.")
     model = _adapted(program, left[0], states, places, answers, vocab_size, capacity)
-    remarks = [
-        f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
-        f"{option.init}; found by {option.found}"
+    messages = [
+        Message(
+            f"state {one.name}: input {option.past}, output {outputs[place]}, {list(one.initial.shape)}, starts from "
+            f"{option.init}; found by {option.found}"
+        )
         for one, option, place in zip(model.carried, states, places, strict=True)
     ]
-    remarks += model.examination.remarks
+    messages += model.examination.messages
     with open_regular(path, "torch") as file:
         digest = hashlib.file_digest(file, "sha256")
     digest.update(repr(model.config).encode())
-    return Checkpoint(model, [], [], digest.hexdigest()), remarks
+    return Checkpoint(model, [], [], digest.hexdigest()), messages
 
 
 def whole_program(path: Path) -> tuple[Callable[[Array], Array], int | None]:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from nsm.export.sources.state_options import StateOption
+from nsm.results import Message
 
 # (pattern of an input, name of the output, pattern of an output that only a state has, or "" if data have such names
 # too); groups are inserted. The first whose output exists counts. Where they come from: ours; Hugging Face's
@@ -57,8 +58,8 @@ def find_orphans(answers: Iterable[str]) -> list[str]:
     return [name for name in answers if any(re.fullmatch(pattern, name) for pattern in patterns)]
 
 
-def crossed(chosen: Iterable[StateOption], inputs: Sequence[str], outputs: Sequence[str]) -> list[str]:
-    """One sentence for each state that was paired by hand against its name.
+def crossed(chosen: Iterable[StateOption], inputs: Sequence[str], outputs: Sequence[str]) -> list[Message]:
+    """Return a warning for each state that was paired by hand against its name.
 
     Names are conventions, and a file may hold others on purpose, so this is no error. But where the shapes are the
     same nothing else tells: the reference is wired as the targets are.
@@ -70,10 +71,13 @@ def crossed(chosen: Iterable[StateOption], inputs: Sequence[str], outputs: Seque
         pairs = {name: by_name[name] for name in (option.past, past) if name in by_name}
         if pairs and pairs.get(option.past) != option.present:
             told.append(
-                f"WARNING: --state pairs {option.past} with {option.present}; by their names "
-                + " and ".join(f"{name} goes with {present}" for name, present in pairs.items())
-                + ". If these are mixed up, each step takes the wrong state, and no comparison will show it: what "
-                "targets are compared with is wired in the same way."
+                Message(
+                    f"--state pairs {option.past} with {option.present}; by their names "
+                    + " and ".join(f"{name} goes with {present}" for name, present in pairs.items())
+                    + ". If these are mixed up, each step takes the wrong state, and the parity check does not show "
+                    "it: the reference takes the same one.",
+                    "warning",
+                )
             )
     return told
 

@@ -26,6 +26,7 @@ from nsm.models import (
     fingerprint,
     on_cpu,
 )
+from nsm.results import Message
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -34,9 +35,9 @@ from nsm.trace import Array, Arrays
 class TorchSource:
     """The model of a checkpoint, in eval mode; see `nsm.export.sources.base.Source`."""
 
-    def __init__(self, checkpoint: Checkpoint, remarks: Sequence[str] = ()) -> None:
+    def __init__(self, checkpoint: Checkpoint, messages: Sequence[Message] = ()) -> None:
         self.checkpoint = checkpoint
-        self.remarks = tuple(remarks)
+        self.messages = tuple(messages)
         self.model = in_eval_mode(on_cpu(checkpoint.model))
 
     @classmethod

@@ -12,10 +12,12 @@ if TYPE_CHECKING:
     from nsm.export.verify.acceptance import judged_briefly as judged_briefly
     from nsm.export.verify.another_target import add_target as add_target
     from nsm.export.verify.artifact import PRECISIONS as PRECISIONS
+    from nsm.export.verify.artifact import Acceptance as Acceptance
+    from nsm.export.verify.artifact import TargetPlan as TargetPlan
     from nsm.export.verify.artifact import build_target as build_target
     from nsm.export.verify.artifact import check_artifact as check_artifact
     from nsm.export.verify.artifact import check_precision as check_precision
-    from nsm.export.verify.artifact import check_request as check_request
+    from nsm.export.verify.artifact import plan_targets as plan_targets
     from nsm.export.verify.artifact import try_artifact as try_artifact
     from nsm.export.verify.capacity import Reach as Reach
     from nsm.export.verify.capacity import find_reach as find_reach
@@ -36,10 +38,12 @@ else:
             "another_target": ("add_target",),
             "artifact": (
                 "PRECISIONS",
+                "Acceptance",
+                "TargetPlan",
                 "build_target",
                 "check_artifact",
                 "check_precision",
-                "check_request",
+                "plan_targets",
                 "try_artifact",
             ),
             "capacity": ("Reach", "find_reach", "may_count", "with_limit"),

@@ -10,18 +10,19 @@ from __future__ import annotations
 import importlib.util
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from nsm.bundle import GRAPHS, Bundle
+from nsm.decode import encode
 from nsm.errors import InputError, MissingDependencyError, SlowerError
-from nsm.export.verify.artifact import CULPRITS, build_target, check_artifact
+from nsm.export.verify.artifact import Acceptance, TargetPlan, build_target, check_artifact
 from nsm.manifest import Artifact
-from nsm.quantization import Calibration, Policy, check_trace, find_policy
-from nsm.runtimes import Progress, Target
-from nsm.runtimes.bench import Ratio, bench, not_faster, paired_ratio
+from nsm.quantization import Calibration, check_trace
+from nsm.results import QuantizationResult, Ratio
+from nsm.runtimes import Progress
+from nsm.runtimes.bench import bench, not_faster, paired_ratio
 from nsm.runtimes.opening import CPU_DOT, int8_dot_products, open_artifact
 from nsm.runtimes.parity import ParityReport
 from nsm.spec import VALID
@@ -58,28 +59,24 @@ class Limits:
 
 def build_checked(
     bundle: Bundle,
-    target: Target,
-    device: str | None,
-    precision: str,
+    planned: TargetPlan,
     calibration: Calibration | None,
     limits: Limits,
     trace: Trace,
     progress: Progress | None = None,
-) -> tuple[Artifact, ParityReport | None]:
+) -> Acceptance:
     """Build a target in a bundle's directory, compare it with the trace, and measure its speed.
 
     Args:
         bundle: the bundle with the portable graphs.
-        target: the target to build.
-        device: one of the target's devices; None for the builder's default.
-        precision: precision of the artifact.
+        planned: the artifact to build.
         calibration: scales for static quantization; None for other schemes.
         limits: limits on the cost of low precision.
         trace: the golden trace.
         progress: called with (done, total) while comparing.
 
     Returns:
-        The artifact, and its parity report, passed or not; the report is None if the artifact cannot run here.
+        The artifact and its parity report, passed or not.
 
     Raises:
         BuildError: the converter or builder failed.
@@ -87,25 +84,26 @@ def build_checked(
         MissingDependencyError: onnx is not installed.
         SlowerError: the artifact is not faster than the same target in fp32.
     """
-    policy = find_policy(target.name, precision, device)
-    if policy is None:
-        return check_artifact(bundle, build_target(bundle.path, bundle.manifest.spec, target, device), trace, progress)
+    if planned.policy is None:
+        artifact = build_target(bundle.path, bundle.manifest.spec, planned.target, planned.device)
+        return check_artifact(bundle, artifact, trace, progress)
     check_trace(trace)
-    maker = Maker(bundle, target, device, precision, policy, calibration)
+    maker = Maker(bundle, planned, calibration)
     try:
-        artifact, report = maker.within_budget(trace, limits, progress)
+        accepted = maker.within_budget(trace, limits, progress)
+        artifact, report = accepted.artifact, accepted.report
         if report is not None and trace.steps < min(DRIFT_STEPS, _most_steps(bundle)):
             artifact = replace(artifact, notes=(*artifact.notes, judged_briefly(trace.steps)))
         if report is not None and report.passed:
             speed = maker.speed(artifact, trace)
-            found = {entry: asdict(ratio) for entry, ratio in speed.items()}
-            artifact = replace(artifact, quantization={**artifact.quantization, "speed": found})
+            assert artifact.quantization is not None
+            artifact = replace(artifact, quantization=replace(artifact.quantization, speed=speed))
             short = not_faster(speed["step"], speed.get("decode"))
             if short and not limits.allow_slower:
-                raise SlowerError(maker.complaint(short), [asdict(artifact)])
+                raise SlowerError(maker.complaint(short), [encode(artifact)])
     finally:
         maker.clean()
-    return artifact, report
+    return replace(accepted, artifact=artifact)
 
 
 def _most_steps(bundle: Bundle) -> int:
@@ -172,30 +170,24 @@ class Over:
 
 
 class Maker:
-    """Builds one target in one low precision, with some linear ops kept in fp32."""
+    """Builds one artifact in low precision, with some linear ops kept in fp32."""
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        target: Target,
-        device: str | None,
-        precision: str,
-        policy: Policy,
-        calibration: Calibration | None,
-    ) -> None:
-        self.bundle, self.target, self.device = bundle, target, device
-        self.precision, self.policy, self.calibration = precision, policy, calibration
+    def __init__(self, bundle: Bundle, planned: TargetPlan, calibration: Calibration | None) -> None:
+        assert planned.policy is not None
+        self.bundle, self.calibration = bundle, calibration
+        self.target, self.device, self.precision = planned.target, planned.device, planned.precision
+        self.policy = planned.policy
         self.lowered = None
-        if policy.scheme != "backend":
+        if self.policy.scheme != "backend":
             if importlib.util.find_spec("onnx") is None:
                 raise MissingDependencyError(
-                    f"{precision} rewrites the bundle's graphs with the package onnx, which is not installed. "
+                    f"{self.precision} rewrites the bundle's graphs with the package onnx, which is not installed. "
                     'Install it with: pip install "nsm-toolkit[quantize]"'
                 )
             from nsm.export.graphs import check_step, linear_ops_of_step
 
-            check_step(bundle, target.name, precision, policy)
-            self.lowered = linear_ops_of_step(bundle.path, policy)
+            check_step(bundle, self.target.name, self.precision, self.policy)
+            self.lowered = linear_ops_of_step(bundle.path, self.policy)
 
     def build(self, excluded: Mapping[str, str], folder: str | None = None) -> Artifact:
         """Build the artifact with the linear ops of `excluded` (key -> reason) kept in fp32."""
@@ -203,9 +195,7 @@ class Maker:
         place = directory / (folder or self.target.place(self.precision))
         if self.lowered is None:
             artifact = build_target(directory, spec, self.target, self.device, self.precision, folder=place)
-            return replace(
-                artifact, quantization={"scheme": self.policy.scheme, "kept_in_fp32": {}}, notes=self._notes(artifact)
-            )
+            return replace(artifact, quantization=QuantizationResult(self.policy.scheme), notes=self._notes(artifact))
         from nsm.export.graphs import write_graphs
 
         low = place if self.target.folder == GRAPHS else directory / _LOW
@@ -213,27 +203,26 @@ class Maker:
         artifact = build_target(directory, spec, self.target, self.device, self.precision, low, place)
         names = {linear_op.key: linear_op.node for linear_op in self.lowered.low}
         kept = {**self.lowered.kept, **{names[key]: reason for key, reason in excluded.items()}}
-        facts: dict[str, Any] = {
-            "scheme": self.policy.scheme,
-            "quantized": [linear_op.node for linear_op in self.lowered.low if linear_op.key not in excluded],
-            "kept_in_fp32": kept,
-        }
-        if self.policy.scheme == "static" and self.calibration is not None:
-            facts["calibration"] = self.calibration.summary()
-        return replace(artifact, quantization=facts, notes=self._notes(artifact))
+        static = self.policy.scheme == "static" and self.calibration is not None
+        result = QuantizationResult(
+            self.policy.scheme,
+            tuple(linear_op.node for linear_op in self.lowered.low if linear_op.key not in excluded),
+            kept,
+            self.calibration.summary() if static and self.calibration is not None else None,
+        )
+        return replace(artifact, quantization=result, notes=self._notes(artifact))
 
-    def within_budget(
-        self, trace: Trace, limits: Limits, progress: Progress | None
-    ) -> tuple[Artifact, ParityReport | None]:
+    def within_budget(self, trace: Trace, limits: Limits, progress: Progress | None) -> Acceptance:
         """Keep linear ops in fp32, worst first, until the artifact is within budget or at the limit."""
         excluded: dict[str, str] = {}
         alone: Mapping[str, Alone] = {}
         while True:
-            artifact, report = check_artifact(self.bundle, self.build(excluded), trace, progress)
+            accepted = check_artifact(self.bundle, self.build(excluded), trace, progress)
+            report = accepted.report
             if report is None or report.passed or self.lowered is None:
-                return artifact, report
+                return accepted
             if report.effective_precision != self.precision:  # keeping ops in fp32 does not fix a wrong precision
-                return artifact, report
+                return accepted
             alone = alone or self._alone(trace)
             over = Over.of(report)
             candidates = [
@@ -242,7 +231,8 @@ class Maker:
                 if key not in excluded and self.lowered.fp32_share({*excluded, key}) <= limits.max_fp32_share
             ]
             if not candidates:
-                return replace(artifact, notes=(*artifact.notes, self._culprits(over, alone))), report
+                culprits, artifact = self._culprits(over, alone), accepted.artifact
+                return Acceptance(replace(artifact, notes=(*artifact.notes, culprits)), report, culprits)
             worst = max(candidates, key=lambda key: over.share(alone[key]))
             excluded[worst] = f"alone it causes a {over} of {over.share(alone[worst]):.2g}"
 
@@ -285,7 +275,7 @@ class Maker:
         for linear_op in self.lowered.low:
             others = {other.key: "" for other in self.lowered.low if other.key != linear_op.key}
             # Build in a separate folder: the artifact that is over budget stays unchanged.
-            _, report = check_artifact(self.bundle, self.build(others, _TRIAL), short)
+            report = check_artifact(self.bundle, self.build(others, _TRIAL), short).report
             found[linear_op.key] = (
                 Alone(np.nan, {}) if report is None else Alone(report.free_run_mean, report.per_tensor)
             )
@@ -296,7 +286,7 @@ class Maker:
         names = {linear_op.key: linear_op.node for linear_op in self.lowered.low}
         ranked = sorted(alone, key=lambda key: -over.share(alone[key]))
         worst = ", ".join(f"{names[key]} ({over.share(alone[key]):.2g})" for key in ranked[:3])
-        return f"{CULPRITS}{over} comes from {worst}"
+        return f"most of the {over} comes from {worst}"
 
     def _notes(self, artifact: Artifact) -> tuple[str, ...]:
         notes = [*artifact.notes, self.policy.note]

@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 from nsm.bundle import GRAPHS, Bundle
 from nsm.errors import OutputExistsError
 from nsm.export.verify.acceptance import Limits, build_checked
-from nsm.export.verify.artifact import build_target, check_request, merge_parity, require_all
+from nsm.export.verify.artifact import build_target, merge_parity, plan_targets
 from nsm.export.verify.capacity import declared_counters, may_count, reach_of, shuffled, with_assumed_limit, with_limit
 from nsm.manifest import Artifact
-from nsm.quantization import find_policy, read_calibration
+from nsm.quantization import read_calibration
 from nsm.runtimes import Progress, find_target
 from nsm.runtimes.opening import open_artifact
 from nsm.spec import VALID
@@ -51,32 +51,29 @@ def add_target(
         BuildError: the target cannot be built.
         ParityError: the artifact is over budget.
         SlowerError: the artifact is not faster than fp32.
-        NsmError: see `check_request` and `Bundle`.
+        NsmError: see `plan_targets` and `Bundle`.
     """
-    target = find_target(name)
-    check_request([target], precision, device)
+    (planned,) = plan_targets([name], precision, device)
+    target = planned.target
     bundle = Bundle(path)
     bundle.verify()
     if bundle.holds(target.name, precision) and not force:
         raise OutputExistsError(
             f"{path} already has an artifact for {target.name} in {precision}. Give --force to replace it."
         )
-    policy = find_policy(target.name, precision)
-    calibration = read_calibration(bundle) if policy is not None and policy.scheme == "static" else None
+    static = planned.policy is not None and planned.policy.scheme == "static"
+    calibration = read_calibration(bundle) if static else None
     with staged_copy(path) as stage:
         bundle = Bundle(stage)
-        artifact, report = build_checked(
-            bundle, target, device, precision, calibration, limits or Limits(), bundle.trace(), progress
-        )
-        if report is None or report.passed:
-            artifact = _limited(bundle, artifact)
+        accepted = build_checked(bundle, planned, calibration, limits or Limits(), bundle.trace(), progress)
+        artifact = accepted.artifact if accepted.failed else _limited(bundle, accepted.artifact)
         before = {item.label: item for item in bundle.manifest.artifacts}
         after = {**before, artifact.label: artifact}  # a replaced artifact keeps its position
         _remove_unused(stage, before.values(), after.values())
-        merge_parity(bundle, [] if report is None else [report])
+        merge_parity(bundle, [] if accepted.report is None else [accepted.report])
         failed = tuple(item for item in bundle.manifest.failed if item.target != target.name)
         write_manifest(stage, replace(bundle.manifest, artifacts=tuple(after.values()), failed=failed))
-        require_all([artifact], [] if report is None else [report], False)
+        accepted.require()
     return artifact
 
 

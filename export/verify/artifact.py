@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,48 +20,98 @@ from nsm.export.builders import Built, Request
 from nsm.export.verify.isolation import Trial, Tried, shown_options, try_opening, try_target
 from nsm.files import write_json
 from nsm.manifest import Artifact, file_record
-from nsm.quantization import find_policy
+from nsm.quantization import Policy, find_policy
+from nsm.results import ParityResult
 from nsm.runtimes import Progress, Target, find_target
 from nsm.runtimes.opening import open_artifact
 from nsm.runtimes.parity import ParityReport, compare, find_budget, thresholds_of
 from nsm.spec import StepSpec
 from nsm.trace import Trace
 
-CULPRITS = "most of the "
-"""Prefix of the note that names the linear ops with the largest error, in a failed low-precision artifact."""
-
 PRECISIONS = ("fp32", "fp16", "bf16", "int8", "int8-weights")
 """Values of `--precision`; `nsm.quantization.policy` lists them by target."""
 
 
-def check_request(targets: list[Target], precision: str, device: str | None) -> None:
+@dataclass(frozen=True)
+class TargetPlan:
+    """One artifact to build.
+
+    Args:
+        target: the target.
+        device: one of the target's devices; None for the builder's default.
+        precision: one of `PRECISIONS`.
+        policy: quantization policy; None for fp32.
+    """
+
+    target: Target
+    device: str | None
+    precision: str
+    policy: Policy | None
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """The result of building and checking one artifact.
+
+    Args:
+        artifact: the artifact, with its parity.
+        report: the parity report; None if the artifact cannot run here.
+        culprits: for low precision over budget, a phrase that names the linear ops with the largest error; else "".
+    """
+
+    artifact: Artifact
+    report: ParityReport | None
+    culprits: str = ""
+
+    @property
+    def failed(self) -> bool:
+        return self.report is not None and not self.report.passed
+
+    def require(self, require_parity: bool = False) -> None:
+        """Raise `ParityError` if the comparison failed or, with `require_parity`, was not made."""
+        if self.report is None:
+            if require_parity:
+                raise ParityError(
+                    f"--require-parity: {self.artifact.target} could not be compared. {self.artifact.parity.reason}"
+                )
+        elif not self.report.passed:
+            culprits = f" {self.culprits[0].upper()}{self.culprits[1:]}." if self.culprits else ""
+            raise ParityError(self.report.verdict() + culprits)
+
+
+def plan_targets(names: Sequence[str], precision: str, device: str | None) -> tuple[TargetPlan, ...]:
     """Check that targets, precision and device can be built, before any work is done.
+
+    Args:
+        names: names or aliases of targets; a target that is named twice is built once.
+        precision: one of `PRECISIONS`.
+        device: a device of at least one of the targets; the others use their default.
 
     Raises:
         InputError: no target, or an unknown precision or device.
         UnsupportedError: a target does not support the precision.
         MissingDependencyError: a target's package is not installed.
     """
+    targets = [find_target(name) for name in dict.fromkeys(find_target(name).name for name in names)]
     if not targets:
         raise InputError("No target was given. Give one, for instance: --target openvino")
     check_precision(precision)
-    for target in targets:
-        find_policy(target.name, precision)
-    if device is not None and not any(_knows(target, device) for target in targets):
+    asked = None if device is None else device.lower()
+    devices = [asked if asked in target.devices else None for target in targets]
+    policies = [find_policy(target.name, precision, own) for target, own in zip(targets, devices, strict=True)]
+    if device is not None and not any(devices):
         known = "; ".join(f"{target.name}: {', '.join(target.devices)}" for target in targets)
         raise InputError(f"No target has the device {device!r}. Expected one of {known}.")
     for target in targets:
         target.require()
+    found = zip(targets, devices, policies, strict=True)
+    return tuple(TargetPlan(target, own, precision, policy) for target, own, policy in found)
 
 
 def check_precision(name: str) -> None:
     """Raise `InputError` for an unknown precision."""
     if name not in PRECISIONS:
         raise InputError(f"Unknown precision {name!r}. Expected one of: {', '.join(PRECISIONS)}.")
-
-
-def _knows(target: Target, device: str) -> bool:
-    return device.lower() in target.devices
 
 
 def build_target(
@@ -96,15 +146,14 @@ def build_target(
     if folder not in (directory / GRAPHS, low):
         # Delete the files instead of overwriting them: they may be hard links to files of a bundle in use.
         shutil.rmtree(folder, ignore_errors=True)
-    asked = device.lower() if device is not None and _knows(target, device) else None
     served = target.served(spec)
     options: Mapping[str, str] = {}
     target.require()
     if target.in_process:
-        built: Built = target.builder_module().build(Request(directory, folder, served, asked, low))
+        built: Built = target.builder_module().build(Request(directory, folder, served, device, low))
     else:
         places = (str(directory), str(folder), None if low is None else str(low))
-        tried = try_target(Trial(target, served, *places, asked, precision, target.trial_threads))
+        tried = try_target(Trial(target, served, *places, device, precision, target.trial_threads))
         built, options = _built(target, tried), tried.options
     return Artifact(
         target=target.name,
@@ -112,7 +161,7 @@ def build_target(
         precision=precision,
         effective_precision="unknown",  # until a session reads it back
         files=tuple(file_record(directory, name) for name in built.files),
-        parity={"status": "not_run", "reason": "not compared yet"},
+        parity=ParityResult.not_run("not compared yet"),
         notes=built.notes,
         options=options,
     )
@@ -148,9 +197,7 @@ def try_artifact(bundle: Bundle, artifact: Artifact) -> None:
     try_opening(Trial(target, spec, *places, device, artifact.precision, threads, files, options))
 
 
-def check_artifact(
-    bundle: Bundle, artifact: Artifact, trace: Trace, progress: Progress | None = None
-) -> tuple[Artifact, ParityReport | None]:
+def check_artifact(bundle: Bundle, artifact: Artifact, trace: Trace, progress: Progress | None = None) -> Acceptance:
     """Replay the golden trace on an artifact, if its hardware is present.
 
     Args:
@@ -160,53 +207,17 @@ def check_artifact(
         progress: called with (done, total) while comparing.
 
     Returns:
-        The artifact with its parity and effective precision, and the report; None if it cannot run here.
+        The artifact with its parity and effective precision, and the report.
     """
     try:
         session = open_artifact(bundle, artifact)
     except (DeviceUnavailableError, MissingDependencyError) as error:
-        return replace(artifact, parity={"status": "not_run", "reason": str(error)}), None
+        return Acceptance(replace(artifact, parity=ParityResult.not_run(str(error))), None)
     with session:
         thresholds = thresholds_of(bundle.manifest.model.get("config", {}))
         report = compare(trace, session, find_budget(artifact.precision), progress, thresholds)
-        checked = replace(artifact, effective_precision=session.effective_precision, parity=summary(report))
-    return checked, report
-
-
-def summary(report: ParityReport) -> dict[str, Any]:
-    """Return the part of a report that the manifest records."""
-    data = report.to_json()
-    keys = (
-        "status",
-        "source",
-        "streams",
-        "steps",
-        "state_streams",
-        "sampled_steps",
-        "one_step",
-        "free_run",
-        "free_run_mean",
-        "split",
-        "staggered",
-        "argmax_agreement",
-        "unexcused_argmax_changes",
-    )
-    return {key: data[key] for key in keys}
-
-
-def require_all(artifacts: list[Artifact], reports: list[ParityReport], require_parity: bool) -> None:
-    """Raise `ParityError` if a comparison failed, or if a required comparison was not made."""
-    for report in reports:
-        if not report.passed:
-            culprits = [note for item in artifacts if item.target == report.target for note in item.notes]
-            culprits = [note for note in culprits if note.startswith(CULPRITS)]
-            raise ParityError(" ".join([report.verdict(), *(f"{note[0].upper()}{note[1:]}." for note in culprits)]))
-    missing = [item for item in artifacts if item.parity["status"] == "not_run"]
-    if require_parity and missing:
-        raise ParityError(
-            f"--require-parity: {', '.join(item.target for item in missing)} could not be compared. "
-            + missing[0].parity["reason"]
-        )
+        checked = replace(artifact, effective_precision=session.effective_precision, parity=report.result())
+    return Acceptance(checked, report)
 
 
 def write_parity(directory: Path, reports: list[ParityReport]) -> None:

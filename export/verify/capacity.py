@@ -107,7 +107,7 @@ def with_limit(bundle: Bundle, artifact: Artifact, reference: Session | None, fo
     """
     if found.counters is None:
         return artifact
-    if reference is None or artifact.parity["status"] == "not_run":
+    if reference is None or artifact.parity.status == "not_run":
         return with_assumed_limit(artifact, found.counters, found.capacity)
     budget = find_budget(artifact.precision)
     with reference, open_artifact(bundle, artifact) as session:

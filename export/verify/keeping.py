@@ -10,9 +10,8 @@ from pathlib import Path, PurePosixPath
 
 from nsm.bundle import GRAPHS
 from nsm.errors import NsmError, ParityError
-from nsm.export.verify.artifact import require_all, write_parity
+from nsm.export.verify.artifact import Acceptance, write_parity
 from nsm.manifest import Artifact, FailedTarget, Manifest
-from nsm.runtimes.parity import ParityReport
 from nsm.staging import FAILED_SUFFIX, staged, write_manifest
 
 
@@ -22,25 +21,22 @@ class Outcome:
 
     Args:
         target: name of the target.
-        artifact: the artifact; None if it was not built.
-        report: the parity report; None if it was not compared.
+        accepted: the artifact with its report; None if it was not built.
         error: why the target is not kept; None if it is kept.
     """
 
     target: str
-    artifact: Artifact | None = None
-    report: ParityReport | None = None
+    accepted: Acceptance | None = None
     error: NsmError | None = None
 
-    def judged(self, require_parity: bool) -> Outcome:
-        """Return the outcome with the error of a failed or missing required comparison."""
-        if self.artifact is None:
-            return self
+    @classmethod
+    def of(cls, accepted: Acceptance, require_parity: bool) -> Outcome:
+        """Return the outcome of a built target, with the error of a failed or missing required comparison."""
         try:
-            require_all([self.artifact], [] if self.report is None else [self.report], require_parity)
+            accepted.require(require_parity)
         except ParityError as error:
-            return replace(self, error=error)
-        return self
+            return cls(accepted.artifact.target, accepted, error)
+        return cls(accepted.artifact.target, accepted)
 
 
 def settle(stage: Path, output: Path, manifest: Manifest, outcomes: Sequence[Outcome], strict: bool) -> NsmError | None:
@@ -71,13 +67,13 @@ def settle(stage: Path, output: Path, manifest: Manifest, outcomes: Sequence[Out
         return None
     error = _first(bad)
     kept_as = ""
-    if any(item.artifact is not None for item in bad):
+    if any(item.accepted is not None for item in bad):
         aside = output.with_name(output.name + FAILED_SUFFIX)
         with staged(aside, force=True) as evidence:
             shutil.copytree(stage, evidence, copy_function=_link, dirs_exist_ok=True)
             _write(evidence, manifest, outcomes)
         kept_as = f" The targets that failed the comparison are kept in {aside}."
-    _remove_unused(stage, [item.artifact for item in good if item.artifact is not None])
+    _remove_unused(stage, [item.accepted.artifact for item in good if item.accepted is not None])
     failed = tuple(FailedTarget(item.target, str(item.error), _code(item)) for item in bad)
     _write(stage, replace(manifest, failed=failed), good)
     others = "".join(f" {item.target} failed too: {item.error}" for item in bad[1:])
@@ -100,9 +96,9 @@ def _code(item: Outcome) -> int:
 
 
 def _write(directory: Path, manifest: Manifest, outcomes: Sequence[Outcome]) -> None:
-    write_parity(directory, [item.report for item in outcomes if item.report is not None])
-    artifacts = tuple(item.artifact for item in outcomes if item.artifact is not None)
-    write_manifest(directory, replace(manifest, artifacts=artifacts))
+    accepted = [item.accepted for item in outcomes if item.accepted is not None]
+    write_parity(directory, [item.report for item in accepted if item.report is not None])
+    write_manifest(directory, replace(manifest, artifacts=tuple(item.artifact for item in accepted)))
 
 
 def _remove_unused(stage: Path, artifacts: Sequence[Artifact]) -> None:

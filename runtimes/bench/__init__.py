@@ -9,7 +9,6 @@ if TYPE_CHECKING:
     from nsm.runtimes.bench.rounds import ROUNDS as ROUNDS
     from nsm.runtimes.bench.rounds import Calls as Calls
     from nsm.runtimes.bench.rounds import Latency as Latency
-    from nsm.runtimes.bench.rounds import Ratio as Ratio
     from nsm.runtimes.bench.rounds import Steppable as Steppable
     from nsm.runtimes.bench.rounds import bench as bench
     from nsm.runtimes.bench.rounds import check_steps as check_steps
@@ -27,7 +26,6 @@ else:
                 "Calls",
                 "Latency",
                 "ROUNDS",
-                "Ratio",
                 "Steppable",
                 "bench",
                 "check_steps",

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from nsm.errors import InputError
+from nsm.results import Ratio
 from nsm.runtimes.base import Progress
 from nsm.spec import StepSpec
 from nsm.trace import Array
@@ -65,18 +66,6 @@ class Latency:
     tokens_per_second: float
     rounds_us: tuple[float, ...]
     decode: Latency | None = None
-
-
-@dataclass(frozen=True)
-class Ratio:
-    """Median over rounds of one time over another, and its 95 % interval."""
-
-    median: float
-    low: float
-    high: float
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f}x as fast [{self.low:.2f}, {self.high:.2f}]"
 
 
 def bench(sessions: Sequence[Steppable], steps: int, tokens: Array, progress: Progress | None = None) -> list[Latency]:

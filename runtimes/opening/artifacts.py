@@ -114,9 +114,9 @@ def _candidates(bundle: Bundle, target: str | None, precision: str | None) -> It
         yield bundle.artifact(find_target(target).name, precision)
         return
     held = bundle.artifacts((), () if precision is None else (precision,))
-    known = [item for item in held if item.parity["status"] == "passed" and item.target in TARGETS]
+    known = [item for item in held if item.parity.status == "passed" and item.target in TARGETS]
     if not known:
-        unchecked = (item for item in held if item.parity["status"] == "not_run" and item.target in TARGETS)
+        unchecked = (item for item in held if item.parity.status == "not_run" and item.target in TARGETS)
         yield next(unchecked, None) or bundle.artifact(None, precision)
     for name in sorted(dict.fromkeys(item.target for item in known), key=lambda name: TARGETS[name].asked_only):
         yield bundle.preferred([item for item in known if item.target == name])

@@ -8,12 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
+from nsm.results import Quantiles
 from nsm.runtimes.parity.argmax import Agreement, Answers
 from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.drift import drift_exponent
 from nsm.runtimes.parity.mask_decisions import Decisions, decided_masks
 from nsm.runtimes.parity.metrics import gain, mean, quantile, relative_error, rms_norm, slot_errors
-from nsm.runtimes.parity.report import AgeError, Curves, Divergence, Gain, ParityReport, Quantiles, Spread, over_budget
+from nsm.runtimes.parity.report import AgeError, Curves, Divergence, Gain, ParityReport, Spread, over_budget
 from nsm.runtimes.parity.slot_age import errors_by_age, recorded_ages
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec

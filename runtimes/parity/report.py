@@ -6,26 +6,16 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-
+from nsm.decode import encode
 from nsm.errors import ParityError
 from nsm.manifest import artifact_label
+from nsm.results import ParityResult, Quantiles
 from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.drift import Drift
 from nsm.trace import Array
 
 MASK_DECISIONS_PER_1000 = 1.0
 """Limit of excused mask decisions per 1000 steps in fp32."""
-
-
-@dataclass(frozen=True)
-class Quantiles:
-    """Error quantiles of the worst tensor, the one with the largest 99th percentile."""
-
-    p50: float
-    p99: float
-    max: float
-    tensor: str
 
 
 @dataclass(frozen=True)
@@ -218,10 +208,28 @@ class ParityReport:
             "(--golden-steps), or train it on longer streams."
         )
 
+    def result(self) -> ParityResult:
+        """Return the part of the report that the manifest records."""
+        return ParityResult(
+            "passed" if self.passed else "failed",
+            source=self.source,
+            streams=self.streams,
+            steps=self.steps,
+            state_streams=self.state_streams,
+            sampled_steps=self.sampled_steps,
+            one_step=self.one_step,
+            free_run=self.free_run,
+            free_run_mean=self.free_run_mean,
+            split=self.split,
+            staggered=self.staggered,
+            argmax_agreement=self.argmax_agreement,
+            unexcused_argmax_changes=self.unexcused_argmax_changes,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Return the report with stable keys as a JSON object; non-finite numbers become null."""
         drift = self.drift
-        data: dict[str, Any] = _finite(
+        data: dict[str, Any] = encode(
             {
                 "target": self.target,
                 "precision": self.precision,
@@ -292,7 +300,7 @@ class Bisection:
 
     def to_json(self) -> dict[str, Any]:
         """Return the finding as a JSON object; non-finite numbers become null."""
-        data: dict[str, Any] = _finite({**self.__dict__, "replaced": dict(self.replaced)})
+        data: dict[str, Any] = encode(self)
         return data
 
 
@@ -343,11 +351,3 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
 
 def _counted(count: int, what: str) -> str:
     return f"{count:,} {what}" if count == 1 else f"{count:,} {what}s"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not np.isfinite(value) else value

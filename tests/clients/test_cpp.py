@@ -296,7 +296,7 @@ def test_a_damaged_or_hostile_bundle_is_refused(kind: str, client: Path, single:
     elif kind == "json":
         (copy / "manifest.json").write_text("{")
     elif kind == "version":
-        (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 2}))
+        (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
         message = "format version 2; this client reads version 1"
     elif kind == "key":
         del manifest["spec"]["states"]

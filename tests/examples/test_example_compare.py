@@ -76,7 +76,7 @@ def test_bundles_are_checked_and_leave_no_checkpoint(made: Mapping[str, Path], t
     for name, path in made.items():
         manifest = Bundle(path).manifest
         assert manifest.model["class"] == type(tiny[name]).__name__
-        assert [(a.target, a.parity["status"]) for a in manifest.artifacts] == [(TARGET, "passed")]
+        assert [(a.target, a.parity.status) for a in manifest.artifacts] == [(TARGET, "passed")]
         assert not list(path.parent.glob("*.pt"))
 
 

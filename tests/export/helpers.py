@@ -18,7 +18,8 @@ from click.testing import CliRunner, Result
 
 from nsm.bundle import Bundle
 from nsm.export.cli.app import main
-from nsm.manifest import file_record
+from nsm.manifest import Artifact, file_record
+from nsm.results import Quantiles, QuantizationResult
 from nsm.staging import write_manifest
 
 needs_fp16, needs_bf16 = (
@@ -30,6 +31,26 @@ needs_fp16, needs_bf16 = (
 )
 # The product that the fixture `rough` spoils.
 ROUGH = "layers.0.feed_forward.2/MatMul"
+
+
+def p99(error: Quantiles | None) -> float:
+    """The 99th percentile of an error that was measured."""
+    assert error is not None
+    return error.p99
+
+
+def worst(error: Quantiles | None) -> float:
+    """The maximum of an error that was measured."""
+    assert error is not None
+    return error.max
+
+
+def quantization_of(artifact: Artifact) -> QuantizationResult:
+    """The quantization of an artifact in low precision."""
+    assert artifact.quantization is not None
+    return artifact.quantization
+
+
 COMMANDS = ("export", "parity", "bench", "build", "inspect", "doctor", "roofline", "run", "score")
 PROGRAMS = Path(sys.executable).parent
 

@@ -145,7 +145,7 @@ def test_one_that_is_there_is_replaced_with_force_alone(several: Path, tmp_path:
 def test_what_is_built_of_the_portable_graphs_is_in_fp32_still(several: Path, tmp_path: Path) -> None:
     path = Path(shutil.copytree(several, tmp_path / "model.nsm"))
     artifact = add_target(path, "triton")
-    assert artifact.parity["status"] == "passed"
+    assert artifact.parity.status == "passed"
     assert {record.path.split("/")[0] for record in artifact.files} == {"triton"}
-    assert add_target(path, "onnx").parity["status"] == "passed"
+    assert add_target(path, "onnx").parity.status == "passed"
     assert Bundle(path).others() == []

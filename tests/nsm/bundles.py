@@ -12,6 +12,7 @@ import numpy as np
 from nsm.bundle import GOLDEN, STATE_INIT
 from nsm.files.writing import write_json
 from nsm.manifest import MANIFEST, Artifact, EntryWork, Manifest, file_record
+from nsm.results import ParityResult, Quantiles, QuantizationResult, Ratio
 from nsm.staging import write_manifest
 from tests.runtimes.fake import FINGERPRINT, fake_initial, fake_spec, fake_trace
 
@@ -34,20 +35,16 @@ def fill(stage: Path, command: str = "nsm-export model.pt") -> Manifest:
         fingerprint=FINGERPRINT,
         model={"class": "Fake", "config": {"d_model": 4, "window": None}, "parameters": 40},
         artifacts=(
-            Artifact("tensorrt", "sm86", "fp32", "fp32", (), {"status": "not_run", "reason": "no GPU"}, ("a note",)),
-            Artifact("onnxruntime", "cpu", "fp32", "fp32", shared, {"status": "passed"}),
+            Artifact("tensorrt", "sm86", "fp32", "fp32", (), ParityResult.not_run("no GPU"), ("a note",)),
+            Artifact("onnxruntime", "cpu", "fp32", "fp32", shared, ParityResult("passed")),
             Artifact(
                 "openvino",
                 "cpu",
                 "fp32",
                 "fp32",
                 tuple(file_record(stage, name) for name in OWN),
-                {"status": "failed", "one_step": {"p99": 0.5}},
-                quantization={
-                    "scheme": "static",
-                    "kept_in_fp32": {"head": "small"},
-                    "speed": {"step": dict.fromkeys(("median", "low", "high"), 1.5)},
-                },
+                ParityResult("failed", one_step=Quantiles(0.2, 0.5, 0.6, "outputs")),
+                quantization=QuantizationResult("static", (), {"head": "small"}, speed={"step": Ratio(1.5, 1.5, 1.5)}),
             ),
         ),
         files=(),

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import pytest
 
-from nsm.decode import decode
+from nsm.decode import decode, encode
 from nsm.errors import BundleError, ConfigError
 
 
@@ -38,13 +39,22 @@ WHOLE = Whole((Part("x"), Part("y", 3)), "b", 0.5, True, None, {"k": "v"}, [1, {
 
 
 def _json() -> dict[str, Any]:
-    data: dict[str, Any] = json.loads(json.dumps(asdict(WHOLE)))
+    data: dict[str, Any] = json.loads(json.dumps(encode(WHOLE)))
     return data
 
 
 def test_what_was_written_comes_back() -> None:
     assert decode(Whole, _json(), "whole") == WHOLE
     assert decode(Whole, {**_json(), "limit": 3}, "whole").limit == 3
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_float_that_is_not_finite_is_null_in_json_and_nan_again(value: float) -> None:
+    data = encode(replace(WHOLE, ratio=value, anything=[value]))
+    assert (data["ratio"], data["anything"], data["limit"]) == (None, [None], None)
+    back = decode(Whole, json.loads(json.dumps(data, allow_nan=False)), "whole")
+    assert math.isnan(back.ratio)
+    assert back.limit is None
 
 
 @pytest.mark.parametrize(

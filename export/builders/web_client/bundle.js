@@ -3,7 +3,7 @@
 import { BundleError, BundleVersionError } from "./errors.js";
 import { readNpz } from "./npz.js";
 
-export const FORMAT_VERSION = 1;
+export const FORMAT_VERSION = 2;
 
 /** Reads a file of the bundle by its path. @typedef {(path: string) => Promise<Uint8Array>} Reader */
 

@@ -17,8 +17,9 @@ from nsm.bundle import Bundle
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
 from nsm.export.report import Terminal, lanes_of, size
 from nsm.manifest import Artifact
+from nsm.results import Ratio
 from nsm.runtimes import find_target
-from nsm.runtimes.bench import Latency, Ratio, Steppable, bench, check_steps, fresh_peak_mb, paired_ratio
+from nsm.runtimes.bench import Latency, Steppable, bench, check_steps, fresh_peak_mb, paired_ratio
 from nsm.runtimes.opening import open_artifact, refuse_failed
 from nsm.spec import VALID, TensorSpec
 from nsm.trace import Array

@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from nsm.bundle import Bundle
+from nsm.decode import encode
 from nsm.errors import InputError, NsmError, UnsupportedError
 from nsm.export import pipeline
 from nsm.export.analysis import examine
@@ -108,7 +109,7 @@ class Combination:
             "precision": self.precision,
             "effective_precision": None if artifact is None else artifact.effective_precision,
             "artifact_mb": None if artifact is None else artifact.nbytes / 1e6,
-            "parity": None if artifact is None else dict(artifact.parity),
+            "parity": None if artifact is None else encode(artifact.parity),
             "status": self.status,
             "reason": self.reason,
         }
@@ -116,8 +117,9 @@ class Combination:
     def row(self) -> list[str]:
         """Return the cells of `COLUMNS`."""
         artifact, found = self.artifact, self.measured
-        parity: Mapping[str, Any] = {} if artifact is None else artifact.parity
-        agreement = parity.get("argmax_agreement")
+        parity = None if artifact is None else artifact.parity
+        error = None if parity is None else parity.free_run
+        agreement = None if parity is None else parity.argmax_agreement
         reason = "" if self.reason is None else f": {_first_sentence(self.reason)}"
         return [
             self.target,
@@ -127,7 +129,7 @@ class Combination:
             "-" if found is None else f"{found.latency.p50_us:.0f}",
             "-" if found is None else "1.00x" if self.precision == "fp32" else speed(found.ratio),
             "-" if found is None else decode_us(found.latency),
-            number(parity["free_run"]["p99"] if "free_run" in parity else None),
+            number(None if error is None else error.p99),
             "-" if agreement is None else f"{agreement:.2%}",
             self.status + reason,
         ]
@@ -213,8 +215,8 @@ def _built(model: Path, target: str, precision: str, folder: Path, progress: Pro
         artifact = Bundle(kept).artifact(target) if kept.is_dir() else None
         return Combination(target, precision, _STATUS.get(error.exit_code, "failed"), str(error), artifact=artifact)
     artifact = bundle.artifact(target)
-    if artifact.parity["status"] == "not_run":
-        return Combination(target, precision, "not run", artifact.parity["reason"], artifact=artifact)
+    if artifact.parity.status == "not_run":
+        return Combination(target, precision, "not run", artifact.parity.reason, artifact=artifact)
     return Combination(target, precision, "ok", None, bundle, artifact)
 
 

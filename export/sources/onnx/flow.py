@@ -11,6 +11,7 @@ from nsm.export.sources.onnx.file import Port
 from nsm.export.sources.onnx.model import Foreign
 from nsm.export.sources.onnx.normalize import tidied
 from nsm.export.sources.onnx.states import Dependence, dependence_of, restarts
+from nsm.results import Message
 
 
 def check_read(path: Path, dependence: Dependence, pasts: Iterable[str], outputs: Iterable[str]) -> None:
@@ -49,8 +50,8 @@ def decision(path: Path, dependence: Dependence, main: Port, pasts: Sequence[str
     return what
 
 
-def doubts_of_flow(dependence: Dependence, foreign: Foreign) -> list[str]:
-    """Warnings about the states, a sentence each.
+def doubts_of_flow(dependence: Dependence, foreign: Foreign) -> list[Message]:
+    """Return warnings about the states.
 
     Args:
         dependence: of the graph as it was given.
@@ -62,8 +63,11 @@ def doubts_of_flow(dependence: Dependence, foreign: Foreign) -> list[str]:
     carried = {state.past: state.present for state in foreign.states}
     reached = dependence.reached(carried, foreign.answers)
     told = [
-        f"WARNING: no output depends on the state {past}, in the same step or in a later one. If one is to, the model "
-        "was exported wrongly; if not, leave the state out of it."
+        Message(
+            f"no output depends on the state {past}, in the same step or in a later one. If one is to, the model was "
+            "exported wrongly; if not, leave the state out of it.",
+            "warning",
+        )
         for past in carried
         if past not in reached
     ]
@@ -73,9 +77,12 @@ def doubts_of_flow(dependence: Dependence, foreign: Foreign) -> list[str]:
     if anew:
         one = len(anew) == 1
         told.append(
-            f"WARNING: {' and '.join(anew)} {'starts' if one else 'start'} anew in every call: no state reaches "
-            f"{'its' if one else 'their'} initial state. That is right over frequencies, or within one call. If "
-            f"{'it runs' if one else 'they run'} over time, export the model with that state as an argument and a "
-            "result."
+            Message(
+                f"{' and '.join(anew)} {'starts' if one else 'start'} from zero in every call: no state reaches "
+                f"{'its' if one else 'their'} initial state. That is right over a frequency axis, or within one call. "
+                f"If {'it runs' if one else 'they run'} over time, export the model with that state as an argument and "
+                "a result.",
+                "warning",
+            )
         )
     return told

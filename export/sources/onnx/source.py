@@ -34,6 +34,7 @@ from nsm.export.sources.onnx.validate import GraphStep, lane_axes
 from nsm.export.sources.state_names import crossed, find_states
 from nsm.export.sources.state_options import ZEROS, StateOption
 from nsm.quantization import largest_weights
+from nsm.results import Message
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -56,7 +57,7 @@ class OnnxSource:
         foreign: Foreign,
         token: TensorSpec,
         fingerprint: str,
-        doubts: Sequence[str] = (),
+        doubts: Sequence[Message] = (),
         capacity: int | None = None,
     ) -> None:
         self.kind = f"ONNX graph {path.name}"
@@ -84,7 +85,7 @@ class OnnxSource:
         return largest_weights(self._foreign.model)
 
     @property
-    def remarks(self) -> tuple[str, ...]:
+    def messages(self) -> tuple[Message, ...]:
         graph = self._foreign
         takes = "any number of tokens" if graph.timed else "one token"
         lines = [
@@ -98,7 +99,7 @@ class OnnxSource:
                 f"state {state.name}: input {state.past}, output {state.present}, {state.dtype}{list(state.shape)}, "
                 f"{lanes}, starts from {start}; found by {state.found}"
             )
-        return (*lines, *self._doubts, *self.examination.remarks)
+        return (*map(Message, lines), *self._doubts, *self.examination.messages)
 
     def spec(
         self,

@@ -7,6 +7,7 @@ import numpy as np
 from nsm.adapters.validate.step import Keeps
 from nsm.adapters.validate.subject import Skipped, Subject
 from nsm.errors import ConfigError, UnsupportedError
+from nsm.results import Message
 from nsm.trace import Arrays
 
 
@@ -90,7 +91,9 @@ def arguments(subject: Subject) -> None:
     if changed:
         raise UnsupportedError(f"{subject.step.kind} writes into {changed}, which it was given. Return new arrays.")
     if isinstance(subject.step, Keeps) and (written := subject.step.written()):
-        subject.remarks.append(f"{subject.step.kind} writes into its arguments {written}; it is handed copies of them.")
+        subject.messages.append(
+            Message(f"{subject.step.kind} writes into its arguments {written}; it is given copies of them.")
+        )
 
 
 def random(subject: Subject) -> Skipped | None:

@@ -9,6 +9,7 @@ from nsm.adapters.validate import calls, lanes, splits, streams
 from nsm.adapters.validate.step import Keeps, Step
 from nsm.adapters.validate.subject import Skipped, Subject
 from nsm.manifest import Experiment as Result
+from nsm.results import Message
 from nsm.trace import Array
 
 
@@ -56,7 +57,7 @@ class Examination:
         filled: tokens after which no state was filling any more.
         lent: attributes that are written before they are read; no state.
         experiments: result of each.
-        remarks: notes for the user, a sentence each.
+        messages: messages for the user.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -65,7 +66,7 @@ class Examination:
     filled: int
     lent: tuple[str, ...]
     experiments: tuple[Result, ...]
-    remarks: tuple[str, ...]
+    messages: tuple[Message, ...]
 
 
 def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
@@ -97,7 +98,7 @@ def examine(step: Step, samples: Sequence[Array] = ()) -> Examination:
         subject.trace.filled,
         tuple(subject.lent),
         tuple(results),
-        tuple(subject.remarks),
+        tuple(subject.messages),
     )
 
 

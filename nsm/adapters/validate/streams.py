@@ -9,6 +9,7 @@ import numpy as np
 from nsm.adapters.validate.step import Keeps
 from nsm.adapters.validate.subject import Skipped, Subject, Trace, difference, shown
 from nsm.errors import ConfigError, NsmError, UnsupportedError
+from nsm.results import Message
 from nsm.trace import Array, Arrays
 
 CALLS, CALLS_OF_LARGE = 64, 52
@@ -58,9 +59,12 @@ def fill(subject: Subject) -> None:
             break
     filling = () if enough else tuple(name for name, left in fresh.items() if left.any())
     if filling and subject.fits(token, subject.chunk):
-        subject.remarks.append(
-            f"WARNING: the states {shown(filling)} are still filling after {token} tokens, where the examination ends: "
-            "what the step does once they are full was not examined. Compare longer streams: --golden-steps"
+        subject.messages.append(
+            Message(
+                f"the states {shown(filling)} are still filling after {token} tokens, where the examination ends. The "
+                "step was not examined with full states. Compare longer streams: --golden-steps",
+                "warning",
+            )
         )
     # Other experiments go on from here: where the stream ends before that, from earlier.
     room = AFTER + 3 * subject.chunk
@@ -90,9 +94,11 @@ def _end(subject: Subject, token: int, state: Arrays, error: NsmError) -> None:
         raise error
     subject.reach = token
     cause = str(error.__cause__ or error)
-    subject.remarks.append(
-        f"{subject.step.kind} fails after {token} tokens of a stream, where a table or cache ends "
-        f"({cause.splitlines()[0] if cause else type(error).__name__}). It was examined up to there."
+    subject.messages.append(
+        Message(
+            f"{subject.step.kind} fails after {token} tokens of a stream, where a table or cache ends "
+            f"({cause.splitlines()[0] if cause else type(error).__name__}). It was examined up to there."
+        )
     )
 
 
@@ -137,8 +143,10 @@ def kept(subject: Subject) -> Skipped | None:
         )
     subject.lent = changed
     step.lend(changed)
-    subject.remarks.append(
-        f"{step.kind} writes its attributes {shown(changed)} before it reads them in every call: they are no state."
+    subject.messages.append(
+        Message(
+            f"{step.kind} writes its attributes {shown(changed)} before it reads them in every call: they are no state."
+        )
     )
     return None
 

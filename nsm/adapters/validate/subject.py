@@ -9,6 +9,7 @@ import numpy as np
 
 from nsm.adapters.validate.step import Results, Step
 from nsm.errors import InputError
+from nsm.results import Message
 from nsm.spec import TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -41,7 +42,7 @@ class Subject:
         lanes, why: how many streams side by side, None for any number; the experiment `lanes` decides.
         reach: tokens of a stream that the step takes, None for any number; `fill` finds where it fails.
         lent: values that the step writes before it reads them.
-        remarks: a sentence each, for people.
+        messages: messages for the user.
     """
 
     step: Step
@@ -53,7 +54,7 @@ class Subject:
     why: str = ""
     reach: int | None = None
     lent: list[str] = field(default_factory=list)
-    remarks: list[str] = field(default_factory=list)
+    messages: list[Message] = field(default_factory=list)
     kept: Mapping[str, str] = field(default_factory=dict)
 
     @property

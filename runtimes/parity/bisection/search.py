@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from nsm.bundle import Bundle
 from nsm.errors import NonFiniteError, UnsupportedError
 from nsm.manifest import Artifact
+from nsm.results import Quantiles
 from nsm.runtimes.base import Progress
 from nsm.runtimes.parity.bisection.operation import find_operation
 from nsm.runtimes.parity.budgets import Budget
@@ -20,7 +21,7 @@ from nsm.runtimes.parity.comparison import check_comparable
 from nsm.runtimes.parity.mask_decisions import thresholds_of
 from nsm.runtimes.parity.metrics import quantile
 from nsm.runtimes.parity.replay import free_run, groups, one_step
-from nsm.runtimes.parity.report import Bisection, Quantiles
+from nsm.runtimes.parity.report import Bisection
 from nsm.runtimes.session import Session
 from nsm.runtimes.targets import TARGETS, find_target
 from nsm.trace import Trace

@@ -204,7 +204,7 @@ def test_a_bank_that_adapts_shows_its_masks_too(tmp_path: Path) -> None:
         "golden_steps": 40,
     }
     bundle = nsm.export_model(model.eval(), ["onnxruntime", "openvino"], tmp_path / "adaptive.nsm", **options)
-    assert [item.parity["status"] for item in bundle.manifest.artifacts] == ["passed", "passed"]
+    assert [item.parity.status for item in bundle.manifest.artifacts] == ["passed", "passed"]
     masks = bundle.trace().outputs["mask.0"]
     assert masks.shape == (2, 40, 2 * CHUNK, 6)
     assert set(np.unique(masks)) == {0.0, 1.0}

@@ -36,7 +36,7 @@ def test_it_is_exported_and_compared(made: Path) -> None:
     assert [record.path for record in artifact.files] == [
         f"numpy/{entry}.whole" for entry in ("step", "decode", "commit")
     ]
-    assert (artifact.parity["status"], artifact.notes) == ("passed", ("it is slow",))
+    assert (artifact.parity.status, artifact.notes) == ("passed", ("it is slow",))
     shown = succeeded(invoke("parity", made, "-t", "numpy", "--json"))
     assert '"passed": true' in shown
     inspected = the_json(invoke("inspect", made, "--json"))["artifacts"]

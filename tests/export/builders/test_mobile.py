@@ -26,7 +26,7 @@ def mobile(exported: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_what_was_checked_is_the_ort_file(mobile: Path) -> None:
     artifact = Bundle(mobile).artifact("mobile")
-    assert artifact.parity["status"] == "passed"
+    assert artifact.parity.status == "passed"
     assert artifact.effective_precision == "fp32"
     names = {Path(record.path).name for record in artifact.files}
     assert names == {"step.ort", "decode.ort", "commit.ort", *CONFIGS}

@@ -129,7 +129,7 @@ def test_its_files_are_recorded(bundle: Bundle) -> None:
         "openvino/weights.bin",
     ]
     assert (artifact.device, artifact.precision, artifact.effective_precision) == ("cpu", "fp32", "fp32")
-    assert artifact.parity["status"] == "passed"
+    assert artifact.parity.status == "passed"
 
 
 def test_no_path_of_this_machine_is_in_the_ir(exported: Path) -> None:

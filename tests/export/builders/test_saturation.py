@@ -21,6 +21,7 @@ from nsm.export.graphs.low_precision import write_graphs
 from nsm.export.verify import acceptance
 from nsm.manifest import Artifact
 from nsm.quantization.policy import POLICIES, SAFE_SUM, find_policy
+from nsm.results import ParityResult
 from nsm.runtimes.opening import cpu_features as processor
 from nsm.runtimes.opening.artifacts import open_artifact
 from nsm.runtimes.targets import find_target
@@ -126,7 +127,7 @@ def test_the_more_exact_device_is_named_where_it_would_do(
     monkeypatch.setattr(acceptance, "int8_dot_products", lambda: dot)
     maker = object.__new__(acceptance.Maker)
     maker.policy = policy
-    notes = maker._notes(Artifact("onnxruntime", device, "int8", "int8", (), {"status": "passed"}, ("one",)))
+    notes = maker._notes(Artifact("onnxruntime", device, "int8", "int8", (), ParityResult("passed"), ("one",)))
     assert notes[:2] == ("one", policy.note)
     assert any("--device cpu-dot is more exact" in note for note in notes) == named
 

@@ -81,7 +81,7 @@ def test_the_engine_in_the_bundle_is_pristine_and_says_for_what_it_is(bundle: Bu
     artifact = bundle.artifact("tensorrt")
     assert artifact.device == "portable"
     assert {record.path for record in artifact.files} == set(FILES)
-    assert artifact.parity["status"] == "passed" or artifact.parity["reason"]
+    assert artifact.parity.status == "passed" or artifact.parity.reason
     assert any(trt.__version__ in note for note in artifact.notes)
 
 

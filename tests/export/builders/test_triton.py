@@ -200,7 +200,7 @@ def test_the_repository_is_recorded_whole_and_holds_the_weights_of_step_once(two
 
 def test_parity_is_checked_on_it(repository: Path) -> None:
     artifact = Bundle(repository).artifact("triton")
-    assert (artifact.parity["status"], artifact.effective_precision, artifact.device) == ("passed", "fp32", "cpu")
+    assert (artifact.parity.status, artifact.effective_precision, artifact.device) == ("passed", "fp32", "cpu")
     data = the_json(invoke("parity", repository, "-t", "triton", "--json"))
     assert data["passed"] is True
     assert data["results"][0]["one_step"]["max"] < 1e-5

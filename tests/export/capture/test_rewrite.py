@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import nsm
 from nsm.adapters.model import AdaptedModel
 from nsm.bundle import Bundle
+from tests.export.helpers import quantization_of
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # what torch says of its own deprecated parts
 
@@ -185,6 +186,6 @@ def test_the_matrix_of_a_transform_stays_fp32(tmp_path: Path) -> None:
     step = nsm.as_step(module, [torch.zeros(1, 128), torch.zeros(1, 64)], token_shape=(128,))
     options: dict[str, Any] = {"precision": "int8", "allow_slower": True, "golden_steps": 8, "num_samples": 2}
     bundle = nsm.export_model(step, "onnxruntime", tmp_path / "m.nsm", **options)
-    kept = bundle.manifest.artifacts[0].quantization["kept_in_fp32"]
+    kept = quantization_of(bundle.manifest.artifacts[0]).kept_in_fp32
     assert kept["module.fourier_transform/MatMul"] == "it is a Fourier transform"
     assert "module.memory/MatMul" not in kept

@@ -103,7 +103,7 @@ def _no_manifest(path: Path) -> None:
 
 
 def _broken_manifest(path: Path) -> None:
-    (path / "manifest.json").write_text('{"format_version": 1')
+    (path / "manifest.json").write_text('{"format_version": 2')
 
 
 def _other_version(path: Path) -> None:

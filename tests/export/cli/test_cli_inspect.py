@@ -51,7 +51,7 @@ def test_a_parity_that_lost_its_errors_is_shown_without_them(exported: Path, tmp
     manifest = json.loads((path / MANIFEST).read_text())
     for artifact in manifest["artifacts"]:
         for name in ("one_step", "argmax_agreement"):
-            artifact["parity"].pop(name, None)
+            artifact["parity"][name] = None
     write_json(path / MANIFEST, manifest)
     lines = [line.split() for line in succeeded(invoke("inspect", path)).splitlines()]
     (line,) = (line for line in lines if line[:3] == ["openvino", "cpu", "fp32"])

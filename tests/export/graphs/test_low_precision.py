@@ -29,7 +29,7 @@ from nsm.runtimes.parity.metrics import relative_error
 from nsm.runtimes.session.session import Session
 from nsm.staging import write_manifest
 from nsm.trace import Array
-from tests.export.helpers import names, needs_bf16, needs_fp16
+from tests.export.helpers import names, needs_bf16, needs_fp16, p99, quantization_of
 from tests.runtimes.fake import assert_same
 from tests.small_models import CHUNK, make_model, make_sequences
 
@@ -86,10 +86,10 @@ def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target:
     bundle.verify()
     artifact = bundle.artifact(target, precision)
     assert (artifact.precision, artifact.effective_precision) == (precision, precision)
-    assert artifact.parity["status"] == "passed"
+    assert artifact.parity.status == "passed"
     budget, exact = find_budget(precision), find_budget("fp32")
-    assert exact.free_run_p99 < artifact.parity["free_run"]["p99"] <= budget.free_run_p99
-    assert exact.one_step_p99 < artifact.parity["one_step"]["p99"] <= budget.one_step_p99
+    assert exact.free_run_p99 < p99(artifact.parity.free_run) <= budget.free_run_p99
+    assert exact.one_step_p99 < p99(artifact.parity.one_step) <= budget.one_step_p99
     with open_bundle(bundle, target, precision=precision) as session:
         assert session.effective_precision == precision
     results = json.loads((bundle.path / "parity.json").read_text())["results"]
@@ -103,28 +103,28 @@ def test_an_artifact_is_what_it_says_and_within_its_budget(built: Built, target:
 
 @pytest.mark.parametrize(("target", "precision"), ON_CPU)
 def test_the_manifest_says_what_became_of_the_products(built: Built, target: str, precision: str) -> None:
-    facts = built(target, precision).artifact(target, precision).quantization
-    assert facts["scheme"] == SCHEMES[target, precision]
-    assert set(facts["speed"]) == {"step", "decode"}
-    for ratio in facts["speed"].values():
-        assert set(ratio) == {"median", "low", "high"}
-        assert 0 < ratio["low"] <= ratio["median"] <= ratio["high"]
+    facts = quantization_of(built(target, precision).artifact(target, precision))
+    assert facts.scheme == SCHEMES[target, precision]
+    assert set(facts.speed) == {"step", "decode"}
+    for ratio in facts.speed.values():
+        assert 0 < ratio.low <= ratio.median <= ratio.high
     if SCHEMES[target, precision] == "backend":
-        assert facts["kept_in_fp32"] == {}
+        assert facts.kept_in_fp32 == {}
         return
-    assert facts["kept_in_fp32"][ROUTER] == "router layer: always fp32"
-    assert facts["kept_in_fp32"]["head.1/MatMul"] == "its 64 x 5 numbers are too few to gain"
-    assert facts["quantized"]
-    assert set(facts["quantized"]) <= LARGE
-    excluded = LARGE - set(facts["quantized"])
-    assert all("alone it causes a " in facts["kept_in_fp32"][name] for name in excluded)
-    assert ("calibration" in facts) == (facts["scheme"] == "static")
+    assert facts.kept_in_fp32[ROUTER] == "router layer: always fp32"
+    assert facts.kept_in_fp32["head.1/MatMul"] == "its 64 x 5 numbers are too few to gain"
+    assert facts.quantized
+    assert set(facts.quantized) <= LARGE
+    excluded = LARGE - set(facts.quantized)
+    assert all("alone it causes a " in facts.kept_in_fp32[name] for name in excluded)
+    assert (facts.calibration is not None) == (facts.scheme == "static")
 
 
 def test_the_summary_of_the_calibration_is_that_of_the_file(int8_bundle: Path) -> None:
-    found = Bundle(int8_bundle).artifact("openvino").quantization["calibration"]
+    found = quantization_of(Bundle(int8_bundle).artifact("openvino")).calibration
     kept = json.loads((int8_bundle / CALIBRATION).read_text())
     assert len(kept.pop("scales")) > len(kept.pop("asymmetric")) > 0
+    assert found is not None
     assert found == kept
     assert found["streams"] == 6, "those of the checkpoint that do not judge"
     assert found["ages"][0] == 0
@@ -161,11 +161,11 @@ def test_engines_are_built_and_not_run(built: Built, precision: str) -> None:
     bundle.verify()
     artifact = bundle.artifact("tensorrt", precision)
     assert (artifact.precision, artifact.device) == (precision, "sm86")
-    assert artifact.parity["status"] in ("not_run", "passed")
-    facts = artifact.quantization
-    assert facts["scheme"] == SCHEMES["tensorrt", precision]
-    assert set(facts["quantized"]) == LARGE
-    assert ROUTER in facts["kept_in_fp32"]
+    assert artifact.parity.status in ("not_run", "passed")
+    facts = quantization_of(artifact)
+    assert facts.scheme == SCHEMES["tensorrt", precision]
+    assert set(facts.quantized) == LARGE
+    assert ROUTER in facts.kept_in_fp32
     layers = json.loads((bundle.path / f"tensorrt-{precision}" / "layers.json").read_text())["step"]
     kind = "QUANTIZE" if precision.startswith("int8") else "CAST"
     assert any(kind in line for line in layers)
@@ -186,8 +186,8 @@ def test_in_fp32_beside_int8_the_portable_graphs_are_used(built: Built) -> None:
     bundle = built("onnxruntime", "fp32")
     bundle.verify()
     assert {record.path.split("/")[0] for record in bundle.artifact("onnxruntime").files} == {"graphs"}
-    assert bundle.artifact("onnxruntime").quantization == {}
-    assert bundle.artifact("onnxruntime", "int8").quantization["scheme"] == "dynamic"
+    assert bundle.artifact("onnxruntime").quantization is None
+    assert quantization_of(bundle.artifact("onnxruntime", "int8")).scheme == "dynamic"
     assert {"openvino-int8", "onnxruntime-int8"} < set(names(bundle.path))
 
 
@@ -196,7 +196,8 @@ def test_a_graph_that_does_not_compute_in_the_precision_fails(built: Built, targ
     """An artifact in fp32 under the name of int8."""
     bundle = built(target, "fp32")
     artifact = replace(bundle.artifact(target, "fp32"), precision="int8")
-    checked, report = check_artifact(bundle, artifact, bundle.trace().first(3))
+    accepted = check_artifact(bundle, artifact, bundle.trace().first(3))
+    checked, report = accepted.artifact, accepted.report
     assert checked.effective_precision == "fp32"
     assert report is not None
     assert report.failures == ("the backend computes in fp32 instead of int8",)

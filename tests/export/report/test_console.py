@@ -1,11 +1,11 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from nsm.export.report.console import PARITY_COLUMNS, Terminal, parity_row
 from nsm.export.report.format import number, size
+from nsm.manifest import Artifact, FileRecord
+from nsm.results import ParityResult, Quantiles
 
 
 @pytest.mark.parametrize(
@@ -30,29 +30,30 @@ def test_number_has_three_figures_or_a_dash() -> None:
     assert number(None) == "-"
 
 
-def make_artifact(**parity: Any) -> dict[str, Any]:
-    return {"target": "openvino", "device": "cpu", "precision": "fp32", "parity": parity}
+def make_artifact(parity: ParityResult) -> Artifact:
+    return Artifact("openvino", "cpu", "fp32", "fp32", (FileRecord("openvino/step.bin", 4_600_000, "0"),), parity)
+
+
+def error(p99: float) -> Quantiles:
+    return Quantiles(p99, p99, p99, "outputs")
 
 
 def test_a_row_of_an_artifact_that_was_compared() -> None:
-    row = parity_row(
-        make_artifact(status="passed", one_step={"p99": 2e-7}, free_run={"p99": 3e-7}, argmax_agreement=0.9987),
-        4_600_000,
-    )
+    parity = ParityResult("passed", one_step=error(2e-7), free_run=error(3e-7), argmax_agreement=0.9987)
+    row = parity_row(make_artifact(parity))
     assert row == ["openvino", "cpu", "fp32", "4.6 MB", "passed", "2.00e-07", "3.00e-07", "99.87%"]
     assert len(row) == len(PARITY_COLUMNS)
 
 
 def test_a_row_of_an_artifact_that_produced_nothing_finite() -> None:
-    row = parity_row(
-        make_artifact(status="failed", one_step={"p99": None}, free_run={"p99": None}, argmax_agreement=0.0), 10
-    )
+    nan = error(float("nan"))
+    row = parity_row(make_artifact(ParityResult("failed", one_step=nan, free_run=nan, argmax_agreement=0.0)))
     assert row[-4:] == ["failed", "-", "-", "0.00%"]
 
 
 def test_a_row_of_an_artifact_that_could_not_run() -> None:
-    row = parity_row(make_artifact(status="not_run", reason="no GPU"), 10)
-    assert row == ["openvino", "cpu", "fp32", "10 B", "not_run", "-", "-", "-"]
+    row = parity_row(make_artifact(ParityResult.not_run("no GPU")))
+    assert row == ["openvino", "cpu", "fp32", "4.6 MB", "not_run", "-", "-", "-"]
     assert len(row) == len(PARITY_COLUMNS)
 
 

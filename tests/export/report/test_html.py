@@ -9,6 +9,7 @@ import pytest
 
 from nsm.errors import InputError
 from nsm.export.report.html import page, write_page
+from nsm.results import QuantizationResult
 from nsm.runtimes.parity.budgets import find_budget
 from nsm.runtimes.parity.comparison import compare
 from nsm.runtimes.parity.report import Bisection, ParityReport
@@ -136,14 +137,12 @@ def test_flips_are_listed_and_those_without_excuse_are_in_sight() -> None:
 
 def test_what_kept_in_fp32_is_told_with_its_reason() -> None:
     reason = "router layer: always fp32"
-    facts = {"scheme": "dynamic", "kept_in_fp32": {"route <0>": reason, "route 1": reason}}
+    facts = QuantizationResult("dynamic", (), {"route <0>": reason, "route 1": reason})
     text = page("model.nsm", [report_of()], {}, {}, {"fake": facts})
     assert "Kept in fp32" in text
     assert "Scheme of the other linear ops: dynamic." in text
     assert f"<td>{reason}</td><td class='number'>2</td><td><code>route &lt;0&gt;, route 1</code>" in text
-    assert "None. Scheme: fp16." in page(
-        "model.nsm", [report_of()], {}, {}, {"fake": {"scheme": "fp16", "kept_in_fp32": {}}}
-    )
+    assert "None. Scheme: fp16." in page("model.nsm", [report_of()], {}, {}, {"fake": QuantizationResult("fp16")})
     assert "ept in fp32" not in drawn(report_of())
 
 

@@ -21,9 +21,10 @@ from nsm.export.pipeline import export
 from nsm.export.verify import acceptance
 from nsm.export.verify.acceptance import Alone, Limits, Maker, Over
 from nsm.export.verify.another_target import add_target
-from nsm.export.verify.artifact import check_artifact
+from nsm.export.verify.artifact import Acceptance, TargetPlan, check_artifact
 from nsm.manifest import Artifact
 from nsm.quantization.policy import find_policy
+from nsm.results import Ratio
 from nsm.runtimes.backends import onnxruntime
 from nsm.runtimes.bench.rounds import Latency, Steppable
 from nsm.runtimes.opening import cpu_features
@@ -31,7 +32,7 @@ from nsm.runtimes.parity.budgets import find_budget
 from nsm.runtimes.parity.report import ParityReport
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array, Trace
-from tests.export.helpers import ROUGH, invoke, names, refused, succeeded, the_json
+from tests.export.helpers import ROUGH, invoke, names, quantization_of, refused, succeeded, the_json
 
 Times = Callable[..., None]
 OTHERS = ["layers.0.projection/MatMul", "layers.0.feed_forward.0/MatMul"]
@@ -63,7 +64,7 @@ def checks(monkeypatch: pytest.MonkeyPatch) -> list[Artifact]:
     """The artifacts that were compared."""
     seen: list[Artifact] = []
 
-    def counted(bundle: Bundle, artifact: Artifact, *more: Any) -> tuple[Artifact, ParityReport | None]:
+    def counted(bundle: Bundle, artifact: Artifact, *more: Any) -> Acceptance:
         seen.append(artifact)
         return check_artifact(bundle, artifact, *more)
 
@@ -82,11 +83,11 @@ def operators(path: Path, linear_op: str) -> set[str]:
 
 def test_the_product_that_cannot_be_rounded_is_put_back_and_no_other(rough_copy: Path) -> None:
     artifact = add_target(rough_copy, "ort", precision="int8", limits=Limits(0.4, allow_slower=True))
-    assert artifact.parity["status"] == "passed"
-    facts = artifact.quantization
-    assert sorted(facts["quantized"]) == sorted(OTHERS)
-    assert facts["kept_in_fp32"][ROUGH].startswith("alone it causes a one-step error of ")
-    assert not [name for name in OTHERS if name in facts["kept_in_fp32"]]
+    assert artifact.parity.status == "passed"
+    facts = quantization_of(artifact)
+    assert sorted(facts.quantized) == sorted(OTHERS)
+    assert facts.kept_in_fp32[ROUGH].startswith("alone it causes a one-step error of ")
+    assert not [name for name in OTHERS if name in facts.kept_in_fp32]
     for entry in ("step", "decode"):
         graph = rough_copy / "onnxruntime-int8" / f"{entry}.onnx"
         assert "MatMulInteger" not in operators(graph, ROUGH)
@@ -110,10 +111,10 @@ def test_no_more_is_put_back_than_is_allowed_and_the_culprit_is_named(
     failed = Bundle(rough_copy.with_name("rough.nsm.failed"))
     failed.verify()
     artifact = failed.artifact("onnxruntime", "int8")
-    assert artifact.parity["status"] == "failed"
+    assert artifact.parity.status == "failed"
     (note,) = (note for note in artifact.notes if " comes from " in note)
     assert re.match(rf"most of the (one-step|free-run) error of \S+ comes from {ROUGH} \(", note)
-    assert sorted(artifact.quantization["quantized"]) == sorted([ROUGH, *OTHERS])
+    assert sorted(quantization_of(artifact).quantized) == sorted([ROUGH, *OTHERS])
     assert all(
         "MatMulInteger" in operators(failed.path / "onnxruntime-int8" / "step.onnx", name) for name in (ROUGH, *OTHERS)
     )
@@ -131,8 +132,8 @@ def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
     )
     text = succeeded(invoke(*build))
     artifact = Bundle(rough_copy).artifact("onnxruntime", "int8")
-    assert ROUGH in artifact.quantization["kept_in_fp32"]
-    assert f"  kept in fp32, because {artifact.quantization['kept_in_fp32'][ROUGH]}: " in text
+    assert ROUGH in quantization_of(artifact).kept_in_fp32
+    assert f"  kept in fp32, because {quantization_of(artifact).kept_in_fp32[ROUGH]}: " in text
     assert "onnxruntime int8: step " in text
 
 
@@ -163,17 +164,18 @@ def test_a_product_that_drifts_more_stays_low_where_another_is_at_fault(
     bundle = Bundle(rough)
     policy = find_policy("onnxruntime", "int8")
     assert policy is not None
-    maker = Maker(bundle, find_target("onnxruntime"), None, "int8", policy, None)
+    maker = Maker(bundle, TargetPlan(find_target("onnxruntime"), None, "int8", policy), None)
     assert maker.lowered is not None
     drifting, guilty, _ = keys = [linear_op.key for linear_op in maker.lowered.low]
     errors = dict(zip(keys, [0.1, 9.0, 0.0], strict=True))
     alone = {key: Alone(float(key == drifting), {"value": {"split_p99": error}}) for key, error in errors.items()}
     tried: list[list[str]] = []
 
-    def checked(*_: object) -> tuple[None, ParityReport]:
+    def checked(*_: object) -> Acceptance:
         passed = guilty in tried[-1]
         over = budgeted(value={"split_p99": 0.0 if passed else 9.0})
-        return None, cast(ParityReport, SimpleNamespace(**vars(over), passed=passed, effective_precision="int8"))
+        report = SimpleNamespace(**vars(over), passed=passed, effective_precision="int8")
+        return Acceptance(bundle.artifact("onnxruntime"), cast(ParityReport, report))
 
     monkeypatch.setattr(Maker, "build", lambda _, excluded: tried.append(list(excluded)))
     monkeypatch.setattr(Maker, "_alone", lambda *_: alone)
@@ -220,10 +222,10 @@ def test_what_cannot_run_here_is_neither_ranked_nor_measured(
     rough_copy: Path, checks: list[Artifact], no_gpu: None
 ) -> None:
     artifact = add_target(rough_copy, "trt", "sm86", precision="int8-weights")
-    assert artifact.parity["status"] == "not_run"
+    assert artifact.parity.status == "not_run"
     assert len(checks) == 1
-    assert set(artifact.quantization) == {"scheme", "quantized", "kept_in_fp32"}
-    assert set(artifact.quantization["quantized"]) == {ROUGH, *OTHERS}
+    assert (quantization_of(artifact).speed, quantization_of(artifact).calibration) == ({}, None)
+    assert set(quantization_of(artifact).quantized) == {ROUGH, *OTHERS}
 
 
 # -- speed -----------------------------------------------------------------------------------------------------------
@@ -270,11 +272,8 @@ def test_slower_is_kept_where_that_is_allowed(int8_copy: Path, times: Times) -> 
     times(100.0, 400.0)
     text = succeeded(invoke("build", int8_copy, "-t", "ort", "-p", "int8", "--allow-slower", "--force"))
     assert "Replaced in" in text
-    speed = Bundle(int8_copy).artifact("onnxruntime").quantization["speed"]
-    assert speed == {
-        "step": {"median": 0.25, "low": 0.25, "high": 0.25},
-        "decode": {"median": 1.0, "low": 1.0, "high": 1.0},
-    }
+    speed = quantization_of(Bundle(int8_copy).artifact("onnxruntime")).speed
+    assert speed == {"step": Ratio(0.25, 0.25, 0.25), "decode": Ratio(1.0, 1.0, 1.0)}
 
 
 def test_single_tokens_that_are_slower_are_refused_although_whole_calls_are_faster(
@@ -289,7 +288,7 @@ def test_single_tokens_that_are_slower_are_refused_although_whole_calls_are_fast
         add_target(int8_copy, "ort", precision="int8", force=True)
     times(200.0, 100.0, (2.9, 3.5))  # its interval holds 1: no difference was found
     artifact = add_target(int8_copy, "ort", precision="int8", force=True)
-    assert artifact.quantization["speed"]["decode"]["median"] < 1.0
+    assert quantization_of(artifact).speed["decode"].median < 1.0
 
 
 @pytest.mark.parametrize("flags", ["flags : avx2 avx512f", "flags : avx2 avx_vnni"])
@@ -310,7 +309,7 @@ def test_a_processor_without_a_fast_path_is_named_as_the_cause(
 def test_faster_needs_no_leave(int8_copy: Path, times: Times) -> None:
     times(200.0, 100.0)
     artifact = add_target(int8_copy, "ort", precision="int8", force=True)
-    assert artifact.quantization["speed"]["step"]["median"] == 2.0
+    assert quantization_of(artifact).speed["step"].median == 2.0
 
 
 def test_the_speed_is_of_real_tokens_on_every_lane() -> None:

@@ -30,8 +30,9 @@ from nsm.errors import (
 from nsm.export.verify import another_target
 from nsm.export.verify import artifact as build
 from nsm.export.verify.another_target import add_target
-from nsm.export.verify.artifact import PRECISIONS, check_request, require_all
+from nsm.export.verify.artifact import PRECISIONS, Acceptance, plan_targets
 from nsm.manifest import MANIFEST
+from nsm.results import ParityResult
 from nsm.runtimes import targets
 from nsm.runtimes.targets import TARGETS, find_target
 from nsm.staging import write_manifest
@@ -81,38 +82,41 @@ def perturbed(convert: Callable[[str], Any]) -> Callable[[str], Any]:
 
 def test_no_target_is_refused() -> None:
     with pytest.raises(InputError, match=r"No target was given\. .*--target"):
-        check_request([], "fp32", None)
+        plan_targets([], "fp32", None)
 
 
 def test_an_unknown_precision_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"Unknown precision 'fp12'.*fp32, fp16, bf16, int8, int8-weights"):
-        check_request([find_target("onnx")], "fp12", None)
+        plan_targets(["onnx"], "fp12", None)
 
 
 @pytest.mark.parametrize("precision", [name for name in PRECISIONS if name != "fp32"])
 def test_a_precision_that_a_target_does_not_have_is_unsupported(precision: str) -> None:
     with pytest.raises(UnsupportedError, match=rf"onnx is not built in {precision}\. It is built in: fp32\."):
-        check_request([find_target("onnx")], precision, None)
+        plan_targets(["onnx"], precision, None)
 
 
 def test_one_target_without_the_precision_is_enough_to_refuse() -> None:
-    targets = [find_target("openvino"), find_target("onnxruntime")]
     with pytest.raises(UnsupportedError, match=r"onnxruntime is not built in bf16.*: fp32, int8, int8-weights\."):
-        check_request(targets, "bf16", None)
+        plan_targets(["openvino", "onnxruntime"], "bf16", None)
 
 
 def test_an_unknown_device_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"No target has the device 'gpu'.* openvino: cpu"):
-        check_request([find_target("openvino")], "fp32", "gpu")
+        plan_targets(["openvino"], "fp32", "gpu")
     with pytest.raises(InputError, match=r"the device 'sm12'.*onnx: cpu; tensorrt: portable, current, .*sm86"):
-        check_request([find_target("onnx"), find_target("tensorrt")], "fp32", "sm12")
+        plan_targets(["onnx", "tensorrt"], "fp32", "sm12")
 
 
 def test_a_device_is_for_the_targets_that_have_it(exported: Path, bundle: Bundle, tmp_path: Path) -> None:
-    targets = [find_target(name) for name in ("onnxruntime", "openvino", "tensorrt")]
-    check_request(targets, "fp32", "SM86")
+    planned = plan_targets(["ort", "openvino", "onnxruntime", "trt"], "fp32", "SM86")
+    assert [(item.target.name, item.device) for item in planned] == [
+        ("onnxruntime", None),
+        ("openvino", None),
+        ("tensorrt", "sm86"),
+    ]
     shutil.copytree(exported / "graphs", tmp_path / "graphs")
-    built = [build.build_target(tmp_path, bundle.manifest.spec, target, "SM86") for target in targets]
+    built = [build.build_target(tmp_path, bundle.manifest.spec, item.target, item.device) for item in planned]
     assert [item.device for item in built] == ["cpu", "cpu", "sm86"]
 
 
@@ -124,7 +128,7 @@ def test_a_missing_package_is_named_with_the_extra_that_installs_it(name: str, m
         MissingDependencyError,
         match=rf'needs the package {target.packages[0]}.*pip install "nsm-toolkit\[{target.extra}\]"',
     ):
-        check_request([target], "fp32", None)
+        plan_targets([name], "fp32", None)
 
 
 # -- adding and replacing --------------------------------------------------------------------------------------------
@@ -135,7 +139,7 @@ def test_a_target_is_added_from_the_bundles_onnx(bundle_copy: Path) -> None:
     seen: list[tuple[int, int]] = []
     artifact = add_target(bundle_copy, "ov", progress=lambda done, total: seen.append((done, total)))
     assert (artifact.target, artifact.precision, artifact.effective_precision) == ("openvino", "fp32", "fp32")
-    assert artifact.parity["status"] == "passed"
+    assert artifact.parity.status == "passed"
     assert seen[-1][0] == seen[-1][1] > 0
     bundle = Bundle(bundle_copy)
     bundle.verify()
@@ -155,8 +159,8 @@ def test_an_artifact_for_the_same_target_and_precision_is_replaced(bundle_copy: 
     bundle = Bundle(bundle_copy)
     bundle.verify()
     assert artifact.device == "sm86"
-    assert artifact.parity["status"] == "not_run"
-    assert "no usable NVIDIA GPU" in artifact.parity["reason"]
+    assert artifact.parity.status == "not_run"
+    assert "no usable NVIDIA GPU" in str(artifact.parity.reason)
     assert [item.target for item in bundle.manifest.artifacts].count("tensorrt") == 1
     assert {a.target for a in bundle.manifest.artifacts} == {a.target for a in before.manifest.artifacts}
     assert bundle.artifact("tensorrt").files != before.artifact("tensorrt").files
@@ -219,7 +223,7 @@ def test_an_artifact_that_is_another_model_does_not_replace_the_good_one(
     Bundle(bundle_copy).verify()
     failed = Bundle(bundle_copy.with_name(bundle_copy.name + ".failed"))
     failed.verify()
-    assert failed.artifact("openvino").parity["status"] == "failed"
+    assert failed.artifact("openvino").parity.status == "failed"
     report = json.loads((failed.path / PARITY).read_text())
     assert report["passed"] is False
     (result,) = (item for item in report["results"] if item["target"] == "openvino")
@@ -303,12 +307,12 @@ def test_a_wrong_request_is_refused_before_the_bundle_is_touched(
 
 
 def test_an_artifact_that_could_not_run_passes_unless_parity_is_required(bundle: Bundle) -> None:
-    not_run = replace(bundle.artifact("tensorrt"), parity={"status": "not_run", "reason": "There is no GPU here."})
-    artifacts = [bundle.artifact("openvino"), not_run]
-    require_all(artifacts, [], False)
+    not_run = Acceptance(
+        replace(bundle.artifact("tensorrt"), parity=ParityResult.not_run("There is no GPU here.")), None
+    )
+    not_run.require()
     with pytest.raises(ParityError, match=r"--require-parity: tensorrt could not be compared\. There is no GPU"):
-        require_all(artifacts, [], True)
-    require_all(artifacts[:1], [], True)
+        not_run.require(require_parity=True)
 
 
 def test_an_artifact_whose_hardware_is_absent_is_marked_not_run_with_the_reason(
@@ -318,9 +322,9 @@ def test_an_artifact_whose_hardware_is_absent_is_marked_not_run_with_the_reason(
         raise DeviceUnavailableError("There is no such accelerator in this machine.")
 
     monkeypatch.setattr(build, "open_artifact", absent)
-    checked, report = build.check_artifact(bundle, bundle.artifact("openvino"), bundle.trace())
-    assert report is None
-    assert checked.parity == {"status": "not_run", "reason": "There is no such accelerator in this machine."}
+    found = build.check_artifact(bundle, bundle.artifact("openvino"), bundle.trace())
+    assert found.report is None
+    assert found.artifact.parity == ParityResult.not_run("There is no such accelerator in this machine.")
 
 
 # -- without torch ---------------------------------------------------------------------------------------------------
@@ -334,7 +338,7 @@ sys.modules["torch"] = None
 from pathlib import Path
 from nsm.export.verify.another_target import add_target
 for target in ("openvino", "tensorrt", "onnxruntime"):
-    print(target, add_target(Path(sys.argv[1]), target).parity["status"])
+    print(target, add_target(Path(sys.argv[1]), target).parity.status)
 """
     command = [sys.executable, "-W", "error::ResourceWarning", "-c", script, str(bundle_copy)]
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}

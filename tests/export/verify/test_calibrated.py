@@ -23,7 +23,7 @@ from nsm.models.checkpoint import load_checkpoint
 from nsm.quantization.preconditions import MIN_CALLS
 from nsm.staging import write_manifest
 from nsm.trace import Array
-from tests.export.helpers import invoke, names, refused, succeeded, the_json
+from tests.export.helpers import invoke, names, quantization_of, refused, succeeded, the_json
 from tests.small_models import CHUNK, make_model, make_sequences
 
 
@@ -189,7 +189,7 @@ def test_int8_is_built_from_the_calibration_of_the_bundle(int8_copy: Path) -> No
     after = Bundle(int8_copy)
     after.verify()
     old, new = before.artifact("openvino"), after.artifact("openvino")
-    assert new.quantization["calibration"] == old.quantization["calibration"]
+    assert quantization_of(new).calibration == quantization_of(old).calibration
     assert new.parity == old.parity
     assert (int8_copy / CALIBRATION).is_file()
 

@@ -20,6 +20,7 @@ from nsm.export.analysis.roofline import calls_of
 from nsm.export.verify.another_target import add_target
 from nsm.export.verify.capacity import declared_counters, with_assumed_limit
 from nsm.manifest import Artifact
+from nsm.results import ParityResult
 from nsm.runtimes.bench.session_overhead import overhead
 from nsm.runtimes.session.session import Session
 from nsm.runtimes.targets import TARGETS, Target
@@ -343,7 +344,7 @@ def test_a_table_of_a_few_rows_ends_too(tmp_path: Path) -> None:
 def test_golden_streams_end_with_the_capacity(bundles: Bundles) -> None:
     assert bundles[Attention].trace().steps == 12
     assert bundles[Log].trace().steps == 64
-    assert bundles[Log].manifest.artifacts[0].parity["steps"] == 64
+    assert bundles[Log].manifest.artifacts[0].parity.steps == 64
 
 
 def test_a_declared_capacity_is_kept_and_held_against_the_model(tmp_path: Path) -> None:
@@ -489,7 +490,7 @@ def test_an_artifact_that_was_not_run_has_the_limit_that_holds_everywhere(
     bundles: Bundles,
 ) -> None:
     spec = bundles[Clock].manifest.spec
-    artifact = replace(bundles[Clock].manifest.artifacts[0], parity={"status": "not_run", "reason": "no GPU"})
+    artifact = replace(bundles[Clock].manifest.artifacts[0], parity=ParityResult.not_run("no GPU"))
     counters = declared_counters(spec, bundles[Clock].state_init())
     assert with_assumed_limit(artifact, counters, None).limit == 2**24 // 441
     assert with_assumed_limit(artifact, counters, 100).limit is None

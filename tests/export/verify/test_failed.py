@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,21 +13,22 @@ import pytest
 import nsm
 from nsm.bundle import Bundle
 from nsm.errors import ParityError, StreamError, UncheckedWarning
+from nsm.results import ParityResult, Quantiles
 from nsm.runtimes.backends import openvino
 from nsm.runtimes.base import Runtime
 from nsm.staging import write_manifest
 from tests.export.helpers import invoke, keep_only, refused, spoil, succeeded, the_json
 
 
-def mark(path: Path, target: str, parity: Mapping[str, Any]) -> None:
+def mark(path: Path, target: str, parity: ParityResult) -> None:
     """Give an artifact another status."""
     manifest = Bundle(path).manifest
     artifacts = tuple(replace(item, parity=parity) if item.target == target else item for item in manifest.artifacts)
     write_manifest(path, replace(manifest, artifacts=artifacts))
 
 
-FAILED = {"status": "failed", "free_run": {"p99": 0.47}}
-NOT_RUN = {"status": "not_run", "reason": "There was no such processor."}
+FAILED = ParityResult("failed", free_run=Quantiles(0.4, 0.47, 0.5, "outputs"))
+NOT_RUN = ParityResult.not_run("There was no such processor.")
 
 
 @pytest.fixture

@@ -198,7 +198,7 @@ def test_every_later_opening_uses_the_recorded_options(
     path = tmp_path / "made.nsm"
     succeeded(invoke(*short(checkpoint, path, "-t", "fragile", "--device", "dies-opening")))
     (artifact,) = Bundle(path).manifest.artifacts
-    assert (artifact.parity["status"], artifact.options) == ("passed", {"FAST": "NO"})
+    assert (artifact.parity.status, artifact.options) == ("passed", {"FAST": "NO"})
     with nsm.open(path, target="fragile") as session:
         session.reset()
     assert the_json(invoke("parity", path, "--json"))["passed"]

@@ -76,7 +76,7 @@ def test_low_precision_is_judged_over_200_calls_unless_told_otherwise(
     assert "calls per stream" not in succeeded(result) + result.stderr
     bundle = Bundle(tmp_path / "m.nsm")
     artifact = bundle.artifact("onnxruntime")
-    assert (bundle.trace().steps, artifact.parity["steps"]) == (steps, steps)
+    assert (bundle.trace().steps, artifact.parity.steps) == (steps, steps)
     assert not [note for note in artifact.notes if "checked over" in note]
 
 

@@ -156,7 +156,7 @@ def test_what_is_written_before_it_is_read_is_no_state(how: str, tmp_path: Path)
     torch.manual_seed(0)
     module = Shadow(how)
     step = nsm.as_step(module, [H], token_shape=(3,))
-    assert any("before it reads them in every call" in remark for remark in step.examination.remarks)
+    assert any("before it reads them in every call" in item.text for item in step.examination.messages)
     assert "last" not in vars(module)
     assert module.mem.shape == (1, 3)
     lanes = 1 if step.lanes else 2

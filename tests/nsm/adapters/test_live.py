@@ -110,7 +110,7 @@ def test_tensors_in_attributes_that_are_results_of_others_are_no_hindrance(tmp_p
     module.last = {"of": [module.mix(torch.randn(1, 3))], "pair": (module.mix(torch.randn(1, 3)), 1)}
     step = nsm.as_step(module, [H], token_shape=(3,))
     bundle = nsm.export_model(step, "onnxruntime", tmp_path / "m.nsm", golden_steps=4)
-    assert bundle.manifest.artifacts[0].parity["status"] == "passed"
+    assert bundle.manifest.artifacts[0].parity.status == "passed"
     assert module.last["of"][0].grad_fn is not None
 
 
@@ -131,7 +131,9 @@ def test_what_python_does_not_copy_is_named() -> None:
 def test_a_module_that_writes_into_its_arguments_is_handed_copies(tmp_path: Path) -> None:
     step = nsm.as_step(InPlace(), [H], token_shape=(3,))
     assert step.copies
-    assert any("writes into its arguments ['state_0']; it is handed copies" in r for r in step.examination.remarks)
+    assert any(
+        "writes into its arguments ['state_0']; it is given copies" in item.text for item in step.examination.messages
+    )
     state = step.initial_state(2)
     step.step(torch.ones(2, 1, 3), state)
     assert not state["state_0"].any()

@@ -144,7 +144,7 @@ def test_right_models_pass(parts: list[tuple[Any, int]], timed: bool, ids: bool,
     assert step.lanes is None
     skipped = {item.name for item in step.examination.experiments if item.status == "skipped"}
     assert skipped == {"offline"} | (set() if timed else {"split"})
-    assert not any(remark.startswith("WARNING") for remark in step.examination.remarks)
+    assert not any(item.severity == "warning" for item in step.examination.messages)
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])

@@ -77,15 +77,17 @@ def cache(kind: type[Cache], rows: int, chunk: int = 4) -> nsm.AdaptedModel:
 def test_a_table_is_examined_up_to_its_end(rows: int) -> None:
     model = table(Table, rows)
     assert model.lanes is None
-    assert f"fails after {rows} tokens of a stream, where a table or cache ends" in " ".join(model.examination.remarks)
-    assert "still filling" not in " ".join(model.examination.remarks)
+    assert f"fails after {rows} tokens of a stream, where a table or cache ends" in " ".join(
+        map(str, model.examination.messages)
+    )
+    assert "still filling" not in " ".join(map(str, model.examination.messages))
 
 
 @pytest.mark.parametrize("rows", [8, 9, 30, 64, 76, 80, 96])
 def test_a_cache_is_examined_up_to_its_end(rows: int) -> None:
     model = cache(Cache, rows)
     assert model.lanes is None
-    assert "where a table or cache ends" in " ".join(model.examination.remarks)
+    assert "where a table or cache ends" in " ".join(map(str, model.examination.messages))
     status = {item.name: item.status for item in model.examination.experiments}
     assert status["split"] == "passed"  # with fewer tokens a call where the table is short
 

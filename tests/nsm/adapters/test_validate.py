@@ -90,13 +90,13 @@ def test_on_samples_that_the_step_takes_it_passes() -> None:
 def test_a_window_is_examined_until_it_is_full(length: int) -> None:
     found = examine(steps.Long(length))
     assert found.filled == length
-    assert not any(remark.startswith("WARNING") for remark in found.remarks)
+    assert not any(item.severity == "warning" for item in found.messages)
 
 
 def test_a_window_that_is_too_long_to_be_filled_is_said() -> None:
     found = examine(steps.Long(400, size=30_000_000))
     assert found.filled == 333
-    assert any("states ['cache'] are still filling after 333 tokens" in remark for remark in found.remarks)
+    assert any("states ['cache'] are still filling after 333 tokens" in item.text for item in found.messages)
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_a_window_that_is_too_long_to_be_filled_is_said() -> None:
 def test_a_step_whose_table_ends_is_examined_up_to_there(rows: int, capacity: int | None) -> None:
     found = examine(steps.Table(rows, capacity))
     assert all(item.status == "passed" for item in found.experiments if item.name not in ("random", "kept", "split"))
-    assert not any(remark.startswith("WARNING") for remark in found.remarks)
+    assert not any(item.severity == "warning" for item in found.messages)
 
 
 def test_a_step_that_fails_at_once_is_refused() -> None:

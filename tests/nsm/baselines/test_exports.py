@@ -22,7 +22,7 @@ def test_a_baseline_is_exported_and_passes_parity(name: str, tmp_path: Path) -> 
     model = kind(**{"vocab_size": 20, "d_model": 8, "num_layers": 1, "chunk_size": 4, **changes}).eval()
     bundle = nsm.export_model(model, TARGETS, tmp_path / "baseline.nsm", num_samples=2, golden_steps=8)
     assert bundle.manifest.model["class"] == kind.__name__
-    assert [(a.target, a.parity["status"]) for a in bundle.manifest.artifacts] == [(t, "passed") for t in TARGETS]
+    assert [(a.target, a.parity.status) for a in bundle.manifest.artifacts] == [(t, "passed") for t in TARGETS]
     trace = bundle.trace()
     assert trace.outputs["outputs"].shape[:2] == (2, 8)
     for target in TARGETS:

@@ -90,7 +90,7 @@ def test_a_preset_at_its_full_size_is_exported_and_passes_parity(name: str, tmp_
     model = from_preset(name).eval()
     bundle = nsm.export_model(model, targets, tmp_path / "preset.nsm", num_samples=2, golden_steps=4)
     assert bundle.manifest.model["parameters"] == parameters(model)
-    assert [(a.target, a.parity["status"]) for a in bundle.manifest.artifacts] == [(t, "passed") for t in targets]
+    assert [(a.target, a.parity.status) for a in bundle.manifest.artifacts] == [(t, "passed") for t in targets]
     trace = bundle.trace()
     for target in targets:
         with nsm.open(bundle.path, target) as session:

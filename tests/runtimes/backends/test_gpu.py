@@ -20,7 +20,7 @@ TARGETS = {"tensorrt": "current", "onnxruntime-cuda": "cuda"}
 @pytest.mark.parametrize("target", TARGETS)
 def test_an_artifact_built_here_is_the_model(bundle_copy: Path, target: str) -> None:
     artifact = add_target(bundle_copy, target, TARGETS[target], force=True)
-    assert artifact.parity["status"] == "passed"
+    assert artifact.parity.status == "passed"
     assert artifact.effective_precision == "fp32"
 
 

@@ -114,8 +114,8 @@ def test_it_can_be_built_where_it_cannot_be_run(bundle_copy: Path, monkeypatch: 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CPUExecutionProvider"])
     artifact = add_target(bundle_copy, "cuda")
     assert (artifact.target, artifact.device) == ("onnxruntime-cuda", "cuda")
-    assert artifact.parity["status"] == "not_run"
-    assert "no CUDA" in artifact.parity["reason"]
+    assert artifact.parity.status == "not_run"
+    assert "no CUDA" in str(artifact.parity.reason)
     with pytest.raises(DeviceUnavailableError):
         nsm.open(bundle_copy, "cuda")
 

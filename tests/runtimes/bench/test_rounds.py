@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from nsm.errors import InputError
-from nsm.runtimes.bench.rounds import BLOCK, ROUNDS, SETTLE, Ratio, bench, not_faster, paired_ratio
+from nsm.results import Ratio
+from nsm.runtimes.bench.rounds import BLOCK, ROUNDS, SETTLE, bench, not_faster, paired_ratio
 from nsm.trace import Array
 from tests.runtimes.fake import CHUNK, ENTRIES, VOCABULARY, WIDTH, fake_session, fake_spec
 

@@ -21,6 +21,7 @@ from nsm.export.options import ExportOptions
 from nsm.export.pipeline import Stages
 from nsm.export.verify import acceptance
 from nsm.export.verify.artifact import PRECISIONS
+from nsm.results import ParityResult
 from nsm.runtimes.base import Progress
 from nsm.runtimes.bench.rounds import Latency, Steppable
 from nsm.staging import FAILED_SUFFIX, write_manifest
@@ -61,7 +62,7 @@ def exports(exported: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., li
                 (artifact,) = (item for item in made.manifest.artifacts if item.target == options.targets[0])
                 changes: dict[str, Any] = {"precision": options.precision}
                 if outcome == "absent":
-                    changes["parity"] = {"status": "not_run", "reason": "There is no GPU. Buy one."}
+                    changes["parity"] = ParityResult.not_run("There is no GPU. Buy one.")
                 manifest = replace(made.manifest, artifacts=(replace(artifact, **changes),))
                 write_manifest(output, manifest)
             if isinstance(outcome, NsmError):

@@ -154,14 +154,14 @@ def test_a_state_that_no_output_ever_depends_on_is_told(tmp_path: Path) -> None:
     shape: Sequence[int | str | None] = ["batch", 3]
     inputs: Ports = {**PLAIN[0], "hidden": shape, "cell": shape}
     path = write(tmp_path / "m.onnx", nodes, inputs, {**PLAIN[1], "hidden_out": shape, "cell_out": shape}, HALF)
-    warnings = [line for line in load_onnx(path).remarks if line.startswith("WARNING")]
+    warnings = [item.text for item in load_onnx(path).messages if item.severity == "warning"]
     assert [line.split(", in")[0] for line in warnings] == [
         "WARNING: no output depends on the state hidden",
         "WARNING: no output depends on the state cell",
     ]
     nodes[2] = helper.make_node("Add", ["hn", "hidden_out"], ["y"])
     write(path, nodes, inputs, {**PLAIN[1], "hidden_out": shape, "cell_out": shape}, HALF)
-    assert not any(line.startswith("WARNING") for line in load_onnx(path).remarks), "cell does, hidden a step later"
+    assert not any(item.severity == "warning" for item in load_onnx(path).messages), "cell does, hidden a step later"
 
 
 def scalar(path: Path) -> Path:
@@ -232,7 +232,7 @@ def inside(path: Path, kind: str = "GRU", start: str = "", with_state: bool = Tr
 def test_a_recurrence_that_starts_anew_is_told(kind: str, start: str, anew: bool, tmp_path: Path) -> None:
     """Absent, or zeros of a size that the graph works out; not where a state goes into it."""
     path = inside(tmp_path / "m.onnx", kind, start)
-    warnings = [line for line in load_onnx(path).remarks if line.startswith("WARNING")]
+    warnings = [item.text for item in load_onnx(path).messages if item.severity == "warning"]
     assert len(warnings) == anew
     for line in warnings:
         assert line.startswith(f"WARNING: the {kind} node memory starts anew in every call: no state reaches its")
@@ -290,5 +290,5 @@ def test_a_recurrence_in_a_branch_that_never_runs_is_not_told(tmp_path: Path) ->
         constants = {"two": np.array(2), "threshold": np.array(threshold)}
         model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in constants.items())
         onnx.save(model, str(tmp_path / "branch.onnx"))
-        remarks = load_onnx(tmp_path / "branch.onnx").remarks
-        assert sum("memory.then_branch starts anew" in line for line in remarks) == anew
+        found = [item.text for item in load_onnx(tmp_path / "branch.onnx").messages]
+        assert sum("memory.then_branch starts anew" in line for line in found) == anew

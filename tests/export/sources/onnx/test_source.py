@@ -321,7 +321,7 @@ def test_where_the_lanes_are_is_found_by_running_it(tmp_path: Path) -> None:
     states = [StateOption("state", "stateN", str(tmp_path / "start.npy"))]
     source = load_onnx(silero(tmp_path / "m.onnx", two_streams), states, {"sr": "16000"})
     assert source.lanes == 2
-    assert "lanes on axis 1" in source.remarks[1]
+    assert "lanes on axis 1" in source.messages[1].text
     np.testing.assert_array_equal(source.initial_arrays(2)["state"], np.stack([initial[:, 0]] * 2))
 
 

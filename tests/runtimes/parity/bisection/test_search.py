@@ -15,13 +15,14 @@ from onnxruntime.quantization import QuantType, quantize_dynamic
 from nsm.bundle import Bundle
 from nsm.errors import InputError, MissingDependencyError, UnsupportedError
 from nsm.manifest import file_record
+from nsm.results import Quantiles
 from nsm.runtimes.backends.onnxruntime import load
 from nsm.runtimes.opening.artifacts import open_artifact
 from nsm.runtimes.parity.bisection.operation import compare_probes, feeds_of, find_operation, first_at_fault
 from nsm.runtimes.parity.bisection.probes import Node, onnx_probe, openvino_probe, read_nodes
 from nsm.runtimes.parity.bisection.search import bisect, check_bisectable, find_state
 from nsm.runtimes.parity.budgets import find_budget
-from nsm.runtimes.parity.report import Bisection, Quantiles
+from nsm.runtimes.parity.report import Bisection
 from nsm.runtimes.session.session import Session
 from nsm.runtimes.targets import TARGETS
 from nsm.spec import COUNT

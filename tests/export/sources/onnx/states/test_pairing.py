@@ -378,7 +378,7 @@ def test_an_experiment_starts_from_the_default_value(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", nodes, {"x": [1, 3], "h": [1, 3]}, {"y": [1, 3], "hn": [1, 3]}, constants)
     source = load_onnx(path)
     np.testing.assert_array_equal(source.initial_arrays(1)["h"], np.ones((1, 3)))
-    assert "fed back, it changes later outputs by" in source.remarks[1]
+    assert "fed back, it changes later outputs by" in source.messages[1].text
 
 
 def test_a_graph_that_does_not_run_on_made_up_inputs_says_so(tmp_path: Path) -> None:
