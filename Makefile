@@ -14,6 +14,10 @@ help:  ## show this list
 
 setup: $(STAMP)  ## make the virtual environment
 
+# pip compiles one file after the other, so it is told not to. Compiling here on all cores also helps where Python is told
+# to write no bytecode: every test that starts a process would compile torch again.
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x '/(transformers/models|tests?)/' $(VENV)/lib > /dev/null
+
 # A strict editable install links every module, so a module that is new needs a new install: hence their list.
 MODULES := $(VENV)/modules-$(shell echo $(SOURCES) | cksum | cut -d' ' -f1)
 
@@ -21,6 +25,7 @@ $(STAMP): pyproject.toml constraints.txt $(MODULES)
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --config-settings editable_mode=strict \
 		--editable '.[export,onnxruntime,openvino,tensorrt,viz,examples,docs,dev]'
+	@$(COMPILE) || true  # packages hold templates that are no Python
 	@touch $@
 
 $(MODULES): $(BIN)/python

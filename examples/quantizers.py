@@ -8,10 +8,10 @@ All run the same plain ONNX Runtime loop over the test digits, one stream after 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import tempfile
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 import nsm
+from nsm.runtimes.bench import times_us
 
 Array = NDArray[Any]
 Feeds = dict[str, Array]
@@ -103,10 +104,7 @@ def times(steps: Sequence[Step], tokens: Array) -> Array:
     for row in found:
         for index, step in enumerate(steps):
             step.reset()
-            start = time.perf_counter()
-            for _ in range(CALLS):
-                step(tokens)
-            row[index] = (time.perf_counter() - start) / CALLS * 1e6
+            row[index] = times_us(functools.partial(step, tokens), CALLS).mean()
     return found
 
 

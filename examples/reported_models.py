@@ -564,7 +564,7 @@ CASES = (
         ("refused",),
     ),
     Case(
-        "state started anew in every call",
+        "state reset in every call",
         ("openvinotoolkit/openvino#735", "microsoft/onnxruntime#2960"),
         _leaky(DroppedState),
         ("equal",),  # the module itself discards the state, on every target alike

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle
+from nsm.bundle import GOLDEN, GRAPHS, STATE_INIT, Bundle, graph_file
 from nsm.errors import InputError, MissingDependencyError, NsmError, UnsupportedError
 from nsm.export.options import ExportOptions
 from nsm.export.sources import Source, parse_constants, parse_shapes, parse_states, read_sequences
@@ -292,7 +292,7 @@ def _without_end(graphs: Path, spec: StepSpec, found: Reach, steps: int) -> Step
     from nsm.export.graphs import wrap_counters
     from nsm.export.verify import check_positions
 
-    check_positions(graphs / "step.onnx", spec, found.bounded)
+    check_positions(graphs / graph_file("step"), spec, found.bounded)
     return spec if found.counters is None else wrap_counters(graphs, spec, found.counters, steps)
 
 
@@ -306,7 +306,7 @@ def _calibrated(bundle: Bundle, planned: Plan, stages: Stages) -> Calibration | 
         target = find_target("onnxruntime")
         exact = build_target(bundle.path, bundle.manifest.spec, target, None)
         with open_artifact(bundle, exact) as session:
-            graph = bundle.path / GRAPHS / "step.onnx"
+            graph = bundle.path / GRAPHS / graph_file("step")
             calibration = calibrate(graph, session, planned.calibration, progress)
     calibration.save(bundle.path)
     return calibration
@@ -317,7 +317,7 @@ def _manifest(planned: Plan, spec: StepSpec, graphs: Path) -> Manifest:
     from nsm.export.graphs import entry_work
 
     source = planned.source
-    work = {entry.name: entry_work(graphs / f"{entry.name}.onnx") for entry in spec.entries}
+    work = {entry.name: entry_work(graphs / graph_file(entry.name)) for entry in spec.entries}
     return Manifest(
         spec=spec,
         fingerprint=source.fingerprint,

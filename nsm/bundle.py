@@ -19,10 +19,17 @@ from nsm.manifest import MANIFEST, Artifact, FileRecord, Manifest
 from nsm.trace import Arrays, Trace, load_arrays
 
 GRAPHS = "graphs"
+WEIGHTS = "weights.bin"
+"""Name of the weights file beside the graphs that share it, ours and OpenVINO's."""
 STATE_INIT = "state_init.npz"
 GOLDEN = "golden.npz"
 PARITY = "parity.json"
 CALIBRATION = "calibration.json"
+
+
+def graph_file(entry: str) -> str:
+    """Return the name of the ONNX file of an entry, in `GRAPHS` or in the folder of a low precision."""
+    return f"{entry}.onnx"
 
 
 class Bundle:

@@ -114,6 +114,28 @@ class Sides(Handles):
         self.bits ^= self._turned[entry]
 
 
+class CheckedRuntime(NotCopyable):
+    """Base class of the runtimes: refuses calls after `close` and handles that were consumed.
+
+    Args:
+        handles: the handles that the runtime issues.
+    """
+
+    def __init__(self, handles: Handles) -> None:
+        self._handles = handles
+        self._open = True
+
+    def _check_open(self) -> None:
+        """Raise `StreamError` if the runtime is closed."""
+        if not self._open:
+            raise StreamError("The session is closed. Open the bundle again.")
+
+    def _check(self, state: State) -> None:
+        """Raise `StreamError` if the runtime is closed, or its subclass `ConsumedError` if the handle was consumed."""
+        self._check_open()
+        self._handles.check(state)
+
+
 class Watched:
     """Detects changes to files that were verified at opening and are read later.
 

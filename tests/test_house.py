@@ -32,6 +32,7 @@ VOCABULARY = (
     "files",
     "spec",
     "trace",
+    "results",
     "manifest",
     "bundle",
     "staging",

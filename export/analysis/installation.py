@@ -15,12 +15,12 @@ from nsm.runtimes.opening import int8_dot_products
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of `nsm doctor`; `mend` is the fix if `found` is None."""
+    """One line of `nsm doctor`; `fix` is the fix if `found` is None."""
 
-    piece: str
+    name: str
     found: str | None
     purpose: str
-    mend: str
+    fix: str
 
 
 def examine() -> list[Finding]:
@@ -67,18 +67,18 @@ def usable() -> dict[str, dict[str, Any]]:
     }
 
 
-def _package(name: str, purpose: str, mend: str, distribution: str | None = None) -> Finding:
+def _package(name: str, purpose: str, fix: str, distribution: str | None = None) -> Finding:
     try:
         there = importlib.util.find_spec(name) is not None
     except ModuleNotFoundError:  # the parent package of a dotted name
         there = False
     if not there:
-        return Finding(name, None, purpose, mend)
+        return Finding(name, None, purpose, fix)
     try:
         version = importlib.metadata.version((distribution or name).replace("_", "-"))
     except importlib.metadata.PackageNotFoundError:
         version = "installed"
-    return Finding(name, version, purpose, mend)
+    return Finding(name, version, purpose, fix)
 
 
 def _cuda_provider() -> str | None:

@@ -44,21 +44,21 @@ def inspect_onnx(path: Path, as_json: bool) -> None:
         pairing = Pairing(inputs, outputs, pairs, [], data)
     else:
         pairing = find_pairs(model, initial=defaults)
-    anew = restarts(dependence_of(model.graph), [pair.past for pair in pairing.states])
+    reset = restarts(dependence_of(model.graph), [pair.past for pair in pairing.states])
     if as_json:
-        click.echo(json.dumps(_facts(path, pairing, anew)))
+        click.echo(json.dumps(_facts(path, pairing, reset)))
         return
     terminal = Terminal()
     rows = [[kind, *_row(item)] for kind, items in _ports(pairing).items() for item in items.values()]
     terminal.table(("", "name", "dtype", "shape"), rows, f"{path}: an ONNX graph")
     rows = [[pair.past, pair.present, "a state", pair.found] for pair in pairing.states]
-    rows += [[pair.past, pair.present, verdict(pair), pair.found] for pair in pairing.doubtful]
+    rows += [[pair.past, pair.present, verdict(pair), pair.found] for pair in pairing.ambiguous]
     if rows:
         terminal.table(("input", "output", "", "found by"), rows, "\nStates: inputs and the outputs fed back to them")
     if pairing.trouble:
         terminal.say(f"\nThe graph could not be run with dynamic axes of size 1. {pairing.trouble}", "yellow")
-    for one in anew:
-        terminal.say(f"\n{one[0].upper()}{one[1:]} starts anew in every call: no state reaches its initial state.")
+    for one in reset:
+        terminal.say(f"\n{one[0].upper()}{one[1:]} is reset in every call: no state reaches its initial state.")
     found = choices(path, pairing)
     if not found:
         terminal.say(
@@ -77,7 +77,7 @@ def _row(port: Port) -> list[str]:
     return [port.name, port.dtype, f"[{', '.join(map(str, port.shape))}]"]
 
 
-def _facts(path: Path, pairing: Pairing, anew: list[str]) -> dict[str, Any]:
+def _facts(path: Path, pairing: Pairing, reset: list[str]) -> dict[str, Any]:
     def shown(pair: Pair) -> dict[str, str]:
         return {"past": pair.past, "present": pair.present, "found": pair.found}
 
@@ -88,8 +88,8 @@ def _facts(path: Path, pairing: Pairing, anew: list[str]) -> dict[str, Any]:
             for kind, items in _ports(pairing).items()
         },
         "states": [shown(pair) for pair in pairing.states],
-        "doubtful": [shown(pair) for pair in pairing.doubtful],
+        "ambiguous": [shown(pair) for pair in pairing.ambiguous],
         "data": list(pairing.data),
-        "starts_anew": anew,
+        "reset_in_every_call": reset,
         "choices": [choice._asdict() for choice in choices(path, pairing)],
     }

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,12 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from nsm.bundle import GRAPHS, graph_file
 from nsm.errors import UnsupportedError
 from nsm.export.builders import Built, Request
 from nsm.export.graphs import Machine, Work
 from nsm.runtimes import Progress, Target
-from nsm.runtimes.bench import Calls
+from nsm.runtimes.bench import Calls, times_us
 from nsm.runtimes.opening import entry_files
 from nsm.runtimes.session import Session
 from nsm.spec import EntrySpec, StepSpec, TensorSpec
@@ -101,15 +101,8 @@ def measure_reached(
 
 def measure_call(call: Callable[[], object], rounds: int = 9, calls: int = 40) -> float:
     """Return the median over rounds of the mean time of a call, in seconds."""
-    for _ in range(calls):
-        call()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        for _ in range(calls):
-            call()
-        times.append((time.perf_counter() - start) / calls)
-    return float(np.median(times))
+    times = times_us(call, rounds * calls, settle=calls).reshape(rounds, calls)
+    return float(np.median(times.mean(1))) / 1e6
 
 
 def calls_of(session: Session) -> dict[str, Callable[[], object]]:
@@ -171,7 +164,7 @@ def _product(
     with tempfile.TemporaryDirectory() as folder:
         directory = Path(folder)
         (directory / "graphs").mkdir()
-        onnx.save(model, str(directory / "graphs" / "step.onnx"))
+        onnx.save(model, str(directory / GRAPHS / graph_file("step")))
         request = Request(directory, directory / target.folder, spec, None)
         built: Built = target.builder_module().build(request)
         path = directory / entry_files(target, spec, built.files, directory)["step"]

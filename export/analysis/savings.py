@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nsm.bundle import GRAPHS, STATE_INIT, Bundle
+from nsm.bundle import GRAPHS, STATE_INIT, Bundle, graph_file
 from nsm.export.analysis.roofline import calls_of, measure_call
 from nsm.export.graphs import work_of
 from nsm.export.pipeline import Plan
@@ -61,7 +61,7 @@ def measure_savings(planned: Plan, bundle: Bundle) -> Savings:
         directory = Path(folder)
         (directory / GRAPHS).mkdir()
         old.write_graphs(before, directory / GRAPHS, planned.options.opset)
-        work = [work_of(path / GRAPHS / "step.onnx") for path in (directory, bundle.path)]
+        work = [work_of(path / GRAPHS / graph_file("step")) for path in (directory, bundle.path)]
         artifact = next((item for item in bundle.manifest.artifacts if item.parity.status == "passed"), None)
         times = None
         if artifact is not None:

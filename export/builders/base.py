@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from nsm.bundle import GRAPHS
+from nsm.bundle import GRAPHS, graph_file
 from nsm.errors import UnsupportedError
 from nsm.spec import StepSpec
 
@@ -36,7 +36,7 @@ class Request:
 
     def graph(self, entry: str) -> Path:
         """Path of the ONNX graph of an entry."""
-        return self.graphs / f"{entry}.onnx"
+        return self.graphs / graph_file(entry)
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from xml.etree import ElementTree
 
 import openvino as ov
 
+from nsm.bundle import WEIGHTS
 from nsm.errors import BuildError
 from nsm.export.builders.base import Built, Request, lacking
-from nsm.runtimes.backends.openvino import WEIGHTS
 
 _LACKING = re.compile(r"No conversion rule found for operations: (.+)")
 

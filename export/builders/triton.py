@@ -16,7 +16,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from nsm.bundle import STATE_INIT
+from nsm.bundle import STATE_INIT, WEIGHTS
 from nsm.errors import MissingDependencyError, UnsupportedError
 from nsm.export.builders.base import Built, Request
 from nsm.runtimes.backends.triton import CONFIG, INITIAL, KINDS, as_paired
@@ -34,8 +34,6 @@ SEQUENCES = 64
 
 IDLE_MICROSECONDS = 60_000_000
 """Time without a request after which the server drops a sequence."""
-
-_WEIGHTS = "weights.bin"
 
 
 def build(request: Request) -> Built:
@@ -60,7 +58,7 @@ def build(request: Request) -> Built:
     version.mkdir(parents=True)
     graph = load_shared(request.graph("step"))
     complete(graph.graph, entry, states)
-    save_shared({"model": graph}, version, _WEIGHTS)
+    save_shared({"model": graph}, version, WEIGHTS)
     initial = load_arrays(request.directory / STATE_INIT) if states else {}
     (folder / CONFIG).write_text(configuration(entry, states, initial), encoding="utf-8")
     learned = [state for state in states if not _is_zero(initial, state)]

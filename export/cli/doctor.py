@@ -17,5 +17,5 @@ def doctor(as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps({"findings": [asdict(item) for item in findings], "targets": usable()}))
         return
-    rows = [[item.piece, item.found or "missing", item.purpose, "" if item.found else item.mend] for item in findings]
+    rows = [[item.name, item.found or "missing", item.purpose, "" if item.found else item.fix] for item in findings]
     Terminal().table(("component", "found", "needed for", "to install"), rows)

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
+from nsm.bundle import graph_file
 from nsm.runtimes.limits import Counters
 from nsm.spec import StateSpec, StepSpec
 
@@ -57,7 +58,7 @@ def wrap_counters(folder: Path, spec: StepSpec, counters: Counters, steps: int) 
         The spec, in which the states say how they are wrapped.
     """
     models = {
-        entry.name: onnx.load(str(folder / f"{entry.name}.onnx"), load_external_data=False) for entry in spec.entries
+        entry.name: onnx.load(str(folder / graph_file(entry.name)), load_external_data=False) for entry in spec.entries
     }
     states = []
     for state in spec.states:
@@ -67,7 +68,7 @@ def wrap_counters(folder: Path, spec: StepSpec, counters: Counters, steps: int) 
             if state.name in entry.writes:
                 _rewrite(models[entry.name].graph, states[-1])
     for name, model in models.items():
-        onnx.save(model, str(folder / f"{name}.onnx"))
+        onnx.save(model, str(folder / graph_file(name)))
     return replace(spec, states=tuple(states))
 
 

@@ -15,6 +15,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from nsm.bundle import WEIGHTS
 from nsm.errors import BuildError
 from nsm.export.capture import capture, quiet, rewritten
 from nsm.export.graphs.exact_division import exact_division
@@ -28,7 +29,6 @@ from nsm.models import State, StepModel
 from nsm.spec import VALID, EntrySpec, StepSpec
 from nsm.trace import Arrays
 
-WEIGHTS = "weights.bin"
 _SCOPES = "pkg.torch.onnx.name_scopes"
 _DTYPES = {"int64": torch.int64, "float32": torch.float32}
 

@@ -10,6 +10,7 @@ import onnx
 from onnx.external_data_helper import uses_external_data
 from onnx.helper import find_min_ir_version_for
 
+from nsm.bundle import graph_file
 from nsm.errors import BuildError
 
 # Smaller tensors stay inside the graph, where a reader sees them.
@@ -48,7 +49,7 @@ def save_shared(graphs: Mapping[str, onnx.ModelProto], directory: Path, weights:
                 _refer(tensor, weights, places[digest], len(data))
     paths = []
     for name, graph in graphs.items():
-        paths.append(directory / f"{name}.onnx")
+        paths.append(directory / graph_file(name))
         onnx.save(graph, str(paths[-1]))
     return paths
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx
 
-from nsm.bundle import CALIBRATION, GRAPHS, Bundle
+from nsm.bundle import CALIBRATION, GRAPHS, WEIGHTS, Bundle, graph_file
 from nsm.errors import BundleDamagedError, UnsupportedError
 from nsm.export.graphs.external_data import load_shared, save_shared
 from nsm.quantization import (
@@ -100,7 +100,7 @@ def write_graphs(
         tables = [linear_op for linear_op in chosen if linear_op.operator == "Gather"]
         others = [linear_op for linear_op in chosen if linear_op.operator != "Gather"]
         graphs[entry.name] = _lowered(looked_up(model, tables, policy.tables), others, policy, calibration)
-    save_shared(graphs, folder, "weights.bin")
+    save_shared(graphs, folder, WEIGHTS)
 
 
 def _load(directory: Path, entry: str, policy: Policy) -> onnx.ModelProto:
@@ -109,7 +109,7 @@ def _load(directory: Path, entry: str, policy: Policy) -> onnx.ModelProto:
     In the dynamic form it does, and ONNX Runtime has an operator for a whole LSTM. OpenVINO is faster with its own
     operators in fp32 than with linear ops in int8.
     """
-    model = load_shared(directory / GRAPHS / f"{entry}.onnx")
+    model = load_shared(directory / GRAPHS / graph_file(entry))
     if policy.scheme == "dynamic":
         unroll(model)
     return model

@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nsm.errors import RunError, StreamError
-from nsm.runtimes.base import NotCopyable, Sides, State, all_finite
+from nsm.errors import RunError
+from nsm.runtimes.base import CheckedRuntime, Sides, State, all_finite
 from nsm.spec import COUNT, VALID, EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -47,7 +47,7 @@ _LINE = 16
 """Number of float32 values in a cache line."""
 
 
-class BufferedRuntime(NotCopyable):
+class BufferedRuntime(CheckedRuntime):
     """A runtime with two buffers per state, written in turn, and one buffer per appended state.
 
     With one buffer bound as both input and output of a state, the backend may overwrite it before it reads it (ONNX
@@ -65,10 +65,11 @@ class BufferedRuntime(NotCopyable):
     """
 
     def __init__(self, spec: StepSpec, entries: Mapping[str, Opener], effective_precision: str) -> None:
+        self._sides = Sides(spec)
+        super().__init__(self._sides)
         self.effective_precision = effective_precision
         self._spec = spec
         self._banks = Banks(spec)
-        self._sides = Sides(spec)
         self._openers = dict(entries)
         self._entries: dict[str, _Entry] = {}
         self._written: Sequence[Array] = ()
@@ -85,7 +86,7 @@ class BufferedRuntime(NotCopyable):
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
         self._sides.check(state)
-        found = self._entries.get(entry) or self._open(entry)
+        found = self._entries.get(entry) or self._opened(entry)
         try:
             bound = found.run(inputs, self._sides)
         except Exception as error:  # the backends' errors have no common base
@@ -100,13 +101,11 @@ class BufferedRuntime(NotCopyable):
         return bound.answers(), handle
 
     def read_state(self, state: State) -> Arrays:
-        self._check_open()
-        self._sides.check(state)
+        self._check(state)
         return {name: buffers[self._sides[name]].copy() for name, buffers in self._banks.buffers.items()}
 
     def finite(self, state: State) -> bool:
-        self._check_open()
-        self._sides.check(state)
+        self._check(state)
         return all_finite(self._written)
 
     def bare(self, entry: str) -> Run:
@@ -115,7 +114,7 @@ class BufferedRuntime(NotCopyable):
         It uses the documented call of the backend, without the checks of this class. It leaves the streams in an
         undefined state: reset them afterwards.
         """
-        found = self._entries.get(entry) or self._open(entry)
+        found = self._entries.get(entry) or self._opened(entry)
         runs = []
         for _ in range(2):
             bound = found.bound(self._sides)
@@ -130,16 +129,13 @@ class BufferedRuntime(NotCopyable):
         return run
 
     def close(self) -> None:
+        self._open = False
         self._openers.clear()
         self._entries.clear()
         self._banks.free()
         self._written = ()
 
-    def _check_open(self) -> None:
-        if not self._openers:
-            raise StreamError("The session is closed. Open the bundle again.")
-
-    def _open(self, entry: str) -> _Entry:
+    def _opened(self, entry: str) -> _Entry:
         self._check_open()  # checked here and not in `call`, because a closed runtime has no entries
         bind = self._openers[entry]()
         self._entries[entry] = _Entry(self._spec.entry(entry), bind, self._spec, self._banks, self._sides)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from nsm.errors import BuildError, DeviceUnavailableError, RunError, StreamError, UnsupportedError
+from nsm.errors import BuildError, DeviceUnavailableError, RunError, UnsupportedError
 from nsm.runtimes.backends.onnxruntime import SLOWER_ON_CPU, graph_precision, open_graph
-from nsm.runtimes.base import NotCopyable, Runtime, Sides, State, Watched, all_finite
+from nsm.runtimes.base import CheckedRuntime, Runtime, Sides, State, Watched, all_finite
 from nsm.spec import EntrySpec, StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
@@ -46,7 +46,7 @@ def load(
     return OnCuda(files, spec, device, threads, precision)
 
 
-class OnCuda(NotCopyable):
+class OnCuda(CheckedRuntime):
     """A runtime over sessions with inputs, outputs and states bound to device memory.
 
     Every state has two buffers, written in turn. Each assignment of the states to their buffers has its own binding and
@@ -70,6 +70,7 @@ class OnCuda(NotCopyable):
         self._files, self._spec, self._device, self._threads = dict(files), spec, device, threads
         self._watched = Watched(*{path.parent for path in files.values()})
         self._sides = Sides(spec)
+        super().__init__(self._sides)
         first = next(iter(files))
         session, captures = _session(
             files[first], device, threads
@@ -90,9 +91,8 @@ class OnCuda(NotCopyable):
         return self._sides.reset()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        self._check_open()
-        self._sides.check(state)
-        found = self._entries.get(entry) or self._open(entry)
+        self._check(state)
+        found = self._entries.get(entry) or self._opened(entry)
         try:
             outputs = found.run(inputs, self._sides)
         except Exception as error:  # the backend's errors have no common base
@@ -103,27 +103,22 @@ class OnCuda(NotCopyable):
         return outputs, handle
 
     def read_state(self, state: State) -> Arrays:
-        self._check_open()
-        self._sides.check(state)
+        self._check(state)
         return {name: np.array(pair[self._sides[name]].numpy()) for name, pair in self._buffers.items()}
 
     def finite(self, state: State) -> bool:
         """See `Runtime.finite`; downloads the written states."""
-        self._check_open()
-        self._sides.check(state)
+        self._check(state)
         return all_finite([*self._answered, *(value.numpy().reshape(-1) for value in self._written)])
 
     def close(self) -> None:
+        self._open = False
         self._entries.clear()
         self._buffers.clear()
         self._files.clear()
         self._written = []
 
-    def _check_open(self) -> None:
-        if not self._files:
-            raise StreamError("The session is closed. Open the bundle again.")
-
-    def _open(self, name: str) -> _Entry:
+    def _opened(self, name: str) -> _Entry:
         self._watched.check()
         self._entries[name] = self._entry(name, *_session(self._files[name], self._device, self._threads))
         return self._entries[name]

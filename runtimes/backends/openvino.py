@@ -11,14 +11,12 @@ from typing import Any
 import openvino as ov
 from openvino import properties as props
 
+from nsm.bundle import WEIGHTS
 from nsm.errors import BuildError, BundleDamagedError, DeviceUnavailableError
 from nsm.runtimes.backends.buffered import Bind, BoundGraph, BufferedRuntime, Opener
 from nsm.runtimes.base import Runtime, Watched
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
-
-# The weights file that all graphs of a bundle share.
-WEIGHTS = "weights.bin"
 
 # OpenVINO's element types and the matching precision names.
 _INT8 = ("int8", "int8-weights")

@@ -15,10 +15,9 @@ from nsm.errors import (
     DeviceUnavailableError,
     MissingDependencyError,
     RunError,
-    StreamError,
     UnsupportedError,
 )
-from nsm.runtimes.base import NotCopyable, Runtime, Sides, State
+from nsm.runtimes.base import CheckedRuntime, Runtime, Sides, State
 from nsm.runtimes.targets import find_target
 from nsm.spec import StateSpec, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -61,7 +60,7 @@ def load(
     return TensorRt(importlib.import_module(package), cuda, files, spec, device, precision)
 
 
-class TensorRt(NotCopyable):
+class TensorRt(CheckedRuntime):
     """A runtime over TensorRT execution contexts on one CUDA stream.
 
     The state stays on the device between calls; a step uploads its inputs and downloads its outputs.
@@ -76,18 +75,19 @@ class TensorRt(NotCopyable):
         device: str,
         precision: str = "fp32",
     ) -> None:
+        self._sides = Sides(spec)
+        super().__init__(self._sides)
         self.effective_precision = precision  # as in the graph: strongly typed, without TF32
         self._cuda = cuda
         self._spec = spec
         self._pointers: list[int] = []
         self._answered: tuple[Array, ...] = ()
         self._entries: dict[str, tuple[Arrays, Arrays, dict[str, int], Any]] = {}
-        self._stream = self._check(cuda.cudaStreamCreate())
+        self._stream = self._value(cuda.cudaStreamCreate())
         try:
             if any(state.append_axis is not None for state in spec.states):
                 raise UnsupportedError("tensorrt does not support appended states yet. Build for another target.")
             self._buffers = {state.name: (self._allocate(state), self._allocate(state)) for state in spec.states}
-            self._sides = Sides(spec)
             self._runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
             for name, path in files.items():
                 engine = self._runtime.deserialize_cuda_engine(path.read_bytes())
@@ -112,8 +112,7 @@ class TensorRt(NotCopyable):
         return self._sides.reset()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        self._check_open()
-        self._sides.check(state)
+        self._check(state)
         host_in, host_out, pointers, context = self._entries[entry]
         for name, buffer in host_in.items():
             np.copyto(buffer, inputs[name])
@@ -132,17 +131,12 @@ class TensorRt(NotCopyable):
         return {name: buffer.copy() for name, buffer in host_out.items()}, self._sides.flip(entry, state)
 
     def read_state(self, state: State) -> Arrays:
-        self._check_open()
-        self._sides.check(state)
+        self._check(state)
         arrays = {spec.name: np.empty(spec.shape, spec.numpy_dtype) for spec in self._spec.states}
         for name, array in arrays.items():
             self._download(array, self._buffers[name][self._sides[name]])
         self._synchronize()
         return arrays
-
-    def _check_open(self) -> None:
-        if self._stream is None:
-            raise StreamError("The session is closed. Open the bundle again.")
 
     def finite(self, state: State) -> bool:
         arrays = [*self.read_state(state).values(), *self._answered]
@@ -150,6 +144,7 @@ class TensorRt(NotCopyable):
 
     def close(self) -> None:
         """Free all memory even if CUDA fails on a part, then raise the first error."""
+        self._open = False
         self._entries.clear()
         freed = []
         while self._pointers:
@@ -158,7 +153,7 @@ class TensorRt(NotCopyable):
             stream, self._stream = self._stream, None
             freed.append(self._cuda.cudaStreamDestroy(stream))
         for result in freed:
-            self._check(result)
+            self._value(result)
 
     def _bind(self, engine: Any, name: str) -> tuple[Arrays, Arrays, dict[str, int], Any]:
         """Host buffers, device pointers and the context of an entry; each call binds the states."""
@@ -179,22 +174,22 @@ class TensorRt(NotCopyable):
 
     def _allocate(self, spec: TensorSpec | StateSpec) -> int:
         size = max(int(np.prod(spec.shape)) * spec.numpy_dtype.itemsize, 1)
-        pointer = int(self._check(self._cuda.cudaMalloc(size)))
+        pointer = int(self._value(self._cuda.cudaMalloc(size)))
         self._pointers.append(pointer)
         return pointer
 
     def _upload(self, pointer: int, array: Array) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._check(self._cuda.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self._stream))
+        self._value(self._cuda.cudaMemcpyAsync(pointer, array.ctypes.data, array.nbytes, kind, self._stream))
 
     def _download(self, array: Array, pointer: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._check(self._cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self._stream))
+        self._value(self._cuda.cudaMemcpyAsync(array.ctypes.data, pointer, array.nbytes, kind, self._stream))
 
     def _synchronize(self) -> None:
-        self._check(self._cuda.cudaStreamSynchronize(self._stream))
+        self._value(self._cuda.cudaStreamSynchronize(self._stream))
 
-    def _check(self, result: tuple[Any, ...]) -> Any:
+    def _value(self, result: tuple[Any, ...]) -> Any:
         status, *values = result
         if int(status) != 0:
             raise RunError(f"CUDA failed: {status.name}.")

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from nsm.errors import BuildError, BundleDamagedError, RunError, StreamError
-from nsm.runtimes.base import Handles, NotCopyable, Runtime, State, all_finite
+from nsm.errors import BuildError, BundleDamagedError, RunError
+from nsm.runtimes.base import CheckedRuntime, Handles, Runtime, State, all_finite
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
@@ -112,7 +112,7 @@ def load(
     return TritonRuntime(served, graph, spec)
 
 
-class TritonRuntime(NotCopyable):
+class TritonRuntime(CheckedRuntime):
     """One sequence of a model in a repository.
 
     Args:
@@ -122,6 +122,7 @@ class TritonRuntime(NotCopyable):
     """
 
     def __init__(self, served: Served, graph: Any, spec: StepSpec) -> None:
+        super().__init__(Handles())
         self.effective_precision = "+".join(
             sorted({_PRECISIONS[kind] for kind, _ in served.outputs.values() if kind in _PRECISIONS})
         )
@@ -133,7 +134,6 @@ class TritonRuntime(NotCopyable):
         self._held: Arrays = {}
         self._untouched: Arrays = {}
         self._looked_at: list[Array] = []
-        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._check_open()
@@ -148,8 +148,7 @@ class TritonRuntime(NotCopyable):
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         names = [*self._outputs, *(present for _, present in self._pairs)]
         try:
             results = dict(zip(names, self._graph.run(names, {**inputs, **self._held}), strict=True))
@@ -162,23 +161,18 @@ class TritonRuntime(NotCopyable):
         return {name: results[name] for name in self._outputs}, handle
 
     def read_state(self, state: State) -> Arrays:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         held = {name: self._held[item.past] for name, item in self._states.items()}
         return {name: ({**held, **self._untouched})[name].copy() for name in self._spec.state_names}
 
     def finite(self, state: State) -> bool:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         return all_finite(value.reshape(-1) for value in self._looked_at if value.dtype.kind == "f")
 
     def close(self) -> None:
+        self._open = False
         self._graph = None
         self._held, self._untouched, self._looked_at = {}, {}, []
-
-    def _check_open(self) -> None:
-        if self._graph is None:
-            raise StreamError("The session is closed. Open the bundle again.")
 
     def _check_start(self, arrays: Mapping[str, Array]) -> None:
         """Check that bundle and repository have the same initial state."""
@@ -286,18 +280,19 @@ def _carried(item: Message, folder: Path) -> Carried:
     return Carried(_text(initial, "name"), _text(item, "input_name"), _text(item, "output_name"), data_type, start)
 
 
+_COMMENT = re.compile(r'("(?:[^"\\]|\\.)*")|#[^\n]*')
 _TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|[\w.+-]+|[{}\[\]:,]')
 
 
 def parse(text: str) -> Message:
-    """Parse the subset of protobuf's text format that a config.pbtxt uses.
+    """Parse the subset of protobuf's text format that a config.pbtxt uses, with `#` comments.
 
     Strings and numbers become str and int; words stay strings.
 
     Raises:
         ValueError: the text is not in this format.
     """
-    tokens = iter([*_TOKEN.findall(text), "}"])
+    tokens = iter([*_TOKEN.findall(_COMMENT.sub(lambda found: found[1] or " ", text)), "}"])
     try:
         message = _message(tokens)
     except StopIteration:

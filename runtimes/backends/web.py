@@ -19,7 +19,7 @@ import numpy as np
 
 from nsm.errors import BundleDamagedError, DeviceUnavailableError, RunError, StreamError
 from nsm.files import sha256
-from nsm.runtimes.base import Handles, NotCopyable, Runtime, State
+from nsm.runtimes.base import CheckedRuntime, Handles, Runtime, State
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
 
@@ -100,7 +100,7 @@ def _has_hash(path: Path, digest: str) -> bool:
     return path.is_file() and sha256(path) == digest
 
 
-class WebRuntime(NotCopyable):
+class WebRuntime(CheckedRuntime):
     """A runtime in another process.
 
     Args:
@@ -112,7 +112,7 @@ class WebRuntime(NotCopyable):
     def __init__(self, command: list[str], spec: StepSpec, effective_precision: str) -> None:
         self.effective_precision = effective_precision
         self._spec = spec
-        self._handles = Handles()
+        super().__init__(Handles())
         self._finite = True
         self._cut_off = False
         # stderr goes into a file: an unread pipe fills up and then blocks Node for ever.
@@ -130,8 +130,7 @@ class WebRuntime(NotCopyable):
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         self._handles.consume()
         try:
             outputs = self._ask({"op": "call", "entry": entry}, inputs)
@@ -141,19 +140,18 @@ class WebRuntime(NotCopyable):
         return outputs, self._handles.new()
 
     def read_state(self, state: State) -> Arrays:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         finite = self._finite
         arrays = self._ask({"op": "read"}, {})
         self._finite = finite
         return arrays
 
     def finite(self, state: State) -> bool:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         return self._finite
 
     def close(self) -> None:
+        self._open = False
         if self._process is not None:
             process, self._process = self._process, None
             process.kill()
@@ -172,8 +170,7 @@ class WebRuntime(NotCopyable):
             raise StreamError(
                 "The session is closed: a call was interrupted before its reply was complete. Open the bundle again."
             )
-        if self._process is None:
-            raise StreamError("The session is closed. Open the bundle again.")
+        super()._check_open()
 
     def _ask(self, head: dict[str, Any], arrays: Mapping[str, Array]) -> Arrays:
         """Send a frame and return the reply; node.js describes the protocol."""

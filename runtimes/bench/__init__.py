@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from nsm.runtimes.bench.session_overhead import CALLS as CALLS
     from nsm.runtimes.bench.session_overhead import OVERHEAD_ROUNDS as OVERHEAD_ROUNDS
     from nsm.runtimes.bench.session_overhead import overhead as overhead
+    from nsm.runtimes.bench.timing import median_interval as median_interval
+    from nsm.runtimes.bench.timing import times_us as times_us
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -33,5 +35,6 @@ else:
                 "paired_ratio",
             ),
             "session_overhead": ("CALLS", "OVERHEAD_ROUNDS", "overhead"),
+            "timing": ("median_interval", "times_us"),
         },
     )

@@ -1,4 +1,4 @@
-"""Latency measured side by side: sessions take turns in rounds; percentiles of a call, and ratios of the same rounds.
+"""Latency, measured side by side: sessions take turns in rounds; percentiles of a call, and ratios within a round.
 
 Disturbances of the machine (other jobs, a falling clock rate) affect all sessions of a round alike. So each ratio is
 taken within a round, and its variation between rounds gives its confidence interval.
@@ -6,7 +6,7 @@ taken within a round, and its variation between rounds gives its confidence inte
 
 from __future__ import annotations
 
-import time
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -17,6 +17,7 @@ from numpy.typing import ArrayLike
 from nsm.errors import InputError
 from nsm.results import Ratio
 from nsm.runtimes.base import Progress
+from nsm.runtimes.bench.timing import median_interval, times_us
 from nsm.spec import StepSpec
 from nsm.trace import Array
 
@@ -28,8 +29,6 @@ ROUNDS = 5
 
 SETTLE = 2
 """Untimed calls at the start of a turn, when the caches still contain another session's data."""
-
-_RESAMPLES = 2000
 
 
 class Steppable(Protocol):
@@ -69,19 +68,19 @@ class Latency:
 
 
 def bench(sessions: Sequence[Steppable], steps: int, tokens: Array, progress: Progress | None = None) -> list[Latency]:
-    """Time `steps` calls of every session, in rounds in which each has its turn, after a round of warm-up.
+    """Time `steps` calls of every session. The sessions take turns in rounds; the first round is an untimed warm-up.
 
-    Every turn starts a fresh stream, and another session is the first of every round. Where a model has `decode`, a
-    turn goes on with whole chunks of single tokens, about as many as it had calls of `step`.
+    Every turn starts a new stream, and the order of the sessions rotates. If the model has `decode`, the turn also
+    times single tokens: whole chunks, about as many tokens as calls of `step`.
 
     Args:
-        sessions: all of models with the same inputs.
-        steps: calls of `step` per session that are timed, at least 10.
-        tokens: [T, B, K, ...], real inputs for T calls, taken round and round.
-        progress: called after every round with (rounds done, rounds in all).
+        sessions: sessions of models with the same inputs.
+        steps: timed calls of `step` per session, at least 10.
+        tokens: [T, B, K, ...], real inputs for T calls, used in a cycle.
+        progress: called after every round with (rounds done, total rounds).
 
     Raises:
-        InputError: too few steps for a percentile, or no inputs.
+        InputError: fewer than 10 steps, no session, or no inputs.
     """
     check_steps(steps)
     if not sessions or not len(tokens):
@@ -110,17 +109,15 @@ def check_steps(steps: int) -> None:
 
 
 def paired_ratio(times_a: ArrayLike, times_b: ArrayLike) -> Ratio:
-    """How many times as long A takes as B: the median over rounds of A's time over B's in the same round.
+    """Return A's time over B's: the median over rounds of the ratio within a round, and its interval.
 
-    The interval is a percentile bootstrap over rounds (Efron 1979) with a fixed seed; with fewer than ten rounds it
-    is hardly more than their range. Where it holds 1, no difference was found. For how many times as *fast* A is as
-    B, exchange them.
+    An interval that contains 1 shows no difference. For the speed of A relative to B, exchange the arguments.
 
     Args:
         times_a, times_b: [rounds], a time of each round, as in `Latency.rounds_us`.
 
     Raises:
-        InputError: not the same two or more rounds of both, or a time that is not positive.
+        InputError: different numbers of rounds, fewer than two, or a time that is not positive.
     """
     a, b = np.asarray(times_a, float), np.asarray(times_b, float)
     if a.ndim != 1 or a.shape != b.shape or len(a) < 2:
@@ -130,20 +127,17 @@ def paired_ratio(times_a: ArrayLike, times_b: ArrayLike) -> Ratio:
         )
     if not (np.isfinite(a) & np.isfinite(b) & (a > 0) & (b > 0)).all():
         raise InputError(f"A paired ratio needs times above 0; given {a.tolist()} and {b.tolist()}.")
-    ratios = a / b
-    drawn = np.random.default_rng(0).integers(0, len(ratios), (_RESAMPLES, len(ratios)))
-    low, high = np.quantile(np.median(ratios[drawn], 1), (0.025, 0.975))
-    return Ratio(float(np.median(ratios)), float(low), float(high))
+    return Ratio(*median_interval(a / b))
 
 
 def not_faster(step: Ratio, decode: Ratio | None) -> dict[str, Ratio]:
-    """The entries in which low precision is not worth its errors beside the same target's fp32; none where it is.
+    """Return the entries in which low precision is too slow relative to the same target's fp32.
 
-    `step` has to gain: the median of its speed is above 1. `decode` must not pay for that: not worth it is a speed
-    whose whole interval lies below 1, since a chunk of single tokens a round says less than the calls of `step`.
+    `step` must be faster: the median of its speed must be above 1. `decode` must not be slower: it is refused if its
+    whole interval is below 1, because a round times fewer calls of `decode` than of `step`.
 
     Args:
-        step, decode: how many times as fast as fp32, by `paired_ratio`; None for a model without `decode`.
+        step, decode: speed relative to fp32, by `paired_ratio`; None for a model without `decode`.
     """
     found = {} if step.median > 1.0 else {"step": step}
     return found if decode is None or decode.high >= 1.0 else {**found, "decode": decode}
@@ -153,9 +147,9 @@ class _Turn:
     """The turns of one session, and their times.
 
     Args:
-        session: to measure.
+        session: the session to measure.
         tokens: [T, B, K, ...].
-        count: calls of `step` in a turn, about.
+        count: approximate calls of `step` per turn.
     """
 
     def __init__(self, session: Steppable, tokens: Array, count: int) -> None:
@@ -171,12 +165,12 @@ class _Turn:
         self.forget()
 
     def forget(self) -> None:
-        """Start with no times."""
+        """Discard all times."""
         self._steps: list[Array] = []
         self._decodes: list[Array] = []
 
     def take(self, count: int) -> None:
-        """Time `count` calls of `step` from the beginning of a stream, then the single tokens of another."""
+        """Time `count` calls of `step` of a new stream, then single tokens of another one."""
         self._session.reset()
         steps = Calls(self._session, self._session.step, self._length)
         steps.times(self._tokens, SETTLE)
@@ -194,12 +188,12 @@ class _Turn:
 
 
 class Calls:
-    """Time calls of one entry on a fresh session, and restart the stream before it exceeds its capacity.
+    """Time calls of one entry, and restart the stream before it exceeds its capacity.
 
     Args:
-        session: fresh.
+        session: a session at the beginning of a stream.
         call: its `step` or `decode`.
-        length: tokens of a call.
+        length: tokens per call.
     """
 
     def __init__(self, session: Steppable, call: Callable[[Array], object], length: int) -> None:
@@ -213,26 +207,25 @@ class Calls:
         return self._call(tokens)
 
     def make_room(self) -> None:
-        """Start the stream again where it has no room for another call."""
+        """Restart the stream if its capacity does not allow another call."""
         if self._most is not None and self._made >= self._most:
             self._session.reset()
             self._made = 0
         self._made += 1
 
     def times(self, tokens: Sequence[Array] | Array, count: int) -> Array:
-        """Microseconds of `count` calls, [count]; starting again takes no part in them."""
-        times = []
-        for index in range(count):
-            given = tokens[index % len(tokens)]
+        """Return the microseconds of `count` calls, [count], without those of the restarts."""
+        given = itertools.cycle(tokens)
+
+        def arguments() -> tuple[Array]:
             self.make_room()
-            start = time.perf_counter()
-            self._call(given)
-            times.append(time.perf_counter() - start)
-        return np.array(times) * 1e6
+            return (next(given),)
+
+        return times_us(self._call, count, arguments=arguments)
 
 
 def _latency(rounds: list[Array], together: int, tokens: int, decode: Latency | None) -> Latency:
-    """Of the times of each round; so many calls in a row count together, of so many tokens each."""
+    """Return the latency from the times of each round; `together` calls in a row, of `tokens` tokens, are averaged."""
     p50, p90, p99 = (float(value) for value in np.quantile(np.concatenate(rounds), (0.5, 0.9, 0.99)))
     means = [times.reshape(-1, together).mean(1) for times in rounds]
     call = float(np.median(np.concatenate(means)))

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,13 +9,13 @@ import numpy as np
 from nsm.errors import UnsupportedError
 from nsm.runtimes.backends import BufferedRuntime
 from nsm.runtimes.base import Progress, Runtime
+from nsm.runtimes.bench.timing import median_interval, times_us
 from nsm.runtimes.session import Session
 from nsm.trace import Array
 
 OVERHEAD_ROUNDS = 25
 CALLS = 100
 _SETTLE = 5
-_RESAMPLES = 2000
 
 
 @dataclass(frozen=True)
@@ -78,22 +76,8 @@ def overhead(
         for which in order:
             session.reset()
             step()
-            times[which, number] = _median_us((step, runtime.bare("step"))[which], calls)
+            times[which, number] = np.median(times_us((step, runtime.bare("step"))[which], calls, _SETTLE))
         if progress is not None:
             progress(number + 1, rounds)
-    differences = times[0] - times[1]
-    drawn = np.random.default_rng(0).integers(0, rounds, (_RESAMPLES, rounds))
-    low, high = np.quantile(np.median(differences[drawn], 1), (0.025, 0.975))
     step_us, bare_us = (float(np.median(row)) for row in times)
-    return Overhead(step_us, bare_us, float(np.median(differences)), float(low), float(high))
-
-
-def _median_us(call: Callable[[], object], calls: int) -> float:
-    for _ in range(_SETTLE):
-        call()
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        call()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times)) * 1e6
+    return Overhead(step_us, bare_us, *median_interval(times[0] - times[1]))

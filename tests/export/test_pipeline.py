@@ -479,7 +479,7 @@ def _interrupt(*_args: Any, **_options: Any) -> None:
         "verify.keeping.write_parity",
         "pipeline.write_manifest",
         "pipeline.np.savez",
-        "verify.keeping.require_all",
+        "verify.keeping.Outcome.of",
     ],
 )
 @pytest.mark.parametrize(("fail", "error"), [(_crash, RuntimeError), (_full, OSError), (_interrupt, KeyboardInterrupt)])

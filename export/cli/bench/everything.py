@@ -188,7 +188,7 @@ class _Within:
 
 def _targets_here(terminal: Terminal) -> list[str]:
     """Return the targets that this machine can run, and print a remark on the others."""
-    gpu = any(item.piece == "NVIDIA GPU" and item.found for item in examine())
+    gpu = any(item.name == "NVIDIA GPU" and item.found for item in examine())
     here = []
     for target in TARGETS.values():
         if target.asked_only:

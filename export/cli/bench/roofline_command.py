@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from nsm.bundle import Bundle
+from nsm.bundle import GRAPHS, Bundle, graph_file
 from nsm.errors import MissingDependencyError
 from nsm.export.report import Terminal
 from nsm.runtimes import find_target
@@ -37,7 +37,7 @@ def roofline(path: Path, target: str | None, precision: str | None, threads: int
         terminal.stage("Measuring in turns") as progress,
     ):
         calls = calls_of(session)
-        work = {entry: work_of(bundle.locate(f"graphs/{entry}.onnx")) for entry in calls}
+        work = {entry: work_of(bundle.locate(f"{GRAPHS}/{graph_file(entry)}")) for entry in calls}
         reached = measure_reached(work, calls, machine, session.reset, progress=progress)
     results = [
         {

@@ -73,12 +73,12 @@ def doubts_of_flow(dependence: Dependence, foreign: Foreign) -> list[Message]:
     ]
     if len(restarts(dependence, carried, optional=True)) > len(restarts(dependence, carried)):
         dependence = dependence_of(tidied(foreign.static(foreign.lanes or 1, 1)).graph)
-    anew = restarts(dependence, carried, optional=True)
-    if anew:
-        one = len(anew) == 1
+    reset = restarts(dependence, carried, optional=True)
+    if reset:
+        one = len(reset) == 1
         told.append(
             Message(
-                f"{' and '.join(anew)} {'starts' if one else 'start'} from zero in every call: no state reaches "
+                f"{' and '.join(reset)} {'is' if one else 'are'} reset in every call: no state reaches "
                 f"{'its' if one else 'their'} initial state. That is right over a frequency axis, or within one call. "
                 f"If {'it runs' if one else 'they run'} over time, export the model with that state as an argument and "
                 "a result.",

@@ -12,6 +12,7 @@ from typing import Any
 import onnx
 
 from nsm.adapters.validate import Examination, examine
+from nsm.bundle import WEIGHTS
 from nsm.errors import InputError, UnsupportedError
 from nsm.export.graphs import check_graphs, save_shared
 from nsm.export.sources.onnx.file import Port, check_main, fix_inputs, fix_shapes, ports, read_onnx, real_inputs
@@ -39,7 +40,6 @@ from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
 
-WEIGHTS = "weights.bin"
 CHUNK = 16
 """Tokens a call of a graph that takes any number, unless others are asked for."""
 

@@ -12,7 +12,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 
-from nsm.bundle import GRAPHS, Bundle
+from nsm.bundle import GRAPHS, Bundle, graph_file
 from nsm.errors import NonFiniteError
 from nsm.manifest import Artifact
 from nsm.runtimes.base import Progress
@@ -42,7 +42,7 @@ def find_operation(
         bundle, artifact, trace, budget, progress: as for `bisect`.
         error, tensor: error and name of the worst output or state, for the case that no operation is found.
     """
-    graph = bundle.locate(f"{GRAPHS}/step.onnx")
+    graph = bundle.locate(f"{GRAPHS}/{graph_file('step')}")
     nodes = read_nodes(graph)
     limit = budget.one_step_p99
     wrong = _portable_errors(bundle, trace, budget)
@@ -159,7 +159,7 @@ def feeds_of(bundle: Bundle, trace: Trace) -> list[Arrays]:
 def _portable_errors(bundle: Bundle, trace: Trace, budget: Budget) -> dict[str, float]:
     """One-step error (p99) of the portable graph, by the names of its outputs; infinite where it is not finite."""
     spec = bundle.manifest.spec
-    files = {entry.name: bundle.locate(f"{GRAPHS}/{entry.name}.onnx") for entry in spec.entries}
+    files = {entry.name: bundle.locate(f"{GRAPHS}/{graph_file(entry.name)}") for entry in spec.entries}
     runtime = find_target("onnx").runtime_module().load(files, spec, "cpu", None)
     found = Findings(trace, spec, budget)
     finite = True

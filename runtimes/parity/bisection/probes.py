@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
+from nsm.bundle import WEIGHTS
 from nsm.errors import MissingDependencyError
 from nsm.trace import Arrays
 
@@ -84,8 +85,6 @@ def openvino_probe(
     """
     import openvino as ov
     from openvino import properties as props
-
-    from nsm.runtimes.backends.openvino import WEIGHTS
 
     core = ov.Core()
     model = core.read_model(path, path.with_name(WEIGHTS))

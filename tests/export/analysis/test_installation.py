@@ -15,7 +15,7 @@ from nsm.runtimes.targets import TARGETS
 
 
 def found() -> dict[str, Finding]:
-    return {item.piece: item for item in examine()}
+    return {item.name: item for item in examine()}
 
 
 def hide(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -50,10 +50,10 @@ def test_what_is_installed_is_found_with_its_version() -> None:
 
 def test_every_piece_says_what_it_is_for_and_how_to_get_it() -> None:
     pieces = examine()
-    assert len({item.piece for item in pieces}) == len(pieces), "no piece twice"
+    assert len({item.name for item in pieces}) == len(pieces), "no piece twice"
     for item in pieces:
         assert item.purpose
-        assert item.mend or item.piece == "python"
+        assert item.fix or item.name == "python"
     purposes = " ".join(item.purpose for item in pieces)
     assert all(target in purposes for target in TARGETS)
 
@@ -69,7 +69,7 @@ def test_what_is_missing_names_the_extra_that_installs_it(monkeypatch: pytest.Mo
         ("OpenVINO devices", "openvino"),
     ):
         assert pieces[piece].found is None
-        assert pieces[piece].mend == f'pip install "nsm-toolkit[{extra}]"'
+        assert pieces[piece].fix == f'pip install "nsm-toolkit[{extra}]"'
     assert pieces["onnx"].found is not None
     targets = usable()
     assert {name: item["installed"] for name, item in targets.items()} == {
@@ -111,7 +111,7 @@ def test_a_machine_without_a_gpu_says_what_it_takes(monkeypatch: pytest.MonkeyPa
     put_cuda(monkeypatch, SimpleNamespace(cudaGetDeviceCount=lambda: answer))
     finding = found()["NVIDIA GPU"]
     assert finding.found is None
-    assert "NVIDIA GPU and its driver" in finding.mend
+    assert "NVIDIA GPU and its driver" in finding.fix
 
 
 def test_without_the_cuda_bindings_there_is_no_gpu_to_see(monkeypatch: pytest.MonkeyPatch) -> None:

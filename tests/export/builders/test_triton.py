@@ -505,3 +505,8 @@ def test_names_that_need_quoting_survive(definition: ModuleType) -> None:
     assert (state.initial_state[0].name, state.input_name) == (odd, f"past_state.{odd}")
     assert "/" not in state.initial_state[0].data_file
     assert parse(text)["sequence_batching"][0]["state"][0]["input_name"] == [f"past_state.{odd}"]
+
+
+def test_comments_in_a_configuration_are_skipped() -> None:
+    text = 'name: "a # b"  # a comment with "quotes" and {\n# a whole line\nmax_batch_size: 0 # the last'
+    assert parse(text) == {"name": ["a # b"], "max_batch_size": [0]}

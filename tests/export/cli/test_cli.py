@@ -120,7 +120,7 @@ def _other_version(path: Path) -> None:
         (_lose, "graphs/weights.bin is missing"),
         (_no_manifest, "is not a bundle: manifest.json cannot be read"),
         (_broken_manifest, "is not JSON"),
-        (_other_version, "format version 99; this nsm reads version 1"),
+        (_other_version, "format version 99; this nsm reads version 2"),
     ],
 )
 def test_a_bundle_that_is_damaged_or_of_another_version_ends_with_6(
@@ -185,9 +185,9 @@ def test_a_command_on_a_bundle_works_without_torch(torchless: dict[str, tuple[in
     assert (code, err) == (0, "")
     data = json.loads(out)
     if command == "doctor":
-        (finding,) = (item for item in data["findings"] if item["piece"] == "torch")
+        (finding,) = (item for item in data["findings"] if item["name"] == "torch")
         assert finding["found"] is None
-        assert finding["mend"] == 'pip install "nsm-toolkit[export]"'
+        assert finding["fix"] == 'pip install "nsm-toolkit[export]"'
     elif command == "inspect":
         assert data["verified"] is True
     elif command == "build":

@@ -83,5 +83,5 @@ def test_doctor_prints_one_json_object() -> None:
     succeeded(result)
     data = the_json(result)
     assert set(data) == {"findings", "targets"}
-    assert all(set(item) == {"piece", "found", "purpose", "mend"} for item in data["findings"])
+    assert all(set(item) == {"name", "found", "purpose", "fix"} for item in data["findings"])
     assert data["targets"]["openvino"] == {"installed": True, "extra": "openvino", "packages": ["openvino"]}

@@ -17,10 +17,10 @@ import pytest
 import torch
 
 from nsm.baselines.transformer import TransformerLM
-from nsm.bundle import STATE_INIT, Bundle
+from nsm.bundle import STATE_INIT, WEIGHTS, Bundle
 from nsm.errors import BuildError, UnsupportedError
 from nsm.export.graphs import exporter as module
-from nsm.export.graphs.exporter import WEIGHTS, export_onnx, initial_arrays
+from nsm.export.graphs.exporter import export_onnx, initial_arrays
 from nsm.export.graphs.external_data import MIN_BYTES
 from nsm.export.graphs.metadata import STATES_KEY
 from nsm.export.graphs.passes import optimise

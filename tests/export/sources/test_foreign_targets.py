@@ -18,7 +18,7 @@ from nsm.errors import MissingDependencyError
 from nsm.export.builders.web import find_package
 from nsm.runtimes.targets import find_target
 from nsm.trace import Array
-from tests.export.helpers import invoke, p99, quantization_of, refused, the_json, worst
+from tests.export.helpers import invoke, p99, quantization_of, refused, the_json
 from tests.nsm.adapters.models import VoiceActivity
 
 RUN_HERE = ("mobile", "web", "triton")
@@ -66,8 +66,8 @@ def test_it_agrees_with_torch_and_is_measured(target: str, foreign: Path) -> Non
         _need_web()
     (built,) = the_json(invoke("build", foreign, "-t", target, "--json"))["artifacts"]
     parity = built["parity"]
-    assert (parity.status, parity.source, parity.streams, parity.steps) == ("passed", "recorded", 2, 6)
-    assert worst(parity.free_run) < 1e-5
+    assert (parity["status"], parity["source"], parity["streams"], parity["steps"]) == ("passed", "recorded", 2, 6)
+    assert parity["free_run"]["max"] < 1e-5
     (measured,) = the_json(invoke("bench", foreign, "-t", target, "--steps", "10", "--json"))["results"]
     assert measured["target"] == target
     assert measured["latency_us"]["p50"] > 0

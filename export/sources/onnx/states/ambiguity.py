@@ -22,7 +22,7 @@ def ask(path: Path, pairing: Pairing) -> str:
         f"  outputs: {', '.join(map(describe, pairing.outputs.values()))}",
     ]
     lines += [f"  {pair.past} -> {pair.present}: a state, by {pair.found}" for pair in pairing.states]
-    lines += [f"  {pair.past} -> {pair.present}: {verdict(pair)}, by {pair.found}" for pair in pairing.doubtful]
+    lines += [f"  {pair.past} -> {pair.present}: {verdict(pair)}, by {pair.found}" for pair in pairing.ambiguous]
     lines += [f"If {choice.condition}: {choice.advice}" for choice in choices(path, pairing)]
     return "\n".join(lines)
 
@@ -33,7 +33,7 @@ def describe(port: Port) -> str:
 
 
 def verdict(pair: Pair) -> str:
-    """The verdict on a doubtful pair."""
+    """The verdict on a ambiguous pair."""
     return "data" if pair.refuted else "a state or data"
 
 
@@ -52,7 +52,7 @@ def choices(path: Path, pairing: Pairing) -> list[Choice]:
     data = [name for name in pairing.data if pairing.inputs[name].shape]
     found = []
     if pairing.states and len(data) > 1:
-        what = f"{' and '.join(data)} are data" if pairing.doubtful else ""
+        what = f"{' and '.join(data)} are data" if pairing.ambiguous else ""
         found.append(
             Choice(what, f"a step takes one input besides its states: join {' and '.join(data)} in the graph.")
         )
@@ -60,7 +60,7 @@ def choices(path: Path, pairing: Pairing) -> list[Choice]:
         return [Choice("", _command(path, pairing, pairing.data, []))]
     for main in data if len(data) > 1 else ():
         others = [name for name in data if name != main]
-        for states in _wirings(others, [pair for pair in pairing.doubtful if not pair.refuted]):
+        for states in _wirings(others, [pair for pair in pairing.ambiguous if not pair.refuted]):
             if len(pairing.states) + len(states) == len(pairing.outputs):  # a step gives something besides its states
                 continue
             what = " and ".join(f"{pair.present} is what {pair.past} takes in the next step" for pair in states)

@@ -121,16 +121,16 @@ def _found(
     pairing = find_pairs(model, main, no_states, defaults)
     for pair in pairing.states:
         check_growth(pairing.inputs[pair.past])
-    if pairing.doubtful:
+    if pairing.ambiguous:
         raise InputError(ask(path, pairing))
     if pairing.states:
         return [StateOption(pair.past, pair.present, found=pair.found) for pair in pairing.states]
-    anew = restarts(dependence_of(model.graph), ())
-    if anew:
+    reset = restarts(dependence_of(model.graph), ())
+    if reset:
         raise InputError(
-            f"No states were found: no output of {path} is fed back to an input, and {' and '.join(anew)} "
-            f"{'starts' if len(anew) == 1 else 'start'} anew in every call, so a call forgets the ones before. Export "
-            "the model with the initial state as an argument and the last state as a result."
+            f"No states were found: no output of {path} is fed back to an input, and {' and '.join(reset)} "
+            f"{'is' if len(reset) == 1 else 'are'} reset in every call, so no call depends on the calls before it. "
+            "Export the model with the initial state as an argument and the last state as a result."
         )
     raise InputError(
         f"No states were found among the inputs, {', '.join(pairing.inputs)}, and outputs, "

@@ -90,7 +90,7 @@ class Pairing:
     Args:
         inputs, outputs: of the graph.
         states: the pairs that are states.
-        doubtful: further pairs that may be.
+        ambiguous: further pairs that may be.
         data: the inputs that are left when the states are taken away. Several are ambiguous where some may be states.
         trouble: why the graph was not run; "" where it was.
     """
@@ -98,7 +98,7 @@ class Pairing:
     inputs: Mapping[str, Port]
     outputs: Mapping[str, Port]
     states: Sequence[Pair]
-    doubtful: Sequence[Pair]
+    ambiguous: Sequence[Pair]
     data: Sequence[str]
     trouble: str = ""
 

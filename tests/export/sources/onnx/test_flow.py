@@ -156,8 +156,8 @@ def test_a_state_that_no_output_ever_depends_on_is_told(tmp_path: Path) -> None:
     path = write(tmp_path / "m.onnx", nodes, inputs, {**PLAIN[1], "hidden_out": shape, "cell_out": shape}, HALF)
     warnings = [item.text for item in load_onnx(path).messages if item.severity == "warning"]
     assert [line.split(", in")[0] for line in warnings] == [
-        "WARNING: no output depends on the state hidden",
-        "WARNING: no output depends on the state cell",
+        "no output depends on the state hidden",
+        "no output depends on the state cell",
     ]
     nodes[2] = helper.make_node("Add", ["hn", "hidden_out"], ["y"])
     write(path, nodes, inputs, {**PLAIN[1], "hidden_out": shape, "cell_out": shape}, HALF)
@@ -192,7 +192,7 @@ def test_a_state_may_be_a_single_number(tmp_path: Path) -> None:
             assert session.read_state()["count"].tolist() == [5]
 
 
-# -- recurrences that start anew ---------------------------------------------------------------------------------------
+# -- recurrences that are reset ---------------------------------------------------------------------------------------
 
 
 def inside(path: Path, kind: str = "GRU", start: str = "", with_state: bool = True) -> Path:
@@ -229,23 +229,21 @@ def inside(path: Path, kind: str = "GRU", start: str = "", with_state: bool = Tr
 
 @pytest.mark.parametrize("kind", ["GRU", "LSTM", "RNN"])
 @pytest.mark.parametrize(("start", "anew"), [("", True), ("zeros", True), ("carried", False)])
-def test_a_recurrence_that_starts_anew_is_told(kind: str, start: str, anew: bool, tmp_path: Path) -> None:
+def test_a_recurrence_that_is_reset_in_every_call_is_told(kind: str, start: str, anew: bool, tmp_path: Path) -> None:
     """Absent, or zeros of a size that the graph works out; not where a state goes into it."""
     path = inside(tmp_path / "m.onnx", kind, start)
     warnings = [item.text for item in load_onnx(path).messages if item.severity == "warning"]
     assert len(warnings) == anew
     for line in warnings:
-        assert line.startswith(f"WARNING: the {kind} node memory starts anew in every call: no state reaches its")
-        assert "right over frequencies" in line
+        assert line.startswith(f"the {kind} node memory is reset in every call: no state reaches its")
+        assert "right over a frequency axis" in line
     told = succeeded(invoke("inspect", path))
-    assert (f"The {kind} node memory starts anew in every call" in told) is anew
+    assert (f"The {kind} node memory is reset in every call" in told) is anew
 
 
 def test_it_is_the_reason_why_there_are_no_states(tmp_path: Path) -> None:
     path = inside(tmp_path / "m.onnx", with_state=False)
-    with pytest.raises(
-        InputError, match=r"No states were found: .*the GRU node memory starts anew in every call, so a"
-    ):
+    with pytest.raises(InputError, match=r"No states were found: .*the GRU node memory is reset in every call, so no"):
         load_onnx(path)
 
 
@@ -291,4 +289,4 @@ def test_a_recurrence_in_a_branch_that_never_runs_is_not_told(tmp_path: Path) ->
         model.graph.initializer.extend(onnx.numpy_helper.from_array(v, k) for k, v in constants.items())
         onnx.save(model, str(tmp_path / "branch.onnx"))
         found = [item.text for item in load_onnx(tmp_path / "branch.onnx").messages]
-        assert sum("memory.then_branch starts anew" in line for line in found) == anew
+        assert sum("memory.then_branch is reset" in line for line in found) == anew
