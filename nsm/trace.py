@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zipfile
 from collections.abc import Mapping
@@ -13,6 +14,7 @@ from typing import IO, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from nsm.decode import encode
 from nsm.errors import BundleDamagedError
 from nsm.files import check_npy, check_stored, open_regular, open_zip
 
@@ -35,8 +37,8 @@ class Trace:
             first M <= N streams.
         fingerprint: of the model that was recorded.
         source: whether the sequences are real ("recorded") or made up ("synthetic").
-        floor: the effect of fp32 rounding on the reference: the largest free-run error of its outputs against the same
-            model in fp64; None if the model cannot run in fp64.
+        conditioning: the conditioning floor, by kind of error ("one_step", "free_run") and tensor; see
+            `nsm.runtimes.parity.conditioning`. Empty if it is unknown.
         decisions: for a model that changes the masks of its banks at run time, the masks and the values that decide
             them, by state name, [N, T + 1, ...]: at the beginning, and after every step. Empty for other models.
     """
@@ -49,7 +51,7 @@ class Trace:
     after: Mapping[str, Array]
     fingerprint: str
     source: Origin
-    floor: float | None
+    conditioning: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     decisions: Mapping[str, Array] = field(default_factory=dict)
 
     @property
@@ -77,13 +79,13 @@ class Trace:
             {name: value[:, kept] for name, value in self.after.items()},
             self.fingerprint,
             self.source,
-            self.floor,
+            self.conditioning,
             {name: value[:, : steps + 1] for name, value in self.decisions.items()},
         )
 
     def save(self, path: Path) -> None:
         """Write one .npz: arrays only, no pickles."""
-        meta = {"fingerprint": self.fingerprint, "source": self.source, "floor": self.floor}
+        meta = {"fingerprint": self.fingerprint, "source": self.source, "conditioning": encode(self.conditioning)}
         groups = {name: getattr(self, name) for name in _GROUPS}
         arrays = {f"{group}/{name}": value for group, part in groups.items() for name, value in part.items()}
         arrays |= {"positions": self.positions, "sampled": self.sampled, "meta": np.array(json.dumps(meta))}
@@ -112,11 +114,19 @@ class Trace:
                 sampled=arrays["sampled"],
                 fingerprint=meta["fingerprint"],
                 source=meta["source"],
-                floor=None if meta["floor"] is None else float(meta["floor"]),
+                conditioning=_floors(meta["conditioning"]),
                 **groups,
             )
-        except (KeyError, ValueError, TypeError) as error:
+        except (AttributeError, KeyError, ValueError, TypeError) as error:
             raise BundleDamagedError(f"{path} is not a golden trace ({error!r}). Export the bundle again.") from error
+
+
+def _floors(data: Mapping[str, Mapping[str, float | None]]) -> dict[str, dict[str, float]]:
+    """Return the conditioning floors from JSON, where infinity is null."""
+    return {
+        kind: {name: math.inf if value is None else float(value) for name, value in part.items()}
+        for kind, part in data.items()
+    }
 
 
 def load_arrays(path: Path) -> Arrays:

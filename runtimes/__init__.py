@@ -6,7 +6,7 @@ Nothing here imports torch. A backend is imported when a session on it is opened
 
 import sys
 
-from nsm.runtimes.base import Handles, NotCopyable, Progress, Runtime, State, all_finite
+from nsm.runtimes.base import CheckedRuntime, Handles, NotCopyable, Progress, Runtime, State, all_finite
 from nsm.runtimes.opening import open_bundle
 from nsm.runtimes.parity import BUDGETS, Budget, ParityReport, compare, find_budget
 from nsm.runtimes.session import Session
@@ -21,6 +21,7 @@ __all__ = [
     "BUDGETS",
     "TARGETS",
     "Budget",
+    "CheckedRuntime",
     "Handles",
     "NotCopyable",
     "ParityReport",

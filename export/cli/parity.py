@@ -20,7 +20,7 @@ from nsm.manifest import Artifact
 from nsm.results import ParityResult
 from nsm.runtimes import find_target
 from nsm.runtimes.opening import open_artifact
-from nsm.runtimes.parity import MAX_LISTED_CHANGES, Bisection, ParityReport, compare, find_budget, thresholds_of
+from nsm.runtimes.parity import FLOORS, MAX_LISTED_CHANGES, Bisection, ParityReport, compare, find_budget, thresholds_of
 from nsm.runtimes.parity.bisection import bisect, check_bisectable
 from nsm.trace import Trace
 
@@ -175,7 +175,7 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
     drift = report.drift
     terminal.say(
         f"\n{report.label}: {report.coverage}; worst tensor one-step {report.one_step.tensor}, "
-        f"free-run {report.free_run.tensor}; fp32 rounding error of the reference {number(report.reference_floor)}"
+        f"free-run {report.free_run.tensor}; conditioning floor {number(report.conditioning_floor)}"
     )
     mask_decisions = f", mask decisions excused {report.mask_decisions}" if report.mask_decisions else ""
     gain = "-" if report.gain is None else f"{report.gain.ratio:.2f} of {report.gain.tensor}"
@@ -187,6 +187,10 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
         + (f"drift exponent {drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "drift exponent -")
         + f", gain {gain}"
     )
+    if report.excused_by_conditioning:
+        terminal.say(
+            f"  over budget, and within {FLOORS:g} conditioning floors: {', '.join(report.excused_by_conditioning)}"
+        )
     for change in [change for change in report.argmax_changes if not change.excused][:_NAMED_CHANGES]:
         terminal.say(f"  argmax change, not excused: {change}")
     if report.unexcused_argmax_changes > _NAMED_CHANGES:

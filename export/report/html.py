@@ -181,7 +181,7 @@ def _against_budget(report: ParityReport) -> str:
         ),
         ("drift exponent", f"{drift.exponent:.2f} [{drift.low:.2f}, {drift.high:.2f}]" if drift else "-", ""),
         ("error of active slots, p99", number(report.state_error_p99), ""),
-        ("conditioning floor: fp32 rounding error of the reference", number(report.reference_floor), ""),
+        ("conditioning floor: error that any fp32 implementation has", number(report.conditioning_floor), ""),
     ]
     lines = [
         f"<tr><td>{escape(name)}</td><td class='number'>{number(value)}</td><td class='number'>{number(limit)}</td>"
@@ -253,8 +253,8 @@ def _stream_chart(report: ParityReport) -> str:
         Line("one step, p50", curves.sampled + 1, curves.one_step_p50, "three"),
         Line("budget of the free run (p99)", ends, np.full(2, report.budget.free_run_p99), "budget"),
     ]
-    if report.reference_floor is not None:
-        lines.append(Line("conditioning floor (fp32 rounding)", ends, np.full(2, report.reference_floor), "floor"))
+    if report.conditioning_floor is not None:
+        lines.append(Line("conditioning floor (fp32 rounding)", ends, np.full(2, report.conditioning_floor), "floor"))
     if report.drift is not None:
         fitted = steps[report.steps // 4 :]
         level = float(np.median(curves.free_run_p50[report.steps // 2 :]))

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from nsm.adapters.validate import Examination
 from nsm.results import Message
+from nsm.runtimes.parity import Perturbation
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -71,10 +72,10 @@ class Source(Protocol):
         """Raise `InputError` for a sequence [T, *token] of the right dtype that the model still does not take."""
         ...
 
-    def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
-        """A session over the model itself, in fp32; `exact` asks for fp64, and None says there is no such thing.
+    def reference(self, spec: StepSpec, perturbation: Perturbation | None = None) -> Session:
+        """Return a session over the model itself, in fp32, with the lanes of `spec`.
 
-        Its lanes are those of `spec`.
+        With a perturbation, the constant weights of the session, its inputs and its states are perturbed.
         """
         ...
 

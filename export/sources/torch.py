@@ -27,6 +27,7 @@ from nsm.models import (
     on_cpu,
 )
 from nsm.results import Message
+from nsm.runtimes.parity import Perturbation
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -95,9 +96,15 @@ class TorchSource:
     def check_sequence(self, sequence: Array) -> None:
         self.model.check_tokens(torch.from_numpy(sequence[None]))
 
-    def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
-        model = duplicate(self.model).double() if exact else self.model
-        return model_session(model, spec, self.fingerprint)
+    def reference(self, spec: StepSpec, perturbation: Perturbation | None = None) -> Session:
+        if perturbation is None:
+            return model_session(self.model, spec, self.fingerprint)
+        model = duplicate(self.model)
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *model.buffers()):
+                if tensor.dtype == torch.float32:
+                    tensor.copy_(torch.from_numpy(perturbation(tensor.numpy())))
+        return model_session(model, spec, self.fingerprint, perturbation=perturbation)
 
     def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:
         export_onnx(self.model, spec, directory, opset)

@@ -11,11 +11,12 @@ import numpy as np
 import torch
 
 from nsm.bundle import Bundle
-from nsm.errors import InputError, RunError, StreamError, UnsupportedError
+from nsm.errors import InputError, RunError, UnsupportedError
 from nsm.export.capture import line_of_error
 from nsm.models import State as Tensors
 from nsm.models import StepModel, duplicate, fingerprint, load_checkpoint, on_cpu
-from nsm.runtimes import Handles, NotCopyable, State
+from nsm.runtimes import CheckedRuntime, Handles, Runtime, State
+from nsm.runtimes.parity import Perturbation
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays
@@ -25,7 +26,7 @@ TARGET = "pytorch"
 _Call = Callable[[dict[str, torch.Tensor], Tensors], tuple[dict[str, torch.Tensor], Tensors]]
 
 
-class TorchRuntime(NotCopyable):
+class TorchRuntime(CheckedRuntime):
     """Runs the entries of a model through `StepModel.call`, in inference mode and in the dtype of its weights.
 
     Args:
@@ -35,13 +36,13 @@ class TorchRuntime(NotCopyable):
     """
 
     def __init__(self, model: StepModel, spec: StepSpec, compiled: bool = False) -> None:
+        super().__init__(Handles())
         self._dtype = model.dtype
         self.effective_precision = "fp64" if self._dtype == torch.float64 else "fp32"
         self._calls = {entry.name: _call_of(model, entry.name, compiled) for entry in spec.entries}
         self._outputs = {entry.name: [item.name for item in entry.outputs] for entry in spec.entries}
         self._tensors: Tensors = {}
         self._answered: tuple[torch.Tensor, ...] = ()
-        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
         self._check_open()
@@ -51,8 +52,7 @@ class TorchRuntime(NotCopyable):
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         given = {name: self._tensor(value) for name, value in inputs.items()}
         try:
             with torch.inference_mode():
@@ -67,34 +67,34 @@ class TorchRuntime(NotCopyable):
         return {name: outputs[name].numpy().copy() for name in self._outputs[entry]}, handle
 
     def read_state(self, state: State) -> Arrays:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         return {name: value.detach().numpy().copy() for name, value in self._tensors.items()}
 
     def finite(self, state: State) -> bool:
-        self._check_open()
-        self._handles.check(state)
+        self._check(state)
         written = (*self._tensors.values(), *self._answered)
         return all(bool(torch.isfinite(value).all()) for value in written if value.is_floating_point())
 
     def close(self) -> None:
+        self._open = False
         self._calls.clear()
         self._tensors, self._answered = {}, ()
-
-    def _check_open(self) -> None:
-        if not self._calls:
-            raise StreamError("The session is closed. Open the model again.")
 
     def _tensor(self, value: Array) -> torch.Tensor:
         tensor = torch.from_numpy(np.array(value))
         return tensor.to(self._dtype) if tensor.is_floating_point() else tensor
 
 
-def model_session(model: StepModel, spec: StepSpec, identity: str, compiled: bool = False) -> Session:
-    """A session over a model in eval mode; `identity` is its fingerprint."""
+def model_session(
+    model: StepModel, spec: StepSpec, identity: str, compiled: bool = False, perturbation: Perturbation | None = None
+) -> Session:
+    """Return a session over a model in eval mode; `identity` is its fingerprint."""
     with torch.no_grad():
         initial = {name: value.numpy() for name, value in model.initial_state(spec.batch).items()}
-    return Session(TorchRuntime(model, spec, compiled), spec, initial, identity, TARGET)
+    runtime: Runtime = TorchRuntime(model, spec, compiled)
+    if perturbation is not None:
+        runtime = perturbation.runtime(runtime)
+    return Session(runtime, spec, initial, identity, TARGET)
 
 
 def reference(model: StepModel | str | os.PathLike[str], batch: int = 1, tokens_per_call: int | None = None) -> Session:

@@ -68,7 +68,6 @@ def find_reach(source: Source, spec: StepSpec, sequences: Sequence[Array]) -> Re
     if not may_count(spec):
         return Reach(spec.capacity, None, tokens)
     session = source.reference(free)
-    assert session is not None
     with session:
         return reach_of(session, tokens, spec.capacity)
 
@@ -96,7 +95,7 @@ def reach_of(session: Session, tokens: Array, declared: int | None = None) -> Re
     return Reach(capacity if declared is None else declared, kept, tokens, bounded)
 
 
-def with_limit(bundle: Bundle, artifact: Artifact, reference: Session | None, found: Reach) -> Artifact:
+def with_limit(bundle: Bundle, artifact: Artifact, reference: Session, found: Reach) -> Artifact:
     """Return the artifact with the limit that its target adds to the model's capacity.
 
     Args:
@@ -107,7 +106,7 @@ def with_limit(bundle: Bundle, artifact: Artifact, reference: Session | None, fo
     """
     if found.counters is None:
         return artifact
-    if reference is None or artifact.parity.status == "not_run":
+    if artifact.parity.status == "not_run":
         return with_assumed_limit(artifact, found.counters, found.capacity)
     budget = find_budget(artifact.precision)
     with reference, open_artifact(bundle, artifact) as session:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from nsm.errors import InputError, NonFiniteError, RunError
+from nsm.errors import InputError, NonFiniteError
 from nsm.export.sources import Source
 from nsm.runtimes import Progress
-from nsm.runtimes.parity import decided_states, groups, relative_error, rms_norm
+from nsm.runtimes.parity import conditioning_calls, conditioning_floor, decided_states, groups, thresholds_of
 from nsm.runtimes.session import Session
 from nsm.spec import StepSpec
 from nsm.trace import Array, Arrays, Origin, Trace
@@ -75,19 +77,16 @@ def record(
     decided = sum(state.nbytes // spec.batch for state in spec.states_of(decided_states(spec)))
     room = limit - len(tokens) * (steps + 1) * decided
     positions, kept, sampled = kept_of(spec, len(tokens), steps, width, room)
-    sessions = [source.reference(spec), source.reference(spec, exact=True)]
-    advance = _counter(progress, sum(session is not None for session in sessions) * steps * len(_groups(tokens, spec)))
+    calls = conditioning_calls(len(tokens), steps, kept, len(sampled), spec.batch)
+    advance = _counter(progress, steps * len(_groups(tokens, spec)) + calls)
     try:
-        rolled = _roll(sessions[0], batched, positions, sampled, kept, advance)
-        # The conditioning floor: the error of fp32 against the same weights in fp64.
-        exact = _exact(sessions[1], batched, positions, advance)
+        rolled = _roll(source.reference(spec), batched, positions, sampled, kept, advance)
     except NonFiniteError as error:
         raise NonFiniteError(
             "The reference produces NaN or infinity on the golden sequences, so parity cannot be checked. Check the "
             f"weights and the sequences. {error}"
         ) from error
-    first = entry.outputs[0].name
-    return Trace(
+    trace = Trace(
         inputs={"tokens": batched},
         outputs=rolled.outputs,
         positions=positions,
@@ -96,9 +95,11 @@ def record(
         after=rolled.after,
         fingerprint=source.fingerprint,
         source=origin,
-        floor=_floor(rolled.outputs[first], exact[first]) if exact else None,
         decisions=rolled.decisions,
     )
+    thresholds = thresholds_of(source.config)
+    floors = conditioning_floor(trace, functools.partial(source.reference, spec), thresholds, advance)
+    return replace(trace, conditioning=floors)
 
 
 def synthetic(source: Source, streams: int, length: int, seed: int = 0) -> list[Array]:
@@ -137,16 +138,6 @@ def checked_sequences(source: Source, sequences: Sequence[ArrayLike]) -> list[Ar
     return checked
 
 
-def _exact(session: Session | None, tokens: Array, positions: Array, advance: Callable[[], None]) -> Arrays:
-    """Return the outputs in fp64; an empty dict if a foreign module does not run in fp64."""
-    try:
-        return _roll(session, tokens, positions, np.empty(0, np.int64), 0, advance).outputs
-    except NonFiniteError:
-        raise
-    except RunError:
-        return {}
-
-
 class _Rolled(NamedTuple):
     """Results of a run over all streams.
 
@@ -163,17 +154,15 @@ class _Rolled(NamedTuple):
 
 
 def _roll(
-    session: Session | None,
+    session: Session,
     tokens: Array,
     positions: Array,
     sampled: Array,
     kept: int,
     advance: Callable[[], None],
 ) -> _Rolled:
-    """Run all streams. Without a session, return nothing; without sampled steps, no states and no decisions."""
-    if session is None:
-        return _Rolled({}, {}, {}, {})
-    decided = decided_states(session.spec) if len(sampled) else ()
+    """Run all streams."""
+    decided = decided_states(session.spec)
     parts: list[_Rolled] = []
     with session:
         for streams in _groups(tokens, session.spec):
@@ -235,13 +224,6 @@ def _joined(parts: Sequence[Arrays], count: int | None = None) -> Arrays:
 
 def _stretch(sequence: Array, length: int) -> Array:
     return sequence[np.arange(length) % len(sequence)]
-
-
-def _floor(outputs: Array, exact: Array) -> float:
-    """Return the largest error over streams and steps, fp32 against fp64."""
-    scale = 0.01 * rms_norm(exact)
-    pairs = zip(outputs.reshape(-1, *outputs.shape[2:]), exact.reshape(-1, *exact.shape[2:]), strict=True)
-    return max(relative_error(given, wanted, scale) for given, wanted in pairs)
 
 
 def kept_of(spec: StepSpec, streams: int, steps: int, width: int, limit: int) -> tuple[Array, int, Array]:

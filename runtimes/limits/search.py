@@ -108,9 +108,7 @@ class _Pair:
         self._wraps = {f"state {state.name}": state.wrapped for state in target.spec.states if state.wrap}
         self._counters, self._tokens = counters, tokens
         first = _stepped(reference, counters.at(counters.position), counters.position, tokens)
-        self._floors = {
-            name: 0.01 * float(np.linalg.norm(value)) for name, value in first.items() if value.dtype.kind == "f"
-        }
+        self._usual = {name: float(np.linalg.norm(value)) for name, value in first.items() if value.dtype.kind == "f"}
         self._allowed = dict.fromkeys(first, budget.free_run_p99)
         usual = self._errors(counters.position)
         self._allowed |= {name: max(budget.free_run_p99, _WORSE * error) for name, error in usual.items()}
@@ -135,7 +133,7 @@ class _Pair:
         wanted = _stepped(self._reference, states, position, self._tokens)
         given = _stepped(self._target, states, position, self._tokens)
         return {
-            name: relative_error(given[name], value, self._floors[name])
+            name: relative_error(given[name], value, self._usual[name])
             if value.dtype.kind == "f"
             else float(np.mean(given[name] != self._wraps.get(name, np.asarray)(value)))
             for name, value in wanted.items()

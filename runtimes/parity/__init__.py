@@ -7,19 +7,24 @@ at fault.
 from nsm.runtimes.parity.argmax import MAX_LISTED_CHANGES
 from nsm.runtimes.parity.budgets import BUDGETS, Budget, find_budget
 from nsm.runtimes.parity.comparison import compare
+from nsm.runtimes.parity.conditioning import Perturbation, conditioning_calls, conditioning_floor
 from nsm.runtimes.parity.mask_decisions import decided_states, thresholds_of
 from nsm.runtimes.parity.metrics import relative_error, rms_norm
 from nsm.runtimes.parity.replay import groups
-from nsm.runtimes.parity.report import MASK_DECISIONS_PER_1000, Bisection, ParityReport
+from nsm.runtimes.parity.report import FLOORS, MASK_DECISIONS_PER_1000, Bisection, ParityReport
 
 __all__ = [
     "BUDGETS",
+    "FLOORS",
     "MASK_DECISIONS_PER_1000",
     "MAX_LISTED_CHANGES",
     "Bisection",
     "Budget",
     "ParityReport",
+    "Perturbation",
     "compare",
+    "conditioning_calls",
+    "conditioning_floor",
     "decided_states",
     "find_budget",
     "groups",

@@ -14,7 +14,7 @@ from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.drift import drift_exponent
 from nsm.runtimes.parity.mask_decisions import Decisions, decided_masks
 from nsm.runtimes.parity.metrics import gain, mean, quantile, relative_error, rms_norm, slot_errors
-from nsm.runtimes.parity.report import AgeError, Curves, Divergence, Gain, ParityReport, Spread, over_budget
+from nsm.runtimes.parity.report import FLOORS, AgeError, Curves, Divergence, Gain, ParityReport, Spread, over_budget
 from nsm.runtimes.parity.slot_age import errors_by_age, recorded_ages
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec
@@ -44,14 +44,16 @@ class Findings:
         self.budget = budget
         self.failures: list[str] = []
         self.logits = spec.entry("step").outputs[0].name
-        self._decisions = Decisions(trace, decided_masks(spec), thresholds, budget.free_run_p99)
+        self._floors = trace.conditioning if budget.precision == "fp32" else {}
+        bound = self._limit("free_run", self.logits)
+        self._decisions = Decisions(trace, decided_masks(spec), thresholds, bound)
         kinds = ["one_step", "free_run", *(["split"] if spec.has("decode") else [])]
         kinds += ["staggered"] if spec.batch > 1 else []
         self._inexact = [s.name for s in spec.states if s.numpy_dtype.kind == "f"]
         self._exact = [
             s.name for s in spec.states if s.name not in self._inexact and s.name not in self._decisions.masks
         ]
-        self._floors = {name: 0.01 * rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
+        self._usual = {name: rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
         shape = (trace.streams, trace.steps)
         self._errors = {
             # Split calls have the outputs of `decode`: the first one, without debug outputs.
@@ -63,7 +65,7 @@ class Findings:
         self._masks = {bank: mask for bank, mask in masks.items() if mask in spec.state_names}
         self._ages = {bank: recorded_ages(trace, mask) for bank, mask in self._masks.items()}
         self._slots: list[_Slots] = []
-        self._answers = Answers(trace.outputs[self.logits], budget.free_run_p99)
+        self._answers = Answers(trace.outputs[self.logits], bound)
         self._mismatches = 0
         self._changed = False
         self._mask_decisions = 0
@@ -90,7 +92,7 @@ class Findings:
             for name in outputs:
                 wanted = trace.outputs[name][stream, step][kept].astype(np.float64)
                 given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
-                self._errors[kind][name][stream, step] = relative_error(given, wanted, self._floors[name])
+                self._errors[kind][name][stream, step] = relative_error(given, wanted, self._usual[name])
                 if kind == "free_run" and name == self.logits and wanted.size:
                     self._answers.add(stream, step, trace.positions[kept], wanted, given)
 
@@ -124,7 +126,7 @@ class Findings:
                 continue
             for name in self._inexact:
                 wanted = trace.after[name][stream, index]
-                self._errors[kind][name][stream, step] = relative_error(given[name], wanted, self._floors[name])
+                self._errors[kind][name][stream, step] = relative_error(given[name], wanted, self._usual[name])
                 self._changed |= bool((given[name] != trace.before[name][stream, index]).any())
                 if kind == "free_run" and name in self._masks:
                     self._add_slots(name, stream, index, given[name])
@@ -181,6 +183,7 @@ class Findings:
             per_tensor={
                 name: {f"{kind}_p99": quantile(part[name], 0.99) for kind, part in errors.items() if name in part}
                 | {"gain": gains[name]}
+                | {f"{kind}_floor": part[name] for kind, part in trace.conditioning.items() if name in part}
                 for name in errors["free_run"]
             },
             free_run_mean=mean(logits),
@@ -204,12 +207,19 @@ class Findings:
             mask_decisions=self._mask_decisions,
             mask_decisions_per_1000_steps=1000 * self._mask_decisions / max(self._steps_run, 1),
             first_divergence=self._first_divergence(),
-            reference_floor=trace.floor,
+            limits={kind: {name: self._limit(kind, name) for name in part} for kind, part in errors.items()},
+            conditioning_floor=max(trace.conditioning.get("free_run", {}).values(), default=None),
             budget=self.budget,
             curves=self._curves(answers),
         )
         failures = [*self.failures, *self._vacuous(), *over_budget(report, len(answers.argmax_changes))]
         return replace(report, failures=tuple(failures))
+
+    def _limit(self, kind: str, tensor: str) -> float:
+        """Return the limit of an error: the budget or, in fp32, four conditioning floors if that is more."""
+        own = self.budget.one_step_p99 if kind == "one_step" else self.budget.free_run_p99
+        floor = self._floors.get("one_step" if kind == "one_step" else "free_run", {}).get(tensor, 0.0)
+        return max(own, FLOORS * floor)
 
     def _by_layer(self) -> Mapping[str, Spread]:
         parts = {name: [item.errors for item in self._slots if item.bank == name] for name in self._masks}
@@ -237,7 +247,7 @@ class Findings:
         candidates = [
             Divergence(int(stream), int(step), name, float(errors[stream, step]))
             for name, errors in self.errors("free_run").items()
-            for stream, step in np.argwhere(errors > self.budget.free_run_p99)
+            for stream, step in np.argwhere(errors > self._limit("free_run", name))
         ]
         return min(candidates, key=lambda item: (item.step, item.stream), default=None)
 

@@ -4,9 +4,12 @@ The comparison measures two errors against a golden trace. *One-step*: the targe
 the error is that of one call. *Free-run*: the target carries its own state from the first step to the last, as in
 use, so the error accumulates. Both are relative,
 
-    ||target - reference|| / max(||reference||, 0.01 * rms over the trace of ||reference||),
+    ||target - reference|| / max(||reference||, rms over the trace of ||reference||),
 
-per stream, step and tensor, for every output and every state. A comparison of nothing is a failure.
+per stream, step and tensor, for every output and every state: relative to the larger of the step's own norm and what is
+usual for the tensor, so that a probability near 0, or a level in dB that crosses 0, is not compared with itself alone.
+In fp32 a tensor passes as well if its error is within four of its conditioning floors; see
+`nsm.runtimes.parity.conditioning`. A comparison of nothing is a failure.
 
 If the artifact has more entries than `step`, the first steps run a third time, *split*: token by token through `decode`
 and `commit`, in turn with `step`; outputs and states must match the trace within the free-run budget. If it has several

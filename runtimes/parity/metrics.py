@@ -7,15 +7,18 @@ import numpy as np
 from nsm.trace import Array
 
 
-def relative_error(given: Array, wanted: Array, floor: float) -> float:
-    """Relative error; NaN if there is nothing to compare, infinite if the target is not finite."""
+def relative_error(given: Array, wanted: Array, usual: float) -> float:
+    """Return ||given - wanted|| / max(||wanted||, usual).
+
+    NaN if there is nothing to compare, infinite if the target is not finite.
+    """
     if not wanted.size:
         return float("nan")
     with np.errstate(invalid="ignore"):  # inf - inf
         difference = float(np.linalg.norm(given.astype(np.float64).ravel() - wanted.astype(np.float64).ravel()))
     if not np.isfinite(difference):
         return float("inf")
-    scale = max(float(np.linalg.norm(wanted.astype(np.float64))), floor)
+    scale = max(float(np.linalg.norm(wanted.astype(np.float64))), usual)
     return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
 
 

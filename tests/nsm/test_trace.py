@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -18,20 +19,16 @@ GROUPS = ("inputs", "outputs", "before", "after", "decisions")
 
 def test_a_trace_survives_the_disk(tmp_path: Path) -> None:
     decisions = {"0.mask": np.random.default_rng(0).random((2, 9, 3)) < 0.5}
+    floors = {"one_step": {"outputs": 1.25e-7}, "free_run": {"outputs": 3e-7, "0.tail": math.inf}}
     trace = fake_trace(streams=2, steps=8)
-    trace = replace(trace, source="recorded", floor=1.25e-7, fingerprint="abc", decisions=decisions)
+    trace = replace(trace, source="recorded", conditioning=floors, fingerprint="abc", decisions=decisions)
     trace.save(tmp_path / "golden.npz")
     loaded = Trace.load(tmp_path / "golden.npz")
     for group in GROUPS:
         assert_same(getattr(loaded, group), getattr(trace, group))
     np.testing.assert_array_equal(loaded.positions, trace.positions)
     np.testing.assert_array_equal(loaded.sampled, trace.sampled)
-    assert (loaded.fingerprint, loaded.source, loaded.floor) == ("abc", "recorded", 1.25e-7)
-
-
-def test_a_model_that_cannot_be_had_in_fp64_has_no_floor(tmp_path: Path) -> None:
-    replace(fake_trace(streams=1, steps=2), floor=None).save(tmp_path / "golden.npz")
-    assert Trace.load(tmp_path / "golden.npz").floor is None
+    assert (loaded.fingerprint, loaded.source, loaded.conditioning) == ("abc", "recorded", floors)
 
 
 def test_a_trace_knows_its_size() -> None:
@@ -57,7 +54,7 @@ def test_the_first_steps_are_a_trace_of_their_own(steps: int) -> None:
     for group in ("before", "after"):
         for name, value in getattr(cut, group).items():
             np.testing.assert_array_equal(value, getattr(trace, group)[name][:, : len(cut.sampled)])
-    assert (cut.fingerprint, cut.source, cut.floor) == (trace.fingerprint, trace.source, trace.floor)
+    assert (cut.fingerprint, cut.source, cut.conditioning) == (trace.fingerprint, trace.source, trace.conditioning)
     np.testing.assert_array_equal(cut.positions, trace.positions)
 
 

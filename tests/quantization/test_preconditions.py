@@ -67,7 +67,7 @@ def grown(factor: float, steps: int, others: float = 0.0) -> Trace:
 
     empty: Array = np.empty(0, np.int64)
     inputs = {"tokens": np.zeros((2, steps, 1))}
-    return Trace(inputs, {}, empty, sampled, states(before), states(before * factor), "", "recorded", None)
+    return Trace(inputs, {}, empty, sampled, states(before), states(before * factor), "", "recorded")
 
 
 @pytest.mark.parametrize("steps", [64, 200])

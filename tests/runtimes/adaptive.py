@@ -128,6 +128,6 @@ def adaptive_trace(margin: float, streams: int = STREAMS) -> Trace:
         after={name: np.stack([arrays[name] for arrays in after], 1) for name in state},
         fingerprint=FINGERPRINT,
         source="synthetic",
-        floor=1e-7,
+        conditioning={"one_step": {"outputs": 1e-7}, "free_run": {"outputs": 1e-7}},
         decisions={name: np.stack([arrays[name] for arrays in states], 1) for name in ("0.mask", "0.importance")},
     )

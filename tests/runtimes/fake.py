@@ -111,7 +111,9 @@ def fake_run(entry: str, inputs: Mapping[str, Array], state: Mapping[str, Array]
             x = token if tokens.ndim == 3 else _EMBED[token]
             bank[active] = (_LEAK * bank + _GAIN * x)[active]
             before = new["0.recent"][lane].sum(0) if "0.recent" in new else new["0.tail"][lane]
-            outputs[lane, index] = bank[active].sum(0) @ _HEAD + before @ _TAIL
+            # Of norm 1, so that an error of a step is the same share of its own norm and of the usual one.
+            answer = bank[active].sum(0) @ _HEAD + before @ _TAIL
+            outputs[lane, index] = answer / np.linalg.norm(answer)
             if "0.recent" in new:
                 new["0.recent"][lane, new[COUNT][lane] % RING] = x
             new["0.tail"][lane] = x
@@ -233,7 +235,7 @@ def fake_trace(streams: int = 4, steps: int = 64, seed: int = 0) -> Trace:
         after={name: np.stack([arrays[name] for arrays in after], 1) for name in state},
         fingerprint=FINGERPRINT,
         source="synthetic",
-        floor=1e-7,
+        conditioning={"one_step": {"outputs": 1e-7}, "free_run": {"outputs": 1e-7}},
     )
 
 

@@ -12,6 +12,10 @@ def late(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
         outputs["outputs"] *= 1 + 1e-3
 
 
+def far_off(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
+    outputs["outputs"] *= 2
+
+
 def frozen(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
     state.update(before)
 

@@ -226,14 +226,14 @@ export class Session {
     const [streams, steps] = tokens.shape;
     const kept = Object.entries(arrays).filter(([name]) => name.startsWith("after/")).map(([, value]) => value.shape[0])[0];
     const sampled = Array.from(arrays.sampled.data, Number);
-    const floors = record();
-    for (const [name, value] of Object.entries(arrays)) if (isFloat(value.dtype) && /^(outputs|after)\//.test(name)) floors[name] = 0.01 * rms(value);
+    const usual = record();
+    for (const [name, value] of Object.entries(arrays)) if (isFloat(value.dtype) && /^(outputs|after)\//.test(name)) usual[name] = rms(value);
     /** @type {Record<string, number>} */
     const errors = record();
     let exact = 0;
     const note = (/** @type {string} */ name, /** @type {NdArray} */ given, /** @type {NdArray} */ wanted) => {
       if (isFloat(wanted.dtype)) {
-        const error = relativeError(given, wanted, floors[name]);
+        const error = relativeError(given, wanted, usual[name]);
         const plain = name.slice(name.indexOf("/") + 1);
         if (!(error <= (errors[plain] ?? -1))) errors[plain] = error;
       } else if (!sameBytes(given, wanted)) exact += 1;
@@ -455,14 +455,14 @@ function rms(array) {
   return Math.sqrt(sum / rows);
 }
 
-/** ||given - wanted|| / max(||wanted||, floor). @param {NdArray} given @param {NdArray} wanted @param {number} floor */
-function relativeError(given, wanted, floor) {
+/** ||given - wanted|| / max(||wanted||, usual). @param {NdArray} given @param {NdArray} wanted @param {number} usual */
+function relativeError(given, wanted, usual) {
   let [difference, norm] = [0, 0];
   for (let i = 0; i < wanted.data.length; i++) {
     const [a, b] = [Number(given.data[i]), Number(wanted.data[i])];
     difference += (a - b) ** 2;
     norm += b * b;
   }
-  const scale = Math.max(Math.sqrt(norm), floor);
+  const scale = Math.max(Math.sqrt(norm), usual);
   return difference === 0 ? 0 : Math.sqrt(difference) / scale;
 }

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import onnx
+from onnx import TensorProto, numpy_helper
 
+from nsm.export.graphs import tensors_of
 from nsm.export.sources.onnx.file import Port
 from nsm.export.sources.onnx.states import GraphState
+from nsm.runtimes.parity import Perturbation
+
+_WEIGHTS = 16
 
 
 @dataclass(frozen=True)
@@ -47,6 +53,18 @@ class Foreign:
         """Of one token; all behind the streams and, where there is one, time."""
         rest = self.main.shape[2 if self.timed else 1 :]
         return tuple(int(size) for size in rest)
+
+    def perturbed(self, perturbation: Perturbation) -> Foreign:
+        """Return a copy with perturbed weights: float32 constants of at least `_WEIGHTS` numbers.
+
+        Smaller constants are parts of a formula or of a shape, such as 1.0, an epsilon, or the scales of a Resize.
+        """
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        for tensor in tensors_of(model):
+            if tensor.data_type == TensorProto.FLOAT and math.prod(tensor.dims) >= _WEIGHTS:
+                tensor.CopyFrom(numpy_helper.from_array(perturbation(numpy_helper.to_array(tensor)), tensor.name))
+        return replace(self, model=model)
 
     def static(self, batch: int, length: int) -> onnx.ModelProto:
         """A copy of the graph whose inputs have these sizes; other shape information is removed."""

@@ -11,7 +11,7 @@ import onnxruntime as ort
 from nsm.errors import RunError, UnsupportedError
 from nsm.export.sources.onnx.file import Port
 from nsm.export.sources.onnx.model import Foreign
-from nsm.runtimes import Handles, State, all_finite
+from nsm.runtimes import CheckedRuntime, Handles, State, all_finite
 from nsm.spec import VALID, StepSpec
 from nsm.trace import Array, Arrays
 
@@ -96,25 +96,26 @@ class Given:
         return dict(zip(graph.answers, values, strict=False)), after
 
 
-class GivenRuntime:
+class GivenRuntime(CheckedRuntime):
     """The given graph under a `Session`; see `nsm.runtimes.base.Runtime`."""
 
     effective_precision = "fp32"
 
     def __init__(self, given: Given, spec: StepSpec) -> None:
+        super().__init__(Handles())
         self._given, self._spec = given, spec
         self._state: Arrays = {}
         self._answered: Arrays = {}
-        self._handles = Handles()
 
     def load_state(self, arrays: Mapping[str, Array]) -> State:
+        self._check_open()
         self._handles.consume()
         self._state = {name: np.array(value) for name, value in arrays.items()}
         self._answered = {}
         return self._handles.new()
 
     def call(self, entry: str, inputs: Mapping[str, Array], state: State) -> tuple[Arrays, State]:
-        self._handles.check(state)
+        self._check(state)
         answers, after = self._given.step(inputs["tokens"], self._state)
         if VALID in inputs:
             runs = inputs[VALID] > 0
@@ -126,13 +127,14 @@ class GivenRuntime:
         return {name: np.array(value) for name, value in self._answered.items()}, handle
 
     def read_state(self, state: State) -> Arrays:
-        self._handles.check(state)
+        self._check(state)
         return {name: np.array(value) for name, value in self._state.items()}
 
     def finite(self, state: State) -> bool:
-        self._handles.check(state)
+        self._check(state)
         arrays = (*self._state.values(), *self._answered.values())
         return all_finite([array.reshape(-1) for array in arrays if array.dtype.kind == "f"])
 
     def close(self) -> None:
+        self._open = False
         self._state = {}

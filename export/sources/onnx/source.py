@@ -36,6 +36,7 @@ from nsm.export.sources.state_names import crossed, find_states
 from nsm.export.sources.state_options import ZEROS, StateOption
 from nsm.quantization import largest_weights
 from nsm.results import Message
+from nsm.runtimes.parity import Perturbation
 from nsm.runtimes.session import Session
 from nsm.spec import VALID, StepSpec, TensorSpec
 from nsm.trace import Array, Arrays
@@ -135,11 +136,12 @@ class OnnxSource:
                 f"Token ids must lie in 0 .. {spec.maximum}; given {int(sequence.min())} .. {int(sequence.max())}."
             )
 
-    def reference(self, spec: StepSpec, exact: bool = False) -> Session | None:
-        if exact:  # not every operator has a kernel in fp64
-            return None
-        runtime = GivenRuntime(self.given, spec)
-        return Session(runtime, spec, self.initial_arrays(spec.batch), self.fingerprint, "onnx")
+    def reference(self, spec: StepSpec, perturbation: Perturbation | None = None) -> Session:
+        initial = self.initial_arrays(spec.batch)
+        if perturbation is None:
+            return Session(GivenRuntime(self.given, spec), spec, initial, self.fingerprint, "onnx")
+        runtime = perturbation.runtime(GivenRuntime(Given(self._foreign.perturbed(perturbation)), spec))
+        return Session(runtime, spec, initial, self.fingerprint, "onnx")
 
     def write_graphs(self, spec: StepSpec, directory: Path, opset: int) -> None:
         graphs = {entry.name: normal_graph(self._foreign, spec, entry, opset) for entry in spec.entries}

