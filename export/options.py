@@ -40,6 +40,8 @@ class ExportOptions:
         vocab_size: number of ids of a foreign model over ids that does not state it.
         capacity: tokens that a lane of a foreign model takes between two resets (default: found by experiment).
         offline: a .pt2 or .onnx of a foreign model over whole sequences, to compare the step with.
+        budgets: budgets of single outputs or states that are accepted instead of those of the precision,
+            `name=value` (relative) or `name=abs:value` each.
         max_fp32_share, allow_slower: see `nsm.export.verify.acceptance.Limits`.
         require_parity: fail if a target cannot be checked on this machine.
         strict: with several targets, write all or none (default: the targets that pass).
@@ -70,6 +72,7 @@ class ExportOptions:
     vocab_size: int | None = None
     capacity: int | None = None
     offline: Path | None = None
+    budgets: Sequence[str] = ()
     max_fp32_share: float = 0.3
     allow_slower: bool = False
     require_parity: bool = False

@@ -40,6 +40,7 @@ from nsm.manifest import Experiment, Manifest
 from nsm.quantization import Calibration, check_enough, check_recurrent
 from nsm.runtimes import TARGETS, Progress, find_target
 from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.parity import check_budgets, parse_budgets
 from nsm.spec import StepSpec
 from nsm.staging import check_output, staged, write_manifest
 from nsm.trace import Array, Origin
@@ -166,7 +167,7 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
             f"--batch, --num-samples and --golden-steps must be at least 1; given {options.batch}, "
             f"{options.num_samples} and {options.steps}."
         )
-    limits = Limits(options.max_fp32_share, options.allow_slower)
+    limits = Limits(options.max_fp32_share, options.allow_slower, parse_budgets(options.budgets))
     source = open_source(model, options) if isinstance(model, Path) else model
     source.spec(options.batch, options.tokens_per_call, options.debug_outputs)  # checks the sizes
     for item in targets:
@@ -186,6 +187,7 @@ def plan(model: Path | Source, options: ExportOptions) -> Plan:
     elif options.offline is not None:
         examination = compared_offline(source, options.offline, sequences)
     spec = source.spec(options.batch, options.tokens_per_call, options.debug_outputs)
+    check_budgets(limits.accepted, spec)
     return Plan(
         options, source, spec, targets, limits, sequences, origin, output, calibration, steps, examination, larger
     )

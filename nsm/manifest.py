@@ -10,7 +10,7 @@ from typing import Any, Literal
 from nsm.decode import decode, encode
 from nsm.errors import BundleVersionError, ConfigError
 from nsm.files import sha256
-from nsm.results import ParityResult, QuantizationResult
+from nsm.results import AcceptedBudget, ParityResult, QuantizationResult
 from nsm.spec import StepSpec
 
 MANIFEST = "manifest.json"
@@ -33,7 +33,8 @@ class Artifact:
     `limit` is the number of tokens per lane between two resets, None if the target adds no limit to the model's
     capacity: a counter is exact on the target only up to the limit.
     `files` are its own files and those it shares with other targets. `notes` are sentences for the user.
-    `quantization` is None for fp32. `options` are compile options for every opening of the artifact; most have none.
+    `quantization` is None for fp32. `accepted` are budgets that replace those of the precision. `options` are compile
+    options for every opening of the artifact; most have none.
     """
 
     target: str
@@ -46,6 +47,7 @@ class Artifact:
     quantization: QuantizationResult | None = None
     options: Mapping[str, str] = field(default_factory=dict)
     limit: int | None = None
+    accepted: tuple[AcceptedBudget, ...] = ()
 
     @property
     def nbytes(self) -> int:

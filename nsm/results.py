@@ -43,6 +43,24 @@ class Ratio:
 
 
 @dataclass(frozen=True)
+class AcceptedBudget:
+    """A budget of one tensor that the user accepted with `--budget`.
+
+    Args:
+        tensor: name of an output or a state.
+        limit: limit of the 99th percentile of its errors: one-step, free-run, split and staggered.
+        absolute: whether the limit, and the errors of the tensor, are largest absolute differences and not relative.
+    """
+
+    tensor: str
+    limit: float
+    absolute: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.tensor}={'abs:' if self.absolute else ''}{self.limit:g}"
+
+
+@dataclass(frozen=True)
 class ParityResult:
     """The result of the parity check of an artifact, as the manifest records it; `parity.json` has all of it.
 

@@ -80,7 +80,7 @@ def _shared(command: Callable[..., None]) -> Callable[..., None]:
 
 
 def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
-    """Add the options of the acceptance check of low precision."""
+    """Add the options of the acceptance check."""
     share = click.option(
         "--max-fp32-share",
         type=float,
@@ -92,7 +92,15 @@ def _low_precision(command: Callable[..., None]) -> Callable[..., None]:
     slower = click.option(
         "--allow-slower", is_flag=True, help="Accept low precision that is not faster than fp32 on this machine."
     )
-    return share(slower(command))
+    budget = click.option(
+        "--budget",
+        "budgets",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="Accept errors of an output or state up to VALUE, relative, or up to abs:VALUE. The bundle records "
+        "it, and nsm parity shows it. Repeatable.",
+    )
+    return share(slower(budget(command)))
 
 
 def _precision(default: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -433,6 +441,7 @@ def build(
     precision: str,
     max_fp32_share: float,
     allow_slower: bool,
+    budgets: tuple[str, ...],
     force: bool,
     as_json: bool,
 ) -> None:
@@ -447,8 +456,9 @@ def build(
     """
     from nsm.export.cli.build import build as build_command
     from nsm.export.verify import Limits
+    from nsm.runtimes.parity import parse_budgets
 
-    limits = Limits(max_fp32_share, allow_slower)
+    limits = Limits(max_fp32_share, allow_slower, parse_budgets(budgets))
     build_command(settled(bundle), target, device, precision, limits, force, as_json)
     if not as_json:
         _say_if_replaced()

@@ -131,7 +131,8 @@ def _check(terminal: Terminal, bundle: Bundle, artifact: Artifact, trace: Trace,
         except (DeviceUnavailableError, MissingDependencyError) as error:
             return _Checked(replace(artifact, parity=ParityResult.not_run(str(error))))
         with terminal.stage(f"Checking {name}") as progress:
-            report = compare(trace, session, budget, progress, thresholds_of(bundle.manifest.model.get("config", {})))
+            thresholds = thresholds_of(bundle.manifest.model.get("config", {}))
+            report = compare(trace, session, budget, progress, thresholds, artifact.accepted)
         checked = _Checked(replace(artifact, parity=report.result()), report)
         if not bisected:
             return checked
@@ -191,6 +192,10 @@ def _explain(terminal: Terminal, report: ParityReport) -> None:
         terminal.say(
             f"  over budget, and within {FLOORS:g} conditioning floors: {', '.join(report.excused_by_conditioning)}"
         )
+    for item in report.accepted:
+        measured = report.per_tensor[item.tensor]["free_run_p99"]
+        usual = "" if item.absolute else f", {measured / report.budget.free_run_p99:.2g} of the default budget"
+        terminal.say(f"  accepted by --budget {item}: free-run error {number(measured)}{usual}")
     for change in [change for change in report.argmax_changes if not change.excused][:_NAMED_CHANGES]:
         terminal.say(f"  argmax change, not excused: {change}")
     if report.unexcused_argmax_changes > _NAMED_CHANGES:

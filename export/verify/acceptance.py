@@ -20,7 +20,7 @@ from nsm.errors import InputError, MissingDependencyError, SlowerError
 from nsm.export.verify.artifact import Acceptance, TargetPlan, build_target, check_artifact
 from nsm.manifest import Artifact
 from nsm.quantization import Calibration, check_trace
-from nsm.results import QuantizationResult, Ratio
+from nsm.results import AcceptedBudget, QuantizationResult, Ratio
 from nsm.runtimes import Progress
 from nsm.runtimes.bench import bench, not_faster, paired_ratio
 from nsm.runtimes.opening import CPU_DOT, int8_dot_products, open_artifact
@@ -39,11 +39,12 @@ _LOW, _BASE, _TRIAL = ".low", ".fp32", ".trial"
 
 @dataclass(frozen=True)
 class Limits:
-    """Limits on the cost of low precision.
+    """Limits that an artifact must keep.
 
     Args:
         max_fp32_share: largest share of the weights, 0 .. 1, that the acceptance check may keep in fp32.
         allow_slower: accept an artifact that is not faster than fp32.
+        accepted: parity budgets of single tensors, of any precision.
 
     Raises:
         InputError: the share is not in 0 .. 1.
@@ -51,6 +52,7 @@ class Limits:
 
     max_fp32_share: float = 0.3
     allow_slower: bool = False
+    accepted: tuple[AcceptedBudget, ...] = ()
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.max_fp32_share <= 1.0:
@@ -86,7 +88,7 @@ def build_checked(
     """
     if planned.policy is None:
         artifact = build_target(bundle.path, bundle.manifest.spec, planned.target, planned.device)
-        return check_artifact(bundle, artifact, trace, progress)
+        return check_artifact(bundle, replace(artifact, accepted=limits.accepted), trace, progress)
     check_trace(trace)
     maker = Maker(bundle, planned, calibration)
     try:
@@ -148,14 +150,10 @@ class Over:
     @classmethod
     def of(cls, report: ParityReport) -> Over:
         """Return the tensor and kind of error with the largest ratio of error to budget."""
-        budget = report.budget
-        limits = dict.fromkeys(("one_step", "free_run", "split", "staggered"), budget.free_run_p99)
-        limits["one_step"] = budget.one_step_p99
         shares = {
-            (kind, name): _infinite_if_nan(errors[f"{kind}_p99"]) / limit
-            for name, errors in report.per_tensor.items()
-            for kind, limit in limits.items()
-            if f"{kind}_p99" in errors
+            (kind, name): _infinite_if_nan(report.per_tensor[name][f"{kind}_p99"]) / limit
+            for kind, limits in report.limits.items()
+            for name, limit in limits.items()
         }
         kind, tensor = max(shares, key=lambda key: shares[key])
         return cls(kind, tensor) if shares[kind, tensor] > 1.0 else cls("", "")
@@ -217,7 +215,8 @@ class Maker:
         excluded: dict[str, str] = {}
         alone: Mapping[str, Alone] = {}
         while True:
-            accepted = check_artifact(self.bundle, self.build(excluded), trace, progress)
+            artifact = replace(self.build(excluded), accepted=limits.accepted)
+            accepted = check_artifact(self.bundle, artifact, trace, progress)
             report = accepted.report
             if report is None or report.passed or self.lowered is None:
                 return accepted
@@ -231,7 +230,8 @@ class Maker:
                 if key not in excluded and self.lowered.fp32_share({*excluded, key}) <= limits.max_fp32_share
             ]
             if not candidates:
-                culprits, artifact = self._culprits(over, alone), accepted.artifact
+                culprits = self._culprits(over, alone)
+                artifact = accepted.artifact
                 return Acceptance(replace(artifact, notes=(*artifact.notes, culprits)), report, culprits)
             worst = max(candidates, key=lambda key: over.share(alone[key]))
             excluded[worst] = f"alone it causes a {over} of {over.share(alone[worst]):.2g}"

@@ -15,6 +15,7 @@ from nsm.manifest import Artifact
 from nsm.quantization import read_calibration
 from nsm.runtimes import Progress, find_target
 from nsm.runtimes.opening import open_artifact
+from nsm.runtimes.parity import check_budgets
 from nsm.spec import VALID
 from nsm.staging import staged_copy, write_manifest
 
@@ -57,6 +58,8 @@ def add_target(
     target = planned.target
     bundle = Bundle(path)
     bundle.verify()
+    if limits is not None:
+        check_budgets(limits.accepted, bundle.manifest.spec)
     if bundle.holds(target.name, precision) and not force:
         raise OutputExistsError(
             f"{path} already has an artifact for {target.name} in {precision}. Give --force to replace it."

@@ -215,7 +215,8 @@ def check_artifact(bundle: Bundle, artifact: Artifact, trace: Trace, progress: P
         return Acceptance(replace(artifact, parity=ParityResult.not_run(str(error))), None)
     with session:
         thresholds = thresholds_of(bundle.manifest.model.get("config", {}))
-        report = compare(trace, session, find_budget(artifact.precision), progress, thresholds)
+        budget = find_budget(artifact.precision)
+        report = compare(trace, session, budget, progress, thresholds, artifact.accepted)
         checked = replace(artifact, effective_precision=session.effective_precision, parity=report.result())
     return Acceptance(checked, report)
 

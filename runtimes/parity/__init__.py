@@ -5,7 +5,7 @@ at fault.
 """
 
 from nsm.runtimes.parity.argmax import MAX_LISTED_CHANGES
-from nsm.runtimes.parity.budgets import BUDGETS, Budget, find_budget
+from nsm.runtimes.parity.budgets import BUDGETS, Budget, check_budgets, find_budget, parse_budgets
 from nsm.runtimes.parity.comparison import compare
 from nsm.runtimes.parity.conditioning import Perturbation, conditioning_calls, conditioning_floor
 from nsm.runtimes.parity.mask_decisions import decided_states, thresholds_of
@@ -22,12 +22,14 @@ __all__ = [
     "Budget",
     "ParityReport",
     "Perturbation",
+    "check_budgets",
     "compare",
     "conditioning_calls",
     "conditioning_floor",
     "decided_states",
     "find_budget",
     "groups",
+    "parse_budgets",
     "relative_error",
     "rms_norm",
     "thresholds_of",

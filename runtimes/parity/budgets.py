@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 from nsm.errors import InputError
+from nsm.results import AcceptedBudget
+from nsm.spec import StepSpec
 
 
 @dataclass(frozen=True)
@@ -55,3 +58,39 @@ def find_budget(precision: str) -> Budget:
     if precision not in BUDGETS:
         raise InputError(f"No parity budget for the precision {precision!r}; expected one of: {', '.join(BUDGETS)}.")
     return BUDGETS[precision]
+
+
+def parse_budgets(texts: Iterable[str]) -> tuple[AcceptedBudget, ...]:
+    """Parse values of `--budget`: NAME=VALUE or NAME=abs:VALUE.
+
+    Raises:
+        InputError: another form, a value that is not above 0, or two budgets of one tensor.
+    """
+    found = []
+    for text in texts:
+        name, equals, value = text.rpartition("=")
+        absolute = value.startswith("abs:")
+        try:
+            limit = float(value.removeprefix("abs:"))
+        except ValueError:
+            limit = math.nan
+        if not name or not equals or not 0.0 < limit < math.inf:
+            raise InputError(
+                "--budget expects NAME=VALUE or NAME=abs:VALUE with a value above 0, such as outputs=1e-3; given "
+                f"{text!r}."
+            )
+        found.append(AcceptedBudget(name, limit, absolute))
+    names = [item.tensor for item in found]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(f"--budget is given twice for {twice}. Give it once.")
+    return tuple(found)
+
+
+def check_budgets(accepted: Iterable[AcceptedBudget], spec: StepSpec) -> None:
+    """Raise `InputError` if a budget is of a tensor that is no output and no floating-point state of the model."""
+    known = [item.name for item in spec.entry("step").outputs]
+    known += [state.name for state in spec.states if state.numpy_dtype.kind == "f"]
+    for item in accepted:
+        if item.tensor not in known:
+            raise InputError(f"--budget names {item.tensor!r}; expected an output or a state: {', '.join(known)}.")

@@ -8,12 +8,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from nsm.results import Quantiles
+from nsm.results import AcceptedBudget, Quantiles
 from nsm.runtimes.parity.argmax import Agreement, Answers
 from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.drift import drift_exponent
 from nsm.runtimes.parity.mask_decisions import Decisions, decided_masks
-from nsm.runtimes.parity.metrics import gain, mean, quantile, relative_error, rms_norm, slot_errors
+from nsm.runtimes.parity.metrics import absolute_error, gain, mean, quantile, relative_error, rms_norm, slot_errors
 from nsm.runtimes.parity.report import FLOORS, AgeError, Curves, Divergence, Gain, ParityReport, Spread, over_budget
 from nsm.runtimes.parity.slot_age import errors_by_age, recorded_ages
 from nsm.runtimes.session import Session
@@ -37,15 +37,25 @@ class Findings:
         spec: spec of the model.
         budget: budget of the artifact's precision.
         thresholds: thresholds of the model's mask decisions; see `nsm.runtimes.parity.mask_decisions`.
+        accepted: budgets of single tensors that replace those of `budget`.
     """
 
-    def __init__(self, trace: Trace, spec: StepSpec, budget: Budget, thresholds: Sequence[float] = ()) -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        spec: StepSpec,
+        budget: Budget,
+        thresholds: Sequence[float] = (),
+        accepted: Sequence[AcceptedBudget] = (),
+    ) -> None:
         self.trace = trace
+        self._accepted = {item.tensor: item for item in accepted}
         self.budget = budget
         self.failures: list[str] = []
         self.logits = spec.entry("step").outputs[0].name
+        self._usual = {name: rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
         self._floors = trace.conditioning if budget.precision == "fp32" else {}
-        bound = self._limit("free_run", self.logits)
+        bound = self._bound()
         self._decisions = Decisions(trace, decided_masks(spec), thresholds, bound)
         kinds = ["one_step", "free_run", *(["split"] if spec.has("decode") else [])]
         kinds += ["staggered"] if spec.batch > 1 else []
@@ -53,7 +63,6 @@ class Findings:
         self._exact = [
             s.name for s in spec.states if s.name not in self._inexact and s.name not in self._decisions.masks
         ]
-        self._usual = {name: rms_norm(value) for name, value in ({**trace.outputs, **trace.after}).items()}
         shape = (trace.streams, trace.steps)
         self._errors = {
             # Split calls have the outputs of `decode`: the first one, without debug outputs.
@@ -92,7 +101,7 @@ class Findings:
             for name in outputs:
                 wanted = trace.outputs[name][stream, step][kept].astype(np.float64)
                 given = outputs[name][lane][trace.positions[kept]].astype(np.float64)
-                self._errors[kind][name][stream, step] = relative_error(given, wanted, self._usual[name])
+                self._errors[kind][name][stream, step] = self._error(name, given, wanted)
                 if kind == "free_run" and name == self.logits and wanted.size:
                     self._answers.add(stream, step, trace.positions[kept], wanted, given)
 
@@ -126,7 +135,7 @@ class Findings:
                 continue
             for name in self._inexact:
                 wanted = trace.after[name][stream, index]
-                self._errors[kind][name][stream, step] = relative_error(given[name], wanted, self._usual[name])
+                self._errors[kind][name][stream, step] = self._error(name, given[name], wanted)
                 self._changed |= bool((given[name] != trace.before[name][stream, index]).any())
                 if kind == "free_run" and name in self._masks:
                     self._add_slots(name, stream, index, given[name])
@@ -155,8 +164,10 @@ class Findings:
         return {name: np.where(self._dropped[kind], np.nan, value) for name, value in self._errors[kind].items()}
 
     def worst(self, kind: str) -> Quantiles:
-        """Return the quantiles of the tensor with the largest 99th percentile."""
+        """Return the quantiles of the tensor with the largest 99th percentile of relative errors."""
         errors = self.errors(kind)
+        relative = {name: error for name, error in errors.items() if not self._absolute(name)}
+        errors = relative or errors
         tensor = max(errors, key=lambda name: np.nan_to_num(quantile(errors[name], 0.99), nan=-1.0))
         return Quantiles(*_quantiles(errors[tensor]), tensor)
 
@@ -208,7 +219,12 @@ class Findings:
             mask_decisions_per_1000_steps=1000 * self._mask_decisions / max(self._steps_run, 1),
             first_divergence=self._first_divergence(),
             limits={kind: {name: self._limit(kind, name) for name in part} for kind, part in errors.items()},
-            conditioning_floor=max(trace.conditioning.get("free_run", {}).values(), default=None),
+            conditioning_floor=max(
+                (c for name, c in trace.conditioning.get("free_run", {}).items() if name not in self._accepted),
+                default=None,
+            ),
+            accepted=tuple(self._accepted.values()),
+            bound=self._bound(),
             budget=self.budget,
             curves=self._curves(answers),
         )
@@ -216,10 +232,32 @@ class Findings:
         return replace(report, failures=tuple(failures))
 
     def _limit(self, kind: str, tensor: str) -> float:
-        """Return the limit of an error: the budget or, in fp32, four conditioning floors if that is more."""
+        """Return the limit of an error: the accepted budget, else that of the precision or, in fp32, four floors."""
+        if tensor in self._accepted:
+            return self._accepted[tensor].limit
         own = self.budget.one_step_p99 if kind == "one_step" else self.budget.free_run_p99
         floor = self._floors.get("one_step" if kind == "one_step" else "free_run", {}).get(tensor, 0.0)
         return max(own, FLOORS * floor)
+
+    def _bound(self) -> float:
+        """Return the limit of the free-run error of the first output, relative to what is usual for it."""
+        limit, usual = self._limit("free_run", self.logits), self._usual[self.logits]
+        return limit / usual if self._absolute(self.logits) and usual else limit
+
+    def _absolute(self, tensor: str) -> bool:
+        return tensor in self._accepted and self._accepted[tensor].absolute
+
+    def _error(self, tensor: str, given: Array, wanted: Array) -> float:
+        if self._absolute(tensor):
+            return absolute_error(given, wanted)
+        return relative_error(given, wanted, self._usual[tensor])
+
+    def furthest(self, kind: str) -> tuple[Quantiles, float]:
+        """Return the quantiles of the tensor with the largest share of its limit, and the limit."""
+        errors = self.errors(kind)
+        shares = {name: quantile(part, 0.99) / self._limit(kind, name) for name, part in errors.items()}
+        tensor = max(shares, key=lambda name: np.nan_to_num(shares[name], nan=-1.0))
+        return Quantiles(*_quantiles(errors[tensor]), tensor), self._limit(kind, tensor)
 
     def _by_layer(self) -> Mapping[str, Spread]:
         parts = {name: [item.errors for item in self._slots if item.bank == name] for name in self._masks}

@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 
 from nsm.errors import InputError, NonFiniteError
+from nsm.results import AcceptedBudget
 from nsm.runtimes.base import Progress
 from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.collector import Findings
@@ -51,6 +52,7 @@ def compare(
     budget: Budget,
     progress: Progress | None = None,
     thresholds: Sequence[float] = (),
+    accepted: Sequence[AcceptedBudget] = (),
 ) -> ParityReport:
     """Replay a trace on a session and return the report; reset the streams before and after.
 
@@ -61,12 +63,13 @@ def compare(
         progress: called after every step.
         thresholds: thresholds of the model's mask decisions, from `nsm.runtimes.parity.mask_decisions.thresholds_of`.
             Without thresholds, every mask difference fails.
+        accepted: budgets of single tensors that replace those of `budget`.
 
     Raises:
         InputError: the trace is empty, or is of another model or shape than the session.
     """
     check_comparable(trace, session)
-    found = Findings(trace, session.spec, budget, thresholds)
+    found = Findings(trace, session.spec, budget, thresholds, accepted)
     free, stepped = groups(trace.streams, session.batch), groups(trace.state_streams, session.batch)
     # One group of streams is enough for the split run: all lanes of a graph compute the same.
     split = free[:1] if session.spec.has("decode") else []

@@ -22,6 +22,15 @@ def relative_error(given: Array, wanted: Array, usual: float) -> float:
     return difference / scale if scale else (0.0 if difference == 0.0 else float("inf"))
 
 
+def absolute_error(given: Array, wanted: Array) -> float:
+    """Return the largest absolute difference; NaN if there is nothing to compare, infinite if it is not finite."""
+    if not wanted.size:
+        return float("nan")
+    with np.errstate(invalid="ignore"):  # inf - inf
+        difference = float(np.abs(given.astype(np.float64) - wanted).max())
+    return difference if np.isfinite(difference) else float("inf")
+
+
 def slot_errors(given: Array, wanted: Array) -> Array:
     """Per active slot, ||S - S'|| / max(||S||, 0.01 * rms of the active ones); [slots]."""
     norms = np.linalg.norm(wanted.astype(np.float64), axis=-1)

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from nsm.decode import encode
 from nsm.errors import ParityError
 from nsm.manifest import artifact_label
-from nsm.results import ParityResult, Quantiles
+from nsm.results import AcceptedBudget, ParityResult, Quantiles
 from nsm.runtimes.parity.budgets import Budget
 from nsm.runtimes.parity.drift import Drift
 from nsm.trace import Array
@@ -147,8 +147,10 @@ class ParityReport:
     the free run that differ, `mask_decisions_per_1000_steps` the same per 1000 of its calls; see
     `nsm.runtimes.parity.mask_decisions`.
     `limits` has the limit of the 99th percentile by kind of error and tensor: the budget, or in fp32 `FLOORS`
-    conditioning floors if that is more. `conditioning_floor` is the largest free-run floor of the tensors, None if the
-    trace has none; `per_tensor` has all of them.
+    conditioning floors if that is more. `accepted` are budgets that the user set instead; with an absolute one, the
+    errors of the tensor are absolute. `conditioning_floor` is the largest free-run floor of the other tensors, None if
+    the trace has none; `per_tensor` has all of them. `bound` is the limit of the free-run error of the first output,
+    relative to what is usual for it: argmax changes and KL depend on it.
     """
 
     target: str
@@ -183,6 +185,8 @@ class ParityReport:
     first_divergence: Divergence | None
     limits: Mapping[str, Mapping[str, float]]
     conditioning_floor: float | None
+    accepted: tuple[AcceptedBudget, ...]
+    bound: float
     budget: Budget
     curves: Curves = field(repr=False, compare=False)
     failures: tuple[str, ...] = field(default=())
@@ -252,13 +256,15 @@ class ParityReport:
     def excused_by_conditioning(self) -> tuple[str, ...]:
         """Tensors whose error is over the budget and passes because of their conditioning floor."""
         budgets = {"one_step": self.budget.one_step_p99}
+        accepted = [item.tensor for item in self.accepted]
         return tuple(
             sorted(
                 {
                     name
                     for kind, limits in self.limits.items()
                     for name, limit in limits.items()
-                    if budgets.get(kind, self.budget.free_run_p99) < self.per_tensor[name][f"{kind}_p99"] <= limit
+                    if name not in accepted
+                    and budgets.get(kind, self.budget.free_run_p99) < self.per_tensor[name][f"{kind}_p99"] <= limit
                 }
             )
         )
@@ -324,6 +330,7 @@ class ParityReport:
                 "excused_by_conditioning": list(self.excused_by_conditioning),
                 "per_tensor": {name: dict(values) for name, values in self.per_tensor.items()},
                 "budget": asdict(self.budget),
+                "accepted": [asdict(item) for item in self.accepted],
             }
         )
         return data
@@ -366,8 +373,7 @@ def over_budget(report: ParityReport, decisions: int) -> list[str]:
     allowed_agreement = 1.0 - report.unexcused_argmax_changes / decisions
     checks = [(_NAMES[kind].format(*worst[:1]), *worst[1:]) for kind, worst in _worst(report).items()]
     # KL is about half the squared error of the first output.
-    first = next(iter(report.limits["free_run"].values()))
-    scale = (first / budget.free_run_p99) ** 2
+    scale = (report.bound / budget.free_run_p99) ** 2
     checks.append(("KL mean", report.kl_mean, budget.kl_mean * scale))
     checks.append(("KL p99.9", report.kl_p999, budget.kl_p999 * scale))
     # `not <=` instead of `>`: NaN is over every budget.

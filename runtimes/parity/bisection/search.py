@@ -62,8 +62,8 @@ def bisect(
         return find_operation(bundle, artifact, trace, budget, float("inf"), progress)
     finally:
         session.reset()
-    worst = found.worst("one_step")
-    if not worst.p99 <= budget.one_step_p99:
+    worst, limit = found.furthest("one_step")
+    if not worst.p99 <= limit:
         return find_operation(bundle, artifact, trace, budget, worst.p99, progress, worst.tensor)
     return find_state(trace, session, budget, worst, thresholds, progress)
 
@@ -108,11 +108,11 @@ def find_state(
         return found
 
     def error_of(found: Findings | None) -> float:
-        return float("inf") if found is None else found.worst("free_run").p99
+        return float("inf") if found is None else found.furthest("free_run")[0].p99
 
-    limit = budget.free_run_p99
     whole = run()
     before = error_of(whole)
+    limit = budget.free_run_p99 if whole is None else whole.furthest("free_run")[1]
     if whole is not None and before <= limit:
         return _nothing(single, budget)
     names = session.spec.state_names

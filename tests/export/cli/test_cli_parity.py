@@ -11,6 +11,7 @@ import pytest
 from nsm.bundle import Bundle
 from nsm.export.cli import parity as parity_command
 from nsm.manifest import Artifact
+from nsm.results import AcceptedBudget
 from nsm.runtimes.opening.artifacts import open_artifact
 from nsm.runtimes.parity.comparison import compare
 from nsm.runtimes.parity.report import ArgmaxChange, ParityReport
@@ -264,7 +265,7 @@ def test_the_decisions_of_an_adaptive_model_are_checked_with_its_thresholds(
     seen: list[object] = []
 
     def watched(*arguments: Any) -> ParityReport:
-        seen.append(arguments[-1])
+        seen.append(arguments[4])
         return compare(*arguments)
 
     monkeypatch.setattr(parity_command, "compare", watched)
@@ -298,3 +299,19 @@ def test_excused_decisions_are_printed(exported: Path, monkeypatch: pytest.Monke
     assert "mask decisions excused 2" in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
     monkeypatch.undo()
     assert "mask decisions excused" not in succeeded(invoke("parity", exported, "-t", "ort", "--steps", "1"))
+
+
+def test_an_accepted_budget_is_recorded_and_shown(bundle_copy: Path) -> None:
+    refused(
+        invoke("build", bundle_copy, "-t", "ort", "--force", "--budget", "output=1"), 2, "names 'output'", "outputs"
+    )
+    refused(invoke("build", bundle_copy, "-t", "ort", "--force", "--budget", "outputs"), 2, "expects NAME=VALUE")
+    budgets = ("--budget", "outputs=5e-4", "--budget", "0.bank=abs:0.5")
+    succeeded(invoke("build", bundle_copy, "-t", "ort", "--force", *budgets))
+    accepted = Bundle(bundle_copy).artifact("onnxruntime").accepted
+    assert accepted == (AcceptedBudget("outputs", 5e-4), AcceptedBudget("0.bank", 0.5, absolute=True))
+    text = succeeded(invoke("parity", bundle_copy, "-t", "ort", "--steps", "4"))
+    assert "accepted by --budget outputs=0.0005: free-run error " in text
+    assert "accepted by --budget 0.bank=abs:0.5: free-run error " in text
+    (result,) = the_json(invoke("parity", bundle_copy, "-t", "ort", "--steps", "4", "--json"))["results"]
+    assert result["accepted"][0] == {"tensor": "outputs", "limit": 5e-4, "absolute": False}

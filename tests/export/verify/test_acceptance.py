@@ -140,7 +140,16 @@ def test_the_command_line_passes_the_share_on(rough_copy: Path) -> None:
 def budgeted(**errors: dict[str, float]) -> ParityReport:
     """As much of a report as says what is over the budget of int8."""
     found = {name: {"one_step_p99": 0.0, "free_run_p99": 0.0, **values} for name, values in errors.items()}
-    return cast(ParityReport, SimpleNamespace(budget=find_budget("int8"), per_tensor=found))
+    budget = find_budget("int8")
+    limits = {
+        kind: {
+            name: budget.one_step_p99 if kind == "one_step" else budget.free_run_p99
+            for name, values in found.items()
+            if f"{kind}_p99" in values
+        }
+        for kind in ("one_step", "free_run", "split")
+    }
+    return cast(ParityReport, SimpleNamespace(budget=budget, per_tensor=found, limits=limits))
 
 
 def test_what_is_furthest_over_its_budget_is_what_products_are_ranked_by() -> None:
@@ -177,7 +186,11 @@ def test_a_product_that_drifts_more_stays_low_where_another_is_at_fault(
         report = SimpleNamespace(**vars(over), passed=passed, effective_precision="int8")
         return Acceptance(bundle.artifact("onnxruntime"), cast(ParityReport, report))
 
-    monkeypatch.setattr(Maker, "build", lambda _, excluded: tried.append(list(excluded)))
+    def build(_: Maker, excluded: dict[str, str]) -> Artifact:
+        tried.append(list(excluded))
+        return bundle.artifact("onnxruntime")
+
+    monkeypatch.setattr(Maker, "build", build)
     monkeypatch.setattr(Maker, "_alone", lambda *_: alone)
     monkeypatch.setattr(acceptance, "check_artifact", checked)
     maker.within_budget(bundle.trace(), Limits(1.0), None)

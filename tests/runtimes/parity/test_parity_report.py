@@ -2,14 +2,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
+from nsm.errors import InputError
+from nsm.results import AcceptedBudget
 from nsm.runtimes.base import State
-from nsm.runtimes.parity.budgets import find_budget
+from nsm.runtimes.parity.budgets import check_budgets, find_budget, parse_budgets
 from nsm.runtimes.parity.comparison import compare
 from nsm.runtimes.parity.metrics import rms_norm
 from nsm.runtimes.session.session import Session
@@ -272,6 +274,54 @@ def test_a_model_that_amplifies_rounding_cannot_be_compared(floor: float) -> Non
     assert not report.passed
     (failure,) = report.failures
     assert "the model amplifies rounding: its conditioning floor is " in failure
+
+
+@pytest.mark.parametrize(
+    ("budget", "passes"),
+    [
+        (AcceptedBudget("outputs", 2e-3), True),
+        (AcceptedBudget("outputs", 0.9e-3), False),
+        (AcceptedBudget("0.tail", 2e-3), False),
+        (AcceptedBudget("outputs", 2e-3, absolute=True), True),
+        (AcceptedBudget("outputs", 1e-6, absolute=True), False),
+    ],
+    ids=str,
+)
+def test_a_user_accepts_a_budget_for_a_tensor(budget: AcceptedBudget, passes: bool) -> None:
+    """`late` is off by 1e-3, in outputs of norm 2 that are below 1."""
+    report = compare(fake_trace(), fake_session(after=late), FP32, accepted=[budget])
+    assert report.passed == passes
+    assert report.to_json()["accepted"] == [asdict(budget)]
+    if budget.absolute:
+        assert 0 < report.per_tensor["outputs"]["free_run_p99"] < 1e-3
+
+
+def test_an_accepted_tensor_may_be_ill_conditioned() -> None:
+    assert not compare(conditioned(0.02), fake_session(), FP32).passed
+    assert compare(conditioned(0.02), fake_session(), FP32, accepted=[AcceptedBudget("outputs", 0.1)]).passed
+
+
+def test_budgets_are_parsed() -> None:
+    assert parse_budgets(["outputs=1e-3", "0.bank=abs:2"]) == (
+        AcceptedBudget("outputs", 1e-3),
+        AcceptedBudget("0.bank", 2.0, absolute=True),
+    )
+    assert [str(item) for item in parse_budgets(["a=b=1e-3", "0.bank=abs:2"])] == ["a=b=0.001", "0.bank=abs:2"]
+
+
+@pytest.mark.parametrize(
+    "text", ["outputs", "=1", "outputs=", "outputs=much", "outputs=-1", "outputs=0", "outputs=nan"]
+)
+def test_a_budget_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match=r"--budget expects NAME=VALUE or NAME=abs:VALUE .*; given"):
+        parse_budgets([text])
+
+
+def test_two_budgets_of_a_tensor_and_those_of_no_tensor_are_refused() -> None:
+    with pytest.raises(InputError, match="given twice for outputs"):
+        parse_budgets(["outputs=1", "outputs=abs:1"])
+    with pytest.raises(InputError, match=r"--budget names 'output'; expected an output or a state: outputs, 0\.bank"):
+        check_budgets(parse_budgets(["output=1"]), fake_spec())
 
 
 def test_a_failure_says_which_cause_is_likely() -> None:
