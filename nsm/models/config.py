@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, cast
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, TypedDict, cast, get_type_hints
 
 import numpy as np
 import torch
@@ -34,8 +35,10 @@ class LayerOptions(TypedDict, total=False):
 
 
 EMBEDDING_STD = 0.1
-_WHOLE = ("chunk_size", "window", "routing_heads", "top_k", "consolidate_every", "conv_width", "memory_rows")
-_FLAGS = ("communication", "causal")
+_TO_PLAIN: Mapping[Any, Callable[[str, Any], Any]] = MappingProxyType(
+    {int: whole, int | None: whole, bool: flag, float: real, Sequence[int]: each_whole}
+)
+"""Conversion to plain numbers, by the declared type of an option; options of other types stay as they are."""
 
 
 def checked_sizes(model: str, sizes: Mapping[str, int | None]) -> dict[str, int]:
@@ -57,18 +60,12 @@ def checked_options(model: str, options: LayerOptions) -> LayerOptions:
     Raises:
         ConfigError: names the first of another type.
     """
-    given = cast(dict[str, Any], options)
-    found = dict(given)
-    for name, value in given.items():
-        what = f"{name} of {model}"
-        if name in _WHOLE and value is not None:
-            found[name] = whole(what, value)
-        elif name in _FLAGS:
-            found[name] = flag(what, value)
-        elif name == "feed_forward":
-            found[name] = real(what, value)
-        elif name == "hierarchy":
-            found[name] = each_whole(what, value)
+    declared = get_type_hints(LayerOptions)
+    found = dict(cast(dict[str, Any], options))
+    for name, value in found.items():
+        convert = _TO_PLAIN.get(declared.get(name))
+        if convert is not None and value is not None:
+            found[name] = convert(f"{name} of {model}", value)
     return cast(LayerOptions, found)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import numpy as np
 import pytest
@@ -15,8 +15,10 @@ from nsm.errors import ConfigError
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.base import StepModel
 from nsm.models.checkpoint import fingerprint, load_checkpoint, save
+from nsm.models.config import LayerOptions
 from nsm.models.hybrid import HybridModel
 from nsm.models.simple import SimpleNSM
+from nsm.modules import NSMLayer
 
 OPTIONS: dict[str, Any] = {
     "chunk_size": 4,
@@ -120,3 +122,11 @@ def test_arguments_of_another_type_are_named(name: str, changes: dict[str, Any],
     kind, arguments = MODELS[name]
     with pytest.raises(ConfigError, match=message):
         kind(**{**arguments, **changes})
+
+
+def test_the_options_of_the_models_are_those_of_their_layers() -> None:
+    """All but those that a model sets itself, with the same types."""
+    own = {"state_dim", "token_dim", "num_heads", "num_states", "initial_states", "prune_threshold", "adaptation"}
+    hints = get_type_hints(NSMLayer.__init__)
+    taken = {name: hint for name, hint in hints.items() if name not in {*own, "return"}}
+    assert get_type_hints(LayerOptions) == taken
