@@ -119,7 +119,7 @@ Bundle::Bundle(const fs::path& path, const std::string& precision, bool allow_fa
         const json manifest = json::parse(text.begin(), text.end());
         const auto& version = manifest.at("format_version");
         if (version != format_version) {
-            throw Error(Code::bundle, "The bundle has format version " + version.dump() + "; this client reads version 1.");
+            throw Error(Code::bundle, "The bundle has format version " + version.dump() + "; this client reads version " + std::to_string(format_version) + ".");
         }
         spec_ = spec_of(manifest.at("spec"));
         fingerprint_ = manifest.at("fingerprint");

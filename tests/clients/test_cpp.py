@@ -297,7 +297,7 @@ def test_a_damaged_or_hostile_bundle_is_refused(kind: str, client: Path, single:
         (copy / "manifest.json").write_text("{")
     elif kind == "version":
         (copy / "manifest.json").write_text(json.dumps({**manifest, "format_version": 99}))
-        message = "format version 2; this client reads version 1"
+        message = "format version 99; this client reads version 2"
     elif kind == "key":
         del manifest["spec"]["states"]
         (copy / "manifest.json").write_text(json.dumps(manifest))
@@ -373,7 +373,7 @@ def test_a_manifest_of_a_size_that_none_has_is_not_read(client: Path, single: Pa
         (_set("entries.0.inputs.1.shape", [2]), 6, "valid is not int64[1]"),
         (_set("entries.0.inputs.1.name", "speaker"), 3, "this client supports tokens and valid"),
         (_set("entries.0.outputs.0.shape", [1, 3, 5]), 6, "step gives outputs of shape [1, 3, 5]"),
-        (_set("entries.0.reads", ["ghost"]), 6, "names the state ghost"),
+        (_set("entries.0.reads", ["ghost"]), 6, "undefined state ghost"),
         (_set("entries.1.inputs.0.dtype", "float32"), 6, "of different tokens"),
         (_set("entries.1.name", "decoder"), 0, "passed"),
         (_set("entries.2.name", "comit"), 6, "comit has no inputs"),

@@ -137,14 +137,14 @@ def test_what_it_cannot_do_names_what_is_missing(
 def test_a_target_is_built_there(nsm: Command, backend: str) -> None:
     targets = ("mobile", "onnxruntime") if backend == "onnxruntime" else ("openvino",)
     for target in targets:
-        (artifact,) = answer(nsm("build", "copy.nsm", "--target", target, "--json"))["artifacts"]
+        (artifact,) = answer(nsm("build", "copy.nsm", "--target", target, "--force", "--json"))["artifacts"]
         assert (artifact["target"], artifact["parity"]["status"]) == (target, "passed")
 
 
 def test_another_model_under_this_name_fails_there(nsm: Command, backend: str, bundle_copy: Path) -> None:
     """The check is a real one: it fails on weights that are off by a thousandth."""
     spoil(bundle_copy)
-    result = nsm("build", "copy.nsm", "--target", backend)
+    result = nsm("build", "copy.nsm", "--target", backend, "--force")
     assert result.returncode == 5, result.stderr
     assert "Traceback" not in result.stderr
     if backend == "onnxruntime":

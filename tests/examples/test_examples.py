@@ -161,5 +161,12 @@ def test_no_example_is_left_out() -> None:
     run_here = {"digits", "train_digits", "report_digits", "plain_onnxruntime", "train_recall"}
     run_here |= {"calibration", "compared_model", "foreign_models", "low_precision", "stateful_cache", "threads"}
     run_here |= {"public_reports", "quantizers", "reported_models", "reported_files"}
-    run_elsewhere = {"text", "train_text", "compare", "design_choices", "visualize"}  # test_example_*.py, nsm/utils
+    run_elsewhere = {
+        "text",
+        "train_text",
+        "compare",
+        "design_choices",
+        "gallery",
+        "visualize",
+    }  # test_example_*.py, nsm/utils
     assert {path.stem for path in EXAMPLES.glob("*.py")} == run_here | run_elsewhere
