@@ -14,7 +14,7 @@ import click
 from nsm.bundle import Bundle
 from nsm.decode import encode
 from nsm.errors import DeviceUnavailableError, InputError, MissingDependencyError, ParityError
-from nsm.export.report import PARITY_COLUMNS, Terminal, check_page, number, parity_row, write_page
+from nsm.export.report import PARITY_COLUMNS, Terminal, check_page, number, parity_row, stream_lines, write_page
 from nsm.export.verify import try_artifact
 from nsm.manifest import Artifact
 from nsm.results import ParityResult
@@ -93,7 +93,7 @@ def parity(
     checked = [_check(terminal, bundle, artifact, trace, bisected) for artifact in artifacts]
     reports = [item.report for item in checked if item.report is not None]
     if html is not None:
-        _write_html(html, path.resolve().name, checked)
+        _write_html(html, path.resolve().name, checked, stream_lines(bundle.manifest))
     if as_json:
         passed = bool(reports) and all(report.passed for report in reports)
         click.echo(json.dumps({"passed": passed, "results": [item.to_json() for item in checked]}))
@@ -143,7 +143,7 @@ def _check(terminal: Terminal, bundle: Bundle, artifact: Artifact, trace: Trace,
             return replace(checked, bisection=bisect(bundle, artifact, session, trace, budget, progress))
 
 
-def _write_html(html: Path, name: str, checked: Sequence[_Checked]) -> None:
+def _write_html(html: Path, name: str, checked: Sequence[_Checked], limits: Sequence[str]) -> None:
     by_label = {item.artifact.label: item for item in checked}
     write_page(
         html,
@@ -156,6 +156,7 @@ def _write_html(html: Path, name: str, checked: Sequence[_Checked]) -> None:
             for label, item in by_label.items()
             if item.artifact.quantization is not None
         },
+        limits,
     )
 
 

@@ -66,6 +66,7 @@ def write_page(
     not_run: Mapping[str, str],
     bisections: Mapping[str, Bisection],
     low_precision: Mapping[str, QuantizationResult],
+    limits: Sequence[str] = (),
 ) -> None:
     """Write the report atomically.
 
@@ -76,6 +77,7 @@ def write_page(
         not_run: reasons of artifacts that were not run, by label.
         bisections: results of `--bisect`, by label.
         low_precision: the `quantization` of artifacts in the manifest, by label.
+        limits: lines on the model's capacity and the limits of the targets.
 
     Raises:
         InputError: the folder does not exist, or is not writable.
@@ -83,7 +85,7 @@ def write_page(
     """
     check_page(path)
     with replacing(path) as file:
-        file.write(page(bundle, reports, not_run, bisections, low_precision).encode())
+        file.write(page(bundle, reports, not_run, bisections, low_precision, limits).encode())
 
 
 def check_page(path: Path) -> None:
@@ -97,6 +99,7 @@ def page(
     not_run: Mapping[str, str],
     bisections: Mapping[str, Bisection],
     low_precision: Mapping[str, QuantizationResult],
+    limits: Sequence[str] = (),
 ) -> str:
     """Return the HTML; see `write_page` for the arguments."""
     verdicts = [_verdict(report.label, "passed" if report.passed else "failed") for report in reports]
@@ -114,7 +117,8 @@ def page(
         "<p class='soft'>Every target replayed the recorded streams; its outputs and states are compared with the "
         "reference's. Errors are relative. One-step: from the reference's state. Free-run: on the target's own "
         "state.</p>"
-        f"<p>{' &nbsp; '.join(verdicts)}</p>{''.join(sections)}</main></body></html>\n"
+        f"<p>{' &nbsp; '.join(verdicts)}</p>{''.join(f'<p>{escape(line)}</p>' for line in limits)}"
+        f"{''.join(sections)}</main></body></html>\n"
     )
 
 

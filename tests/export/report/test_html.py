@@ -146,6 +146,12 @@ def test_what_kept_in_fp32_is_told_with_its_reason() -> None:
     assert "ept in fp32" not in drawn(report_of())
 
 
+def test_capacity_and_limits_are_told() -> None:
+    lines = ["capacity: 256 tokens of a stream, then reset its lane", "limit: <b> 100"]
+    text = page("model.nsm", [report_of()], {}, {}, {}, lines)
+    assert "<p>capacity: 256 tokens of a stream, then reset its lane</p><p>limit: &lt;b&gt; 100</p>" in text
+
+
 def test_states_without_any_error_are_left_out_of_the_map() -> None:
     def after(calls: int, outputs: Arrays, state: Arrays, before: Arrays) -> None:
         state["0.bank"] *= 1 + 1e-7
