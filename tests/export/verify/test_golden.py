@@ -8,8 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from onnx import helper, numpy_helper
 
 from nsm.errors import InputError, NonFiniteError
+from nsm.export.sources.onnx.file import Port
+from nsm.export.sources.onnx.model import Foreign
 from nsm.export.sources.torch import TorchSource
 from nsm.export.verify.golden import (
     MAX_EXTRA_BYTES,
@@ -25,6 +28,8 @@ from nsm.export.verify.golden import (
 from nsm.models.adaptive import AdaptiveNSM
 from nsm.models.checkpoint import fingerprint
 from nsm.models.simple import SimpleNSM
+from nsm.runtimes.base import Runtime
+from nsm.runtimes.parity.conditioning import Perturbation
 from nsm.spec import StateSpec, StepSpec
 from nsm.trace import Array, Trace
 from tests.runtimes.fake import CHUNK, OUTPUTS, fake_spec
@@ -349,3 +354,35 @@ def test_made_up_vectors_are_standard_normal(model_factory: Factory) -> None:
     assert [(item.shape, item.dtype) for item in made] == [((1000, 3), np.float32)] * 2
     assert abs(float(made[0].mean())) < 0.1
     assert abs(float(made[0].std()) - 1) < 0.1
+
+
+class OnlyWeights(Perturbation):
+    """A perturbation that leaves inputs and states alone."""
+
+    def runtime(self, runtime: Runtime) -> Runtime:
+        return runtime
+
+
+def test_the_weights_of_a_perturbed_reference_are_perturbed(model: SimpleNSM) -> None:
+    source = TorchSource.of(model)
+    tokens = make_ids(1, 8)
+    found = []
+    for perturbation in (None, OnlyWeights(0), OnlyWeights(1)):
+        with source.reference(source.spec(1), perturbation) as session:
+            found.append(session.step(np.asarray(tokens)[:, : session.spec.entry("step").tokens])["outputs"])
+    for other in found[1:]:
+        assert (other != found[0]).any(), "nothing was perturbed"
+        np.testing.assert_allclose(other, found[0], rtol=1e-4, atol=1e-5)
+    assert (found[1] != found[2]).any(), "every draw is another one"
+
+
+def test_the_weights_of_a_perturbed_graph_are_perturbed_and_its_small_constants_are_not() -> None:
+    weights = {"w": np.full((8, 8), 0.3, np.float32), "scales": np.full(4, 0.3, np.float32)}
+    tensors = [numpy_helper.from_array(value, name) for name, value in weights.items()]
+    given = helper.make_model(helper.make_graph([], "g", [], [], tensors))
+    foreign = Foreign(given, Port("x", (1, 8), "float32"), (), (), False)
+    perturbed = foreign.perturbed(Perturbation(0)).model
+    found = {tensor.name: numpy_helper.to_array(tensor) for tensor in perturbed.graph.initializer}
+    assert 0 < np.abs(found["w"] / weights["w"] - 1).max() < 2e-7
+    np.testing.assert_array_equal(found["scales"], weights["scales"])
+    np.testing.assert_array_equal(numpy_helper.to_array(given.graph.initializer[0]), weights["w"])

@@ -125,7 +125,7 @@ def test_arguments_of_another_type_are_named(name: str, changes: dict[str, Any],
 
 
 def test_the_options_of_the_models_are_those_of_their_layers() -> None:
-    """All but those that a model sets itself, with the same types."""
+    """Except the parameters that a model sets itself; the types are the same."""
     own = {"state_dim", "token_dim", "num_heads", "num_states", "initial_states", "prune_threshold", "adaptation"}
     hints = get_type_hints(NSMLayer.__init__)
     taken = {name: hint for name, hint in hints.items() if name not in {*own, "return"}}

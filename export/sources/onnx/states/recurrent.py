@@ -1,4 +1,4 @@
-"""Recurrent operators of an ONNX graph: those that are reset in every call, and the states that others carry."""
+"""Recurrent operators of an ONNX graph: operators that are reset in every call, and states that others carry."""
 
 from __future__ import annotations
 
